@@ -1,0 +1,270 @@
+"""From sensitivities to a plan: which ggml type each tensor gets.
+
+The threshold policy is the founding method: what scores above the threshold keeps more bits, the rest gets the base.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from samq.errors import SamqError
+from samq.formats import MIXTURES, bits_per_weight, check_mixture, check_type, fallback
+from samq.gguf_file import TensorInfo, file_sha256, read_tensors
+from samq.quantizer import mixture_types, planned_bytes, quantizable_tensors
+from samq.records import Plan, SensitivityMap, Substitution, Toolchain
+
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+
+
+class ThresholdPolicy(BaseModel):
+    """Parameters of the threshold policy, the threshold itself apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    keep: str = Field(
+        default="Q8_0", description="type of what scores above the threshold"
+    )
+    base: str = Field(
+        default="Q4_K_M", description="type or llama-quantize mixture of the rest"
+    )
+    grouping: Literal["block", "tensor"] = Field(
+        default="block",
+        description="a transformer block is kept as a whole, scored by its highest tensor; or each tensor alone",
+    )
+    output_guard: str | None = Field(
+        default="Q8_0",
+        description="least type of output.weight, or of token_embd.weight when it is tied to it",
+    )
+    embedding_guard: str | None = Field(
+        default=None, description="least type of an untied token_embd.weight"
+    )
+
+    @field_validator("keep")
+    @classmethod
+    def _known_type(cls, name: str) -> str:
+        return check_type(name)
+
+    @field_validator("output_guard", "embedding_guard")
+    @classmethod
+    def _known_guard(cls, name: str | None) -> str | None:
+        return check_type(name) if name else None
+
+    @field_validator("base")
+    @classmethod
+    def _known_base(cls, name: str) -> str:
+        return check_mixture(name) if name.upper() in MIXTURES else check_type(name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The full-precision GGUF a plan is for, and what llama-quantize says of it."""
+
+    gguf: Path
+    sha256: str
+    tensors: dict[str, TensorInfo]
+    quantizable: dict[str, TensorInfo]
+    toolchain: Toolchain
+    imatrix: Path | None = None
+
+    @classmethod
+    def open(
+        cls,
+        gguf: Path,
+        toolchain: Toolchain,
+        imatrix: Path | None = None,
+        sha256: str | None = None,
+    ) -> "Target":
+        """Read the file's tensors and ask llama-quantize which of them it quantizes."""
+        return cls(
+            gguf=gguf,
+            sha256=sha256 or file_sha256(gguf),
+            tensors=read_tensors(gguf),
+            quantizable=quantizable_tensors(gguf, toolchain),
+            toolchain=toolchain,
+            imatrix=imatrix,
+        )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection shares the token embedding."""
+        return OUTPUT not in self.tensors
+
+
+def full_plan(target: Target) -> Plan:
+    """The baseline: every tensor as it is."""
+    kinds = {tensor.type for tensor in target.quantizable.values()}
+    kind = "F16" if "F16" in kinds else min(kinds)
+    types = {name: tensor.type for name, tensor in target.quantizable.items()}
+    return _plan(target, kind, "full", {}, types, mixture=kind)
+
+
+def stock_plan(target: Target, mixture: str) -> Plan:
+    """What llama-quantize makes of `mixture` by itself, with the same importance matrix, named tensor by tensor."""
+    mixture = check_mixture(mixture)
+    types, substitutions = mixture_types(
+        target.gguf, mixture, target.toolchain, imatrix=target.imatrix
+    )
+    types = {name: types[name] for name in target.quantizable}
+    return _plan(
+        target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture
+    )
+
+
+def threshold_plan(
+    target: Target,
+    sensitivity: SensitivityMap,
+    threshold: float | str,
+    policy: ThresholdPolicy,
+) -> Plan:
+    """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
+
+    `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. Guards are applied after,
+    and types that a row length does not allow are replaced by llama-quantize's own fallback, visibly.
+    """
+    scores = group_scores(sensitivity, target.quantizable, policy.grouping)
+    cut = resolve_threshold(threshold, scores)
+    if policy.base in MIXTURES:
+        types, substitutions = mixture_types(
+            target.gguf, policy.base, target.toolchain, imatrix=target.imatrix
+        )
+    else:
+        types, substitutions = dict.fromkeys(target.quantizable, policy.base), {}
+    kept = {
+        name
+        for name in target.quantizable
+        if scores[group_of(name, policy.grouping)] > cut
+    }
+    guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
+    if not target.tied:
+        guards[EMBEDDING] = policy.embedding_guard
+    chosen: dict[str, str] = {}
+    for name, tensor in target.quantizable.items():
+        requested = policy.keep if name in kept else types[name]
+        guard = guards.get(name)
+        if guard and bits_per_weight(requested) < bits_per_weight(guard):
+            requested = guard
+        chosen[name] = fallback(requested, tensor.row_length)
+        if requested != types[name]:
+            substitutions.pop(name, None)
+        if chosen[name] != requested:
+            reason = f"rows of {tensor.row_length} do not allow {requested}"
+            substitutions[name] = Substitution(
+                requested=requested, used=chosen[name], reason=reason
+            )
+    parameters = {
+        **policy.model_dump(),
+        "threshold": cut,
+        "quantile": float(threshold[1:]) if isinstance(threshold, str) else None,
+        "kept_tensors": len(kept),
+        "kept_groups": len({group_of(name, policy.grouping) for name in kept}),
+    }
+    mixture = policy.base if policy.base in MIXTURES else "Q4_K_M"
+    name = (
+        f"threshold-{threshold if isinstance(threshold, str) else format(cut, '.4g')}"
+    )
+    plan = _plan(target, name, "threshold", parameters, chosen, substitutions, mixture)
+    return plan.model_copy(update={"map_digest": sensitivity.digest()})
+
+
+def resolve_threshold(threshold: float | str, scores: dict[str, float]) -> float:
+    """The score that a threshold means; raises SamqError if it is outside 0..1 or is not a number or `q<number>`."""
+    text = str(threshold)
+    match = re.fullmatch(r"(q?)(\d*\.?\d+(?:e-?\d+)?)", text)
+    value = float(match[2]) if match else -1.0
+    if not 0 <= value <= 1:
+        raise SamqError(
+            f"threshold {text} is not in 0..1; give a score such as 0.35, or a quantile such as q0.75"
+        )
+    assert match is not None
+    return float(np.quantile(sorted(scores.values()), value)) if match[1] else value
+
+
+def group_of(name: str, grouping: str) -> str:
+    """The group that a tensor is kept or not with: its block (`blk.11`) or itself."""
+    block = re.match(r"blk\.\d+", name)
+    return block[0] if block and grouping == "block" else name
+
+
+def group_scores(
+    sensitivity: SensitivityMap, names: Iterable[str], grouping: str
+) -> dict[str, float]:
+    """Each group's score: the highest of its tensors'. Raises SamqError for a tensor the map does not score."""
+    scores: dict[str, float] = {}
+    for name in names:
+        if name not in sensitivity.tensors:
+            raise SamqError(
+                f"the sensitivity map has no score for {name}; calibrate this model again"
+            )
+        group = group_of(name, grouping)
+        scores[group] = max(scores.get(group, 0.0), sensitivity.tensors[name].score)
+    return scores
+
+
+def change_points(sensitivity: SensitivityMap, names: Iterable[str], grouping: str) -> list[tuple[float, int]]:
+    """The thresholds at which the plan changes, highest first: (threshold, groups kept at it).
+
+    Each lies between two neighbouring scores and is written with as few digits as that takes.
+    """
+    values = np.array(list(group_scores(sensitivity, names, grouping).values()))
+    scores = sorted({*values.tolist(), 0.0}, reverse=True)
+    cuts = [_between(low, high) for high, low in zip(scores, scores[1:], strict=False)]
+    return [(cut, int((values > cut).sum())) for cut in cuts]
+
+
+def _between(low: float, high: float) -> float:
+    """A number with few digits in the half-open interval from `low` to `high`, near its middle."""
+    middle = (low + high) / 2
+    for digits in range(1, 17):
+        if low <= (rounded := round(middle, digits)) < high:
+            return rounded
+    return middle
+
+
+def propose_thresholds(
+    target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int
+) -> list[float]:
+    """`count` thresholds, highest first, whose plans differ and whose kept weights rise in about equal steps."""
+    points = change_points(sensitivity, target.quantizable, policy.grouping)
+    scores = group_scores(sensitivity, target.quantizable, policy.grouping)
+    weights: dict[str, int] = {}
+    for name, tensor in target.quantizable.items():
+        group = group_of(name, policy.grouping)
+        weights[group] = weights.get(group, 0) + tensor.weights
+    kept = [
+        sum(weights[group] for group, score in scores.items() if score > cut)
+        for cut, _ in points
+    ]
+    chosen: list[int] = []
+    for step in range(1, count + 1):
+        wanted = step / (count + 1) * kept[-1]
+        free = [index for index in range(len(points)) if index not in chosen]
+        if free:
+            chosen.append(min(free, key=lambda index: abs(kept[index] - wanted)))
+    return [points[index][0] for index in sorted(chosen)]
+
+
+def _plan(
+    target: Target,
+    name: str,
+    policy: Literal["full", "stock", "threshold", "budget"],
+    parameters: dict[str, float | int | str | bool | None],
+    types: dict[str, str],
+    substitutions: dict[str, Substitution] | None = None,
+    mixture: str = "Q4_K_M",
+) -> Plan:
+    return Plan(
+        name=name,
+        policy=policy,
+        parameters=parameters,
+        types=types,
+        substitutions=substitutions or {},
+        mixture=mixture,
+        tensor_bytes=planned_bytes(target.tensors, types),
+        weights=sum(tensor.weights for tensor in target.tensors.values()),
+        gguf_sha256=target.sha256,
+        imatrix_sha256=file_sha256(target.imatrix) if target.imatrix else None,
+    )

@@ -1,0 +1,270 @@
+"""llama.cpp in this process: a model, contexts on it, batches of tokens in, logits out.
+
+The layer under every measurement. It knows nothing about metrics, sampling or prompts; it uses the C API through
+llama_cpp's ctypes bindings, because only there several sequences share a batch and only the logits that are wanted
+are computed. Models and contexts are context managers: what llama.cpp allocated is freed at the end of the `with`.
+"""
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import llama_cpp.llama_cpp as api
+import numpy as np
+import psutil
+from numpy.typing import ArrayLike, NDArray
+
+from samq.errors import SamqError
+
+logger = logging.getLogger(__name__)
+
+KV_TYPES = {"F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
+PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
+_LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
+_captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
+
+
+@api.llama_log_callback
+def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    """Send llama.cpp's warnings and errors to logging, and everything to whoever captures."""
+    line = text.decode(errors="replace")
+    for lowest, pieces in _captures:
+        if level >= lowest:
+            pieces.append(line)
+    if level in _LOG_LEVELS and line.strip():
+        logger.log(_LOG_LEVELS[level], line.strip())
+
+
+@lru_cache
+def _start_backend() -> None:
+    """Load the backends once a process, and take over the log from llama_cpp, which prints it."""
+    api.llama_log_set(_on_log, ctypes.c_void_p(0))
+    api.llama_backend_init()
+
+
+@contextmanager
+def captured_log(*, errors_only: bool = False) -> Iterator[Callable[[], list[str]]]:
+    """Collect llama.cpp's log during the `with` block; call what is yielded for its lines so far."""
+    pieces: list[str] = []
+    capture = (max(_LOG_LEVELS) if errors_only else 0, pieces)
+    _captures.append(capture)
+    try:
+        yield lambda: "".join(pieces).splitlines()
+    finally:
+        _captures.remove(capture)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: hyper-threads do not speed up matrix products."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(psutil.cpu_count(logical=False) or 1, allowed or 1)
+
+
+def default_gpu_layers() -> int:
+    """All layers (-1) if this llama.cpp was built for a GPU, else none."""
+    return -1 if api.llama_supports_gpu_offload() else 0
+
+
+def system_info() -> str:
+    """What llama.cpp was built with and found in the processor: `CPU : AVX2 = 1 | ...`."""
+    _start_backend()
+    return api.llama_print_system_info().decode().strip(" |")
+
+
+class Model:
+    """The weights and the vocabulary of one GGUF."""
+
+    def __init__(self, path: Path, *, gpu_layers: int | None = None, allocate: bool = True) -> None:
+        """Load `path`; with `allocate` false only its metadata, and contexts merely work out what they would need.
+
+        Raises SamqError, with llama.cpp's own reason, if it cannot be loaded.
+        """
+        _start_backend()
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = default_gpu_layers() if gpu_layers is None else gpu_layers
+        if not allocate:
+            params.no_alloc = True
+            params.load_mode = api.LLAMA_LOAD_MODE_NONE  # nothing can be memory-mapped that is not allocated
+        with captured_log(errors_only=True) as log:
+            handle = api.llama_model_load_from_file(os.fsencode(path), params)
+        if not handle:
+            raise SamqError(f"llama.cpp cannot load {path}: {_first(log())}; check the file with `samq inspect`")
+        self.path = Path(path)
+        self._model: Any = handle
+        self._vocab = api.llama_model_get_vocab(handle)
+        self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
+        self.adds_bos = bool(api.llama_vocab_get_add_bos(self._vocab))
+        self.bos = _token_or_none(api.llama_vocab_bos(self._vocab))
+        self.eos = _token_or_none(api.llama_vocab_eos(self._vocab))
+        template = api.llama_model_chat_template(handle, None)
+        self.chat_template = template.decode() if template else None
+
+    def __enter__(self) -> Self:
+        """Return the model itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free the model."""
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights; contexts on them must be closed before."""
+        if self._model:
+            api.llama_model_free(self._model)
+            self._model = None
+
+    def context(
+        self,
+        tokens: int,
+        *,
+        sequences: int = 1,
+        outputs: int | None = None,
+        kv_type: str = "F16",
+        threads: int | None = None,
+    ) -> "Context":
+        """A KV cache of `tokens` for each of `sequences`, and the buffers to compute with; see `Context`."""
+        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads())
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
+        """Token ids of `text`.
+
+        `add_special` adds what the model wants around a text (BOS); `parse_special` reads `<|im_start|>` and its like
+        as the tokens they name, and not as plain text.
+        """
+        data = text.encode()
+        tokens = np.empty(len(data) + 8, np.int32)  # no token is shorter than a byte, and few special ones are added
+        buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
+        count = api.llama_tokenize(self._vocab, data, len(data), buffer, len(tokens), add_special, parse_special)
+        if count < 0:
+            raise SamqError(f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces")
+        return tokens[:count].copy()
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for, often no whole UTF-8 character; control tokens are empty."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = api.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary spells it, such as `<|im_end|>`."""
+        return (api.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether generation ends with this token."""
+        return bool(api.llama_vocab_is_eog(self._vocab, token))
+
+
+class Context:
+    """A KV cache over a model for some sequences, and the buffers to run batches with."""
+
+    def __init__(
+        self, model: Model, tokens: int, sequences: int, outputs: int | None, kv_type: str, threads: int
+    ) -> None:
+        """Allocate it; `outputs` bounds how many tokens of a batch may ask for logits (None: all).
+
+        Raises SamqError, with llama.cpp's own reason, if it does not fit into memory.
+        """
+        self.model = model
+        self.tokens = tokens
+        params = api.llama_context_default_params()
+        params.n_ctx = params.n_batch = sequences * _padded(tokens)
+        params.n_ubatch = PHYSICAL_BATCH_TOKENS
+        params.n_seq_max = sequences
+        params.n_outputs_max = outputs or 0
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        with captured_log(errors_only=True) as log:
+            handle = api.llama_init_from_model(model._model, params)
+        if not handle:
+            raise SamqError(
+                f"llama.cpp cannot make a context of {sequences} x {tokens} tokens on {model.path.name}: "
+                f"{_first(log())}; use a shorter context"
+            )
+        self._context: Any = handle
+        self._memory = api.llama_get_memory(handle)
+
+    def __enter__(self) -> Self:
+        """Return the context itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free the context."""
+        self.close()
+
+    def close(self) -> None:
+        """Free the KV cache and the buffers."""
+        if self._context:
+            api.llama_free(self._context)
+            self._context = None
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        api.llama_memory_clear(self._memory, False)
+
+    def forget(self, sequence: int) -> None:
+        """Forget one sequence, so that its place can be used again."""
+        api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make sequence `target` start with all of `source`."""
+        api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def decode(
+        self, tokens: ArrayLike, positions: ArrayLike, sequences: ArrayLike, wanted: ArrayLike
+    ) -> NDArray[np.float32]:
+        """Append tokens to their sequences, and return the logits of those that are `wanted`.
+
+        All four are 1-D and of one length; `positions` are those within each sequence. Returns a view, shaped
+        (number wanted, vocabulary), in the batch's order, that the next call overwrites. Raises SamqError if
+        llama.cpp fails.
+        """
+        token_ids = np.ascontiguousarray(tokens, np.int32)
+        count = len(token_ids)
+        position_ids = np.ascontiguousarray(np.broadcast_to(positions, count), np.int32)
+        sequence_ids = np.ascontiguousarray(np.broadcast_to(sequences, count), np.int32)
+        outputs = np.ascontiguousarray(np.broadcast_to(wanted, count), np.int8)
+        sequence_counts = np.ones(count, np.int32)
+        # llama.cpp takes a list of sequences for each token: here lists of one, which lie side by side
+        lists = sequence_ids.ctypes.data + sequence_ids.itemsize * np.arange(count, dtype=np.uintp)
+        batch = api.llama_batch(
+            n_tokens=count,
+            token=token_ids.ctypes.data_as(ctypes.POINTER(api.llama_token)),
+            pos=position_ids.ctypes.data_as(ctypes.POINTER(api.llama_pos)),
+            n_seq_id=sequence_counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=lists.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(api.llama_seq_id))),
+            logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        status = api.llama_decode(self._context, batch)
+        if status == 1:
+            raise SamqError(f"a batch of {count} tokens does not fit into a context of {self.tokens}; use a longer one")
+        if status != 0:
+            raise SamqError(f"llama.cpp failed on a batch of {count} tokens of {self.model.path} (status {status})")
+        shape = (int(outputs.sum()), self.model.vocab_size)
+        if shape[0] == 0:
+            api.llama_synchronize(self._context)
+            return np.empty(shape, np.float32)
+        return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape)
+
+
+def _padded(tokens: int) -> int:
+    """What llama.cpp makes of a context length: a multiple of 256."""
+    return -(-tokens // 256) * 256
+
+
+def _token_or_none(token: int) -> int | None:
+    """A token id, or None where llama.cpp says that the model has no such token."""
+    return None if token == api.LLAMA_TOKEN_NULL else token
+
+
+def _first(errors: Sequence[str]) -> str:
+    """The first error of a failed call: those after it only say that the call failed."""
+    return errors[0].strip() if errors else "no reason given"

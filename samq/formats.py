@@ -1,0 +1,120 @@
+"""The ggml types: block size, bytes of a row, what a row length allows, and llama.cpp's fallback where it does not."""
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from samq.errors import SamqError
+
+# llama-quantize's own replacements where the row length is not a multiple of the block
+# (tensor_type_fallback in llama.cpp's src/llama-quant.cpp); whatever still does not fit becomes F16.
+_FALLBACK = {
+    **dict.fromkeys(
+        ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"),
+        "IQ4_NL",
+    ),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+
+# What a plan may ask of llama-quantize: storage types that hold weights, from fewest bits to most.
+TYPES = tuple(
+    sorted(
+        (
+            *_FALLBACK,
+            "Q4_0",
+            "Q4_1",
+            "Q5_0",
+            "Q5_1",
+            "IQ4_NL",
+            "Q8_0",
+            "F16",
+            "BF16",
+            "F32",
+        ),
+        key=lambda name: (lambda block, size: size / block)(
+            *GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+        ),
+    )
+)
+
+# llama-quantize's file types (mixtures and plain ones) that a stock candidate may name.
+MIXTURES = (
+    *(
+        "IQ1_S",
+        "IQ1_M",
+        "IQ2_XXS",
+        "IQ2_XS",
+        "IQ2_S",
+        "IQ2_M",
+        "Q2_K_S",
+        "Q2_K",
+        "IQ3_XXS",
+        "IQ3_XS",
+        "IQ3_S",
+        "IQ3_M",
+    ),
+    *(
+        "Q3_K_S",
+        "Q3_K_M",
+        "Q3_K_L",
+        "IQ4_XS",
+        "IQ4_NL",
+        "Q4_0",
+        "Q4_1",
+        "Q4_K_S",
+        "Q4_K_M",
+        "Q5_0",
+        "Q5_1",
+    ),
+    *("Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "F16", "BF16"),
+)
+
+
+def check_type(name: str) -> str:
+    """The type's canonical name; raises SamqError for one that llama-quantize cannot write."""
+    if name.upper() not in TYPES:
+        raise SamqError(f"unknown ggml type {name!r}; choose one of {', '.join(TYPES)}")
+    return name.upper()
+
+
+def check_mixture(name: str) -> str:
+    """The mixture's canonical name; raises SamqError for one that llama-quantize does not have."""
+    if name.upper() not in MIXTURES:
+        raise SamqError(
+            f"unknown llama-quantize mixture {name!r}; choose one of {', '.join(MIXTURES)}"
+        )
+    return name.upper()
+
+
+def _block(name: str) -> tuple[int, int]:
+    """Weights and bytes of one block."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+
+
+def bits_per_weight(name: str) -> float:
+    """Bits per weight of a type, its scales included."""
+    weights, size = _block(name)
+    return 8 * size / weights
+
+
+def fits(name: str, row_length: int) -> bool:
+    """Whether rows of this length can be stored in this type."""
+    return row_length % _block(name)[0] == 0
+
+
+def fallback(name: str, row_length: int) -> str:
+    """The type that llama-quantize writes when asked for `name` on rows of this length."""
+    if fits(name, row_length):
+        return name
+    smaller = _FALLBACK.get(name, name)
+    return smaller if fits(smaller, row_length) else "F16"
+
+
+def tensor_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this shape (torch order: row length last) in this type."""
+    weights, size = _block(name)
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count // weights * size

@@ -1,0 +1,119 @@
+"""A GGUF file: its tensors, types, bytes and metadata, and the map from Hugging Face's tensor names to GGUF's."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, dequantize, get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES
+
+from samq.errors import SamqError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a GGUF. `shape` is as torch has it: row length last."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+
+    @property
+    def row_length(self) -> int:
+        """Weights in a row, the extent that quantization blocks run along."""
+        return self.shape[-1]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Open a GGUF by memory map; raises SamqError if it is missing, not a GGUF, or cut short."""
+    path = Path(path)
+    if not path.is_file():
+        raise SamqError(f"there is no GGUF file at {path}; check the path")
+    status = path.stat()
+    return _open(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(
+    maxsize=4
+)  # parsing a vocabulary of 128k tokens takes seconds; a changed file is another entry
+def _open(path: Path, size: int, mtime_ns: int) -> GGUFReader:
+    try:
+        return GGUFReader(path)
+    except (
+        Exception
+    ) as error:  # the reader raises whatever the damaged bytes lead it to
+        raise SamqError(
+            f"{path} is not a whole GGUF file ({error}); copy or convert it again"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, TensorInfo]:
+    """Name -> tensor, in the file's order."""
+    return {
+        tensor.name: TensorInfo(
+            tensor.name,
+            tuple(int(extent) for extent in reversed(tensor.shape)),
+            tensor.tensor_type.name,
+            int(tensor.n_bytes),
+        )
+        for tensor in open_gguf(path).tensors
+    }
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Key -> value of the file's metadata, as Python values; arrays (the vocabulary) are left out."""
+    fields = open_gguf(path).fields
+    return {
+        key: field.contents()
+        for key, field in fields.items()
+        if not key.startswith("GGUF.")
+        and field.types
+        and field.types[0].name != "ARRAY"
+    }
+
+
+def read_weights(path: Path, name: str) -> np.ndarray:
+    """One tensor dequantized to float32, shaped as torch has it; raises SamqError if the file has no such tensor."""
+    for tensor in open_gguf(path).tensors:
+        if tensor.name == name:
+            return dequantize(tensor.data, tensor.tensor_type).reshape(
+                tuple(reversed(tensor.shape))
+            )
+    raise SamqError(
+        f"{path} has no tensor {name}; list them with `samq inspect {path}`"
+    )
+
+
+def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
+    """A function from a Hugging Face parameter name to its GGUF name, or None where the architecture has none."""
+    architecture = metadata["general.architecture"]
+    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise SamqError(
+            f"the gguf package knows no tensor names for architecture {architecture!r}; update gguf"
+        )
+    names = get_tensor_name_map(
+        kinds[architecture], metadata[f"{architecture}.block_count"]
+    )
+
+    def gguf_name(hf_name: str) -> str | None:
+        return names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+
+    return gguf_name
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,90 @@
+"""Child processes that cannot outlive their time limit or their parent, and whose output is kept."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from samq.errors import ToolError
+
+
+def _die_with_parent() -> None:
+    """In the child: ask Linux for SIGKILL when the parent dies, so that `kill -9` of a flow leaves no orphan."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    log: Path,
+    timeout_s: float,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> str:
+    """Run a program in its own process group, its stdout and stderr together in `log`, and return that text.
+
+    `env` is added to this process's environment; `on_line` sees each line while the program runs. Raises ToolError,
+    with the log's last line, if the program is missing, exits non-zero, or outlives `timeout_s` (its whole process
+    group is then killed).
+    """
+    name = Path(command[0]).name
+    try:
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+    except OSError as error:
+        raise ToolError(
+            f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing"
+        ) from error
+    seen = 0
+    deadline = time.monotonic() + timeout_s
+    try:
+        while True:
+            try:
+                child.wait(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                if time.monotonic() >= deadline:
+                    raise ToolError(
+                        f"{name} was stopped after {timeout_s:.0f} s; raise its limit (log: {log})"
+                    ) from None
+            if on_line:
+                text = log.read_bytes()[seen:]
+                whole = text[: text.rfind(b"\n") + 1]
+                seen += len(whole)
+                for line in whole.decode(errors="replace").splitlines():
+                    on_line(line)
+            if child.returncode is not None:
+                break
+    finally:
+        _kill_group(child)
+    text = log.read_text(errors="replace")
+    if child.returncode != 0:
+        lines = [line for line in text.splitlines() if line.strip()]
+        raise ToolError(
+            f"{name} failed with exit code {child.returncode}: {lines[-1].strip() if lines else 'no output'} (log: {log})"
+        )
+    return text
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the child's process group and reap the child."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()

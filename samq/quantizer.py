@@ -1,0 +1,330 @@
+"""llama.cpp's programs as functions: convert, importance matrix, types of a mixture, quantize; and the audit after.
+
+Every program runs in its own process group with a time limit, inside the folder of its output and with file names
+relative to it: llama.cpp writes the names it was given into the GGUF, and a name that said where this machine keeps
+its files would make the same model differ from machine to machine.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from samq import __version__
+from samq.errors import SamqError, ToolError
+from samq.formats import check_mixture, tensor_bytes
+from samq.gguf_file import TensorInfo, file_sha256, read_metadata, read_tensors
+from samq.process import run
+from samq.progress import Progress, silent
+from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
+from samq.toolchain import environment, program
+
+FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
+GGUF_NAME = "model.gguf"
+IMATRIX_NAME = "imatrix.gguf"
+
+_STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
+_ARROW = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")
+_FALLBACK = re.compile(
+    r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)"
+)
+
+
+def convert(
+    source: ModelSource,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    precision: str = "F16",
+    timeout_s: float = 6 * 3600,
+) -> Path:
+    """Write the model as a full-precision GGUF (`precision`: F16 or BF16) into `folder` and return its path.
+
+    A Hugging Face folder goes through llama.cpp's own converter; a GGUF that already is in full precision is linked
+    or copied; a quantized one is dequantized (what was lost stays lost). Raises SamqError for a model that the
+    converter does not support.
+    """
+    target = folder / GGUF_NAME
+    log = folder / "convert.log"
+    if source.gguf:
+        if _is_full_precision(source.gguf):
+            try:
+                os.link(source.gguf, target)
+            except OSError:
+                shutil.copyfile(source.gguf, target)
+        else:
+            command = [
+                program(toolchain, "llama-quantize"),
+                "--allow-requantize",
+                source.gguf.absolute(),
+                target,
+            ]
+            run(
+                [*command, precision],
+                log=log,
+                timeout_s=timeout_s,
+                env=environment(toolchain),
+            )
+        return target
+    assert source.folder is not None, "a ModelSource has a folder or a GGUF"
+    if toolchain.converter is None:
+        raise ToolError(
+            "convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP"
+        )
+    command = [
+        sys.executable,
+        toolchain.converter,
+        source.folder.absolute(),
+        "--outfile",
+        target,
+    ]
+    try:
+        run(
+            [
+                *command,
+                "--outtype",
+                precision.lower(),
+                "--model-name",
+                source.name.rsplit("/", 1)[-1],
+            ],
+            log=log,
+            timeout_s=timeout_s,
+            env={"NO_LOCAL_GGUF": "1"}
+            if not (toolchain.converter.parent / "gguf-py").is_dir()
+            else None,
+        )
+    except ToolError as error:
+        unsupported = re.search(
+            r"Model (\S+) is not supported", log.read_text(errors="replace")
+        )
+        if unsupported:
+            raise SamqError(
+                f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
+            ) from error
+        raise
+    return target
+
+
+def _is_full_precision(gguf: Path) -> bool:
+    return all(tensor.type in FULL_PRECISION for tensor in read_tensors(gguf).values())
+
+
+def measure_imatrix(
+    gguf: Path,
+    text: str,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    context_tokens: int = 512,
+    threads: int | None = None,
+    timeout_s: float = 6 * 3600,
+    progress: Progress = silent,
+) -> Path:
+    """Run llama-imatrix over `text` (the output tensor included) and return the importance matrix's path."""
+    (folder / "calibration.txt").write_text(text)
+    command = [
+        program(toolchain, "llama-imatrix"),
+        "-m",
+        gguf.absolute(),
+        "-f",
+        "calibration.txt",
+        "-o",
+        IMATRIX_NAME,
+    ]
+    command += [
+        "--process-output",
+        "--no-ppl",
+        "-c",
+        str(context_tokens),
+        "-b",
+        str(context_tokens),
+    ]
+    command += ["-t", str(threads)] if threads else []
+
+    log = folder / "imatrix.log"
+    text_out = run(
+        command,
+        log=log,
+        timeout_s=timeout_s,
+        cwd=folder,
+        env=environment(toolchain),
+        on_line=on_line,
+    )
+    (folder / "calibration.txt").unlink()
+    if not (folder / IMATRIX_NAME).is_file():
+        reason = next(
+            (line for line in text_out.splitlines() if "error" in line.lower()),
+            "no reason given",
+        )
+        raise ToolError(
+            f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text"
+        )
+    return folder / IMATRIX_NAME
+
+
+def mixture_types(
+    gguf: Path,
+    mixture: str,
+    toolchain: Toolchain,
+    *,
+    imatrix: Path | None = None,
+    pure: bool = False,
+) -> tuple[dict[str, str], dict[str, Substitution]]:
+    """The type that llama-quantize itself would give each tensor, asked by `--dry-run`.
+
+    Returns (tensor -> type for every tensor of the file, tensor -> substitution where its row length forced one).
+    """
+    command = [
+        program(toolchain, "llama-quantize"),
+        "--dry-run",
+        *(["--pure"] if pure else []),
+    ]
+    command += ["--imatrix", imatrix.absolute()] if imatrix else []
+    with tempfile.TemporaryDirectory() as scratch:
+        output = run(
+            [*command, gguf.absolute(), check_mixture(mixture)],
+            log=Path(scratch) / "dry-run.log",
+            timeout_s=600,
+            env=environment(toolchain),
+        )
+    types = {name: tensor.type for name, tensor in read_tensors(gguf).items()}
+    substitutions = {}
+    for line in output.splitlines():
+        if step := _STEP.match(line):
+            if arrow := _ARROW.search(line):
+                types[step[3]] = arrow[1].upper()
+        elif warning := _FALLBACK.search(line):
+            name, columns, block, requested, used = warning.groups()
+            reason = f"rows of {columns} are not a multiple of {block}"
+            substitutions[name] = Substitution(
+                requested=requested.upper(), used=used.upper(), reason=reason
+            )
+    return types, substitutions
+
+
+def quantizable_tensors(gguf: Path, toolchain: Toolchain) -> dict[str, TensorInfo]:
+    """The tensors that llama-quantize would quantize, asked of llama-quantize itself; the others keep their type."""
+    types, _ = mixture_types(gguf, "Q8_0", toolchain, pure=True)
+    return {
+        name: tensor
+        for name, tensor in read_tensors(gguf).items()
+        if types[name] != tensor.type
+    }
+
+
+def quantize(
+    gguf: Path,
+    plan: Plan,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    provenance: dict[str, str],
+    imatrix: Path | None = None,
+    timeout_s: float = 6 * 3600,
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Write the plan's GGUF into `folder` by llama-quantize, audit it, and describe it.
+
+    `provenance` joins the metadata as `samq.<key>` (at most 127 characters a value, llama.cpp's limit). Raises
+    SamqError when the disk is too full, ToolError when llama-quantize fails or what it wrote is not the plan.
+    """
+    needed = int(1.02 * plan.tensor_bytes) + 64 * 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SamqError(
+            f"{folder} has {free:,} bytes free and {plan.name} needs {needed:,}; free some or move the store"
+        )
+    target, partial = folder / GGUF_NAME, folder / f"{GGUF_NAME}.partial"
+    types_file = folder / "tensor-types.txt"
+    types_file.write_text(
+        "".join(
+            f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in plan.types.items()
+        )
+    )
+    metadata = {
+        "samq.version": __version__,
+        "samq.plan": plan.digest(),
+        "samq.policy": plan.policy,
+    }
+    metadata |= {f"samq.{key}": value for key, value in provenance.items()}
+    command = [
+        program(toolchain, "llama-quantize"),
+        "--allow-requantize",
+        "--tensor-type-file",
+        types_file.name,
+    ]
+    if imatrix:
+        shutil.copyfile(imatrix, folder / IMATRIX_NAME)
+        command += ["--imatrix", IMATRIX_NAME]
+    for key, value in metadata.items():
+        if len(value.encode()) > 127:
+            raise SamqError(
+                f"provenance {key} is longer than 127 bytes; shorten {value!r}"
+            )
+        command += ["--override-kv", f"{key}=str:{value}"]
+
+    def on_line(line: str) -> None:
+        if step := _STEP.match(line):
+            progress(int(step[1]), int(step[2]))
+
+    run(
+        [*command, gguf.absolute(), partial.name, plan.mixture],
+        log=folder / "quantize.log",
+        timeout_s=timeout_s,
+        cwd=folder,
+        env=environment(toolchain),
+        on_line=on_line,
+    )
+    (folder / IMATRIX_NAME).unlink(missing_ok=True)
+    actual = audit(partial, plan)
+    os.replace(partial, target)
+    return QuantizedModel(
+        name=plan.name,
+        file=target.name,
+        sha256=file_sha256(target),
+        file_bytes=target.stat().st_size,
+        tensor_bytes=plan.tensor_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        plan_digest=plan.digest(),
+        types=actual,
+        metadata=metadata,
+    )
+
+
+def audit(gguf: Path, plan: Plan) -> dict[str, str]:
+    """Read a GGUF back: every tensor's type and the bytes of all must be the plan's, or ToolError says what drifted."""
+    tensors = read_tensors(gguf)
+    if missing := plan.types.keys() - tensors.keys():
+        raise ToolError(
+            f"{gguf.name} lacks {len(missing)} tensors of plan {plan.name}, {min(missing)} first; rebuild it"
+        )
+    drifted = {
+        name: kind for name, kind in plan.types.items() if tensors[name].type != kind
+    }
+    if drifted:
+        name = min(drifted)
+        raise ToolError(
+            f"{len(drifted)} tensors of {gguf.name} drifted from plan {plan.name}, {name} first: "
+            f"{tensors[name].type} instead of {drifted[name]}; the plan must name only types that llama-quantize keeps"
+        )
+    size = sum(tensor.bytes for tensor in tensors.values())
+    if size != plan.tensor_bytes:
+        raise ToolError(
+            f"{gguf.name} holds {size:,} tensor bytes and plan {plan.name} says {plan.tensor_bytes:,}; plan it again"
+        )
+    recorded = read_metadata(gguf).get("samq.plan", plan.digest())
+    if recorded != plan.digest():
+        raise ToolError(
+            f"{gguf.name} was made from plan {recorded[:12]}, not from {plan.digest()[:12]}; rebuild it"
+        )
+    return {name: tensor.type for name, tensor in tensors.items()}
+
+
+def planned_bytes(tensors: dict[str, TensorInfo], types: dict[str, str]) -> int:
+    """Bytes of all tensors when those that `types` names take its types and the others keep theirs."""
+    return sum(
+        tensor_bytes(types.get(name, tensor.type), tensor.shape)
+        for name, tensor in tensors.items()
+    )

@@ -1,0 +1,205 @@
+"""Content-addressed store of what the stages made: key -> folder, published whole or not at all.
+
+A stage's key is a digest of everything its output depends on. Its files are made in a temporary folder beside the
+store, listed with their hashes in `artifact.json`, which is written last, and moved into place by one rename: a
+process killed at any moment leaves no folder that could be taken for a whole one.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from samq.errors import SamqError
+from samq.gguf_file import file_sha256
+from samq.records import Record, digest_of
+
+MANIFEST = "artifact.json"
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact: its hash and size, and the modification time at which that hash was true."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    bytes: int
+    mtime_ns: int
+
+
+class Artifact(Record):
+    """A small reference to what a stage made. Two artifacts with the same files have the same digest."""
+
+    SCHEMA: ClassVar[str] = "samq.artifact/1"
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"key", "folder"})
+
+    stage: str
+    key: str
+    folder: Path
+    files: dict[str, FileEntry]
+
+    def digest(self) -> str:
+        """SHA-256 over the stage and its files' names and contents: whoever depends on this depends on no more."""
+        return digest_of(
+            {
+                "stage": self.stage,
+                "files": {name: entry.sha256 for name, entry in self.files.items()},
+            }
+        )
+
+    def path(self, name: str) -> Path:
+        """Path of one of the artifact's files."""
+        if name not in self.files:
+            raise SamqError(
+                f"the {self.stage} artifact {self.key[:12]} has no file {name}; it has {', '.join(self.files)}"
+            )
+        return self.folder / name
+
+
+class Store:
+    """Artifacts below one root folder: `<root>/<stage>/<key>/`."""
+
+    def __init__(self, root: Path) -> None:
+        """Use (and create) the store at `root`; leftovers of processes that died are removed."""
+        self.root = Path(root).absolute()
+        self._temporary = self.root / ".tmp"
+        try:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SamqError(
+                f"cannot use the store at {self.root}: {error.strerror}; choose another folder"
+            ) from error
+        self._remove_leftovers()
+
+    def find(self, stage: str, key: str, *, thorough: bool = False) -> Artifact | None:
+        """The artifact of this key, or None if it is absent or a file of it is missing or altered.
+
+        A file whose size and modification time are as published is taken as unaltered; otherwise (always, when
+        `thorough`) its hash decides. A damaged artifact is removed, so that the stage makes it again.
+        """
+        folder = self.root / stage / key
+        if not (folder / MANIFEST).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        try:
+            artifact = Artifact.load(folder / MANIFEST).model_copy(
+                update={"folder": folder}
+            )
+        except SamqError:
+            artifact = None
+        if artifact is None or not all(
+            _intact(folder / n, e, thorough) for n, e in artifact.files.items()
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        os.utime(folder / MANIFEST)  # the time of last use, for prune
+        return artifact
+
+    def incarnation(self, stage: str, key: str) -> str:
+        """A token that stays the same as long as the artifact is whole, and is another once it has to be made again.
+
+        A result cache elsewhere (Prefect's) that has the token in its key forgets exactly what this store lost.
+        """
+        token = self.root / stage / f"{key}.incarnation"
+        if self.find(stage, key) is None or not token.is_file():
+            token.parent.mkdir(parents=True, exist_ok=True)
+            token.write_text(uuid.uuid4().hex)
+        return token.read_text()
+
+    @contextmanager
+    def publish(self, stage: str, key: str) -> Iterator[Path]:
+        """Yield an empty temporary folder; when the block ends well, its files become the artifact `stage`/`key`."""
+        target = self.root / stage / key
+        work = self._temporary / f"{stage}-{uuid.uuid4().hex}"
+        with open(work.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX
+            )  # held while this process lives: what tells leftovers from live work
+            try:
+                work.mkdir()
+                yield work
+                self._move_into_place(work, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                raise SamqError(
+                    f"cannot write to the store at {self.root}: {error.strerror}; free some space"
+                ) from error
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+                Path(lock.name).unlink(missing_ok=True)
+
+    def _move_into_place(self, work: Path, target: Path) -> None:
+        files = {path.name: _entry(path) for path in sorted(work.iterdir())}
+        Artifact(
+            stage=target.parent.name, key=target.name, folder=target, files=files
+        ).save(work / MANIFEST)
+        _fsync(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.replace(work, target)
+        except OSError:
+            if (
+                self.find(target.parent.name, target.name) is None
+            ):  # else another process published it just now
+                raise
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every artifact in the store, unverified."""
+        for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            yield Artifact.load(manifest).model_copy(update={"folder": manifest.parent})
+
+    def prune(self, older_than_days: float) -> int:
+        """Remove artifacts not used for so many days; return the bytes freed. What is needed again is made again."""
+        freed = 0
+        for artifact in self.artifacts():
+            last_use = (artifact.folder / MANIFEST).stat().st_mtime
+            if time.time() - last_use > older_than_days * 86400:
+                freed += sum(entry.bytes for entry in artifact.files.values())
+                shutil.rmtree(artifact.folder)
+        return freed
+
+    def _remove_leftovers(self) -> None:
+        for lock_path in self._temporary.glob("*.lock"):
+            try:
+                with open(lock_path, "w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
+                    lock_path.unlink(missing_ok=True)
+            except (BlockingIOError, FileNotFoundError):
+                continue  # its owner is alive, or has just finished
+
+
+def _entry(path: Path) -> FileEntry:
+    status = path.stat()
+    return FileEntry(
+        sha256=file_sha256(path), bytes=status.st_size, mtime_ns=status.st_mtime_ns
+    )
+
+
+def _intact(path: Path, entry: FileEntry, thorough: bool) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    if status.st_size != entry.bytes:
+        return False
+    return (not thorough and status.st_mtime_ns == entry.mtime_ns) or file_sha256(
+        path
+    ) == entry.sha256
+
+
+def _fsync(folder: Path) -> None:
+    """Force the files and then their folder to disk, so that the rename cannot become visible before them."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

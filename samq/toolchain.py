@@ -1,0 +1,85 @@
+"""llama.cpp's programs and converter: where they are, and which build they are.
+
+`make setup` builds them from the source distribution of llama-cpp-python, beside the Python library of the same
+build. `SAMQ_LLAMA_CPP=DIR` uses another build instead: a llama.cpp checkout built in DIR/build, or an installed
+tree with DIR/bin and DIR/lib.
+"""
+
+import hashlib
+import os
+import sys
+import sysconfig
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from samq.errors import ToolError
+from samq.records import Toolchain
+
+PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
+
+
+def find_toolchain() -> Toolchain:
+    """Find llama.cpp's programs; raises ToolError that names what is missing and how to get it."""
+    own = os.environ.get("SAMQ_LLAMA_CPP")
+    return _inspect(Path(own).absolute() if own else None)
+
+
+@lru_cache
+def _inspect(own: Path | None) -> Toolchain:
+    if own:
+        roots = (own, own / "build")
+        advice = "point SAMQ_LLAMA_CPP at a folder with bin/llama-quantize, or unset it"
+        converters = (own, own.parent, own / "share" / "llama.cpp")
+    else:
+        roots = (Path(sysconfig.get_path("platlib")),)
+        advice = "run `make setup`, or set SAMQ_LLAMA_CPP to a build of llama.cpp"
+        converters = (Path(sys.prefix) / "share" / "llama.cpp",)
+    root = next(
+        (root for root in roots if (root / "bin" / PROGRAMS[0]).is_file()), roots[0]
+    )
+    for name in PROGRAMS:
+        if not os.access(root / "bin" / name, os.X_OK):
+            raise ToolError(f"{name} is not in {root / 'bin'}; {advice}")
+    libraries = root / "lib" if (root / "lib").is_dir() else root / "bin"
+    scripts = (folder / "convert_hf_to_gguf.py" for folder in converters)
+    return Toolchain(
+        version="user build" if own else version("llama-cpp-python"),
+        build=_fingerprint(root / "bin", libraries),
+        bin_folder=root / "bin",
+        lib_folder=libraries,
+        converter=next((script for script in scripts if script.is_file()), None),
+    )
+
+
+def _fingerprint(programs: Path, libraries: Path) -> str:
+    """First 12 hex digits of SHA-256 over the programs and the libraries that decide what they write."""
+    whole = hashlib.sha256()
+    for path in [
+        *(programs / name for name in PROGRAMS),
+        *sorted(libraries.glob("lib*.so")),
+    ]:
+        if path.name.startswith(
+            ("llama-", "libllama.", "libllama-common.", "libllama-quantize", "libggml")
+        ):
+            whole.update(
+                path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest()
+            )
+    return whole.hexdigest()[:12]
+
+
+def program(toolchain: Toolchain, name: str) -> Path:
+    """Path of one of the programs."""
+    return toolchain.bin_folder / name
+
+
+def environment(toolchain: Toolchain) -> dict[str, str]:
+    """What the programs need in their environment: where their libraries are."""
+    if toolchain.lib_folder is None:
+        return {}
+    inherited = os.environ.get("LD_LIBRARY_PATH")
+    return {
+        "LD_LIBRARY_PATH": os.pathsep.join(
+            [str(toolchain.lib_folder), *([inherited] if inherited else [])]
+        )
+    }

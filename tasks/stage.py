@@ -1,0 +1,149 @@
+"""What every stage has in common: cached by content in the store and in Prefect, retried for transient faults only.
+
+A stage is a function `make(folder, **inputs)` that writes its files into `folder`. Its key is a digest of the stage's
+name and version, the versions of the packages that shape its output, and the content of its inputs: records by their
+digest, artifacts by their files. A path or a time never enters a key.
+"""
+
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import CachePolicy
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from pydantic import BaseModel
+
+from samq.errors import SamqError
+from samq.records import Record, digest_of
+from samq.store import Artifact, Store
+
+log = logging.getLogger("samq.stage")
+
+# Inputs that say where or how long, not what.
+NOT_IDENTITY = frozenset({"store", "timeout_s"})
+
+
+def identity(value: Any) -> Any:
+    """A JSON-like stand-in for a value that is equal exactly when the content is; TypeError for what has no such."""
+    match value:
+        case Record() | Artifact():
+            return value.digest()
+        case BaseModel():
+            return value.model_dump(mode="json")
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return [identity(item) for item in value]
+        case dict():
+            return {str(key): identity(item) for key, item in value.items()}
+        case _:
+            raise TypeError(f"{type(value).__name__} has no content to key a cache by; pass a record or an artifact")
+
+
+@dataclass
+class ContentCache(CachePolicy):
+    """Key of one stage's task run; while the store has the artifact whole, the same inputs give the same key."""
+
+    stage: str = ""
+    version: int = 1
+    packages: tuple[str, ...] = ()
+
+    def artifact_key(self, inputs: dict[str, Any]) -> str:
+        """The store's key for these inputs."""
+        return digest_of(
+            {
+                "stage": self.stage,
+                "version": self.version,
+                "packages": {name: package_version(name) for name in self.packages},
+                "inputs": {name: identity(value) for name, value in inputs.items() if name not in NOT_IDENTITY},
+            }
+        )
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],
+        **kwargs: Any,
+    ) -> str:
+        """Prefect's key: the store's, and which making of that artifact the cached reference would refer to."""
+        key, store = self.artifact_key(inputs), Store(inputs["store"])
+        made = digest_of([str(store.root), store.incarnation(self.stage, key)])
+        return f"{self.stage}-{key}-{made[:16]}"
+
+
+def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again may help: a network or file-system hiccup, and nothing a person has to put right."""
+    try:
+        state.result()
+    except SamqError:
+        return False
+    except (ConnectionError, TimeoutError, InterruptedError, BlockingIOError):
+        return True
+    except BaseException:
+        return False
+    return False
+
+
+def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:
+    """Tell the terminal how a task ended."""
+    took = (run.end_time or run.start_time) and f"{run.total_run_time.total_seconds():.1f} s"
+    log.info("%s: %s", run.name, "cached" if state.name == "Cached" else f"{state.name.lower()}, {took}")
+
+
+def stage(
+    name: str, *, version: int, run_name: str, packages: tuple[str, ...] = (), retries: int = 2
+) -> Callable[[Callable[..., None]], Task[..., Artifact]]:
+    """Decorate `make(folder, **inputs)` into a Prefect task `(store, **inputs) -> Artifact`."""
+    policy = ContentCache(stage=name, version=version, packages=packages)
+
+    def decorate(make: Callable[..., None]) -> Task[..., Artifact]:
+        signature = inspect.signature(make)
+        _, *inputs = signature.parameters.values()
+        outer = inspect.Parameter("store", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Path)
+
+        @functools.wraps(make)
+        def body(*args: Any, **kwargs: Any) -> Artifact:
+            bound = body.__signature__.bind(*args, **kwargs)  # type: ignore[attr-defined]
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+            key = policy.artifact_key(arguments)
+            store = Store(arguments.pop("store"))
+            artifact = store.find(name, key)
+            if artifact is None:  # also when Prefect has forgotten what the store still has
+                started = time.monotonic()
+                with store.publish(name, key) as folder:
+                    make(folder, **arguments)
+                artifact = store.find(name, key)
+                log.debug("%s %s took %.1f s", name, key[:12], time.monotonic() - started)
+            assert artifact is not None, "an artifact just published is there"
+            return artifact
+
+        body.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[outer, *inputs], return_annotation=Artifact
+        )
+        body.__annotations__ = {**make.__annotations__, "store": Path, "return": Artifact}
+        body.__annotations__.pop("folder", None)
+        return Task(
+            body,
+            name=name,
+            task_run_name=run_name,
+            cache_policy=policy,
+            persist_result=True,
+            result_serializer="json",
+            retries=retries,
+            retry_delay_seconds=[5.0, 60.0][:retries],
+            retry_condition_fn=is_transient,
+            on_completion=[announce],
+            on_failure=[announce],
+        )
+
+    return decorate

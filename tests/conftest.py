@@ -1,0 +1,60 @@
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from samq.toolchain import find_toolchain
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def toolchain():
+    return find_toolchain()
+
+
+def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=64, tied=False, seed=0) -> Path:
+    """A Llama without a tokenizer, with random weights: all that llama-quantize looks at."""
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocabulary)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+
+    def add(name, *shape):
+        dtype = np.float32 if len(shape) == 1 else np.float16
+        writer.add_tensor(name, random.normal(0, 0.02, shape).astype(dtype))
+
+    add("token_embd.weight", vocabulary, width)
+    for block in range(blocks):
+        add(f"blk.{block}.attn_norm.weight", width)
+        add(f"blk.{block}.attn_q.weight", width, width)
+        add(f"blk.{block}.attn_k.weight", width // 2, width)
+        add(f"blk.{block}.attn_v.weight", width // 2, width)
+        add(f"blk.{block}.attn_output.weight", width, width)
+        add(f"blk.{block}.ffn_norm.weight", width)
+        add(f"blk.{block}.ffn_gate.weight", hidden, width)
+        add(f"blk.{block}.ffn_up.weight", hidden, width)
+        add(f"blk.{block}.ffn_down.weight", width, hidden)
+    add("output_norm.weight", width)
+    if not tied:
+        add("output.weight", vocabulary, width)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory):
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-f16.gguf")

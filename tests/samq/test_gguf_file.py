@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from samq.errors import SamqError
+from samq.gguf_file import gguf_names, read_metadata, read_tensors, read_weights
+
+
+def test_tensors_have_torch_shapes(tiny_gguf):
+    tensor = read_tensors(tiny_gguf)["blk.0.ffn_down.weight"]
+    assert (tensor.shape, tensor.type, tensor.bytes) == ((256, 512), "F16", 2 * 256 * 512)
+    assert (tensor.row_length, tensor.weights) == (512, 256 * 512)
+
+
+def test_weights_come_back_as_written(tiny_gguf):
+    weights = read_weights(tiny_gguf, "blk.1.attn_k.weight")
+    assert (weights.shape, weights.dtype) == ((128, 256), np.float32)
+    assert 0.015 < weights.std() < 0.025
+    with pytest.raises(SamqError, match="has no tensor nothing"):
+        read_weights(tiny_gguf, "nothing")
+
+
+def test_hugging_face_names_become_gguf_names(tiny_gguf):
+    name = gguf_names(read_metadata(tiny_gguf))
+    assert name("model.layers.1.mlp.down_proj.weight") == "blk.1.ffn_down.weight"
+    assert name("model.embed_tokens.weight") == "token_embd.weight"
+    assert name("lm_head.weight") == "output.weight"
+    assert name("model.layers.2.mlp.down_proj.weight") is None
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000, -1])
+def test_a_damaged_file_is_one_sentence(tiny_gguf, tmp_path, size):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_gguf.read_bytes()[:size])
+    with pytest.raises(SamqError, match=r"cut\.gguf is not a whole GGUF file"):
+        read_tensors(cut)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path):
+    with pytest.raises(SamqError, match="there is no GGUF file at"):
+        read_tensors(tmp_path / "nothing.gguf")

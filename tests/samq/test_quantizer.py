@@ -1,0 +1,132 @@
+import os
+
+import pytest
+
+from samq.allocation import Target, full_plan, stock_plan
+from samq.errors import SamqError, ToolError
+from samq.formats import TYPES, fallback
+from samq.gguf_file import file_sha256, read_metadata, read_tensors, read_weights
+from samq.quantizer import audit, convert, mixture_types, planned_bytes, quantizable_tensors, quantize
+from samq.records import ModelSource
+from tests.conftest import write_tiny_gguf
+
+SMALL_TYPES = [name for name in TYPES if not name.startswith(("IQ1", "IQ2", "IQ3", "TQ"))]
+
+
+def make(target, plan, folder, **arguments):
+    folder.mkdir()
+    return quantize(target.gguf, plan, folder, target.toolchain, provenance={"model": "tiny"}, **arguments)
+
+
+@pytest.fixture(scope="module")
+def target(tiny_gguf, toolchain):
+    return Target.open(tiny_gguf, toolchain)
+
+
+def test_quantizable_tensors_are_the_2d_weights(target):
+    assert set(target.quantizable) == {name for name, tensor in target.tensors.items() if len(tensor.shape) == 2}
+
+
+def test_a_stock_plan_names_the_types_that_llama_quantize_chooses(target, tmp_path):
+    plan = stock_plan(target, "q4_k_m")
+    assert plan.types["output.weight"] == "Q6_K"
+    assert plan.types["blk.0.attn_q.weight"] == "Q4_K"
+    model = make(target, plan, tmp_path / "out")
+    assert model.types.items() >= plan.types.items()
+    tensors = read_tensors(tmp_path / "out" / model.file)
+    assert sum(tensor.bytes for tensor in tensors.values()) == plan.tensor_bytes
+
+
+@pytest.mark.parametrize("name", SMALL_TYPES)
+@pytest.mark.parametrize("width", [256, 96])
+def test_predicted_types_and_bytes_are_what_llama_quantize_writes(toolchain, tmp_path, name, width):
+    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=width, hidden=2 * width), toolchain)
+    types = {tensor.name: fallback(name, tensor.row_length) for tensor in target.quantizable.values()}
+    plan = stock_plan(target, "Q4_K_M").model_copy(
+        update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}
+    )
+    make(target, plan, tmp_path / "out")  # its audit fails on any type or byte that differs
+
+
+def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
+    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
+    _, substitutions = mixture_types(target.gguf, "Q4_K_M", toolchain)
+    swap = substitutions["blk.0.attn_q.weight"]
+    assert (swap.requested, swap.used, swap.reason) == ("Q4_K", "Q5_0", "rows of 96 are not a multiple of 256")
+
+
+def test_the_same_plan_gives_the_same_bytes_and_carries_its_provenance(target, tmp_path):
+    plan = stock_plan(target, "Q5_K_M")
+    first, second = (make(target, plan, tmp_path / name) for name in ("one", "two"))
+    assert first == second
+    assert first.sha256 == file_sha256(tmp_path / "two" / second.file)
+    metadata = read_metadata(tmp_path / "one" / first.file)
+    assert metadata["samq.plan"] == plan.digest()
+    assert metadata["samq.model"] == "tiny"
+
+
+def test_a_plan_of_full_precision_changes_no_weight(target, tmp_path):
+    make(target, full_plan(target), tmp_path / "out")
+    for name in target.tensors:
+        assert (read_weights(tmp_path / "out" / "model.gguf", name) == read_weights(target.gguf, name)).all()
+
+
+def test_the_audit_finds_a_drifted_type_and_another_plans_file(target, tmp_path):
+    plan = stock_plan(target, "Q4_K_M")
+    make(target, plan, tmp_path / "out")
+    gguf = tmp_path / "out" / "model.gguf"
+    drifted = plan.model_copy(update={"types": {**plan.types, "blk.1.attn_k.weight": "Q6_K"}})
+    with pytest.raises(ToolError, match=r"1 tensors of model\.gguf drifted .*blk\.1\.attn_k\.weight first: Q4_K instead of Q6_K"):
+        audit(gguf, drifted)
+    with pytest.raises(ToolError, match="tensor bytes and plan"):
+        audit(gguf, plan.model_copy(update={"tensor_bytes": 1}))
+    with pytest.raises(ToolError, match="was made from plan"):
+        audit(gguf, plan.model_copy(update={"name": "other"}))
+    with pytest.raises(ToolError, match="lacks 1 tensors"):
+        audit(gguf, plan.model_copy(update={"types": {**plan.types, "blk.9.attn_k.weight": "Q6_K"}}))
+
+
+def test_a_type_that_needs_an_importance_matrix_fails_with_the_programs_words(target, tmp_path):
+    plan = stock_plan(target, "Q4_K_M")
+    types = {**plan.types, "blk.0.ffn_up.weight": "IQ2_XXS"}
+    plan = plan.model_copy(update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)})
+    with pytest.raises(ToolError, match=r"llama-quantize failed with exit code 1: .*quantize\.log"):
+        make(target, plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.gguf").exists()
+
+
+def test_a_full_disk_is_found_before_the_work(target, tmp_path):
+    plan = stock_plan(target, "Q4_K_M").model_copy(update={"tensor_bytes": 10**18})
+    with pytest.raises(SamqError, match=r"bytes free and Q4_K_M needs 1,020,000,0"):
+        make(target, plan, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_provenance_too_long_for_llama_cpp_is_refused(target, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SamqError, match=r"provenance samq\.model is longer than 127 bytes"):
+        quantize(
+            target.gguf, stock_plan(target, "Q8_0"), tmp_path / "out", target.toolchain, provenance={"model": "x" * 128}
+        )
+
+
+def test_converting_a_full_precision_gguf_keeps_its_bytes_and_a_quantized_one_is_dequantized(target, tmp_path):
+    def source(path):
+        return ModelSource(name="tiny", weights_digest="w", tokenizer_digest="t", gguf=path)
+
+    for name in ("same", "dequantized"):
+        (tmp_path / name).mkdir()
+    same = convert(source(target.gguf), tmp_path / "same", target.toolchain)
+    assert file_sha256(same) == target.sha256
+    make(target, stock_plan(target, "Q8_0"), tmp_path / "q8")
+    back = convert(source(tmp_path / "q8" / "model.gguf"), tmp_path / "dequantized", target.toolchain)
+    assert {tensor.type for tensor in read_tensors(back).values()} == {"F16", "F32"}
+    assert set(quantizable_tensors(back, target.toolchain)) == set(target.quantizable)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_one_sentence(target, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(SamqError):
+        quantize(target.gguf, stock_plan(target, "Q8_0"), folder, target.toolchain, provenance={})

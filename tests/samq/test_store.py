@@ -1,0 +1,119 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from samq.errors import SamqError
+from samq.store import MANIFEST, Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def publish(store, key="k" * 64, text="hello"):
+    with store.publish("stage", key) as folder:
+        (folder / "file.txt").write_text(text)
+    artifact = store.find("stage", key)
+    assert artifact is not None
+    return artifact
+
+
+def test_published_artifact_is_found_with_its_files(store):
+    artifact = publish(store)
+    assert artifact.path("file.txt").read_text() == "hello"
+    assert list(store.artifacts()) == [artifact]
+
+
+def test_digest_depends_on_content_and_not_on_the_key(store):
+    assert publish(store, "a").digest() == publish(store, "b").digest()
+    assert publish(store, "c", "other").digest() != publish(store, "a").digest()
+
+
+def test_an_unknown_file_of_an_artifact_is_an_error(store):
+    with pytest.raises(SamqError, match=r"has no file nothing\.txt; it has file\.txt"):
+        publish(store).path("nothing.txt")
+
+
+@pytest.mark.parametrize(
+    "damage", ["delete", "truncate", "alter", "manifest", "manifest-gone"]
+)
+def test_a_damaged_artifact_is_not_found_and_is_removed(store, damage):
+    artifact = publish(store)
+    path = artifact.path("file.txt")
+    match damage:
+        case "delete":
+            path.unlink()
+        case "truncate":
+            path.write_text("hel")
+        case "alter":
+            path.write_text("jello")
+        case "manifest":
+            (artifact.folder / MANIFEST).write_text("{}")
+        case "manifest-gone":
+            (artifact.folder / MANIFEST).unlink()
+    assert store.find("stage", artifact.key) is None
+    assert not artifact.folder.exists()
+
+
+def test_a_touched_but_unaltered_file_is_still_whole(store):
+    artifact = publish(store)
+    os.utime(artifact.path("file.txt"))
+    assert store.find("stage", artifact.key) == artifact
+
+
+def test_thorough_find_sees_an_alteration_that_keeps_size_and_time(store):
+    artifact = publish(store)
+    path = artifact.path("file.txt")
+    times = path.stat()
+    path.write_text("jello")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert store.find("stage", artifact.key, thorough=True) is None
+
+
+def test_a_failed_stage_publishes_nothing(store):
+    with pytest.raises(ZeroDivisionError), store.publish("stage", "k") as folder:
+        (folder / "file.txt").write_text("half")
+        raise ZeroDivisionError
+    assert store.find("stage", "k") is None
+    assert list((store.root / ".tmp").iterdir()) == []
+
+
+def test_publishing_a_key_again_replaces_it(store):
+    publish(store, text="old")
+    assert publish(store, text="new").path("file.txt").read_text() == "new"
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_live_work_is_not(store):
+    code = f"""
+import os, signal
+from pathlib import Path
+from samq.store import Store
+with Store(Path({str(store.root)!r})).publish("stage", "k") as folder:
+    (folder / "file.txt").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert any((store.root / ".tmp").iterdir())
+    with store.publish("stage", "live") as folder:
+        Store(store.root)
+        assert [path for path in (store.root / ".tmp").iterdir() if path.is_dir()] == [
+            folder
+        ]
+    assert store.find("stage", "k") is None
+
+
+def test_prune_removes_what_was_not_used(store):
+    artifact = publish(store)
+    assert store.prune(older_than_days=1) == 0
+    os.utime(artifact.folder / MANIFEST, (0, 0))
+    assert store.prune(older_than_days=1) == 5
+    assert store.find("stage", artifact.key) is None
+
+
+def test_a_store_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SamqError, match="cannot use the store"):
+        Store(tmp_path / "file" / "store")

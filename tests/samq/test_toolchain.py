@@ -1,0 +1,36 @@
+import pytest
+
+from samq.errors import ToolError
+from samq.process import run
+from samq.toolchain import PROGRAMS, environment, find_toolchain, program
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_starts(toolchain, tmp_path, name):
+    flag = "--help" if name in ("llama-quantize", "llama-bench") else "--version"
+    command = ["sh", "-c", f"{program(toolchain, name)} {flag} || true"]
+    text = run(command, log=tmp_path / "log", timeout_s=60, env=environment(toolchain))
+    assert "usage" in text or "version" in text
+
+
+def test_the_converter_of_the_same_source_is_there(toolchain):
+    assert toolchain.converter is not None
+    assert (toolchain.converter.parent / "conversion").is_dir()
+
+
+def test_a_users_own_build_is_used(toolchain, monkeypatch, tmp_path):
+    own = tmp_path / "llama.cpp"
+    (own / "build").mkdir(parents=True)
+    (own / "build" / "bin").symlink_to(toolchain.bin_folder)
+    (own / "build" / "lib").symlink_to(toolchain.lib_folder)
+    (own / "convert_hf_to_gguf.py").write_text("")
+    monkeypatch.setenv("SAMQ_LLAMA_CPP", str(own))
+    found = find_toolchain()
+    assert (found.version, found.build) == ("user build", toolchain.build)
+    assert found.converter == own / "convert_hf_to_gguf.py"
+
+
+def test_a_missing_program_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAMQ_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(ToolError, match=r"llama-quantize is not in .*; point SAMQ_LLAMA_CPP"):
+        find_toolchain()
