@@ -50,10 +50,7 @@ def convert(
     log = folder / "convert.log"
     if source.gguf:
         if _is_full_precision(source.gguf):
-            try:
-                os.link(source.gguf, target)
-            except OSError:
-                shutil.copyfile(source.gguf, target)
+            link_or_copy(source.gguf, target)
         else:
             command = [
                 program(toolchain, "llama-quantize"),
@@ -105,6 +102,14 @@ def convert(
             ) from error
         raise
     return target
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Give a file a second name; where file systems do not allow that, copy it."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def _is_full_precision(gguf: Path) -> bool:
@@ -244,7 +249,6 @@ def quantize(
         )
     )
     metadata = {
-        "samq.version": __version__,
         "samq.plan": plan.digest(),
         "samq.policy": plan.policy,
     }
@@ -290,6 +294,21 @@ def quantize(
         plan_digest=plan.digest(),
         types=actual,
         metadata=metadata,
+    )
+
+
+def as_is(gguf: Path, sha256: str, plan: Plan) -> QuantizedModel:
+    """Describe a file that is its own plan: the full-precision baseline."""
+    return QuantizedModel(
+        name=plan.name,
+        file=gguf.name,
+        sha256=sha256,
+        file_bytes=gguf.stat().st_size,
+        tensor_bytes=plan.tensor_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        plan_digest=plan.digest(),
+        types=audit(gguf, plan),
+        metadata={},
     )
 
 

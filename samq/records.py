@@ -128,6 +128,15 @@ class Toolchain(Record):
     converter: Path | None = Field(default=None, description="convert_hf_to_gguf.py")
 
 
+class TextSet(Record):
+    """Texts as read from a dataset, before any tokenizer has seen them."""
+
+    SCHEMA: ClassVar[str] = "samq.text-set/1"
+
+    dataset: str = Field(description="as the user named it: humaneval, a file, or a hub id")
+    texts: tuple[str, ...]
+
+
 class CalibrationSet(Record):
     """Which text, cut how, into which tokens. The token ids lie beside it in `tokens.npz`."""
 
@@ -161,9 +170,10 @@ class TensorSensitivity(BaseModel):
     score: float = Field(
         description="gradient norm over the largest of the model: 0..1"
     )
-    mean_squared_gradient: float | None = Field(
+    fisher: float | None = Field(
         default=None,
-        description="E[g^2] averaged over the weights, nats^2; the blocks lie in fisher.safetensors",
+        description="mean over the weights of the Fisher information: squared gradients of sequences' summed losses over "
+        "all label tokens, nats per token per squared weight; the blocks lie in fisher.safetensors",
     )
 
 
@@ -184,7 +194,7 @@ class SensitivityMap(Record):
     tied_embeddings: bool
     block_weights: int | None = Field(
         default=None,
-        description="weights of a row averaged into one E[g^2]; None: absent",
+        description="weights of a row averaged into one fisher block; None: absent",
     )
     tensors: dict[str, TensorSensitivity]
 

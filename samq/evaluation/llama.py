@@ -56,7 +56,7 @@ def captured_log(*, errors_only: bool = False) -> Iterator[Callable[[], list[str
     try:
         yield lambda: "".join(pieces).splitlines()
     finally:
-        _captures.remove(capture)
+        _captures[:] = [other for other in _captures if other is not capture]
 
 
 def default_threads() -> int:

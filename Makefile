@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all a newcomer needs: each sets everything up first (8 minutes, once).
+.DEFAULT_GOAL := help
+.PHONY: help setup ready demo test test-fast check format ui up clean
+BIN := .venv/bin
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: ## virtual environment, pinned packages, llama.cpp with its programs
+	@scripts/setup.sh --again
+
+ready: # as setup, but nothing to do takes half a second
+	@scripts/setup.sh
+
+demo: ready ## re-quantize SmolLM2-135M on HumanEval, measure and track everything
+	@$(BIN)/samq demo
+
+test: ready ## all tests, the fast ones first
+	$(BIN)/pytest -m "not e2e"
+	$(BIN)/pytest -m e2e
+
+test-fast: ready ## the fast tests only
+	$(BIN)/pytest -m "not e2e"
+
+check: ready ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: ready ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: ready ## serve MLflow's and Prefect's pages here
+	@$(BIN)/samq ui
+
+up: ready ## MLflow, Prefect's server and a worker here, with the deployments of prefect.yaml
+	@$(BIN)/samq up
+
+clean: ## forget all that was built and measured (.samq), but not the set-up (.venv)
+	rm -rf .samq

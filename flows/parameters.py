@@ -1,0 +1,103 @@
+"""What a person may ask of the re-quantization flow: one pydantic model, a form in Prefect's page, a YAML file."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from samq.allocation import ThresholdPolicy
+from samq.datasets import DatasetSpec
+from samq.errors import SamqError
+from samq.evaluation.settings import EvaluationSettings
+from samq.formats import check_mixture
+from samq.report import SelectionRule
+
+
+class Parameters(BaseModel):
+    """Shared by every block of parameters: unknown names are refused, not ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelParameters(Parameters):
+    """Which model, and in which full precision it is the baseline."""
+
+    source: str = Field(
+        description="hub id, folder in Hugging Face's layout, GGUF file, or package:<module>/<file> of an installed package"
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
+    hf_folder: Path | None = Field(default=None, description="tokenizer and configuration for a GGUF source")
+    precision: str = Field(default="F16", pattern="^(F16|BF16)$", description="of the baseline GGUF")
+    dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$", description="torch's, for gradients")
+    device: str = Field(default="auto", description="auto (all GPUs, else the CPU), cpu, or cuda:0")
+
+
+class CalibrationParameters(Parameters):
+    """Which text the sensitivities and the importance matrix are measured on."""
+
+    dataset: DatasetSpec
+    sequence_tokens: int = Field(default=512, ge=2, description="longest sequence; longer text is cut")
+    packing: bool = Field(default=False, description="cut long text into consecutive sequences instead of one a sample")
+    batch_size: int = Field(default=1, ge=1, description="sequences a forward and backward pass")
+    seed: int = 0
+    imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
+
+
+class CandidateParameters(Parameters):
+    """Which GGUFs to build and compare."""
+
+    stock: tuple[str, ...] = Field(default=("Q4_K_M",), description="llama-quantize's mixtures, as they are")
+    thresholds: tuple[float | str, ...] = Field(
+        default=(), description="scores above which a block keeps its bits: 0.35, or a quantile of the scores: q0.75"
+    )
+    proposed_thresholds: int = Field(default=4, ge=0, description="how many thresholds to choose where the plan changes")
+    policy: ThresholdPolicy = ThresholdPolicy()
+
+    @field_validator("stock")
+    @classmethod
+    def _known_mixtures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_mixture(name) for name in names)
+
+
+class TrackingParameters(Parameters):
+    """Where results go."""
+
+    uri: str | None = Field(default=None, description="MLflow's tracking URI; default: SQLite in the SAMQ folder")
+    experiment: str = "samq"
+    registered_model: str | None = Field(default=None, description="register the best candidate under this name")
+
+
+class RequantizeParameters(Parameters):
+    """One run of the re-quantization flow."""
+
+    name: str = Field(default="requantize", pattern=r"^[\w.-]+$", description="name of the run")
+    model: ModelParameters
+    calibration: CalibrationParameters
+    heldout: DatasetSpec = Field(description="text that fidelity is measured on; must not overlap the calibration's")
+    candidates: CandidateParameters = CandidateParameters()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    selection: SelectionRule = SelectionRule()
+    tracking: TrackingParameters = TrackingParameters()
+    timeout_s: float = Field(default=6 * 3600, gt=0, description="limit of each program that llama.cpp runs")
+
+
+def load_parameters(path: Path) -> RequantizeParameters:
+    """Read a YAML file; raises SamqError that names the field at fault."""
+    try:
+        fields: Any = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SamqError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise SamqError(f"{path} is not YAML: {str(error).splitlines()[0]}; see deployments/parameters/") from error
+    try:
+        return RequantizeParameters.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise SamqError(f"{path}: {where}: {first['msg']}; see deployments/parameters/ for annotated examples") from error
+
+
+def read_parameters(path: str) -> dict[str, Any]:
+    """A build step for prefect.yaml: the validated file, as the deployment's `parameters`."""
+    return {"parameters": load_parameters(Path(path)).model_dump(mode="json", exclude_defaults=True)}

@@ -1,0 +1,388 @@
+"""The command line: `samq demo`, `samq requantize`, and each stage by itself on files."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.logging import RichHandler
+from rich.table import Table
+
+from samq import __version__
+from samq.errors import SamqError
+from samq.home import home, store_folder
+from samq.progress import bar, console
+
+if TYPE_CHECKING:
+    from flows.requantize import Sweep
+    from samq.store import Artifact
+
+app = typer.Typer(
+    help="Sensitivity-aware mixed quantization: the best GGUF that fits a memory budget, measured and tracked.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="hub id, Hugging Face folder, GGUF file, or package:<module>/<file>")
+]
+HfFolder = Annotated[Path | None, typer.Option(help="tokenizer and configuration for a GGUF without them")]
+Dataset = Annotated[str, typer.Option(help="humaneval, gsm8k, ..., a .jsonl/.parquet/.txt file, or a hub dataset's id")]
+Fields = Annotated[list[str] | None, typer.Option("--field", help="field(s) that hold the text, joined in order")]
+FullGguf = Annotated[Path, typer.Option("--gguf", help="the full-precision GGUF")]
+Imatrix = Annotated[Path | None, typer.Option(help="importance matrix of llama-imatrix")]
+TIMEOUT_S = 6 * 3600.0
+PROJECT = Path(__file__).parent.parent  # the checkout: prefect.yaml and deployments/ lie there
+
+
+def main() -> None:
+    """Entry point: an error that a person can act on is one sentence and exit code 2."""
+    try:
+        app()
+    except SamqError as error:
+        console.print(f"samq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _start(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _prepare_prefect() -> None:
+    """Keep Prefect's data in the SAMQ folder unless the user has a server or home of their own, and the terminal calm."""
+    import logging
+
+    if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
+        os.environ["PREFECT_HOME"] = str(home() / "prefect")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X")
+    stages = logging.getLogger("samq")
+    stages.addHandler(handler)
+    stages.setLevel(logging.INFO)
+
+
+@app.command()
+def demo(
+    config: Annotated[Path | None, typer.Option(help="other parameters than the demo's own")] = None,
+) -> None:
+    """Re-quantize SmolLM2-135M-Instruct on HumanEval: baseline, Q4_K_M and a sweep of thresholds, in minutes."""
+    requantize(config or PROJECT / "deployments" / "parameters" / "demo.yaml")
+
+
+@app.command()
+def requantize(config: Annotated[Path, typer.Option(help="YAML file; see deployments/parameters/")]) -> None:
+    """Convert, calibrate, plan, quantize, evaluate, track: the whole flow, as the file says."""
+    _prepare_prefect()
+    from flows.parameters import load_parameters
+
+    parameters = load_parameters(config)
+    with console.status("starting Prefect"):
+        from flows.requantize import requantize as flow
+    _show(flow(parameters))
+
+
+def _show(sweep: "Sweep") -> None:
+    from samq.report import terminal_table
+
+    typer.echo()
+    console.print(terminal_table(sweep.results, sweep.failures, sweep.best))
+    for failure in sweep.failures:
+        console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
+    for line in sweep.tracked.summary():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="the sensitivity map to write (JSON)")],
+    dataset: Dataset = "humaneval",
+    samples: Annotated[int, typer.Option(min=1)] = 32,
+    field: Fields = None,
+    split: str | None = None,
+    sequence_tokens: Annotated[int, typer.Option(min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: str = "float32",
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    hf_folder: HfFolder = None,
+) -> None:
+    """Measure how much each weight tensor matters: gradient norms on calibration text."""
+    _prepare_prefect()
+    from samq.datasets import DatasetSpec, load_texts
+    from samq.model import describe_source
+    from samq.records import SensitivityMap, TextSet
+    from samq.toolchain import find_toolchain
+    from tasks.calibrate import MAP_NAME
+    from tasks.calibrate import calibrate as calibrate_stage
+    from tasks.convert import convert
+    from tasks.text import tokenize
+
+    _check_output(out)
+    spec = DatasetSpec(name=dataset, samples=samples, fields=tuple(field or ()), split=split, seed=seed)
+    source = describe_source(model, revision=revision, hf_folder=hf_folder)
+    text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+    # A stage's function without Prefect: the same store, the same keys, no server.
+    full = convert.fn(store_folder(), source, find_toolchain(), "F16", TIMEOUT_S)
+    tokens = tokenize.fn(store_folder(), source, text, sequence_tokens, False, seed)
+    made = calibrate_stage.fn(store_folder(), source, full, tokens, batch_size, dtype, device, seed)
+    sensitivity = SensitivityMap.load(made.path(MAP_NAME))
+    sensitivity.save(out)
+    table = Table("tensor", "gradient norm", "score", title=f"{len(sensitivity.tensors)} tensors, the ten highest scores")
+    for name, tensor in sorted(sensitivity.tensors.items(), key=lambda item: -item[1].score)[:10]:
+        norm = f"{tensor.gradient_norm:.4g} ± {tensor.gradient_norm_stderr:.2g}"
+        table.add_row(name, norm, f"{tensor.score:.4f}")
+    console.print(table)
+    console.print(f"{out}\nfull-precision GGUF: {full.path('model.gguf')}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    map: Annotated[Path, typer.Option(help="sensitivity map of `samq calibrate`")],
+    gguf: FullGguf,
+    out: Annotated[Path | None, typer.Option(help="the plan to write (JSON)")] = None,
+    threshold: Annotated[str, typer.Option(help="a score in 0..1, or a quantile such as q0.75")] = "0.85",
+    keep: str = "Q8_0",
+    base: Annotated[str, typer.Option(help="type or llama-quantize mixture of the rest")] = "Q4_K_M",
+    grouping: Annotated[str, typer.Option(help="block or tensor")] = "block",
+    imatrix: Imatrix = None,
+) -> None:
+    """Give each tensor a type: what scores above the threshold keeps its bits. Says where the plan would change."""
+    from samq.allocation import Target, ThresholdPolicy, change_points, propose_thresholds, threshold_plan
+    from samq.records import SensitivityMap
+    from samq.toolchain import find_toolchain
+
+    if grouping not in ("block", "tensor"):
+        raise SamqError(f"--grouping {grouping} is neither block nor tensor; choose one of them")
+    policy = ThresholdPolicy(keep=keep, base=base, grouping=grouping)  # type: ignore[arg-type]
+    sensitivity = SensitivityMap.load(map)
+    target = Target.open(gguf, find_toolchain(), imatrix)
+    made = threshold_plan(target, sensitivity, _number(threshold), policy)
+    kept, groups = made.parameters["kept_tensors"], made.parameters["kept_groups"]
+    console.print(
+        f"threshold {made.parameters['threshold']:.4g} keeps {kept} of {len(made.types)} tensors "
+        f"({groups} {'blocks or single tensors' if grouping == 'block' else 'tensors'}) at {keep}: "
+        f"{made.tensor_bytes / 1e6:.1f} MB, {made.bits_per_weight:.2f} bits per weight",
+        highlight=False,
+    )
+    if made.substitutions:
+        console.print(f"{len(made.substitutions)} tensors take another type than asked for: their rows do not allow it")
+    points = change_points(sensitivity, target.quantizable, grouping)
+    table = Table("threshold", "kept", "MB", "bits per weight", title=f"{len(points)} thresholds change the plan; e.g.")
+    for cut in propose_thresholds(target, sensitivity, policy, 6):
+        other = threshold_plan(target, sensitivity, cut, policy)
+        size = f"{other.tensor_bytes / 1e6:.1f}"
+        table.add_row(f"{cut:g}", str(other.parameters["kept_tensors"]), size, f"{other.bits_per_weight:.2f}")
+    console.print(table)
+    if out:
+        _check_output(out)
+        made.save(out)
+        console.print(str(out), highlight=False)
+
+
+@app.command()
+def quantize(
+    gguf: FullGguf,
+    plan: Annotated[Path, typer.Option(help="plan of `samq plan`")],
+    out: Annotated[Path, typer.Option(help="the GGUF to write")],
+    imatrix: Imatrix = None,
+) -> None:
+    """Write a plan's GGUF by llama-quantize, and check every type and byte of it against the plan."""
+    import tempfile
+
+    from samq import quantizer
+    from samq.gguf_file import file_sha256
+    from samq.records import Plan
+    from samq.toolchain import find_toolchain
+
+    _check_output(out)
+    wanted, toolchain = Plan.load(plan), find_toolchain()
+    if file_sha256(gguf) != wanted.gguf_sha256:
+        raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
+    provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as work, bar(f"quantize {wanted.name}") as progress:
+        model = quantizer.quantize(
+            gguf, wanted, Path(work), toolchain, provenance=provenance, imatrix=imatrix, progress=progress
+        )
+        os.replace(Path(work) / model.file, out)
+    console.print(
+        f"{out}: {model.file_bytes / 1e6:.1f} MB, {model.bits_per_weight:.2f} bits per weight\nsha256 {model.sha256}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def evaluate(
+    gguf: Annotated[Path, typer.Argument(help="the GGUF to measure")],
+    baseline: Annotated[Path, typer.Option(help="the full-precision GGUF it is compared with")],
+    out: Annotated[Path | None, typer.Option(help="folder for evaluation.json and the per-token and per-item tables")] = None,
+    dataset: Annotated[str, typer.Option(help="held-out text: humaneval, a file, a hub dataset's id")] = "humaneval",
+    start: Annotated[int, typer.Option(help="first sample of it", min=0)] = 64,
+    samples: Annotated[int | None, typer.Option(min=1, help="how many samples; default: all")] = None,
+    field: Fields = None,
+    split: str | None = None,
+    context_tokens: Annotated[int, typer.Option(min=16)] = 512,
+    chunks: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Measure fidelity to full precision, JSON compliance, speed and memory of one GGUF."""
+    _prepare_prefect()
+    from samq.datasets import DatasetSpec, load_texts
+    from samq.evaluation.settings import EvaluationSettings
+    from samq.model import describe_source
+    from samq.records import Evaluation, TextSet
+    from samq.toolchain import find_toolchain
+    from tasks.convert import convert
+    from tasks.evaluate import EVALUATION_NAME, baseline as baseline_stage, evaluate as evaluate_stage
+    from tasks.text import heldout
+
+    spec = DatasetSpec(name=dataset, start=start, samples=samples, fields=tuple(field or ()), split=split)
+    text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+    settings = EvaluationSettings(context_tokens=context_tokens, chunks=chunks)
+    store, toolchain = store_folder(), find_toolchain()
+    full = convert.fn(store, describe_source(str(baseline)), toolchain, "F16", TIMEOUT_S)
+    candidate = _adopt(gguf)
+    tokens = heldout.fn(store, full, text)
+    base = baseline_stage.fn(store, full, tokens, settings, TIMEOUT_S)
+    made = evaluate_stage.fn(store, gguf.stem, candidate, tokens, base, settings, TIMEOUT_S)
+    evaluation = Evaluation.load(made.path(EVALUATION_NAME))
+    table = Table("metric", "value", "standard error", "n", title=gguf.name)
+    for name, metric in evaluation.metrics.items():
+        error = "" if metric.stderr is None else f"{metric.stderr:.3g}"
+        table.add_row(name, f"{metric.value:.6g}", error, str(metric.n or ""))
+    console.print(table)
+    for name, reason in evaluation.missing.items():
+        console.print(f"not measured: {name}: {reason}", markup=False)
+    if out:
+        shutil.copytree(made.folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.log", "artifact.json"))
+
+
+@app.command()
+def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
+    """Types, sizes, bits per weight and provenance of a GGUF."""
+    from samq.gguf_file import file_sha256, read_metadata, read_tensors
+
+    tensors, metadata = read_tensors(gguf), read_metadata(gguf)
+    table = Table("type", "tensors", "weights", "MB", "bits per weight", title=str(gguf))
+    for kind in sorted({tensor.type for tensor in tensors.values()}):
+        of_kind = [tensor for tensor in tensors.values() if tensor.type == kind]
+        _add_row(table, kind, sum(t.weights for t in of_kind), sum(t.bytes for t in of_kind), len(of_kind))
+    table.add_section()
+    total_bytes = sum(tensor.bytes for tensor in tensors.values())
+    _add_row(table, "all", sum(tensor.weights for tensor in tensors.values()), total_bytes, len(tensors))
+    console.print(table)
+    for key, value in metadata.items():
+        if key.startswith(("samq.", "general.", "quantize.")):
+            console.print(f"{key} = {value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"sha256 = {file_sha256(gguf)}", highlight=False, soft_wrap=True)
+
+
+def _add_row(table: Table, kind: str, weights: int, size: int, count: int) -> None:
+    table.add_row(kind, str(count), f"{weights:,}", f"{size / 1e6:.2f}", f"{8 * size / weights:.2f}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing, and how to get it."""
+    from samq.doctor import diagnose
+
+    findings = diagnose()
+    table = Table("", "what", "found", "what to do")
+    for finding in findings:
+        table.add_row("ok" if finding.ok else "MISSING", finding.name, finding.found, "" if finding.ok else finding.advice)
+    console.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+    """Serve MLflow's and Prefect's pages on this machine until Ctrl-C."""
+    from samq.services import mlflow_page, prefect_page
+
+    _prepare_prefect()
+    with console.status("starting MLflow and Prefect"), ExitStack() as stack:
+        mlflow = stack.enter_context(mlflow_page(mlflow_port))
+        prefect = stack.enter_context(prefect_page(prefect_port))
+        services = stack.pop_all()
+    with services:
+        console.print(f"MLflow   {mlflow}\nPrefect  {prefect}\nCtrl-C ends both.", highlight=False)
+        _wait_for_signal()
+
+
+@app.command()
+def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+    """Run MLflow, Prefect's server and a worker here, and deploy what prefect.yaml says, until Ctrl-C."""
+    from samq.services import mlflow_page, prefect_page, worker
+
+    _prepare_prefect()
+    with console.status("starting MLflow, Prefect and a worker"), ExitStack() as stack:
+        mlflow = stack.enter_context(mlflow_page(mlflow_port))
+        os.environ["MLFLOW_TRACKING_URI"] = mlflow  # the worker's runs log to the server, not past it
+        prefect = stack.enter_context(prefect_page(prefect_port))
+        stack.enter_context(worker(prefect, PROJECT))
+        services = stack.pop_all()
+    with services:
+        console.print(
+            f"MLflow   {mlflow}\nPrefect  {prefect}\n"
+            f"start the demo: PREFECT_API_URL={prefect}/api prefect deployment run requantize/on-demand\nCtrl-C ends all.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _wait_for_signal()
+
+
+def _wait_for_signal() -> None:
+    """Return at Ctrl-C or SIGTERM."""
+    ended = threading.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: ended.set())
+    ended.wait()
+
+
+def _adopt(gguf: Path) -> "Artifact":
+    """Give a file that was not made here a place in the store, as a stage's output."""
+    from samq.gguf_file import file_sha256, read_tensors
+    from samq.quantizer import GGUF_NAME, link_or_copy
+    from samq.store import Store
+
+    read_tensors(gguf)  # refuses what is no GGUF
+    store, key = Store(store_folder()), file_sha256(gguf)
+    if store.find("adopted", key) is None:
+        with store.publish("adopted", key) as folder:
+            link_or_copy(gguf, folder / GGUF_NAME)
+    artifact = store.find("adopted", key)
+    assert artifact is not None, "just published"
+    return artifact
+
+
+def _number(threshold: str) -> float | str:
+    try:
+        return float(threshold)
+    except ValueError:
+        return threshold
+
+
+def _check_output(path: Path) -> None:
+    """Refuse an output path that cannot be written before hours of work, not after."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise SamqError(f"the folder of {path} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise SamqError(f"{folder} cannot be written to; choose another place for {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What SAMQ finds on this machine, what is missing, and how to get it: `samq doctor`.
+
+Versions are read from the packages' metadata: nothing heavy is imported, and a broken package cannot break the report.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+
+from samq.errors import ToolError
+from samq.home import home, mlflow_uri, store_folder
+from samq.records import Toolchain
+from samq.toolchain import PROGRAMS, environment, find_toolchain, program
+
+PYTHON = (3, 11)
+DISK_BYTES = 3 * 10**9  # the demo's store and MLflow's copies of its tables, with room
+MEMORY_BYTES = 3 * 10**9  # the demo's calibration: under 4 times 0.54 GB of float32 weights, and Python
+START_S = 60.0  # a program's first start reads its libraries from a cold disk
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    `ok` is False only where SAMQ cannot do its work; an optional thing that is absent is ok, and `advice` says what it
+    would be good for. `advice` is empty where there is nothing to do.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Look at everything, required things first; takes about a second and changes nothing."""
+    return [
+        _python(),
+        *_packages(),
+        *_llama_cpp(),
+        _disk(store_folder(), DISK_BYTES),
+        _memory(MEMORY_BYTES),
+        _gpu(),
+        _mlflow(),
+        _prefect(),
+    ]
+
+
+def _python() -> Finding:
+    wanted = ".".join(map(str, PYTHON))
+    advice = f"install Python {wanted} or newer, and run `make setup`"
+    ok = sys.version_info >= PYTHON
+    return Finding("Python", ok, f"{platform.python_version()} in {sys.prefix}", "" if ok else advice)
+
+
+def _packages() -> list[Finding]:
+    """What pyproject.toml asks for, as the installed SAMQ's metadata repeats it."""
+    try:
+        wanted = [Requirement(line) for line in requires("samq") or ()]
+    except PackageNotFoundError:
+        return [Finding("samq", False, "not installed", "run `make setup`")]
+    required = [_package(requirement) for requirement in wanted if _needed(requirement, "")]
+    demo = [_demo_package(requirement) for requirement in wanted if requirement.marker and _needed(requirement, "demo")]
+    return required + demo
+
+
+def _needed(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _package(requirement: Requirement) -> Finding:
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return Finding(requirement.name, False, "not installed", f"run `make setup` to get {requirement}")
+    if not requirement.specifier.contains(found, prereleases=True):
+        advice = f"run `make setup` to get {requirement.name}{requirement.specifier}"
+        return Finding(requirement.name, False, found, advice)
+    return Finding(requirement.name, True, found)
+
+
+def _demo_package(requirement: Requirement) -> Finding:
+    finding = _package(requirement)
+    if finding.ok:
+        return finding
+    return Finding(finding.name, True, finding.found, f"only for the demo's data: {finding.advice}")
+
+
+def _llama_cpp() -> list[Finding]:
+    try:
+        toolchain = find_toolchain()
+    except ToolError as error:
+        return [Finding("llama.cpp", False, "not found", str(error))]
+    own = f" (SAMQ_LLAMA_CPP={os.environ['SAMQ_LLAMA_CPP']})" if os.environ.get("SAMQ_LLAMA_CPP") else ""
+    return [
+        Finding("llama.cpp", True, f"{toolchain.version}, build {toolchain.build}, in {toolchain.bin_folder}{own}"),
+        _programs(toolchain),
+        _converter(toolchain),
+    ]
+
+
+def _programs(toolchain: Toolchain) -> Finding:
+    name = "llama.cpp's programs"
+    broken = [f"{program}: {reason}" for program in PROGRAMS if (reason := _why_not_starting(toolchain, program))]
+    if not broken:
+        return Finding(name, True, ", ".join(PROGRAMS))
+    return Finding(name, False, "; ".join(broken), "build them again, for this machine: `rm -r .venv && make setup`")
+
+
+def _why_not_starting(toolchain: Toolchain, name: str) -> str | None:
+    """None if the program prints its help; llama-quantize does so with exit status 1."""
+    try:
+        done = subprocess.run(
+            [str(program(toolchain, name)), "--help"],
+            env={**os.environ, **environment(toolchain)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=START_S,
+            check=False,
+        )
+    except OSError as error:
+        return error.strerror or str(error)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {START_S:.0f} s"
+    if done.returncode in (0, 1):
+        return None
+    if done.returncode < 0:  # such as 4, illegal instruction: a build for another processor
+        return f"killed by signal {-done.returncode}"
+    return done.stderr.strip().split("\n")[-1] or f"exit status {done.returncode}"  # such as a missing library
+
+
+def _converter(toolchain: Toolchain) -> Finding:
+    name = "llama.cpp's converter"
+    if toolchain.converter:
+        return Finding(name, True, str(toolchain.converter))
+    advice = (
+        "run `make setup`, or copy convert_hf_to_gguf.py, conversion/ and gguf-py/ of its sources to SAMQ_LLAMA_CPP"
+    )
+    return Finding(name, False, "not found", advice)
+
+
+def _disk(folder: Path, needed_bytes: int) -> Finding:
+    """Free space where `folder` is or will be."""
+    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(present).free
+    found = f"{free / 1e9:.1f} GB free for {folder}"
+    if not os.access(present, os.W_OK):
+        return Finding("disk", False, f"{present} cannot be written to", "set SAMQ_HOME to a folder of your own")
+    if free < needed_bytes:
+        advice = f"free {needed_bytes / 1e9:.0f} GB for the demo, or set SAMQ_HOME to a folder on a larger disk"
+        return Finding("disk", False, found, advice)
+    return Finding("disk", True, found)
+
+
+def _memory(needed_bytes: int) -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB"
+    if memory.available < needed_bytes:
+        return Finding("memory", False, found, f"end other programs: the demo needs {needed_bytes / 1e9:.0f} GB")
+    return Finding("memory", True, found)
+
+
+def _gpu() -> Finding:
+    """GPUs as NVIDIA's driver reports them; none is fine."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception as error:  # no package (ImportError), no driver or no permission (NVMLError)
+        return Finding("GPU", True, f"none: {error}")
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = [
+            f"{pynvml.nvmlDeviceGetName(h)}, {pynvml.nvmlDeviceGetMemoryInfo(h).total / 1e9:.0f} GB" for h in handles
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+    if not found:
+        return Finding("GPU", True, "none")
+    advice = "" if _built_for_cuda() else "for llama.cpp to use it: `CMAKE_ARGS=-DGGML_CUDA=ON make setup`"
+    return Finding("GPU", True, "; ".join(found), advice)
+
+
+def _built_for_cuda() -> bool:
+    try:
+        libraries = find_toolchain().lib_folder
+    except ToolError:
+        return False
+    return libraries is not None and any(libraries.glob("libggml-cuda*"))
+
+
+def _mlflow() -> Finding:
+    return Finding("MLflow", True, mlflow_uri())
+
+
+def _prefect() -> Finding:
+    """The user's own settings, or the SAMQ folder, where the command line keeps Prefect's data without them."""
+    own = [name for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE") if name in os.environ]
+    found = ", ".join(f"{name}={os.environ[name]}" for name in own) or str(home() / "prefect")
+    return Finding("Prefect", True, found)

@@ -1,0 +1,183 @@
+"""JSON compliance: how often a model that is asked for JSON of a schema answers with exactly that.
+
+Decoding is greedy and unconstrained: no grammar helps, because it is the model that is measured. An answer counts as
+valid when all of it, white space around it apart, is one JSON value (RFC 8259: no NaN, no comments, no code fence, no
+words before or after) that the schema (draft 2020-12, formats checked) accepts. What would be valid without the code
+fence around it is counted apart.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.resources import files
+from statistics import NormalDist
+from typing import Any, NoReturn
+
+import pandas as pd
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from numpy import int32
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from samq.evaluation.generation import generate
+from samq.evaluation.llama import Model
+from samq.evaluation.settings import EvaluationSettings
+from samq.progress import Progress, silent
+from samq.records import Metric
+
+_INSTRUCTION = "Answer with JSON that fits the schema, and with nothing else.\nSchema: {schema}\nTask: {task}"
+_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL)
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\]]', re.DOTALL)  # whole strings first; a lone quote opens one
+
+
+class JsonPrompt(BaseModel):
+    """A task whose answer must fit a schema; `example` shows that it can."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str
+    prompt: str
+    json_schema: dict[str, Any] = Field(alias="schema")
+    example: Any
+
+
+class _DatelessFormatter(Jinja2ChatFormatter):
+    """For templates that tell the model the date: always the same day, so that answers do not depend on it."""
+
+    @staticmethod
+    def strftime_now(f: str) -> str:
+        return datetime(2024, 7, 26).strftime(f)
+
+
+def load_prompts() -> list[JsonPrompt]:
+    """The prompts that come with SAMQ, `json_prompts.jsonl` beside this module."""
+    lines = files("samq.evaluation").joinpath("json_prompts.jsonl").read_text().splitlines()
+    return [JsonPrompt.model_validate_json(line) for line in lines]
+
+
+def measure_json(
+    model: Model, prompts: Sequence[JsonPrompt], settings: EvaluationSettings, progress: Progress = silent
+) -> tuple[dict[str, Metric], pd.DataFrame]:
+    """Ask every prompt, and judge the answers.
+
+    Returns the metrics (`json/...`) and a row for each prompt: id, output, parsed, valid, valid_fenced (valid, or valid
+    inside one code fence), error.
+    """
+    answers = generate(
+        model,
+        [chat_tokens(model, question(prompt)) for prompt in prompts],
+        limit=settings.json_tokens,
+        finished=is_settled,
+        kv_type=settings.kv_type,
+        threads=settings.threads,
+        progress=progress,
+    )
+    items = pd.DataFrame([judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    return summarize(items), items
+
+
+def question(prompt: JsonPrompt) -> str:
+    """What the user says: the instruction, which all prompts share, then the schema, then the task."""
+    schema = json.dumps(prompt.json_schema, separators=(",", ":"))
+    return _INSTRUCTION.format(schema=schema, task=prompt.prompt)
+
+
+def chat_tokens(model: Model, content: str) -> NDArray[int32]:
+    """Token ids of one user message under the model's chat template; a model without one gets the plain text."""
+    if model.chat_template is None:
+        return model.tokenize(content + "\nAnswer: ", add_special=True)
+    bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
+    template = _DatelessFormatter(model.chat_template, eos_token=eos, bos_token=bos)
+    text = template(messages=[{"role": "user", "content": content}]).prompt
+    if model.adds_bos:
+        text = text.removeprefix(bos)  # the tokenizer adds it
+    return model.tokenize(text, add_special=True, parse_special=True)
+
+
+def is_settled(answer: str) -> bool:
+    """Whether nothing that could follow would make an answer valid, so that generation can stop.
+
+    True when it starts with what starts neither an object, an array nor a code fence (every schema here asks for an
+    object or an array), and when something else follows the end of the value or the fence. An answer that has just
+    ended is not settled: the model must also end there.
+    """
+    text = answer.lstrip()
+    if text.startswith(("{", "[")):
+        end = _value_end(text)
+    elif text.startswith("```"):
+        fence = text.find("```", 3)
+        end = None if fence < 0 else fence + 3
+    else:
+        return not "```".startswith(text[:3])
+    return end is not None and bool(text[end:].strip())
+
+
+def judge(prompt: JsonPrompt, answer: str) -> dict[str, Any]:
+    """The row of one answer: see `measure_json`."""
+    parsed, error = _verdict(prompt.json_schema, answer)
+    fenced = _FENCED.fullmatch(answer.strip())
+    return {
+        "id": prompt.id,
+        "output": answer,
+        "parsed": parsed,
+        "valid": error is None,
+        "valid_fenced": error is None or (fenced is not None and _verdict(prompt.json_schema, fenced[1])[1] is None),
+        "error": error,
+    }
+
+
+def summarize(items: pd.DataFrame) -> dict[str, Metric]:
+    """Rates in per cent with their standard errors, and the Wilson interval (95 %) of the headline, valid_percent."""
+    n = len(items)
+    low, high = wilson_interval(int(items["valid"].sum()), n)
+    metrics = {}
+    for name, column in (("valid", "valid"), ("parse", "parsed"), ("valid_or_fenced", "valid_fenced")):
+        rate = float(items[column].mean())
+        metrics[f"json/{name}_percent"] = Metric(value=100 * rate, stderr=100 * math.sqrt(rate * (1 - rate) / n), n=n)
+    metrics["json/valid_low_percent"] = Metric(value=100 * low, n=n)
+    metrics["json/valid_high_percent"] = Metric(value=100 * high, n=n)
+    return metrics
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927), which holds up for few trials and rates near 0 or 1."""
+    z = NormalDist().inv_cdf(0.975)
+    rate = successes / n
+    centre = rate + z * z / (2 * n)
+    margin = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
+
+
+def _verdict(schema: dict[str, Any], text: str) -> tuple[bool, str | None]:
+    """Whether `text` is JSON, and what is wrong with it (None: nothing)."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return False, f"not JSON: {error}"
+    validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    mismatch = best_match(validator.iter_errors(value))
+    return True, None if mismatch is None else f"{mismatch.json_path}: {mismatch.message}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """Python's parser takes NaN and Infinity; JSON has neither."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _value_end(text: str) -> int | None:
+    """Where the object or array that `text` starts with ends: after its last bracket; None if it goes on."""
+    depth = 0
+    for match in _STRUCTURE.finditer(text):
+        if match[0] in "{[":
+            depth += 1
+        elif match[0] in "}]":
+            depth -= 1
+            if depth == 0:
+                return match.end()
+        elif match[0] == '"':
+            return None
+    return None

@@ -1,0 +1,121 @@
+"""One candidate, or the baseline, from request to record."""
+
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from samq.errors import SamqError
+from samq.evaluation import gpu
+from samq.evaluation.baseline import Baseline, cut_chunks, read_tokens, write_baseline
+from samq.evaluation.divergence import measure_divergence
+from samq.evaluation.json_compliance import load_prompts, measure_json
+from samq.evaluation.llama import Model, default_threads, system_info
+from samq.evaluation.memory import predict_memory
+from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.evaluation.speed import measure_speed
+from samq.records import Evaluation, Metric
+
+Report = Callable[[str, int, int], None]  # (what is being measured, done, total)
+
+
+def compute_baseline(request: BaselineRequest, report: Report) -> Baseline:
+    """Write the full-precision model's logits, and `baseline.json`, into the request's output folder."""
+    _make(request.output)
+    token_ids = read_tokens(request.tokens)
+    with Model(request.gguf, gpu_layers=request.settings.gpu_layers) as model:
+        chunks = _chunks(model, token_ids, request.settings)
+        return write_baseline(
+            model, request.sha256, chunks, request.settings, request.output, partial(report, "baseline")
+        )
+
+
+def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
+    """Measure all that can be measured, and write it into the request's output folder.
+
+    That gets `divergence.parquet` (a row a scored token), `json.parquet` (a row a prompt) and, last, `evaluation.json`.
+    What this machine or request does not allow to measure is named in `missing`; a candidate that cannot be loaded, or
+    computes nonsense, raises SamqError.
+    """
+    settings = request.settings
+    _make(request.output)
+    token_ids = read_tokens(request.tokens)
+    metrics: dict[str, Metric] = {}
+    missing: dict[str, str] = {}
+    try:
+        metrics |= predict_memory(request.gguf, settings)
+    except SamqError as error:
+        missing["memory"] = str(error)
+    with gpu.MemoryPeak() as peak, Model(request.gguf, gpu_layers=settings.gpu_layers) as model:
+        if request.baseline is None:
+            missing["fidelity"] = "the request names no baseline"
+        else:
+            found, tokens = measure_divergence(
+                model,
+                _chunks(model, token_ids, settings),
+                request.baseline,
+                settings,
+                partial(report, "fidelity"),
+            )
+            metrics |= found
+            _write(tokens, request.output / "divergence.parquet")
+        if prompts := load_prompts()[: settings.json_prompts]:
+            found, items = measure_json(model, prompts, settings, partial(report, "json"))
+            metrics |= found
+            _write(items, request.output / "json.parquet")
+        else:
+            missing["json"] = "the settings ask for no JSON prompts"
+        if settings.speed_requests:
+            metrics |= measure_speed(model, token_ids, settings, partial(report, "speed"))
+        else:
+            missing["speed"] = "the settings ask for no timed requests"
+    environment = {
+        "threads": str(settings.threads or default_threads()),
+        "cpu": _cpu_name(),
+        "gpu": ", ".join(gpu.names()) or "none",
+        "llama_cpp": version("llama-cpp-python"),
+        "llama_cpp_features": system_info(),
+    }
+    if peak.bytes is None:
+        missing["memory/measured_vram_peak_bytes"] = gpu.NO_NVML
+    else:
+        metrics["memory/measured_vram_peak_bytes"] = Metric(value=peak.bytes)
+        environment["measured_vram_peak_of"] = peak.source
+    evaluation = Evaluation(
+        name=request.name, sha256=request.sha256, metrics=metrics, missing=missing, environment=environment
+    )
+    evaluation.save(request.output / "evaluation.json")
+    return evaluation
+
+
+def _chunks(model: Model, token_ids: NDArray[np.int32], settings: EvaluationSettings) -> NDArray[np.int32]:
+    """The chunks of held-out tokens that are scored."""
+    return cut_chunks(token_ids, settings.context_tokens, model.bos if model.adds_bos else None)[: settings.chunks]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SamqError(f"cannot make {folder}: {error.strerror}; choose a folder that can be written to") from error
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    try:
+        table.to_parquet(path, index=False)
+    except OSError as error:
+        raise SamqError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux gives it; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

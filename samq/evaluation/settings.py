@@ -1,0 +1,82 @@
+"""What an evaluation is asked to do: its settings, and the request that a child process reads."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from samq.records import Record
+
+
+class EvaluationSettings(BaseModel):
+    """How candidates are measured: the same for all that are compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    context_tokens: int = Field(default=512, ge=16, description="length of a chunk of held-out text, in tokens")
+    score_from: int | None = Field(
+        default=None,
+        ge=0,
+        description="first position of a chunk that is scored; None: half of it, as llama-perplexity has it",
+    )
+    chunks: int | None = Field(default=16, ge=1, description="chunks that are scored, from the first; None: all")
+    json_prompts: int | None = Field(
+        default=None, ge=0, description="JSON prompts asked, from the first; None: all; 0: JSON is not measured"
+    )
+    json_tokens: int = Field(default=96, ge=8, description="longest JSON answer, in tokens")
+    speed_requests: int = Field(default=10, ge=0, description="requests that are timed; 0: speed is not measured")
+    speed_warmup: int = Field(default=2, ge=0, description="requests before those that are timed")
+    speed_prompt_tokens: int = Field(default=64, ge=2, description="prompt of a timed request, in tokens")
+    speed_generated_tokens: int = Field(default=32, ge=2, description="answer of a timed request, in tokens")
+    vram_context_tokens: int = Field(default=4096, ge=1, description="context length that memory is predicted for")
+    kv_type: Literal["F16", "Q8_0", "Q4_0"] = Field(
+        default="F16", description="type of the candidates' KV cache in every measurement; the baseline's is always F16"
+    )
+    threads: int | None = Field(default=None, ge=1, description="threads of llama.cpp; None: one a physical core")
+    gpu_layers: int | None = Field(
+        default=None,
+        ge=-1,
+        description="layers on the GPU, -1: all; None: all if llama.cpp was built for one, else 0",
+    )
+
+    @property
+    def first_scored(self) -> int:
+        """First position of a chunk whose prediction is scored."""
+        return self.context_tokens // 2 if self.score_from is None else self.score_from
+
+    @property
+    def scored_per_chunk(self) -> int:
+        """Scored positions of a chunk: from the first to the last but one, whose next token the chunk still holds."""
+        return self.context_tokens - 1 - self.first_scored
+
+    @model_validator(mode="after")
+    def _scores_something(self) -> "EvaluationSettings":
+        if self.scored_per_chunk < 1:
+            raise ValueError(f"score_from must be under context_tokens - 1 ({self.context_tokens - 1})")
+        return self
+
+
+class BaselineRequest(Record):
+    """Compute the full-precision model's logits on the held-out tokens, once for all candidates."""
+
+    SCHEMA: ClassVar[str] = "samq.baseline-request/1"
+
+    gguf: Path = Field(description="the full-precision GGUF")
+    sha256: str = Field(description="SHA-256 of that file")
+    tokens: Path = Field(description="the held-out TokenBatch, as samq.calibration saves it (npz)")
+    output: Path = Field(description="folder that gets baseline.json and logits.npy")
+    settings: EvaluationSettings = EvaluationSettings()
+
+
+class EvaluationRequest(Record):
+    """Measure one candidate."""
+
+    SCHEMA: ClassVar[str] = "samq.evaluation-request/1"
+
+    name: str = Field(description="the candidate's name in reports")
+    gguf: Path
+    sha256: str = Field(description="SHA-256 of that file")
+    tokens: Path = Field(description="the held-out TokenBatch, as samq.calibration saves it (npz)")
+    baseline: Path | None = Field(default=None, description="folder of a baseline; None: fidelity is not measured")
+    output: Path = Field(description="folder that gets evaluation.json and the per-item parquet files")
+    settings: EvaluationSettings = EvaluationSettings()

@@ -1,0 +1,100 @@
+"""The ladder: every quantizable tensor once at every type of a list, each rung a GGUF that llama-quantize wrote.
+
+A rung is named by the type it asks for; tensors whose rows do not allow it hold llama-quantize's own fallback, so the
+legal neighbours (Q4_0, Q5_0, Q5_1, IQ4_NL) join by themselves. What a tensor becomes depends on nothing but its
+weights, its type and the importance matrix, so any plan's tensors can be taken from the rungs (samq.assembly), and any
+plan's rounding errors can be read from them (samq.prices).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from samq.allocation import Target
+from samq.errors import SamqError
+from samq.formats import bits_per_weight, check_type, fallback
+from samq.gguf_file import TensorInfo, read_tensors
+from samq.quantizer import planned_bytes, quantize
+from samq.progress import Progress, silent
+from samq.records import Plan, QuantizedModel
+
+DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# llama-quantize refuses these without an importance matrix (tensor_requires_imatrix in llama.cpp's llama-quant.cpp).
+NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The full-precision GGUF and its rungs; `rungs` maps the type asked for to the file."""
+
+    gguf: Path
+    rungs: Mapping[str, Path]
+
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Tensor -> type -> a file that holds the tensor in that type, the full-precision one included."""
+        found: dict[str, dict[str, Path]] = {}
+        for path in (self.gguf, *self.rungs.values()):
+            for name, tensor in read_tensors(path).items():
+                found.setdefault(name, {}).setdefault(tensor.type, path)
+        return found
+
+
+def rung_names(tensors: Iterable[TensorInfo], types: Iterable[str], *, imatrix: bool) -> list[str]:
+    """The rungs that are worth making, fewest bits first: those of `types` that give some tensor a type of its own.
+
+    Full precision is the source itself and needs no rung. Without an importance matrix the types that llama-quantize
+    refuses are left out. Where rows are too short for K types, Q4_1 joins: nothing falls back to it.
+    """
+    tensors = list(tensors)
+    wanted = {check_type(name) for name in types}
+    if any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
+        wanted.add("Q4_1")
+    if not imatrix:
+        wanted -= NEEDS_IMATRIX
+    names, seen = [], {(tensor.name, tensor.type) for tensor in tensors}
+    for name in sorted(wanted, key=lambda name: (bits_per_weight(name), name)):
+        given = {(tensor.name, fallback(name, tensor.row_length)) for tensor in tensors}
+        if given - seen:
+            names.append(name)
+            seen |= given
+    if not names:
+        raise SamqError(f"a ladder of {', '.join(sorted(wanted)) or 'no types'} has no rung; name quantized types")
+    return names
+
+
+def uniform_plan(target: Target, name: str) -> Plan:
+    """Every quantizable tensor at one type, or at llama-quantize's fallback where its rows do not allow it."""
+    name = check_type(name)
+    types = {tensor.name: fallback(name, tensor.row_length) for tensor in target.quantizable.values()}
+    return Plan(
+        name=f"uniform-{name}",
+        policy="uniform",
+        parameters={"type": name},
+        types=types,
+        tensor_bytes=planned_bytes(target.tensors, types),
+        weights=sum(tensor.weights for tensor in target.tensors.values()),
+        gguf_sha256=target.sha256,
+        imatrix_sha256=target.imatrix_sha256,
+    )
+
+
+def make_rung(
+    target: Target,
+    name: str,
+    folder: Path,
+    *,
+    provenance: dict[str, str],
+    timeout_s: float = 6 * 3600,
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Write the rung of one type into `folder` by llama-quantize, audited; see `samq.quantizer.quantize`."""
+    return quantize(
+        target.gguf,
+        uniform_plan(target, name),
+        folder,
+        target.toolchain,
+        provenance=provenance,
+        imatrix=target.imatrix,
+        timeout_s=timeout_s,
+        progress=progress,
+    )

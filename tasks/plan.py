@@ -1,0 +1,56 @@
+"""Stage: plans, one a candidate."""
+
+from pathlib import Path
+
+from prefect import task
+
+from samq import allocation
+from samq.allocation import Target, ThresholdPolicy
+from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+from samq.records import Plan, SensitivityMap, Toolchain
+from samq.store import Artifact
+from tasks.stage import stage
+
+PLAN_NAME = "plan.json"
+
+
+def open_target(full: Artifact, imatrix: Artifact | None, toolchain: Toolchain) -> Target:
+    """The GGUF that is planned for."""
+    matrix = imatrix.path(IMATRIX_NAME) if imatrix else None
+    return Target.open(full.path(GGUF_NAME), toolchain, matrix, full.files[GGUF_NAME].sha256)
+
+
+def load_plan(plan: Artifact) -> Plan:
+    """The plan in an artifact of this stage."""
+    return Plan.load(plan.path(PLAN_NAME))
+
+
+@stage("plan", version=1, run_name="plan {mixture}")
+def plan_stock(folder: Path, full: Artifact, imatrix: Artifact | None, mixture: str, toolchain: Toolchain) -> None:
+    """`plan.json`: a mixture of llama-quantize, or (mixture F16 or BF16) the baseline as it is."""
+    target = open_target(full, imatrix, toolchain)
+    plan = allocation.full_plan(target) if mixture == "full" else allocation.stock_plan(target, mixture)
+    plan.save(folder / PLAN_NAME)
+
+
+@stage("plan", version=1, run_name="plan threshold {threshold}")
+def plan_threshold(
+    folder: Path,
+    full: Artifact,
+    imatrix: Artifact | None,
+    sensitivity: SensitivityMap,
+    threshold: float | str,
+    policy: ThresholdPolicy,
+    toolchain: Toolchain,
+) -> None:
+    """`plan.json`: blocks that score above the threshold keep their bits."""
+    target = open_target(full, imatrix, toolchain)
+    allocation.threshold_plan(target, sensitivity, threshold, policy).save(folder / PLAN_NAME)
+
+
+@task(name="choose thresholds")
+def choose_thresholds(
+    full: Artifact, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int, toolchain: Toolchain
+) -> list[float]:
+    """Thresholds at which the plan changes, so that the sweep wastes no candidate."""
+    return allocation.propose_thresholds(open_target(full, None, toolchain), sensitivity, policy, count)

@@ -1,0 +1,43 @@
+"""Stages: calibration and held-out text, and the tokens they become."""
+
+from pathlib import Path
+
+import numpy as np
+from prefect import task
+
+from samq import calibration
+from samq.datasets import DatasetSpec, load_texts
+from samq.evaluation.llama import Model
+from samq.model import load_tokenizer
+from samq.quantizer import GGUF_NAME
+from samq.records import ModelSource, TextSet
+from samq.store import Artifact
+from tasks.stage import stage
+
+TOKENS_NAME, HELDOUT_NAME, SET_NAME = "tokens.npz", "heldout.npz", "calibration-set.json"
+
+
+@task(name="load text", task_run_name="load text {spec.name}")
+def load_text(spec: DatasetSpec) -> TextSet:
+    """Read a dataset. Not cached: only reading it tells whether it changed."""
+    return TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+
+
+@stage("tokenize", version=1, run_name="tokenize {texts.dataset}", packages=("transformers", "tokenizers"))
+def tokenize(
+    folder: Path, source: ModelSource, texts: TextSet, spec: DatasetSpec, sequence_tokens: int, packing: bool
+) -> None:
+    """`tokens.npz` and `calibration-set.json`: the sequences that gradients are taken on."""
+    calibration_set, tokens = calibration.tokenize(
+        texts.texts, load_tokenizer(source), spec=spec, sequence_tokens=sequence_tokens, packing=packing
+    )
+    tokens.save(folder / TOKENS_NAME)
+    calibration_set.save(folder / SET_NAME)
+
+
+@stage("heldout", version=1, run_name="tokenize held-out {texts.dataset}", packages=("llama-cpp-python",))
+def heldout(folder: Path, full: Artifact, texts: TextSet) -> None:
+    """`heldout.npz`: the held-out text's token ids, by the GGUF's own tokenizer, concatenated."""
+    with Model(full.path(GGUF_NAME), allocate=False) as model:
+        ids = model.tokenize("\n\n".join(texts.texts))
+    np.savez(folder / HELDOUT_NAME, tokens=ids)

