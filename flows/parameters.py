@@ -11,7 +11,7 @@ from samq.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import EvaluationSettings
 from samq.formats import check_mixture
-from samq.report import SelectionRule
+from samq.selection import SelectionRule
 
 
 class Parameters(BaseModel):
@@ -40,7 +40,7 @@ class CalibrationParameters(Parameters):
     sequence_tokens: int = Field(default=512, ge=2, description="longest sequence; longer text is cut")
     packing: bool = Field(default=False, description="cut long text into consecutive sequences instead of one a sample")
     batch_size: int = Field(default=1, ge=1, description="sequences a forward and backward pass")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, description="of labels drawn from the model")
     imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
 
 
@@ -51,7 +51,9 @@ class CandidateParameters(Parameters):
     thresholds: tuple[float | str, ...] = Field(
         default=(), description="scores above which a block keeps its bits: 0.35, or a quantile of the scores: q0.75"
     )
-    proposed_thresholds: int = Field(default=4, ge=0, description="how many thresholds to choose where the plan changes")
+    proposed_thresholds: int = Field(
+        default=4, ge=0, description="how many thresholds to choose where the plan changes"
+    )
     policy: ThresholdPolicy = ThresholdPolicy()
 
     @field_validator("stock")
@@ -95,7 +97,9 @@ def load_parameters(path: Path) -> RequantizeParameters:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise SamqError(f"{path}: {where}: {first['msg']}; see deployments/parameters/ for annotated examples") from error
+        raise SamqError(
+            f"{path}: {where}: {first['msg']}; see deployments/parameters/ for annotated examples"
+        ) from error
 
 
 def read_parameters(path: str) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
-    model + text -> convert -> calibrate -> imatrix -> plan x N -> quantize x N -> evaluate x N -> track, report, register
+model + text -> convert -> calibrate -> imatrix -> plan x N -> quantize x N -> evaluate x N -> track, report, register
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
@@ -12,24 +11,27 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import RequantizeParameters
 from samq import __version__
-from samq.datasets import refuse_overlap
+from samq.datasets import require_disjoint
 from samq.errors import SamqError
 from samq.home import mlflow_uri, store_folder
-from samq.records import CalibrationSet, ModelSource, QuantizedModel, SensitivityMap, TextSet, Toolchain
-from samq.report import Failure, Result
+from samq.quantizer import GGUF_NAME, as_is
+from samq.records import CalibrationSet, Evaluation, ModelSource, QuantizedModel, SensitivityMap, Toolchain
+from samq.selection import Failure, Result, choose
 from samq.store import Artifact
 from samq.toolchain import find_toolchain
-from samq.tracking import TrackedSweep
+from samq.tracking import SweepFacts, TrackedSweep
 from tasks.calibrate import MAP_NAME, calibrate
 from tasks.convert import convert
-from tasks.evaluate import baseline, evaluate
+from tasks.evaluate import EVALUATION_NAME, baseline, evaluate
 from tasks.imatrix import imatrix
 from tasks.plan import choose_thresholds, load_plan, plan_stock, plan_threshold
-from tasks.quantize import quantize
-from tasks.report import publish_report
+from tasks.quantize import MODEL_NAME, quantize
+from tasks.report import report
 from tasks.source import find_model
 from tasks.text import SET_NAME, heldout, load_text, tokenize
 from tasks.track import track
+
+FULL = "full"  # the baseline among the candidates
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Sweep:
     failures: list[Failure]
     best: Result | None
     tracked: TrackedSweep
-    report: str
+    markdown: str
 
 
 @dataclass
@@ -77,13 +79,13 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         parameters.candidates,
         parameters.timeout_s,
     )
-    refuse_overlap(calibration.dataset, parameters.heldout)
+    require_disjoint(calibration.dataset, parameters.heldout)
     store, tools = store_folder(), find_toolchain()
 
     source = find_model(model.source, model.revision, model.hf_folder)
     text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
     full = convert(store, source, tools, model.precision, limit)
-    tokens = tokenize(store, source, text, calibration.sequence_tokens, calibration.packing, calibration.seed)
+    tokens = tokenize(store, source, text, calibration.dataset, calibration.sequence_tokens, calibration.packing)
     sensitivities = calibrate(
         store, source, full, tokens, calibration.batch_size, model.dtype, model.device, calibration.seed
     )
@@ -96,7 +98,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     thresholds = [*wanted.thresholds]
     if wanted.proposed_thresholds:
         thresholds += choose_thresholds(full, sensitivity, wanted.policy, wanted.proposed_thresholds, tools)
-    plans = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in ("full", *wanted.stock)}
+    plans = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in (FULL, *wanted.stock)}
     for cut in thresholds:
         plans[f"threshold-{cut}"] = plan_threshold.submit(store, full, matrix, sensitivity, cut, wanted.policy, tools)
 
@@ -108,19 +110,49 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         {
             name: quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
             for name, plan in planned.items()
+            if name != FULL
         },
     )
     measured = candidates.advance(
         "evaluate",
         {
             name: evaluate.submit(store, name, gguf, chunks, base, parameters.evaluation, limit)
-            for name, gguf in built.items()
+            for name, gguf in {FULL: full, **built}.items()
         },
     )
-    results = [_result(planned[name], built[name], measured[name]) for name in measured]
-    if "full" not in measured or len(measured) == 1:
+    if FULL not in measured or len(measured) == 1:
         reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in candidates.failures)
         raise SamqError(f"the baseline or every candidate failed ({reasons}); see the logs of this run")
+    results = [_result(planned[name], {FULL: full, **built}[name], made) for name, made in measured.items()]
     best = choose(results, parameters.selection)
-    ...
-    return Sweep()
+
+    markdown = report(
+        source, calibration_set, heldout_text, tools, results, candidates.failures, best, parameters.selection
+    )
+    facts = SweepFacts(parameters.name, source, calibration_set, heldout_text, tools, sensitivity)
+    uri, registered = parameters.tracking.uri or mlflow_uri(), parameters.tracking.registered_model
+    tracked = track(
+        uri, parameters.tracking.experiment, facts, results, candidates.failures, best, markdown, registered
+    )
+    return Sweep(source, results, candidates.failures, best, tracked, markdown)
+
+
+def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Toolchain) -> dict[str, str]:
+    """What every GGUF says of itself, beside its plan."""
+    return {
+        "version": __version__,
+        "model": source.name[-120:],
+        "model_sha256": source.weights_digest,
+        "calibration": calibration.tokens_digest,
+        "llama_cpp": f"{toolchain.version} {toolchain.build}",
+    }
+
+
+def _result(planned: Artifact, gguf: Artifact, measured: Artifact) -> Result:
+    plan, path = load_plan(planned), gguf.path(GGUF_NAME)
+    if plan.policy == "full":
+        model = as_is(path, gguf.files[GGUF_NAME].sha256, plan)
+    else:
+        model = QuantizedModel.load(gguf.path(MODEL_NAME))
+    evaluation = Evaluation.load(measured.path(EVALUATION_NAME))
+    return Result(plan=plan, model=model, evaluation=evaluation, gguf=path, folder=measured.folder)

@@ -3,6 +3,7 @@
 The threshold policy is the founding method: what scores above the threshold keeps more bits, the rest gets the base.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,12 +26,8 @@ class ThresholdPolicy(BaseModel):
     """Parameters of the threshold policy, the threshold itself apart."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    keep: str = Field(
-        default="Q8_0", description="type of what scores above the threshold"
-    )
-    base: str = Field(
-        default="Q4_K_M", description="type or llama-quantize mixture of the rest"
-    )
+    keep: str = Field(default="Q8_0", description="type of what scores above the threshold")
+    base: str = Field(default="Q4_K_M", description="type or llama-quantize mixture of the rest")
     grouping: Literal["block", "tensor"] = Field(
         default="block",
         description="a transformer block is kept as a whole, scored by its highest tensor; or each tensor alone",
@@ -39,9 +36,7 @@ class ThresholdPolicy(BaseModel):
         default="Q8_0",
         description="least type of output.weight, or of token_embd.weight when it is tied to it",
     )
-    embedding_guard: str | None = Field(
-        default=None, description="least type of an untied token_embd.weight"
-    )
+    embedding_guard: str | None = Field(default=None, description="least type of an untied token_embd.weight")
 
     @field_validator("keep")
     @classmethod
@@ -105,13 +100,9 @@ def full_plan(target: Target) -> Plan:
 def stock_plan(target: Target, mixture: str) -> Plan:
     """What llama-quantize makes of `mixture` by itself, with the same importance matrix, named tensor by tensor."""
     mixture = check_mixture(mixture)
-    types, substitutions = mixture_types(
-        target.gguf, mixture, target.toolchain, imatrix=target.imatrix
-    )
+    types, substitutions = mixture_types(target.gguf, mixture, target.toolchain, imatrix=target.imatrix)
     types = {name: types[name] for name in target.quantizable}
-    return _plan(
-        target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture
-    )
+    return _plan(target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture)
 
 
 def threshold_plan(
@@ -128,16 +119,10 @@ def threshold_plan(
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
     cut = resolve_threshold(threshold, scores)
     if policy.base in MIXTURES:
-        types, substitutions = mixture_types(
-            target.gguf, policy.base, target.toolchain, imatrix=target.imatrix
-        )
+        types, substitutions = mixture_types(target.gguf, policy.base, target.toolchain, imatrix=target.imatrix)
     else:
         types, substitutions = dict.fromkeys(target.quantizable, policy.base), {}
-    kept = {
-        name
-        for name in target.quantizable
-        if scores[group_of(name, policy.grouping)] > cut
-    }
+    kept = {name for name in target.quantizable if scores[group_of(name, policy.grouping)] > cut}
     guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
     if not target.tied:
         guards[EMBEDDING] = policy.embedding_guard
@@ -152,9 +137,7 @@ def threshold_plan(
             substitutions.pop(name, None)
         if chosen[name] != requested:
             reason = f"rows of {tensor.row_length} do not allow {requested}"
-            substitutions[name] = Substitution(
-                requested=requested, used=chosen[name], reason=reason
-            )
+            substitutions[name] = Substitution(requested=requested, used=chosen[name], reason=reason)
     parameters = {
         **policy.model_dump(),
         "threshold": cut,
@@ -163,9 +146,7 @@ def threshold_plan(
         "kept_groups": len({group_of(name, policy.grouping) for name in kept}),
     }
     mixture = policy.base if policy.base in MIXTURES else "Q4_K_M"
-    name = (
-        f"threshold-{threshold if isinstance(threshold, str) else format(cut, '.4g')}"
-    )
+    name = f"threshold-{threshold if isinstance(threshold, str) else format(cut, '.4g')}"
     plan = _plan(target, name, "threshold", parameters, chosen, substitutions, mixture)
     return plan.model_copy(update={"map_digest": sensitivity.digest()})
 
@@ -176,9 +157,7 @@ def resolve_threshold(threshold: float | str, scores: dict[str, float]) -> float
     match = re.fullmatch(r"(q?)(\d*\.?\d+(?:e-?\d+)?)", text)
     value = float(match[2]) if match else -1.0
     if not 0 <= value <= 1:
-        raise SamqError(
-            f"threshold {text} is not in 0..1; give a score such as 0.35, or a quantile such as q0.75"
-        )
+        raise SamqError(f"threshold {text} is not in 0..1; give a score such as 0.35, or a quantile such as q0.75")
     assert match is not None
     return float(np.quantile(sorted(scores.values()), value)) if match[1] else value
 
@@ -189,16 +168,12 @@ def group_of(name: str, grouping: str) -> str:
     return block[0] if block and grouping == "block" else name
 
 
-def group_scores(
-    sensitivity: SensitivityMap, names: Iterable[str], grouping: str
-) -> dict[str, float]:
+def group_scores(sensitivity: SensitivityMap, names: Iterable[str], grouping: str) -> dict[str, float]:
     """Each group's score: the highest of its tensors'. Raises SamqError for a tensor the map does not score."""
     scores: dict[str, float] = {}
     for name in names:
         if name not in sensitivity.tensors:
-            raise SamqError(
-                f"the sensitivity map has no score for {name}; calibrate this model again"
-            )
+            raise SamqError(f"the sensitivity map has no score for {name}; calibrate this model again")
         group = group_of(name, grouping)
         scores[group] = max(scores.get(group, 0.0), sensitivity.tensors[name].score)
     return scores
@@ -211,7 +186,7 @@ def change_points(sensitivity: SensitivityMap, names: Iterable[str], grouping: s
     """
     values = np.array(list(group_scores(sensitivity, names, grouping).values()))
     scores = sorted({*values.tolist(), 0.0}, reverse=True)
-    cuts = [_between(low, high) for high, low in zip(scores, scores[1:], strict=False)]
+    cuts = [_between(low, high) for high, low in itertools.pairwise(scores)]
     return [(cut, int((values > cut).sum())) for cut in cuts]
 
 
@@ -224,9 +199,7 @@ def _between(low: float, high: float) -> float:
     return middle
 
 
-def propose_thresholds(
-    target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int
-) -> list[float]:
+def propose_thresholds(target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int) -> list[float]:
     """`count` thresholds, highest first, whose plans differ and whose kept weights rise in about equal steps."""
     points = change_points(sensitivity, target.quantizable, policy.grouping)
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
@@ -234,10 +207,7 @@ def propose_thresholds(
     for name, tensor in target.quantizable.items():
         group = group_of(name, policy.grouping)
         weights[group] = weights.get(group, 0) + tensor.weights
-    kept = [
-        sum(weights[group] for group, score in scores.items() if score > cut)
-        for cut, _ in points
-    ]
+    kept = [sum(weights[group] for group, score in scores.items() if score > cut) for cut, _ in points]
     chosen: list[int] = []
     for step in range(1, count + 1):
         wanted = step / (count + 1) * kept[-1]

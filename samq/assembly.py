@@ -9,7 +9,6 @@ llama.cpp's ggml/src/gguf.cpp does.
 import errno
 import mmap
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -121,10 +120,7 @@ def write_assembled(
 
 def _values(values: Mapping[str, bytes], plan: Plan, metadata: Mapping[str, str]) -> dict[str, bytes]:
     """A rung's values with the plan's file type, and `metadata` where the rung has its own `samq.*`."""
-    own = {
-        key: struct.pack("<I", GGUFValueType.STRING) + _string(value)
-        for key, value in metadata.items()
-    }
+    own = {key: struct.pack("<I", GGUFValueType.STRING) + _string(value) for key, value in metadata.items()}
     result: dict[str, bytes] = {}
     for key, value in values.items():
         if key == "general.file_type":
@@ -158,7 +154,11 @@ def _copy(source: int, start: int, output: int, size: int) -> None:
     while start < end:
         count = min(_COPY_BYTES, end - start)
         try:
-            copied = os.copy_file_range(source, output, count, start) if ranged else os.sendfile(output, source, start, count)
+            copied = (
+                os.copy_file_range(source, output, count, start)
+                if ranged
+                else os.sendfile(output, source, start, count)
+            )
         except OSError as error:
             if not ranged or error.errno not in _NO_COPY_RANGE:
                 raise
@@ -200,9 +200,7 @@ def _parse(data: mmap.mmap) -> _Header:
         at += 16 + 8 * dimensions
         found.append((name, tuple(reversed(shape)), GGMLQuantizationType(kind).name, offset))
     start = _padded(at)
-    return _Header(
-        version, values, {name: _Tensor(shape, kind, start + offset) for name, shape, kind, offset in found}
-    )
+    return _Header(version, values, {name: _Tensor(shape, kind, start + offset) for name, shape, kind, offset in found})
 
 
 def _skip_value(data: mmap.mmap, at: int) -> int:

@@ -43,7 +43,7 @@ class TokenBatch:
         return content.hexdigest()
 
     def save(self, path: Path) -> Path:
-        """Write an npz file, whole or not at all: the same tokens give the same bytes (numpy dates every entry 1980)."""
+        """Write an npz file, whole or not at all; the same tokens give the same bytes, as numpy dates entries 1980."""
         content = io.BytesIO()
         np.savez_compressed(content, ids=self.ids, lengths=self.lengths)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,9 +85,9 @@ def tokenize(
 ) -> tuple[CalibrationSet, TokenBatch]:
     """Cut texts into at most `samples` sequences (None: all) of 2 to `sequence_tokens` tokens.
 
-    Every sequence starts with BOS where the tokenizer puts one before a text. Without `packing` a text is one sequence,
-    cut at `sequence_tokens`. With it a long text goes on in further sequences; what is left at its end is dropped, unless
-    it is all there is of the text. Texts of a single token are left out.
+    Every sequence starts with BOS where the tokenizer puts one before a text. Without `packing` a text is one
+    sequence, cut at `sequence_tokens`. With it a long text goes on in further sequences of that length, and what is
+    left at its end is dropped. Texts of a single token are left out.
 
     Raises:
         SamqError: fewer than `samples` sequences came out, or none.
@@ -104,8 +104,8 @@ def tokenize(
     wanted = 1 if samples is None else samples
     if len(sequences) < wanted:
         raise SamqError(
-            f"{spec.name} gives {len(sequences)} sequences of 2 to {sequence_tokens} tokens, not {wanted}; ask for fewer "
-            "or shorter ones, or give more text"
+            f"{spec.name} gives {len(sequences)} sequences of 2 to {sequence_tokens} tokens, not {wanted}; ask for "
+            "fewer or shorter ones, or give more text"
         )
     tokens = TokenBatch.of(sequences[:samples])
     return (

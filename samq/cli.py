@@ -99,8 +99,11 @@ def _show(sweep: "Sweep") -> None:
     console.print(terminal_table(sweep.results, sweep.failures, sweep.best))
     for failure in sweep.failures:
         console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
-    for line in sweep.tracked.summary():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if sweep.best:
+        console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
+    if registered := sweep.tracked.registered:
+        console.print(f"registered: {registered.name} version {registered.version}, alias candidate", highlight=False)
+    console.print("pages: `make ui`", highlight=False)
 
 
 @app.command()
@@ -136,11 +139,13 @@ def calibrate(
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
     # A stage's function without Prefect: the same store, the same keys, no server.
     full = convert.fn(store_folder(), source, find_toolchain(), "F16", TIMEOUT_S)
-    tokens = tokenize.fn(store_folder(), source, text, sequence_tokens, False, seed)
+    tokens = tokenize.fn(store_folder(), source, text, spec, sequence_tokens, False)
     made = calibrate_stage.fn(store_folder(), source, full, tokens, batch_size, dtype, device, seed)
     sensitivity = SensitivityMap.load(made.path(MAP_NAME))
     sensitivity.save(out)
-    table = Table("tensor", "gradient norm", "score", title=f"{len(sensitivity.tensors)} tensors, the ten highest scores")
+    table = Table(
+        "tensor", "gradient norm", "score", title=f"{len(sensitivity.tensors)} tensors, the ten highest scores"
+    )
     for name, tensor in sorted(sensitivity.tensors.items(), key=lambda item: -item[1].score)[:10]:
         norm = f"{tensor.gradient_norm:.4g} ± {tensor.gradient_norm_stderr:.2g}"
         table.add_row(name, norm, f"{tensor.score:.4f}")
@@ -228,7 +233,9 @@ def quantize(
 def evaluate(
     gguf: Annotated[Path, typer.Argument(help="the GGUF to measure")],
     baseline: Annotated[Path, typer.Option(help="the full-precision GGUF it is compared with")],
-    out: Annotated[Path | None, typer.Option(help="folder for evaluation.json and the per-token and per-item tables")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for evaluation.json and the per-token and per-item tables")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="held-out text: humaneval, a file, a hub dataset's id")] = "humaneval",
     start: Annotated[int, typer.Option(help="first sample of it", min=0)] = 64,
     samples: Annotated[int | None, typer.Option(min=1, help="how many samples; default: all")] = None,
@@ -245,7 +252,9 @@ def evaluate(
     from samq.records import Evaluation, TextSet
     from samq.toolchain import find_toolchain
     from tasks.convert import convert
-    from tasks.evaluate import EVALUATION_NAME, baseline as baseline_stage, evaluate as evaluate_stage
+    from tasks.evaluate import EVALUATION_NAME
+    from tasks.evaluate import baseline as baseline_stage
+    from tasks.evaluate import evaluate as evaluate_stage
     from tasks.text import heldout
 
     spec = DatasetSpec(name=dataset, start=start, samples=samples, fields=tuple(field or ()), split=split)
@@ -301,7 +310,9 @@ def doctor() -> None:
     findings = diagnose()
     table = Table("", "what", "found", "what to do")
     for finding in findings:
-        table.add_row("ok" if finding.ok else "MISSING", finding.name, finding.found, "" if finding.ok else finding.advice)
+        table.add_row(
+            "ok" if finding.ok else "MISSING", finding.name, finding.found, "" if finding.ok else finding.advice
+        )
     console.print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)

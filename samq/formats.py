@@ -32,9 +32,7 @@ TYPES = tuple(
             "BF16",
             "F32",
         ),
-        key=lambda name: (lambda block, size: size / block)(
-            *GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-        ),
+        key=lambda name: (lambda block, size: size / block)(*GGML_QUANT_SIZES[GGMLQuantizationType[name]]),
     )
 )
 
@@ -81,9 +79,7 @@ def check_type(name: str) -> str:
 def check_mixture(name: str) -> str:
     """The mixture's canonical name; raises SamqError for one that llama-quantize does not have."""
     if name.upper() not in MIXTURES:
-        raise SamqError(
-            f"unknown llama-quantize mixture {name!r}; choose one of {', '.join(MIXTURES)}"
-        )
+        raise SamqError(f"unknown llama-quantize mixture {name!r}; choose one of {', '.join(MIXTURES)}")
     return name.upper()
 
 

@@ -44,18 +44,12 @@ def open_gguf(path: Path) -> GGUFReader:
     return _open(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(
-    maxsize=4
-)  # parsing a vocabulary of 128k tokens takes seconds; a changed file is another entry
+@lru_cache(maxsize=4)  # parsing a vocabulary of 128k tokens takes seconds; a changed file is another entry
 def _open(path: Path, size: int, mtime_ns: int) -> GGUFReader:
     try:
         return GGUFReader(path)
-    except (
-        Exception
-    ) as error:  # the reader raises whatever the damaged bytes lead it to
-        raise SamqError(
-            f"{path} is not a whole GGUF file ({error}); copy or convert it again"
-        ) from error
+    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        raise SamqError(f"{path} is not a whole GGUF file ({error}); copy or convert it again") from error
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:
@@ -77,9 +71,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return {
         key: field.contents()
         for key, field in fields.items()
-        if not key.startswith("GGUF.")
-        and field.types
-        and field.types[0].name != "ARRAY"
+        if not key.startswith("GGUF.") and field.types and field.types[0].name != "ARRAY"
     }
 
 
@@ -87,12 +79,8 @@ def read_weights(path: Path, name: str) -> np.ndarray:
     """One tensor dequantized to float32, shaped as torch has it; raises SamqError if the file has no such tensor."""
     for tensor in open_gguf(path).tensors:
         if tensor.name == name:
-            return dequantize(tensor.data, tensor.tensor_type).reshape(
-                tuple(reversed(tensor.shape))
-            )
-    raise SamqError(
-        f"{path} has no tensor {name}; list them with `samq inspect {path}`"
-    )
+            return dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape)))
+    raise SamqError(f"{path} has no tensor {name}; list them with `samq inspect {path}`")
 
 
 def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
@@ -100,12 +88,8 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
     architecture = metadata["general.architecture"]
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     if architecture not in kinds:
-        raise SamqError(
-            f"the gguf package knows no tensor names for architecture {architecture!r}; update gguf"
-        )
-    names = get_tensor_name_map(
-        kinds[architecture], metadata[f"{architecture}.block_count"]
-    )
+        raise SamqError(f"the gguf package knows no tensor names for architecture {architecture!r}; update gguf")
+    names = get_tensor_name_map(kinds[architecture], metadata[f"{architecture}.block_count"])
 
     def gguf_name(hf_name: str) -> str | None:
         return names.get_name(hf_name, try_suffixes=(".weight", ".bias"))

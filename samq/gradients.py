@@ -99,7 +99,9 @@ class SampleGradients:
             self._hand_over(index)
         self._open.clear()
 
-    def _after_forward(self, index: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def _after_forward(
+        self, index: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
         if isinstance(module, nn.Embedding):
             output.requires_grad_(True)  # the root of the graph, as the weights are frozen
         if output.requires_grad:
@@ -129,8 +131,8 @@ class SampleGradients:
         if gradient.shape[: 2 if gradient.ndim > 2 else 1] not in ((batch, longest), (batch * longest,)):
             if batch > 1:
                 raise SamqError(
-                    f"{self.weights[index].name} sees the tokens of several samples mixed, so their gradients cannot be "
-                    "told apart; measure with a batch size of 1"
+                    f"{self.weights[index].name} sees the tokens of several samples mixed, so their gradients cannot "
+                    "be told apart; measure with a batch size of 1"
                 )
             return entered.flatten(0, gradient.ndim - 2), gradient.flatten(0, -2).float()
         start = sample * longest

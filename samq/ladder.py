@@ -14,8 +14,8 @@ from samq.allocation import Target
 from samq.errors import SamqError
 from samq.formats import bits_per_weight, check_type, fallback
 from samq.gguf_file import TensorInfo, read_tensors
-from samq.quantizer import planned_bytes, quantize
 from samq.progress import Progress, silent
+from samq.quantizer import planned_bytes, quantize
 from samq.records import Plan, QuantizedModel
 
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")

@@ -27,8 +27,8 @@ ABSOLUTE_ROUNDING = 2.0**-24
 class Weight:
     """A weight matrix, or a stack of experts' matrices, of a torch model.
 
-    `view` takes the parameter, or anything of its shape such as a gradient, to GGUF's shape: (rows, row length), experts
-    first when stacked. Rows stay in torch's order; `row_orders` says what GGUF makes of it.
+    `view` takes the parameter, or anything of its shape such as a gradient, to GGUF's shape: (rows, row length),
+    experts first when stacked. Rows stay in torch's order; `row_orders` says what GGUF makes of it.
     """
 
     name: str
@@ -68,9 +68,7 @@ def weights_of(model: PreTrainedModel, names: Callable[[str], str | None]) -> li
     return list(found.values())
 
 
-def _gguf_views(
-    hf_name: str, names: Callable[[str], str | None]
-) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def _gguf_views(hf_name: str, names: Callable[[str], str | None]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """GGUF name -> view, for the one tensor, or the two, that GGUF makes of a parameter."""
     if hf_name.endswith("experts.gate_up_proj"):  # transformers stacks both halves on the rows, llama.cpp parts them
         stem = hf_name.removesuffix("gate_up_proj")
@@ -104,8 +102,8 @@ def rotary_row_order(rows: int, heads: int) -> np.ndarray:
 def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -> dict[str, np.ndarray]:
     """The order of each weight's rows in a full-precision GGUF of the same model; weights in torch's order are absent.
 
-    `order[i]` is the torch row that GGUF has as row i. Found by comparing every weight, up to rounding, so a tensor laid
-    out in a way that is not known, or a GGUF of another model, raises SamqError and is never a silent mistake.
+    `order[i]` is the torch row that GGUF has as row i. Found by comparing every weight, up to rounding, so a tensor
+    laid out in a way that is not known, or a GGUF of another model, raises SamqError: never a silent mistake.
     """
     tensors, rotated = read_tensors(gguf), _rotary_heads(read_metadata(gguf))
     orders = {}
@@ -124,8 +122,8 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
         order = rotary_row_order(len(ours), heads) if heads and len(ours) % (2 * heads) == 0 else None
         if order is None or not _same(ours[order], theirs):
             raise SamqError(
-                f"{weight.name} in {gguf} is not torch's weight, in any known order of rows; convert the GGUF from this "
-                "model"
+                f"{weight.name} in {gguf} is not torch's weight, in any known order of rows; convert the GGUF from "
+                "this model"
             )
         orders[weight.name] = order
     progress(len(weights), len(weights))

@@ -132,8 +132,8 @@ def _check_architecture(config: dict[str, Any], folder: Path) -> None:
     names = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))]
     if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise SamqError(
-            f"{folder} is a {names[0] or config.get('model_type')}, not a causal language model that transformers knows; "
-            "give a ...ForCausalLM model"
+            f"{folder} is a {names[0] or config.get('model_type')}, not a causal language model that transformers "
+            "knows; give a ...ForCausalLM model"
         )
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown method")
@@ -179,7 +179,8 @@ def _check_safetensors(path: Path) -> None:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, size)))
-        promised = 8 + length + max((entry["data_offsets"][1] for key, entry in header.items() if key[:2] != "__"), default=0)
+        header.pop("__metadata__", None)
+        promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamqError(f"{path} has a damaged header; download that file again") from error
     if size != promised:
@@ -195,12 +196,14 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
 
 
-def load_model(source: ModelSource, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:
-    """The model in eval mode; nothing is downloaded.
+def load_model(
+    source: ModelSource, dtype: str = "float32", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode, and its tokenizer; nothing is downloaded.
 
     Args:
-        source: from `describe_source`. The weights come from its GGUF when it has one, the configuration from its folder
-            when it has one.
+        source: from `describe_source`. The weights come from its GGUF when it has one, the configuration and the
+            tokenizer from its folder when it has one.
         dtype: float32, bfloat16 or float16.
         device: a torch device, or auto: cuda where there is one, else cpu.
 
@@ -217,13 +220,13 @@ def load_model(source: ModelSource, dtype: str = "float32", device: str = "auto"
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True, **from_gguf
         )
-        model = model.to(place).eval()
+        model, info = loaded[0].to(place).eval(), loaded[1]
     if info["missing_keys"]:  # transformers only warns, and leaves them random
         raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
-    return model
+    return model, load_tokenizer(source)
 
 
 def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
@@ -240,10 +243,10 @@ def _transformers_errors(what: str) -> Iterator[None]:
     """transformers and torch raise their own errors, of many kinds and sentences; keep the first sentence."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, NotImplementedError, LookupError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SamqError(
-            f"transformers cannot load {what} ({type(error).__name__}: {reason}); check the model's files and the device"
+            f"transformers cannot load {what} ({type(error).__name__}: {reason}); check its files and the device"
         ) from error
 
 
@@ -253,7 +256,7 @@ def write_hf_folder(gguf: Path, folder: Path) -> Path:
     transformers refuses `save_pretrained` for a model that came from a GGUF, so the weights are saved directly.
     """
     source = describe_source(gguf)
-    model = load_model(source, device="cpu")
+    model, tokenizer = load_model(source, device="cpu")
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     del model.config.quantization_config  # says that the weights came from a GGUF; they are plain float32 now
@@ -261,5 +264,5 @@ def write_hf_folder(gguf: Path, folder: Path) -> Path:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """Child processes that cannot outlive their time limit or their parent, and whose output is kept."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -48,9 +49,7 @@ def run(
                 preexec_fn=_die_with_parent,
             )
     except OSError as error:
-        raise ToolError(
-            f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing"
-        ) from error
+        raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
     seen = 0
     deadline = time.monotonic() + timeout_s
     try:
@@ -83,8 +82,6 @@ def run(
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
     """Kill what is left of the child's process group and reap the child."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()

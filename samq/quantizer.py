@@ -12,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from samq import __version__
 from samq.errors import SamqError, ToolError
 from samq.formats import check_mixture, tensor_bytes
 from samq.gguf_file import TensorInfo, file_sha256, read_metadata, read_tensors
@@ -67,9 +66,7 @@ def convert(
         return target
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
-        raise ToolError(
-            "convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP"
-        )
+        raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
     command = [
         sys.executable,
         toolchain.converter,
@@ -88,14 +85,10 @@ def convert(
             ],
             log=log,
             timeout_s=timeout_s,
-            env={"NO_LOCAL_GGUF": "1"}
-            if not (toolchain.converter.parent / "gguf-py").is_dir()
-            else None,
+            env={"NO_LOCAL_GGUF": "1"} if not (toolchain.converter.parent / "gguf-py").is_dir() else None,
         )
     except ToolError as error:
-        unsupported = re.search(
-            r"Model (\S+) is not supported", log.read_text(errors="replace")
-        )
+        unsupported = re.search(r"Model (\S+) is not supported", log.read_text(errors="replace"))
         if unsupported:
             raise SamqError(
                 f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
@@ -125,7 +118,6 @@ def measure_imatrix(
     context_tokens: int = 512,
     threads: int | None = None,
     timeout_s: float = 6 * 3600,
-    progress: Progress = silent,
 ) -> Path:
     """Run llama-imatrix over `text` (the output tensor included) and return the importance matrix's path."""
     (folder / "calibration.txt").write_text(text)
@@ -155,7 +147,6 @@ def measure_imatrix(
         timeout_s=timeout_s,
         cwd=folder,
         env=environment(toolchain),
-        on_line=on_line,
     )
     (folder / "calibration.txt").unlink()
     if not (folder / IMATRIX_NAME).is_file():
@@ -163,9 +154,7 @@ def measure_imatrix(
             (line for line in text_out.splitlines() if "error" in line.lower()),
             "no reason given",
         )
-        raise ToolError(
-            f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text"
-        )
+        raise ToolError(f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text")
     return folder / IMATRIX_NAME
 
 
@@ -203,20 +192,14 @@ def mixture_types(
         elif warning := _FALLBACK.search(line):
             name, columns, block, requested, used = warning.groups()
             reason = f"rows of {columns} are not a multiple of {block}"
-            substitutions[name] = Substitution(
-                requested=requested.upper(), used=used.upper(), reason=reason
-            )
+            substitutions[name] = Substitution(requested=requested.upper(), used=used.upper(), reason=reason)
     return types, substitutions
 
 
 def quantizable_tensors(gguf: Path, toolchain: Toolchain) -> dict[str, TensorInfo]:
     """The tensors that llama-quantize would quantize, asked of llama-quantize itself; the others keep their type."""
     types, _ = mixture_types(gguf, "Q8_0", toolchain, pure=True)
-    return {
-        name: tensor
-        for name, tensor in read_tensors(gguf).items()
-        if types[name] != tensor.type
-    }
+    return {name: tensor for name, tensor in read_tensors(gguf).items() if types[name] != tensor.type}
 
 
 def quantize(
@@ -243,11 +226,7 @@ def quantize(
         )
     target, partial = folder / GGUF_NAME, folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
-    types_file.write_text(
-        "".join(
-            f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in plan.types.items()
-        )
-    )
+    types_file.write_text("".join(f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in plan.types.items()))
     metadata = {
         "samq.plan": plan.digest(),
         "samq.policy": plan.policy,
@@ -264,9 +243,7 @@ def quantize(
         command += ["--imatrix", IMATRIX_NAME]
     for key, value in metadata.items():
         if len(value.encode()) > 127:
-            raise SamqError(
-                f"provenance {key} is longer than 127 bytes; shorten {value!r}"
-            )
+            raise SamqError(f"provenance {key} is longer than 127 bytes; shorten {value!r}")
         command += ["--override-kv", f"{key}=str:{value}"]
 
     def on_line(line: str) -> None:
@@ -319,9 +296,7 @@ def audit(gguf: Path, plan: Plan) -> dict[str, str]:
         raise ToolError(
             f"{gguf.name} lacks {len(missing)} tensors of plan {plan.name}, {min(missing)} first; rebuild it"
         )
-    drifted = {
-        name: kind for name, kind in plan.types.items() if tensors[name].type != kind
-    }
+    drifted = {name: kind for name, kind in plan.types.items() if tensors[name].type != kind}
     if drifted:
         name = min(drifted)
         raise ToolError(
@@ -335,15 +310,10 @@ def audit(gguf: Path, plan: Plan) -> dict[str, str]:
         )
     recorded = read_metadata(gguf).get("samq.plan", plan.digest())
     if recorded != plan.digest():
-        raise ToolError(
-            f"{gguf.name} was made from plan {recorded[:12]}, not from {plan.digest()[:12]}; rebuild it"
-        )
+        raise ToolError(f"{gguf.name} was made from plan {recorded[:12]}, not from {plan.digest()[:12]}; rebuild it")
     return {name: tensor.type for name, tensor in tensors.items()}
 
 
 def planned_bytes(tensors: dict[str, TensorInfo], types: dict[str, str]) -> int:
     """Bytes of all tensors when those that `types` names take its types and the others keep theirs."""
-    return sum(
-        tensor_bytes(types.get(name, tensor.type), tensor.shape)
-        for name, tensor in tensors.items()
-    )
+    return sum(tensor_bytes(types.get(name, tensor.type), tensor.shape) for name, tensor in tensors.items())

@@ -53,9 +53,7 @@ class Record(BaseModel):
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise SamqError(
-                f"cannot write {path}: {error.strerror}; choose a folder that can be written to"
-            ) from error
+            raise SamqError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
         return path
 
     @classmethod
@@ -64,26 +62,18 @@ class Record(BaseModel):
         try:
             fields = json.loads(Path(path).read_text())
         except OSError as error:
-            raise SamqError(
-                f"cannot read {path}: {error.strerror}; give the path of a {cls.SCHEMA} file"
-            ) from error
+            raise SamqError(f"cannot read {path}: {error.strerror}; give the path of a {cls.SCHEMA} file") from error
         except ValueError as error:
-            raise SamqError(
-                f"{path} is not JSON ({error}); give the path of a {cls.SCHEMA} file"
-            ) from error
+            raise SamqError(f"{path} is not JSON ({error}); give the path of a {cls.SCHEMA} file") from error
         schema = fields.pop("schema", None) if isinstance(fields, dict) else None
         if schema != cls.SCHEMA:
-            raise SamqError(
-                f"{path} holds {schema or 'no record'}, not {cls.SCHEMA}; make it again with this version"
-            )
+            raise SamqError(f"{path} holds {schema or 'no record'}, not {cls.SCHEMA}; make it again with this version")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise SamqError(
-                f"{path} is damaged at {where}: {first['msg']}; make it again"
-            ) from error
+            raise SamqError(f"{path} is damaged at {where}: {first['msg']}; make it again") from error
 
 
 class ModelSource(Record):
@@ -92,18 +82,10 @@ class ModelSource(Record):
     SCHEMA: ClassVar[str] = "samq.model-source/1"
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"folder", "gguf"})
 
-    name: str = Field(
-        description="what people call it: a hub id, or the name of the folder or file"
-    )
-    revision: str | None = Field(
-        default=None, description="the hub's commit; None for local files"
-    )
-    weights_digest: str = Field(
-        description="SHA-256 over the weight files' names and contents"
-    )
-    tokenizer_digest: str = Field(
-        description="SHA-256 over the configuration's and tokenizer's files"
-    )
+    name: str = Field(description="what people call it: a hub id, or the name of the folder or file")
+    revision: str | None = Field(default=None, description="the hub's commit; None for local files")
+    weights_digest: str = Field(description="SHA-256 over the weight files' names and contents")
+    tokenizer_digest: str = Field(description="SHA-256 over the configuration's and tokenizer's files")
     folder: Path | None = Field(default=None, description="HF folder on this machine")
     gguf: Path | None = Field(
         default=None,
@@ -115,14 +97,10 @@ class Toolchain(Record):
     """The llama.cpp in use: what its output depends on."""
 
     SCHEMA: ClassVar[str] = "samq.toolchain/1"
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"bin_folder", "lib_folder", "converter"}
-    )
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"bin_folder", "lib_folder", "converter"})
 
     version: str = Field(description="llama-cpp-python's version, or 'user build'")
-    build: str = Field(
-        description="first 12 hex digits of SHA-256 over the programs' and libraries' contents"
-    )
+    build: str = Field(description="first 12 hex digits of SHA-256 over the programs' and libraries' contents")
     bin_folder: Path
     lib_folder: Path | None = None
     converter: Path | None = Field(default=None, description="convert_hf_to_gguf.py")
@@ -142,34 +120,24 @@ class CalibrationSet(Record):
 
     SCHEMA: ClassVar[str] = "samq.calibration-set/1"
 
-    dataset: str = Field(
-        description="as the user named it: humaneval, a file, or a hub id"
-    )
+    dataset: str = Field(description="as the user named it: humaneval, a file, or a hub id")
     split: str | None = None
     fields: tuple[str, ...] = ()
     samples: int
     sequence_tokens: int = Field(description="longest sequence, in tokens")
     tokens: int = Field(description="all tokens of all sequences, padding not counted")
     seed: int
-    tokens_digest: str = Field(
-        description="SHA-256 over the token ids and lengths, in order"
-    )
+    tokens_digest: str = Field(description="SHA-256 over the token ids and lengths, in order")
 
 
 class TensorSensitivity(BaseModel):
     """How much the loss feels one weight tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    shape: tuple[int, ...] = Field(
-        description="as torch has it: (rows, row length), experts first when stacked"
-    )
-    gradient_norm: float = Field(
-        description="mean over samples of the L2 norm of the sample's loss gradient"
-    )
+    shape: tuple[int, ...] = Field(description="as torch has it: (rows, row length), experts first when stacked")
+    gradient_norm: float = Field(description="mean over samples of the L2 norm of the sample's loss gradient")
     gradient_norm_stderr: float
-    score: float = Field(
-        description="gradient norm over the largest of the model: 0..1"
-    )
+    score: float = Field(description="gradient norm over the largest of the model: 0..1")
     fisher: float | None = Field(
         default=None,
         description="mean over the weights of the Fisher information: squared gradients of sequences' summed losses over "
@@ -213,28 +181,18 @@ class Plan(Record):
 
     SCHEMA: ClassVar[str] = "samq.plan/1"
 
-    name: str = Field(
-        description="short name of the candidate, such as threshold-0.350 or Q4_K_M"
-    )
+    name: str = Field(description="short name of the candidate, such as threshold-0.350 or Q4_K_M")
     policy: Literal["full", "stock", "threshold", "budget"]
-    parameters: dict[str, float | int | str | bool | None] = Field(
-        description="what the policy was given and decided"
-    )
-    types: dict[str, str] = Field(
-        description="GGUF tensor name -> ggml type (Q4_K, Q8_0, F16, ...)"
-    )
+    parameters: dict[str, float | int | str | bool | None] = Field(description="what the policy was given and decided")
+    types: dict[str, str] = Field(description="GGUF tensor name -> ggml type (Q4_K, Q8_0, F16, ...)")
     substitutions: dict[str, Substitution] = {}
     mixture: str = Field(
         default="Q4_K_M",
         description="llama-quantize's file type, the name that general.file_type gets",
     )
-    tensor_bytes: int = Field(
-        description="bytes of all tensors, unquantized ones included"
-    )
+    tensor_bytes: int = Field(description="bytes of all tensors, unquantized ones included")
     weights: int = Field(description="number of weights in all tensors")
-    predicted_kl_nats: float | None = Field(
-        default=None, description="predicted mean KL to F16, nats per token"
-    )
+    predicted_kl_nats: float | None = Field(default=None, description="predicted mean KL to F16, nats per token")
     predicted_kl_stderr: float | None = None
     solver_gap: float | None = None
     gguf_sha256: str = Field(description="the full-precision GGUF it is a plan for")
@@ -259,12 +217,8 @@ class QuantizedModel(Record):
     tensor_bytes: int
     bits_per_weight: float
     plan_digest: str
-    types: dict[str, str] = Field(
-        description="what the audit read back: every tensor -> ggml type"
-    )
-    metadata: dict[str, str] = Field(
-        description="the samq.* provenance that the GGUF carries"
-    )
+    types: dict[str, str] = Field(description="what the audit read back: every tensor -> ggml type")
+    metadata: dict[str, str] = Field(description="the samq.* provenance that the GGUF carries")
 
 
 class Metric(BaseModel):
@@ -284,7 +238,5 @@ class Evaluation(Record):
     name: str
     sha256: str = Field(description="the GGUF that was measured")
     metrics: dict[str, Metric]
-    missing: dict[str, str] = Field(
-        default={}, description="what was not measured, and why"
-    )
+    missing: dict[str, str] = Field(default={}, description="what was not measured, and why")
     environment: dict[str, str] = {}

@@ -138,7 +138,7 @@ def _backward(
     targets: torch.Tensor | None,
     streams: list[np.random.Generator],
 ) -> list[float]:
-    """One batch's forward and backward pass; returns each sequence's summed loss in nats; none backward unless all are finite.
+    """One batch's forward pass, and backward if all losses are finite; returns each sequence's summed loss in nats.
 
     The graph, with all that the hooks keep, dies with this function's frame, before the next forward pass.
     """

@@ -20,7 +20,17 @@ WORK_POOL = "samq"
 @contextmanager
 def mlflow_page(port: int) -> Iterator[str]:
     """MLflow's server over the SAMQ folder's database for the time of the `with` block; yields its address."""
-    command = ["-m", "mlflow", "server", "--backend-store-uri", mlflow_uri(), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        mlflow_uri(),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with _service("MLflow", command, port, "/health") as address:
         yield address
 

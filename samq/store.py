@@ -73,9 +73,7 @@ class Store:
         try:
             self._temporary.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SamqError(
-                f"cannot use the store at {self.root}: {error.strerror}; choose another folder"
-            ) from error
+            raise SamqError(f"cannot use the store at {self.root}: {error.strerror}; choose another folder") from error
         self._remove_leftovers()
 
     def find(self, stage: str, key: str, *, thorough: bool = False) -> Artifact | None:
@@ -89,14 +87,10 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
             return None
         try:
-            artifact = Artifact.load(folder / MANIFEST).model_copy(
-                update={"folder": folder}
-            )
+            artifact = Artifact.load(folder / MANIFEST).model_copy(update={"folder": folder})
         except SamqError:
             artifact = None
-        if artifact is None or not all(
-            _intact(folder / n, e, thorough) for n, e in artifact.files.items()
-        ):
+        if artifact is None or not all(_intact(folder / n, e, thorough) for n, e in artifact.files.items()):
             shutil.rmtree(folder, ignore_errors=True)
             return None
         os.utime(folder / MANIFEST)  # the time of last use, for prune
@@ -119,9 +113,7 @@ class Store:
         target = self.root / stage / key
         work = self._temporary / f"{stage}-{uuid.uuid4().hex}"
         with open(work.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX
-            )  # held while this process lives: what tells leftovers from live work
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives: what tells leftovers from live work
             try:
                 work.mkdir()
                 yield work
@@ -138,18 +130,14 @@ class Store:
 
     def _move_into_place(self, work: Path, target: Path) -> None:
         files = {path.name: _entry(path) for path in sorted(work.iterdir())}
-        Artifact(
-            stage=target.parent.name, key=target.name, folder=target, files=files
-        ).save(work / MANIFEST)
+        Artifact(stage=target.parent.name, key=target.name, folder=target, files=files).save(work / MANIFEST)
         _fsync(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         try:
             os.replace(work, target)
         except OSError:
-            if (
-                self.find(target.parent.name, target.name) is None
-            ):  # else another process published it just now
+            if self.find(target.parent.name, target.name) is None:  # else another process published it just now
                 raise
 
     def artifacts(self) -> Iterator[Artifact]:
@@ -180,9 +168,7 @@ class Store:
 
 def _entry(path: Path) -> FileEntry:
     status = path.stat()
-    return FileEntry(
-        sha256=file_sha256(path), bytes=status.st_size, mtime_ns=status.st_mtime_ns
-    )
+    return FileEntry(sha256=file_sha256(path), bytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def _intact(path: Path, entry: FileEntry, thorough: bool) -> bool:
@@ -192,9 +178,7 @@ def _intact(path: Path, entry: FileEntry, thorough: bool) -> bool:
         return False
     if status.st_size != entry.bytes:
         return False
-    return (not thorough and status.st_mtime_ns == entry.mtime_ns) or file_sha256(
-        path
-    ) == entry.sha256
+    return (not thorough and status.st_mtime_ns == entry.mtime_ns) or file_sha256(path) == entry.sha256
 
 
 def _fsync(folder: Path) -> None:

@@ -35,9 +35,7 @@ def _inspect(own: Path | None) -> Toolchain:
         roots = (Path(sysconfig.get_path("platlib")),)
         advice = "run `make setup`, or set SAMQ_LLAMA_CPP to a build of llama.cpp"
         converters = (Path(sys.prefix) / "share" / "llama.cpp",)
-    root = next(
-        (root for root in roots if (root / "bin" / PROGRAMS[0]).is_file()), roots[0]
-    )
+    root = next((root for root in roots if (root / "bin" / PROGRAMS[0]).is_file()), roots[0])
     for name in PROGRAMS:
         if not os.access(root / "bin" / name, os.X_OK):
             raise ToolError(f"{name} is not in {root / 'bin'}; {advice}")
@@ -59,12 +57,8 @@ def _fingerprint(programs: Path, libraries: Path) -> str:
         *(programs / name for name in PROGRAMS),
         *sorted(libraries.glob("lib*.so")),
     ]:
-        if path.name.startswith(
-            ("llama-", "libllama.", "libllama-common.", "libllama-quantize", "libggml")
-        ):
-            whole.update(
-                path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest()
-            )
+        if path.name.startswith(("llama-", "libllama.", "libllama-common.", "libllama-quantize", "libggml")):
+            whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()[:12]
 
 
@@ -78,8 +72,4 @@ def environment(toolchain: Toolchain) -> dict[str, str]:
     if toolchain.lib_folder is None:
         return {}
     inherited = os.environ.get("LD_LIBRARY_PATH")
-    return {
-        "LD_LIBRARY_PATH": os.pathsep.join(
-            [str(toolchain.lib_folder), *([inherited] if inherited else [])]
-        )
-    }
+    return {"LD_LIBRARY_PATH": os.pathsep.join([str(toolchain.lib_folder), *([inherited] if inherited else [])])}

@@ -1,0 +1,1 @@
+"""One module a stage: the Prefect task around one function of samq."""

@@ -16,16 +16,21 @@ from tasks.text import SET_NAME, TOKENS_NAME
 MAP_NAME = "sensitivity-map.json"
 
 
-@stage(
-    "calibrate", version=1, run_name="calibrate {source.name}", packages=("torch", "transformers"), retries=1
-)
+@stage("calibrate", version=1, run_name="calibrate {source.name}", packages=("torch", "transformers"), retries=1)
 def calibrate(
-    folder: Path, source: ModelSource, full: Artifact, tokens: Artifact, batch_size: int, dtype: str, device: str, seed: int
+    folder: Path,
+    source: ModelSource,
+    full: Artifact,
+    tokens: Artifact,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    seed: int,
 ) -> None:
     """`sensitivity-map.json`: gradient norms of every weight tensor, in GGUF names."""
     gguf = full.path(GGUF_NAME)
     weights = source.model_copy(update={"gguf": gguf}) if source.gguf else source
-    model, _ = load_model(weights, dtype=dtype, device=device)
+    model = load_model(weights, dtype=dtype, device=device)
     with bar(f"calibrate {source.name}") as progress:
         sensitivity, _ = measure_sensitivity(
             model,

@@ -1,4 +1,4 @@
-"""requirements.lock is what pyproject.toml and requirements.in ask for: all of it, nothing else, at versions that agree."""
+"""requirements.lock is what pyproject.toml and requirements.in ask for: all of it, no more, at versions that agree."""
 
 import re
 import tomllib

@@ -61,7 +61,11 @@ def test_what_scores_above_the_threshold_keeps_its_bits_and_the_rest_is_the_mixt
         name: kind for name, kind in stock.types.items() if name.startswith("blk.1.")
     }
     assert plan.types.keys() == target.quantizable.keys()
-    assert (plan.parameters["threshold"], plan.parameters["kept_tensors"], plan.parameters["kept_groups"]) == (0.4, 8, 2)
+    assert (plan.parameters["threshold"], plan.parameters["kept_tensors"], plan.parameters["kept_groups"]) == (
+        0.4,
+        8,
+        2,
+    )
     assert plan.map_digest == sensitivity.digest()
 
 
@@ -125,7 +129,9 @@ def test_proposed_thresholds_give_plans_that_differ_and_grow(target, sensitivity
 
 
 def test_a_map_of_another_model_is_one_sentence(target, sensitivity):
-    other = sensitivity.model_copy(update={"tensors": {"blk.0.attn_q.weight": sensitivity.tensors["blk.0.attn_q.weight"]}})
+    other = sensitivity.model_copy(
+        update={"tensors": {"blk.0.attn_q.weight": sensitivity.tensors["blk.0.attn_q.weight"]}}
+    )
     with pytest.raises(SamqError, match="the sensitivity map has no score for"):
         threshold_plan(target, other, 0.5, ThresholdPolicy())
 

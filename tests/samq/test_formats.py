@@ -19,7 +19,13 @@ def test_tensor_bytes_counts_blocks():
 
 @pytest.mark.parametrize(
     ("requested", "row_length", "used"),
-    [("Q4_K", 256, "Q4_K"), ("Q4_K", 576, "Q5_0"), ("Q6_K", 576, "Q8_0"), ("IQ4_XS", 96, "IQ4_NL"), ("Q4_K", 100, "F16")],
+    [
+        ("Q4_K", 256, "Q4_K"),
+        ("Q4_K", 576, "Q5_0"),
+        ("Q6_K", 576, "Q8_0"),
+        ("IQ4_XS", 96, "IQ4_NL"),
+        ("Q4_K", 100, "F16"),
+    ],
 )
 def test_fallback_is_what_the_row_length_allows(requested, row_length, used):
     assert fallback(requested, row_length) == used

@@ -76,7 +76,9 @@ def test_the_audit_finds_a_drifted_type_and_another_plans_file(target, tmp_path)
     make(target, plan, tmp_path / "out")
     gguf = tmp_path / "out" / "model.gguf"
     drifted = plan.model_copy(update={"types": {**plan.types, "blk.1.attn_k.weight": "Q6_K"}})
-    with pytest.raises(ToolError, match=r"1 tensors of model\.gguf drifted .*blk\.1\.attn_k\.weight first: Q4_K instead of Q6_K"):
+    with pytest.raises(
+        ToolError, match=r"1 tensors of model\.gguf drifted .*blk\.1\.attn_k\.weight first: Q4_K instead of Q6_K"
+    ):
         audit(gguf, drifted)
     with pytest.raises(ToolError, match="tensor bytes and plan"):
         audit(gguf, plan.model_copy(update={"tensor_bytes": 1}))

@@ -37,9 +37,7 @@ def test_an_unknown_file_of_an_artifact_is_an_error(store):
         publish(store).path("nothing.txt")
 
 
-@pytest.mark.parametrize(
-    "damage", ["delete", "truncate", "alter", "manifest", "manifest-gone"]
-)
+@pytest.mark.parametrize("damage", ["delete", "truncate", "alter", "manifest", "manifest-gone"])
 def test_a_damaged_artifact_is_not_found_and_is_removed(store, damage):
     artifact = publish(store)
     path = artifact.path("file.txt")
@@ -99,9 +97,7 @@ with Store(Path({str(store.root)!r})).publish("stage", "k") as folder:
     assert any((store.root / ".tmp").iterdir())
     with store.publish("stage", "live") as folder:
         Store(store.root)
-        assert [path for path in (store.root / ".tmp").iterdir() if path.is_dir()] == [
-            folder
-        ]
+        assert [path for path in (store.root / ".tmp").iterdir() if path.is_dir()] == [folder]
     assert store.find("stage", "k") is None
 
 
