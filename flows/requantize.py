@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import RequantizeParameters
@@ -19,7 +20,7 @@ from samq.records import CalibrationSet, Evaluation, ModelSource, QuantizedModel
 from samq.selection import Failure, Result, choose
 from samq.store import Artifact
 from samq.toolchain import find_toolchain
-from samq.tracking import SweepFacts, TrackedSweep
+from samq.tracking import TrackedSweep, TrackingSettings
 from tasks.calibrate import MAP_NAME, calibrate
 from tasks.convert import convert
 from tasks.evaluate import EVALUATION_NAME, baseline, evaluate
@@ -129,10 +130,24 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     markdown = report(
         source, calibration_set, heldout_text, tools, results, candidates.failures, best, parameters.selection
     )
-    facts = SweepFacts(parameters.name, source, calibration_set, heldout_text, tools, sensitivity)
-    uri, registered = parameters.tracking.uri or mlflow_uri(), parameters.tracking.registered_model
     tracked = track(
-        uri, parameters.tracking.experiment, facts, results, candidates.failures, best, markdown, registered
+        TrackingSettings(
+            tracking_uri=parameters.tracking.uri or mlflow_uri(),
+            experiment=parameters.tracking.experiment,
+            run_name=parameters.name,
+            registered_model=parameters.tracking.registered_model,
+        ),
+        source,
+        calibration_set,
+        heldout_text,
+        tools,
+        sensitivity,
+        results,
+        candidates.failures,
+        best,
+        markdown,
+        parameters.model_dump(mode="json"),
+        {"prefect.flow_run": flow_run.get_id() or ""},
     )
     return Sweep(source, results, candidates.failures, best, tracked, markdown)
 

@@ -9,6 +9,7 @@ llama.cpp's ggml/src/gguf.cpp does.
 import errno
 import mmap
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from samq.formats import tensor_bytes
 from samq.gguf_file import file_sha256
 from samq.ladder import Ladder
 from samq.progress import Progress, silent
-from samq.quantizer import GGUF_NAME, audit, check_space, provenance_metadata
+from samq.quantizer import GGUF_NAME, audit
 from samq.records import Plan, QuantizedModel
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT; llama-quantize writes no other
@@ -59,8 +60,13 @@ def assemble(
     Raises SamqError when the ladder lacks a tensor in the plan's type or the disk is too full, ToolError when what was
     written is not the plan.
     """
-    check_space(plan, folder)
-    metadata = provenance_metadata(plan, provenance)
+    free = shutil.disk_usage(folder).free
+    if free < plan.tensor_bytes:
+        raise SamqError(
+            f"{folder} has {free:,} bytes free and {plan.name} needs {plan.tensor_bytes:,}; free some or move the store"
+        )
+    metadata = {"samq.plan": plan.digest(), "samq.policy": plan.policy}
+    metadata |= {f"samq.{key}": value for key, value in provenance.items()}
     target, partial = folder / GGUF_NAME, folder / f"{GGUF_NAME}.partial"
     write_assembled(ladder, plan, partial, metadata, progress)
     actual = audit(partial, plan)

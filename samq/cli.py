@@ -101,9 +101,8 @@ def _show(sweep: "Sweep") -> None:
         console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
     if sweep.best:
         console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
-    if registered := sweep.tracked.registered:
-        console.print(f"registered: {registered.name} version {registered.version}, alias candidate", highlight=False)
-    console.print("pages: `make ui`", highlight=False)
+    for line in sweep.tracked.summary():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -82,7 +82,7 @@ def load_texts(spec: DatasetSpec) -> list[str]:
 
 def require_disjoint(one: DatasetSpec, other: DatasetSpec) -> None:
     """Raise SamqError if two specs may share a row, as held-out text must not be calibrated on."""
-    if (_place(one), one.config, one.split) != (_place(other), other.config, other.split):
+    if (_place(one), one.config, one.split or "train") != (_place(other), other.config, other.split or "train"):
         return
     if one.seed != other.seed:
         raise SamqError(f"two slices of {one.name} are shuffled by seeds {one.seed} and {other.seed}; use one seed")

@@ -1,7 +1,7 @@
 """Figures of a sweep: size against fidelity, where the model is sensitive, where the bits went.
 
 Drawn with matplotlib's objects and never its pyplot state, so that worker threads can draw at once. Colours are safe for
-colour-blind readers (Okabe and Ito's palette, and viridis).
+colour-blind readers (Okabe and Ito's palette, viridis, plasma).
 """
 
 import re
@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator
 
 from samq.formats import bits_per_weight
 from samq.records import Plan, SensitivityMap
@@ -56,15 +56,21 @@ def pareto_figure(results: Sequence[Result], best: str | None = None) -> Figure:
     if best in points:
         axes.plot(*points[best], "o", ms=15, mfc="none", mec="black", mew=1.3, label="best")
     axes.set_yscale("log", nonpositive="clip")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    _tick(axes, LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.margins(0.12)
-    axes.grid(which="both", color="0.92", lw=0.7)
+    axes.grid(color="0.92", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     _name_points(figure, axes, points)
     return figure
+
+
+def _tick(axes: Axes, locator: Locator) -> None:
+    """Mark a log scale at the locator's places, in plain numbers."""
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
@@ -75,7 +81,7 @@ def _name_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, f
     centres = axes.transData.transform(list(points.values()))
     names: list[Annotation] = []
     for name, point in points.items():
-        text = axes.annotate(name, point, textcoords="offset points", fontsize=8.5)
+        text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8.5)
         crowding = []
         for x, y, side in _PLACES:
             text.set(position=(x, y), ha=side)
@@ -95,10 +101,11 @@ def sensitivity_heatmap(sensitivity: SensitivityMap) -> Figure:
     lowest = min((score for score in scores.values() if score > 0), default=0.1)
     return _heatmap(
         scores,
+        {name: f"{score:.2g}" for name, score in scores.items()},
         LogNorm(vmin=lowest, vmax=1, clip=True),
+        matplotlib.colormaps["viridis"],
         title=f"Sensitivity on {sensitivity.samples} samples, {sensitivity.tokens} tokens",
         scale_label="gradient norm / largest",
-        labels={name: f"{score:.2g}" for name, score in scores.items()},
     )
 
 
@@ -106,20 +113,23 @@ def types_heatmap(plan: Plan) -> Figure:
     """Where the bits went: each tensor's type, coloured by its bits per weight; layers across, kinds down."""
     figure = _heatmap(
         {name: bits_per_weight(kind) for name, kind in plan.types.items()},
+        plan.types,
         LogNorm(vmin=2, vmax=16, clip=True),  # the same for every plan: figures can be laid side by side
+        matplotlib.colormaps["plasma"],
         title=f"{plan.name}: {plan.tensor_bytes / MB:.1f} MB, {plan.bits_per_weight:.2f} bits per weight",
         scale_label="bits per weight",
-        labels=plan.types,
     )
-    scale = figure.axes[-1]
-    scale.yaxis.set_major_locator(FixedLocator([2, 3, 4, 5, 6, 8, 16]))
-    scale.yaxis.set_major_formatter(ScalarFormatter())
-    scale.yaxis.set_minor_formatter(NullFormatter())
+    _tick(figure.axes[-1], FixedLocator([2, 3, 4, 5, 6, 8, 16]))
     return figure
 
 
 def _heatmap(
-    values: Mapping[str, float], norm: Normalize, *, title: str, scale_label: str, labels: Mapping[str, str]
+    values: Mapping[str, float],
+    labels: Mapping[str, str],
+    norm: Normalize,
+    colours: Colormap,
+    title: str,
+    scale_label: str,
 ) -> Figure:
     """A cell for each tensor: those of the blocks in a large panel, the others in a small one on its left."""
     cells: dict[tuple[str, int], str] = {}
@@ -136,15 +146,14 @@ def _heatmap(
         [[cells.get((kind, layer)) for layer in layers] for kind in kinds],
     ]
 
-    size = (min(4 + 0.36 * len(layers), 16), 1.4 + 0.36 * max(len(kinds), 3))
+    size = (min(4 + 0.36 * len(layers), 16), 1.2 + 0.36 * max(len(kinds), 3))
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    panels = figure.subplots(1, 2, width_ratios=[max(2.0, len(layers) / 16), len(layers)])
-    colours = ScalarMappable(norm, matplotlib.colormaps["viridis"].with_extremes(bad="0.94"))
+    *panels, scale = figure.subplots(1, 3, width_ratios=[max(2.0, len(layers) / 16), len(layers), 0.3])
     for axes, grid, rows in zip(panels, grids, (others, kinds), strict=True):
         image = [[values[name] if name else np.nan for name in row] for row in grid] or [[np.nan]]
-        axes.pcolormesh(np.array(image), norm=norm, cmap=colours.cmap, edgecolors="white", linewidth=0.6)
+        axes.pcolormesh(np.array(image), norm=norm, cmap=colours, edgecolors="white", linewidth=0.6)
         axes.set_yticks(np.arange(len(rows)) + 0.5, [name.removesuffix(".weight") for name in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(kinds), len(others)), 0)  # cells of both panels are of one height
         axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set_visible(False)
     step = 1 if len(layers) <= 40 else 5
@@ -152,19 +161,20 @@ def _heatmap(
     panels[1].set_xticks(np.arange(0, len(layers), step) + 0.5, layers[::step])
     panels[1].set_xlabel("layer", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.colorbar(colours, ax=panels[1], pad=0.01, fraction=0.03).set_label(scale_label, fontsize=9)
-    figure.draw_without_rendering()  # the size of the cells is known from here on
+    figure.colorbar(ScalarMappable(norm, colours), cax=scale).set_label(scale_label, fontsize=9)
+    scale.tick_params(labelsize=8)
+    _tick(scale, LogLocator(subs=(1, 2, 5)))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the cells have their final size, and what is written into them changes no more
+    backgrounds = colours(norm(list(values.values())))
+    inks = {name: _ink(background) for name, background in zip(values, backgrounds, strict=True)}
     for axes, grid in zip(panels, grids, strict=True):
-        _write_in_cells(axes, grid, values, labels, colours)
+        _write_in_cells(axes, grid, labels, inks)
     return figure
 
 
 def _write_in_cells(
-    axes: Axes,
-    grid: Sequence[Sequence[str | None]],
-    values: Mapping[str, float],
-    labels: Mapping[str, str],
-    colours: ScalarMappable,
+    axes: Axes, grid: Sequence[Sequence[str | None]], labels: Mapping[str, str], inks: Mapping[str, str]
 ) -> None:
     """Write each tensor's label into its cell, along or upright, if the longest label fits."""
     if not grid:
@@ -179,7 +189,11 @@ def _write_in_cells(
     for y, row in enumerate(grid):
         for x, name in enumerate(row):
             if name:
-                red, green, blue, _ = colours.to_rgba(values[name])
-                ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-                text = axes.text(x + 0.5, y + 0.5, labels[name], fontsize=size, color=ink, ha="center", va="center")
+                text = axes.text(x + 0.5, y + 0.5, labels[name], color=inks[name], size=size, ha="center", va="center")
                 text.set_rotation(90 if upright else 0)
+
+
+def _ink(background: np.ndarray) -> str:
+    """Black or white, whichever is legible on the colour (red, green, blue, alpha in 0..1)."""
+    red, green, blue, _ = background
+    return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samq.allocation import Target
+from samq.allocation import _plan as make_plan
 from samq.errors import SamqError
 from samq.formats import bits_per_weight, check_type, fallback
 from samq.gguf_file import TensorInfo, read_tensors
 from samq.progress import Progress, silent
-from samq.quantizer import planned_bytes, quantize
+from samq.quantizer import quantize
 from samq.records import Plan, QuantizedModel
 
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -66,16 +67,7 @@ def uniform_plan(target: Target, name: str) -> Plan:
     """Every quantizable tensor at one type, or at llama-quantize's fallback where its rows do not allow it."""
     name = check_type(name)
     types = {tensor.name: fallback(name, tensor.row_length) for tensor in target.quantizable.values()}
-    return Plan(
-        name=f"uniform-{name}",
-        policy="uniform",
-        parameters={"type": name},
-        types=types,
-        tensor_bytes=planned_bytes(target.tensors, types),
-        weights=sum(tensor.weights for tensor in target.tensors.values()),
-        gguf_sha256=target.sha256,
-        imatrix_sha256=target.imatrix_sha256,
-    )
+    return make_plan(target, f"uniform-{name}", "uniform", {"type": name}, types)
 
 
 def make_rung(

@@ -182,7 +182,7 @@ class Plan(Record):
     SCHEMA: ClassVar[str] = "samq.plan/1"
 
     name: str = Field(description="short name of the candidate, such as threshold-0.350 or Q4_K_M")
-    policy: Literal["full", "stock", "threshold", "budget"]
+    policy: Literal["full", "stock", "uniform", "threshold", "budget"]
     parameters: dict[str, float | int | str | bool | None] = Field(description="what the policy was given and decided")
     types: dict[str, str] = Field(description="GGUF tensor name -> ggml type (Q4_K, Q8_0, F16, ...)")
     substitutions: dict[str, Substitution] = {}
@@ -203,6 +203,35 @@ class Plan(Record):
     def bits_per_weight(self) -> float:
         """Bits per weight over all tensors, as llama-quantize prints it (BPW)."""
         return 8 * self.tensor_bytes / self.weights
+
+
+class Price(BaseModel):
+    """What one tensor costs in one type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bytes: int
+    kl_nats: float = Field(description="predicted KL that this tensor's rounding adds, nats per token")
+
+
+class TensorPrices(BaseModel):
+    """A tensor's price in every type it can have; the full-precision one costs no KL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    types: dict[str, Price]
+    relative_stderr: float = Field(
+        description="standard error of its KL over its KL, alike for all types: that of its Fisher information"
+    )
+
+
+class PriceTable(Record):
+    """Bytes and predicted KL of every quantizable tensor in every type of a ladder."""
+
+    SCHEMA: ClassVar[str] = "samq.price-table/1"
+
+    gguf_sha256: str = Field(description="the full-precision GGUF whose tensors are priced")
+    map_digest: str
+    imatrix_sha256: str | None
+    tensors: dict[str, TensorPrices]
 
 
 class QuantizedModel(Record):

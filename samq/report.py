@@ -56,7 +56,7 @@ COLUMNS = (
     ),
     Column("speed/latency_p99_ms", "p99 latency (ms)", ".0f"),
     Column("speed/time_to_first_token_ms", "first token (ms)", ".0f"),
-    Column("speed/generation_tokens_per_s", "generation (tokens/s)", ".1f", lower_is_better=False),
+    Column("speed/generation_tokens_per_s", "speed (tok/s)", ".1f", lower_is_better=False),
     Column(VRAM, "VRAM (MB)", ".1f", scale=1 / MB),
 )
 # What fits on 120 characters.
@@ -200,11 +200,11 @@ def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best:
     """The table for a terminal of 120 columns: the best in green, the best figure of each column in bold."""
     front, ordered = pareto(results), by_size(results)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, caption=_LEGEND, caption_justify="left")
-    table.add_column("")
-    table.add_column("\ncandidate", no_wrap=True)
+    table.add_column("", min_width=1)
+    table.add_column("\n\ncandidate", no_wrap=True)
     for heading in ("size (MB)", "bits per weight", "kept tensors", *(column.heading for column in _TERMINAL)):
-        words, _, unit = heading.rpartition(" ")
-        table.add_column(f"{words}\n{unit}", justify="right", no_wrap=True)
+        words = heading.split()
+        table.add_column("\n" * (3 - len(words)) + "\n".join(words), justify="right", no_wrap=True)
     best_values = [_best_value(column, ordered) for column in _TERMINAL]
     for result in ordered:
         kept = kept_tensors(result.plan)
@@ -216,7 +216,7 @@ def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best:
         style = "green" if best and result.name == best.name else "dim" if result.plan.policy == "full" else ""
         table.add_row(_mark(result, best, front), result.name, *cells, *figures, style=style)
     for failure in failures:
-        table.add_row("✗", failure.name, "", "", "", f"failed in {failure.stage}", style="red")
+        table.add_row("✗", failure.name, "", "", "", f"{failure.stage} failed", style="red")
     return table
 
 

@@ -1,225 +1,348 @@
-"""MLflow: one parent run a sweep, one child run a candidate, the same keys on each."""
+"""A sweep in MLflow: a parent run for the sweep, a child run for each candidate, the best one registered.
 
+Everything goes through a client of one tracking URI, so MLflow's global state (its URI, its active run) is not touched and
+sweeps may be tracked from several threads. A run is FINISHED once all of it is logged, and FAILED if something went wrong.
+"""
+
+import getpass
+import json
 import re
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_DATASET_CONTEXT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
+from pydantic import BaseModel, ConfigDict, Field
 
 from samq import __version__
 from samq.errors import SamqError
 from samq.figures import pareto_figure, sensitivity_heatmap, types_heatmap
-from samq.records import CalibrationSet, ModelSource, SensitivityMap, TextSet, Toolchain
-from samq.report import kept_tensors, results_table
-from samq.selection import Failure, Result
-from samq.serving.registry import RegisteredGguf, register
+from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, SensitivityMap, TextSet, Toolchain
+from samq.report import describe_plan, kept_tensors, results_table
+from samq.selection import Failure, Result, by_size, pareto
+from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
+
+_NOTE_CHARACTERS = 8000  # MLflow's limit of a tag's value
+_DIGEST_CHARACTERS = 36  # and of a dataset's digest
+_EXPERIMENT_NOTE = """\
+A parent run is one sweep; its children are the candidates: full precision, stock mixtures, and plans by sensitivity.
+
+- **Choosing:** open a parent run: its description has the table, its artifacts the size-fidelity figure.
+- **Comparing:** select the children, *Compare*, and draw parallel coordinates over `plan/threshold`, `memory/file_bytes`,
+  `fidelity/mean_kld_nats`, `json/valid_percent` and `speed/latency_p99_ms`.
+- `plan/threshold` of full precision is 0 (it keeps every tensor), of a stock mixture 1 (it keeps none).
+- `..._stderr` is the standard error of the metric before it; units are in the names.
+"""
+
+
+class TrackingSettings(BaseModel):
+    """Where a sweep is logged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tracking_uri: str = Field(description="sqlite:///FILE, or the address of an MLflow server")
+    experiment: str
+    run_name: str
+    registered_model: str | None = Field(default=None, description="register the best candidate under this name")
+    artifact_location: str | None = Field(
+        default=None,
+        description="of a new experiment; None: mlartifacts beside the SQLite file, or what the server decides",
+    )
 
 
 @dataclass(frozen=True)
 class TrackedSweep:
-    """Where a sweep can be looked at."""
+    """Where a sweep is to be found in MLflow."""
 
     tracking_uri: str
     experiment_id: str
     parent_run_id: str
     child_run_ids: dict[str, str]
-    registered: RegisteredGguf | None
+    registered_model: str | None = None
+    model_version: str | None = None
 
+    def urls(self, address: str) -> dict[str, str]:
+        """Pages of this sweep on an MLflow server: the run, the comparison of its children, the registered version."""
+        experiment = f"{address}/#/experiments/{self.experiment_id}"
+        ids = quote(json.dumps(list(self.child_run_ids.values())))
+        experiments = quote(json.dumps([self.experiment_id]))
+        urls = {
+            "run": f"{experiment}/runs/{self.parent_run_id}",
+            "compare": f"{address}/#/compare-runs?runs={ids}&experiments={experiments}",
+        }
+        if self.registered_model and self.model_version:
+            urls["model"] = f"{address}/#/models/{quote(self.registered_model)}/versions/{self.model_version}"
+        return urls
 
-@dataclass(frozen=True)
-class SweepFacts:
-    """What all candidates of a sweep share."""
-
-    name: str
-    source: ModelSource
-    calibration: CalibrationSet
-    heldout: TextSet
-    toolchain: Toolchain
-    sensitivity: SensitivityMap
-
-
-def metric_key(name: str) -> str:
-    """A name that MLflow allows: letters, digits and `_ - . / space`; lm-eval's `acc,none` becomes `acc`."""
-    return re.sub(r"[^\w\-./ ]", "_", name.removesuffix(",none").replace("%", "percent"))
+    def summary(self) -> list[str]:
+        """Lines that tell a person at a terminal where to look."""
+        served = self.tracking_uri.startswith("http")
+        urls = self.urls(self.tracking_uri.rstrip("/") if served else "http://127.0.0.1:5000")
+        lines = [f"MLflow: {urls['run']}" + ("" if served else "   (after `samq ui`)")]
+        if "model" in urls:
+            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
+        return lines
 
 
 def track_sweep(
-    tracking_uri: str,
-    experiment: str,
-    facts: SweepFacts,
+    settings: TrackingSettings,
+    *,
+    source: ModelSource,
+    calibration: CalibrationSet,
+    heldout: TextSet,
+    toolchain: Toolchain,
+    sensitivity: SensitivityMap,
     results: Sequence[Result],
     failures: Sequence[Failure],
     best: Result | None,
-    markdown: str,
-    registered_model: str | None = None,
+    report: str,
+    parameters: Mapping[str, Any],
+    tags: Mapping[str, str],
 ) -> TrackedSweep:
-    """Log a sweep and, if asked to, register its best candidate as `candidate`.
+    """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
-    The parent run is FINISHED only when all is logged; on an error it is FAILED.
+    `report` is the sweep's markdown, `parameters` what the sweep was asked to do (may be nested), `tags` more for the
+    parent run. Raises SamqError if MLflow cannot be used or refuses something; the parent run then is FAILED.
     """
-    client, experiment_id = _open(tracking_uri, experiment)
-    parent = client.create_run(experiment_id, run_name=facts.name, tags={"samq.kind": "sweep"}).info.run_id
+    client = connect(settings.tracking_uri)
     try:
-        shared = _shared_parameters(facts)
-        _log(client, parent, {}, {**shared, "candidates": str(len(results)), "failures": str(len(failures))})
-        inputs = _datasets(facts)
-        client.log_inputs(parent, inputs)
-        children = {}
-        for result in results:
-            children[result.name] = _track_candidate(client, experiment_id, parent, result, shared, inputs, best)
-        for failure in failures:
-            tags = {"mlflow.parentRunId": parent, "samq.kind": "candidate", "samq.failed_in": failure.stage}
-            run = client.create_run(experiment_id, run_name=failure.name, tags=tags).info.run_id
-            client.set_tag(run, "mlflow.note.content", f"Failed in {failure.stage}: {failure.reason}"[:5000])
-            client.set_terminated(run, "FAILED")
-        _log_sweep(client, parent, facts, results, failures, best, markdown)
-        registered = None
-        if registered_model and best:
-            registered = register(tracking_uri, registered_model, children[best.name], best)
-            client.set_tag(parent, "samq.registered", f"{registered.name} version {registered.version}")
-    except BaseException:
-        client.set_terminated(parent, "FAILED")
-        raise
-    client.set_terminated(parent, "FINISHED")
-    return TrackedSweep(tracking_uri, experiment_id, parent, children, registered)
-
-
-def _open(tracking_uri: str, experiment: str) -> tuple[MlflowClient, str]:
-    """A client, its database made if there is none, and the experiment's id."""
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(tracking_uri)
-    client = MlflowClient(tracking_uri=tracking_uri)
-    try:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            location = None
-            if tracking_uri.startswith("sqlite:///"):
-                location = (Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts").absolute().as_uri()
-            experiment_id = client.create_experiment(experiment, artifact_location=location)
-            note = "Each parent run is one sweep, each child run one GGUF. Compare the children of a sweep."
-            client.set_experiment_tag(experiment_id, "mlflow.note.content", note)
-            return client, experiment_id
+        experiment_id = _experiment(client, settings)
+        common = _common_params(source, calibration, heldout, toolchain)
+        datasets = [_dataset(calibration, "calibration"), _dataset(heldout, HELDOUT)]
+        parent_tags = {**tags, **_sweep_tags(results, failures, best), MLFLOW_RUN_NOTE: _note(report)}
+        with _run(client, experiment_id, settings.run_name, parent_tags) as parent:
+            client.log_batch(parent, params=_params({**flatten(parameters), **common}))
+            client.log_inputs(parent, datasets)
+            client.log_text(parent, report, "report.md")
+            client.log_table(parent, results_table(results, failures), "candidates.json")
+            client.log_figure(parent, pareto_figure(results, best.name if best else None), "figures/pareto.png")
+            client.log_figure(parent, sensitivity_heatmap(sensitivity), "figures/sensitivity.png")
+            client.log_dict(parent, sensitivity.model_dump(mode="json"), "sensitivity-map.json")
+            children = {}
+            child_tags = {MLFLOW_PARENT_RUN_ID: parent}
+            for failure in failures:
+                children[failure.name] = _log_failure(client, experiment_id, failure, common, child_tags)
+            front = pareto(results)
+            for result in reversed(by_size(results)):  # MLflow lists the newest first
+                is_best = best is not None and result.name == best.name
+                marks = {"samq.pareto": str(result.name in front).lower(), "samq.best": str(is_best).lower()}
+                with _run(client, experiment_id, result.name, {**child_tags, **marks}) as child:
+                    _log_result(client, child, result, common, datasets)
+                children[result.name] = child
+            version = None
+            if best and settings.registered_model:
+                version = register(
+                    client,
+                    settings.registered_model,
+                    children[best.name],
+                    model=best.model,
+                    gguf=best.gguf,
+                    plan=best.plan,
+                    evaluation=best.evaluation,
+                )
+                client.set_tag(parent, "samq.registered", f"{settings.registered_model} version {version}")
     except MlflowException as error:
         reason = str(error).splitlines()[0]
-        raise SamqError(
-            f"MLflow at {tracking_uri} cannot be used ({reason}); check the address and the server"
-        ) from error
+        raise SamqError(f"MLflow at {settings.tracking_uri} refused the sweep: {reason}; see its log") from error
+    return TrackedSweep(
+        tracking_uri=settings.tracking_uri,
+        experiment_id=experiment_id,
+        parent_run_id=parent,
+        child_run_ids=children,
+        registered_model=settings.registered_model if version else None,
+        model_version=version,
+    )
+
+
+def legal_metric_name(name: str) -> str:
+    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, and a tidy path.
+
+    lm-eval names a metric with its filter, `acc,none`: no filter is left out, another stays (`acc_strict-match`).
+    """
+    name = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name.replace(",none", ""))
+    parts = [part for part in name.split("/") if part.strip(".")]
+    if not parts:
+        raise SamqError(f"{name!r} has nothing that MLflow accepts in a metric's name; rename the metric")
+    return "/".join(parts)
+
+
+def metrics_of(plan: Plan, evaluation: Evaluation) -> dict[str, float]:
+    """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
+
+    The plan's own figures are among them, for axes of plots: `plan/threshold` is 0 for full precision, which keeps every
+    tensor, and 1 for a stock mixture, which keeps none. What was not measured is absent.
+    """
+    values: dict[str, float | None] = {
+        "plan/bits_per_weight": plan.bits_per_weight,
+        "plan/kept_tensors": kept_tensors(plan),
+        "plan/threshold": _threshold(plan),
+        "plan/predicted_kl_nats": plan.predicted_kl_nats,
+    }
+    for name, metric in evaluation.metrics.items():
+        values[legal_metric_name(name)] = metric.value
+        values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _threshold(plan: Plan) -> float | None:
+    threshold = {"full": 0.0, "stock": 1.0}.get(plan.policy)
+    given = plan.parameters.get("threshold")
+    return threshold if given is None else float(given)
+
+
+def params_of(result: Result) -> dict[str, str]:
+    """What a candidate is: the same keys for every policy, empty where they have no meaning."""
+    plan = result.plan
+    asked = {key: plan.parameters.get(key) for key in ("threshold", "quantile", "keep", "base", "grouping")}
+    return {
+        "policy": plan.policy,
+        **{key: "" if value is None else str(value) for key, value in asked.items()},
+        "mixture": plan.mixture,
+        "plan_digest": result.model.plan_digest,
+        "gguf_sha256": result.model.sha256,
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested parameters as one level: `{"a": {"b": 1}}` becomes `{"a.b": "1"}`."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = "" if value is None else str(value)
+    return flat
+
+
+def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
+    """Id of the experiment, made or brought back from the deleted ones if need be."""
+    found = client.get_experiment_by_name(settings.experiment)
+    if found is None:
+        folder = sqlite_folder(settings.tracking_uri)
+        location = settings.artifact_location or (str(folder / "mlartifacts") if folder else None)
+        try:
+            made = client.create_experiment(settings.experiment, location)
+            client.set_experiment_tag(made, MLFLOW_RUN_NOTE, _EXPERIMENT_NOTE)
+            return made
+        except MlflowException as error:
+            found = client.get_experiment_by_name(settings.experiment)  # another process was faster
+            if found is None:
+                raise error
     if found.lifecycle_stage == "deleted":
-        raise SamqError(f"the MLflow experiment {experiment} is deleted; restore it, or use another name")
-    return client, found.experiment_id
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
 
 
-def _shared_parameters(facts: SweepFacts) -> dict[str, str]:
-    source, calibration = facts.source, facts.calibration
+@contextmanager
+def _run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
+    """A run that is FINISHED when the block ends well, and FAILED otherwise; yields its id."""
+    run_id = _create_run(client, experiment_id, name, tags)
+    try:
+        yield run_id
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _create_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
+    who = {MLFLOW_USER: getpass.getuser(), MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    return str(client.create_run(experiment_id, tags={**who, **tags}, run_name=name).info.run_id)
+
+
+def _log_result(
+    client: MlflowClient, run_id: str, result: Result, common: Mapping[str, str], datasets: list[DatasetInput]
+) -> None:
+    missing = result.evaluation.missing
+    started = client.get_run(
+        run_id
+    ).info.start_time  # of all metrics: the registry logs them once more, with a model's id
+    metrics = metrics_of(result.plan, result.evaluation)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, started, 0) for name, value in metrics.items()],
+        params=_params({**params_of(result), **common}),
+        tags=[
+            RunTag(MLFLOW_RUN_NOTE, describe_plan(result.plan)),
+            RunTag("samq.gguf", str(result.gguf)),
+            *([RunTag("samq.missing", json.dumps(missing)[:_NOTE_CHARACTERS])] if missing else []),
+        ],
+    )
+    client.log_inputs(run_id, datasets)
+    client.log_dict(run_id, result.plan.model_dump(mode="json"), "plan.json")
+    client.log_figure(run_id, types_heatmap(result.plan), "types.png")
+    for path in sorted(result.folder.iterdir()):
+        if path.name == "evaluation.json" or path.suffix == ".parquet":
+            client.log_artifact(run_id, str(path), "evaluation")
+
+
+def _log_failure(
+    client: MlflowClient, experiment_id: str, failure: Failure, common: Mapping[str, str], tags: Mapping[str, str]
+) -> str:
+    note = f"Failed in {failure.stage}: {failure.reason}"
+    marks = {"samq.failed_stage": failure.stage, "samq.failure": _note(failure.reason), MLFLOW_RUN_NOTE: _note(note)}
+    run_id = _create_run(client, experiment_id, failure.name, {**tags, **marks})
+    client.log_batch(run_id, params=_params(common))
+    client.set_terminated(run_id, "FAILED")
+    return run_id
+
+
+def _common_params(
+    source: ModelSource, calibration: CalibrationSet, heldout: TextSet, toolchain: Toolchain
+) -> dict[str, str]:
+    """What all candidates of a sweep have in common."""
     return {
         "model": source.name,
         "revision": source.revision or "",
-        "weights_sha256": source.weights_digest,
-        "calibration": calibration.dataset,
-        "calibration_samples": str(calibration.samples),
-        "calibration_tokens": str(calibration.tokens),
-        "calibration_digest": calibration.tokens_digest,
-        "heldout": facts.heldout.dataset,
-        "heldout_digest": facts.heldout.digest(),
-        "llama_cpp": f"{facts.toolchain.version} {facts.toolchain.build}",
+        "weights_digest": source.weights_digest,
+        "dataset": calibration.dataset,
+        "dataset_digest": calibration.tokens_digest,
+        "heldout_digest": heldout.digest(),
+        "llama_cpp": toolchain.version,
+        "llama_cpp_build": toolchain.build,
         "samq": __version__,
     }
 
 
-def _track_candidate(
-    client: MlflowClient,
-    experiment_id: str,
-    parent: str,
-    result: Result,
-    shared: Mapping[str, str],
-    inputs: list[DatasetInput],
-    best: Result | None,
-) -> str:
-    tags = {
-        "mlflow.parentRunId": parent,
-        "samq.kind": "candidate",
-        "samq.best": str(bool(best and best.name == result.name)),
-    }
-    run = client.create_run(experiment_id, run_name=result.name, tags=tags).info.run_id
-    plan = result.plan
-    settings = {key: "" if value is None else str(value) for key, value in plan.parameters.items()}
-    policy = {
-        key: settings.get(key, "") for key in ("threshold", "quantile", "keep", "base", "grouping", "output_guard")
-    }
-    identity = {"policy": plan.policy, "gguf_sha256": result.model.sha256, "plan_digest": result.model.plan_digest}
-    kept = kept_tensors(plan)
-    metrics = {
-        "plan/bits_per_weight": result.model.bits_per_weight,
-        "plan/tensor_bytes": float(plan.tensor_bytes),
-        # Parallel coordinates need the same numbers on every run: at threshold 1 nothing is kept, at 0 everything is.
-        "plan/threshold": float(plan.parameters.get("threshold") or {"full": 0.0}.get(plan.policy, 1.0)),
-        "plan/kept_tensors": float(len(plan.types) if plan.policy == "full" else kept or 0),
-    }
-    for name, metric in result.evaluation.metrics.items():
-        metrics[name] = metric.value
-        if metric.stderr is not None:
-            metrics[f"{name}_stderr"] = metric.stderr
-    _log(client, run, metrics, {**shared, **policy, **identity})
-    client.log_inputs(run, inputs)
-    client.log_text(run, plan.model_dump_json(indent=1), "plan.json")
-    for path in sorted(result.folder.iterdir()):
-        if path.suffix in (".json", ".parquet") and path.name != "artifact.json":
-            client.log_artifact(run, str(path), "evaluation")
-    client.log_figure(run, types_heatmap(plan), "figures/types.png")
-    client.set_terminated(run, "FINISHED")
-    return run
+def _sweep_tags(results: Sequence[Result], failures: Sequence[Failure], best: Result | None) -> dict[str, str]:
+    tags = {"samq.candidates": str(len(results)), "samq.best": best.name if best else ""}
+    if failures:
+        tags["samq.failures"] = _note("; ".join(f"{one.name} in {one.stage}: {one.reason}" for one in failures))
+    return tags
 
 
-def _log_sweep(
-    client: MlflowClient,
-    parent: str,
-    facts: SweepFacts,
-    results: Sequence[Result],
-    failures: Sequence[Failure],
-    best: Result | None,
-    markdown: str,
-) -> None:
-    client.log_text(parent, markdown, "report.md")
-    client.set_tag(parent, "mlflow.note.content", markdown[:5000])
-    client.set_tag(parent, "samq.best", best.name if best else "none")
-    client.log_figure(parent, pareto_figure(results, best.name if best else None), "figures/pareto.png")
-    client.log_figure(parent, sensitivity_heatmap(facts.sensitivity), "figures/sensitivity.png")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        results_table(results, failures).to_csv(folder / "candidates.csv", index=False)
-        facts.sensitivity.save(folder / "sensitivity-map.json")
-        facts.calibration.save(folder / "calibration-set.json")
-        client.log_artifacts(parent, str(folder))
-
-
-def _log(client: MlflowClient, run: str, metrics: Mapping[str, float], parameters: Mapping[str, str]) -> None:
-    now = int(time.time() * 1000)
-    client.log_batch(
-        run,
-        metrics=[Metric(metric_key(name), value, now, 0) for name, value in metrics.items()],
-        params=[Param(name, value) for name, value in parameters.items()],
-        tags=[RunTag("samq.version", __version__)],
+def _dataset(text: CalibrationSet | TextSet, context: str) -> DatasetInput:
+    """A run's input: which text, by name and digest."""
+    if isinstance(text, CalibrationSet):
+        digest, profile = text.tokens_digest, {"samples": text.samples, "tokens": text.tokens}
+    else:
+        digest, profile = text.digest(), {"samples": len(text.texts)}
+    dataset = Dataset(
+        name=text.dataset,
+        digest=digest[:_DIGEST_CHARACTERS],
+        source_type="samq",
+        source=json.dumps({"dataset": text.dataset}),
+        profile=json.dumps(profile),
     )
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
 
 
-def _datasets(facts: SweepFacts) -> list[DatasetInput]:
-    """The texts, as MLflow's dataset inputs with their use as context."""
+def _params(values: Mapping[str, str]) -> list[Param]:
+    return [Param(key, value) for key, value in values.items()]
 
-    def entry(context: str, name: str, digest: str, profile: str) -> DatasetInput:
-        data = Dataset(name=name, digest=digest[:36], source_type="code", source="{}", profile=profile)
-        return DatasetInput(dataset=data, tags=[InputTag("mlflow.data.context", context)])
 
-    calibration = facts.calibration
-    profile = f'{{"samples": {calibration.samples}, "tokens": {calibration.tokens}}}'
-    texts = f'{{"texts": {len(facts.heldout.texts)}}}'
-    return [
-        entry("calibration", calibration.dataset, calibration.tokens_digest, profile),
-        entry("heldout", facts.heldout.dataset, facts.heldout.digest(), texts),
-    ]
+def _note(text: str) -> str:
+    """Text cut to what a tag holds."""
+    return text if len(text) <= _NOTE_CHARACTERS else text[: _NOTE_CHARACTERS - 1] + "…"

@@ -29,6 +29,7 @@ state=$({ cat requirements.lock pyproject.toml scripts/setup.sh; "$PYTHON" --ver
 
 mkdir -p .samq
 : >"$LOG"
+rm -f $STAMP
 
 step() { # step DESCRIPTION COMMAND...: run it, its output in the log, and say how long it took
   local what=$1 start=$SECONDS status
@@ -47,8 +48,7 @@ step() { # step DESCRIPTION COMMAND...: run it, its output in the log, and say h
 }
 
 install_llama_cpp() {
-  local work
-  work=$(mktemp -d)
+  work=$(mktemp -d) # not local: the trap runs after the function, at the end of the step's subshell
   trap 'rm -rf "$work"' EXIT
   rm -rf $SHARE
   .venv/bin/pip download --no-deps --no-binary llama-cpp-python -d "$work" llama-cpp-python==$LLAMA_CPP_PYTHON

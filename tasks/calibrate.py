@@ -30,7 +30,7 @@ def calibrate(
     """`sensitivity-map.json`: gradient norms of every weight tensor, in GGUF names."""
     gguf = full.path(GGUF_NAME)
     weights = source.model_copy(update={"gguf": gguf}) if source.gguf else source
-    model = load_model(weights, dtype=dtype, device=device)
+    model, _ = load_model(weights, dtype=dtype, device=device)
     with bar(f"calibrate {source.name}") as progress:
         sensitivity, _ = measure_sensitivity(
             model,

@@ -82,15 +82,9 @@ class ContentCache(CachePolicy):
 
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether trying again may help: a network or file-system hiccup, and nothing a person has to put right."""
-    try:
-        state.result()
-    except SamqError:
-        return False
-    except (ConnectionError, TimeoutError, InterruptedError, BlockingIOError):
-        return True
-    except BaseException:
-        return False
-    return False
+    error = state.result(raise_on_failure=False)
+    transient = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
+    return isinstance(error, transient) and not isinstance(error, SamqError)
 
 
 def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:

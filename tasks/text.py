@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 from prefect import task
 
 from samq import calibration
+from samq.calibration import TokenBatch
 from samq.datasets import DatasetSpec, load_texts
 from samq.evaluation.llama import Model
 from samq.model import load_tokenizer
@@ -40,4 +40,4 @@ def heldout(folder: Path, full: Artifact, texts: TextSet) -> None:
     """`heldout.npz`: the held-out text's token ids, by the GGUF's own tokenizer, concatenated."""
     with Model(full.path(GGUF_NAME), allocate=False) as model:
         ids = model.tokenize("\n\n".join(texts.texts))
-    np.savez(folder / HELDOUT_NAME, tokens=ids)
+    TokenBatch.of([ids.tolist()]).save(folder / HELDOUT_NAME)

@@ -1,21 +1,41 @@
 """Task: the sweep in MLflow, and the best candidate in its registry."""
 
+from typing import Any
+
 from prefect import task
 
+from samq.records import CalibrationSet, ModelSource, SensitivityMap, TextSet, Toolchain
 from samq.selection import Failure, Result
-from samq.tracking import SweepFacts, TrackedSweep, track_sweep
+from samq.tracking import TrackedSweep, TrackingSettings, track_sweep
 
 
-@task(name="track", task_run_name="track {facts.name}")
+@task(name="track", task_run_name="track {settings.run_name}")
 def track(
-    tracking_uri: str,
-    experiment: str,
-    facts: SweepFacts,
+    settings: TrackingSettings,
+    source: ModelSource,
+    calibration: CalibrationSet,
+    heldout: TextSet,
+    toolchain: Toolchain,
+    sensitivity: SensitivityMap,
     results: list[Result],
     failures: list[Failure],
     best: Result | None,
-    markdown: str,
-    registered_model: str | None,
+    report: str,
+    parameters: dict[str, Any],
+    tags: dict[str, str],
 ) -> TrackedSweep:
     """Log parent and child runs and register the best. Not cached: each run of the flow is a run in MLflow."""
-    return track_sweep(tracking_uri, experiment, facts, results, failures, best, markdown, registered_model)
+    return track_sweep(
+        settings,
+        source=source,
+        calibration=calibration,
+        heldout=heldout,
+        toolchain=toolchain,
+        sensitivity=sensitivity,
+        results=results,
+        failures=failures,
+        best=best,
+        report=report,
+        parameters=parameters,
+        tags=tags,
+    )

@@ -1,94 +1,224 @@
-"""MLflow's model registry: versions that refer to GGUFs where they lie, and the aliases that point at them."""
+"""MLflow's model registry: GGUFs as versions of a registered model, found by alias.
 
+A version points at the GGUF where it lies and holds no copy of it: its tags say where (`gguf_uri`), which (`sha256`) and
+how large (`size_bytes`), and its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
+"""
+
+import fcntl
+import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS
 
 from samq.errors import SamqError
-from samq.selection import Result
+from samq.records import Evaluation, Plan, QuantizedModel
+from samq.report import COLUMNS, describe_plan
+from samq.selection import MB
 
 CANDIDATE = "candidate"
+HELDOUT = "heldout"  # context of the dataset that fidelity is measured on, among a run's inputs
 
 
 @dataclass(frozen=True)
 class RegisteredGguf:
-    """One version of a registered model."""
+    """A version of a registered model."""
 
     name: str
     version: str
-    gguf: Path
+    uri: str
     sha256: str
-    bytes: int
+    size_bytes: int
+    plan_digest: str
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """The GGUF on this machine; raises SamqError if it lies elsewhere."""
+        parts = urlsplit(self.uri)
+        if parts.scheme != "file":
+            raise SamqError(
+                f"version {self.version} of {self.name} lies at {self.uri}, not on this machine; copy it here"
+            )
+        return Path(unquote(parts.path))
 
 
-def register(tracking_uri: str, name: str, run_id: str, result: Result, alias: str = CANDIDATE) -> RegisteredGguf:
-    """Register a candidate's GGUF under `name` and point `alias` at it; the file stays where it is.
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of one MLflow server or database, which is made if it is a SQLite file that does not exist.
 
-    A GGUF that is a version of the model already (same SHA-256) only gets the alias: nights with nothing new make no
-    twins.
+    Several processes may connect to a new SQLite file at once: MLflow makes its tables without a lock, so this takes one.
+    Raises SamqError if MLflow cannot be used there.
     """
-    mlflow.set_tracking_uri(tracking_uri)
-    client = MlflowClient(tracking_uri=tracking_uri)
-    tags = {
-        "gguf_uri": result.gguf.as_uri(),
-        "sha256": result.model.sha256,
-        "size_bytes": str(result.model.file_bytes),
-        "plan": result.model.plan_digest,
-        "candidate": result.name,
-    }
+    folder = sqlite_folder(tracking_uri)
     try:
-        client.get_registered_model(name)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".mlflow.lock", "w") if folder else nullcontext() as lock:
+            if lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            client.search_experiments(max_results=1)
+        return client
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SamqError(
+            f"cannot use MLflow at {tracking_uri}: {reason}; start its server, or give sqlite:///FILE"
+        ) from error
+
+
+def sqlite_folder(tracking_uri: str) -> Path | None:
+    """Folder of the SQLite file that a tracking URI names; None for a server."""
+    prefix = "sqlite:///"
+    return Path(tracking_uri.removeprefix(prefix)).absolute().parent if tracking_uri.startswith(prefix) else None
+
+
+def register(
+    client: MlflowClient,
+    name: str,
+    run_id: str,
+    *,
+    model: QuantizedModel,
+    gguf: Path,
+    plan: Plan,
+    evaluation: Evaluation,
+    alias: str = CANDIDATE,
+) -> str:
+    """Make the GGUF a version of the registered model `name`, give it the alias, and return the version.
+
+    A GGUF (by SHA-256) that already is a version keeps that version: a night without news registers nothing.
+    `run_id` is the candidate's run, whose metrics and parameters the version shows.
+    """
+    uri = gguf.absolute().as_uri()
+    try:
+        _create_registered_model(client, name)
+        version = _find(client, name, model.sha256)
+        if version is None:
+            version = _create_version(client, name, client.get_run(run_id), model, uri, plan, evaluation)
+        elif version.tags.get("gguf_uri") != uri:  # the same bytes, made again elsewhere
+            client.set_model_version_tag(name, version.version, "gguf_uri", uri)
+        client.set_registered_model_alias(name, alias, version.version)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        client.create_registered_model(
-            name, description="GGUFs made by SAMQ; the alias `candidate` is the last sweep's best."
-        )
-    twins = [
-        version
-        for version in client.search_model_versions(f"name = '{name}'")
-        if version.tags.get("sha256") == result.model.sha256
-    ]
-    if twins:
-        version = twins[0].version
-        client.set_model_version_tag(name, version, "gguf_uri", tags["gguf_uri"])
-    else:
-        run = client.get_run(run_id)
-        external = mlflow.create_external_model(
-            name=name, source_run_id=run_id, experiment_id=run.info.experiment_id, tags=tags, params=run.data.params
-        )
-        version = client.create_model_version(
-            name,
-            source=f"models:/{external.model_id}",
-            run_id=run_id,
-            tags=tags,
-            model_id=external.model_id,
-            description=_describe(result),
-        ).version
-    client.set_registered_model_alias(name, alias, version)
-    return resolve(tracking_uri, name, alias)
+        raise SamqError(f"cannot register {gguf} as {name}: {str(error).splitlines()[0]}") from error
+    return str(version.version)
 
 
-def resolve(tracking_uri: str, name: str, alias: str) -> RegisteredGguf:
-    """The version that an alias points at; raises SamqError if there is no such model or alias."""
-    client = MlflowClient(tracking_uri=tracking_uri)
+def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE) -> RegisteredGguf:
+    """The version that an alias points at; raises SamqError if there is none, or it is not one that SAMQ registered."""
     try:
         version = client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            reason = str(error).splitlines()[0]
+            raise SamqError(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
         raise SamqError(
-            f"no model {name}@{alias} is registered at {tracking_uri}; run a sweep that registers it"
+            f"MLflow at {client.tracking_uri} has no model {name} with the alias {alias}; register one first"
         ) from error
-    path = Path(version.tags["gguf_uri"].removeprefix("file://"))
-    return RegisteredGguf(name, str(version.version), path, version.tags["sha256"], int(version.tags["size_bytes"]))
+    tags = version.tags
+    missing = [tag for tag in ("gguf_uri", "sha256", "size_bytes", "plan_digest") if tag not in tags]
+    if missing:
+        raise SamqError(
+            f"version {version.version} of {name} has no tag {missing[0]}, so SAMQ did not register it; "
+            f"move the alias {alias} to one it did"
+        )
+    return RegisteredGguf(
+        name=name,
+        version=str(version.version),
+        uri=tags["gguf_uri"],
+        sha256=tags["sha256"],
+        size_bytes=int(tags["size_bytes"]),
+        plan_digest=tags["plan_digest"],
+        run_id=version.run_id or "",
+    )
 
 
-def _describe(result: Result) -> str:
-    metrics = result.evaluation.metrics
-    kld, ratio = metrics.get("fidelity/mean_kld_nats"), metrics.get("fidelity/perplexity_ratio")
-    parts = [f"{result.name}: {result.bytes / 1e6:.1f} MB, {result.model.bits_per_weight:.2f} bits per weight"]
-    parts += [f"mean KLD {kld.value:.5f} nats"] if kld else []
-    parts += [f"perplexity {ratio.value:.4f} times the baseline's"] if ratio else []
-    return ", ".join(parts)
+def _create_registered_model(client: MlflowClient, name: str) -> None:
+    description = (
+        "GGUFs that SAMQ built and measured. Each version points at a file; its tags say where it lies and its SHA-256. "
+        f"The alias `{CANDIDATE}` marks the best of the last sweep."
+    )
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _find(client: MlflowClient, name: str, sha256: str) -> ModelVersion | None:
+    """The newest version of this content."""
+    found = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{sha256}'")
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def _create_version(
+    client: MlflowClient, name: str, run: Run, model: QuantizedModel, uri: str, plan: Plan, evaluation: Evaluation
+) -> ModelVersion:
+    # What mlflow.create_external_model does, without its global tracking URI.
+    logged = client.create_logged_model(
+        run.info.experiment_id,
+        name=name,
+        source_run_id=run.info.run_id,
+        tags={MLFLOW_MODEL_IS_EXTERNAL: "true", "gguf_uri": uri, "sha256": model.sha256},
+        params={key: value for key, value in run.data.params.items() if value},
+        model_type="gguf",
+    )
+    _link_metrics(client, run, logged.model_id)
+    client.finalize_logged_model(logged.model_id, "READY")
+    # `models:/<id>` as the source would be looked up by MLflow's global client; the artifact location need not be, and
+    # a server accepts it as it belongs to the model.
+    version = client.create_model_version(
+        name,
+        source=logged.artifact_location,
+        run_id=run.info.run_id,
+        model_id=logged.model_id,
+        description=_description(model, uri, plan, evaluation),
+        tags={
+            "candidate": plan.name,
+            "gguf_uri": uri,
+            "sha256": model.sha256,
+            "size_bytes": str(model.file_bytes),
+            "plan_digest": model.plan_digest,
+            "parent_run": run.data.tags.get("mlflow.parentRunId", ""),
+        },
+    )
+    links = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: links})
+    return version
+
+
+def _link_metrics(client: MlflowClient, run: Run, model_id: str) -> None:
+    """Show the run's metrics on the model's page: logged again as they are, with the model's id, they are not doubled."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    heldout = next((one.dataset for one in inputs if HELDOUT in [tag.value for tag in one.tags]), None)
+    metrics = [
+        Metric(
+            key=key,
+            value=value,
+            timestamp=run.info.start_time,
+            step=0,
+            model_id=model_id,
+            run_id=run.info.run_id,
+            dataset_name=heldout.name if heldout and key.startswith("fidelity/") else None,
+            dataset_digest=heldout.digest if heldout and key.startswith("fidelity/") else None,
+        )
+        for key, value in run.data.metrics.items()
+    ]
+    client.log_batch(run.info.run_id, metrics=metrics)
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _description(model: QuantizedModel, uri: str, plan: Plan, evaluation: Evaluation) -> str:
+    """Markdown for the version's page."""
+    rows = [
+        ("size", f"{model.file_bytes / MB:.1f} MB, {model.bits_per_weight:.2f} bits per weight"),
+        *((column.heading, column.show(evaluation, spread=True)) for column in COLUMNS),
+        ("file", f"`{uri}`"),
+        ("sha256", f"`{model.sha256}`"),
+    ]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"**{plan.name}**. {describe_plan(plan)}\n\n| | |\n| --- | --- |\n{table}\n"

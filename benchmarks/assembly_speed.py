@@ -1,0 +1,87 @@
+"""Claim: putting a plan's GGUF together from the ladder takes at most 1.3 times as long as `cp` of the result.
+
+The plan changes type at every tensor, so that no two neighbours come from one rung. Both write to the same folder; the
+file is flushed to the disk within the time, and removed between runs. The audit and the SHA-256 are timed apart.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from samq.allocation import Target
+from samq.assembly import assemble, write_assembled
+from samq.ladder import Ladder, make_rung, uniform_plan
+from samq.quantizer import planned_bytes
+from samq.toolchain import find_toolchain
+
+TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
+
+def timed(path: Path, write: Callable[[], object]) -> float:
+    """Seconds until `path` is written and on the disk; it is removed before."""
+    path.unlink(missing_ok=True)
+    os.sync()
+    start = time.perf_counter()
+    write()
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a table and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, default=Path("../shared/models/code-46m/model-f16.gguf"))
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    target = Target.open(arguments.gguf, find_toolchain())
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        folder = Path(scratch)
+        rungs = {}
+        for name in TYPES:
+            (folder / name).mkdir()
+            rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
+        ladder = Ladder(target.gguf, rungs)
+        held = [list(ladder.sources()[name]) for name in target.quantizable]
+        types = {
+            name: kinds[i % len(kinds)] for i, (name, kinds) in enumerate(zip(target.quantizable, held, strict=True))
+        }
+        plan = uniform_plan(target, "Q4_K").model_copy(
+            update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}
+        )
+        (folder / "out").mkdir()
+        start = time.perf_counter()
+        model = assemble(ladder, plan, folder / "out", provenance={})
+        whole = time.perf_counter() - start
+        result, copy = folder / "out" / model.file, folder / "copy.gguf"
+        copied, assembled = [], []
+        for _ in range(arguments.runs):
+            copied.append(timed(copy, lambda: subprocess.run(["cp", "--reflink=never", result, copy], check=True)))
+            assembled.append(timed(copy, lambda: write_assembled(ladder, plan, copy, model.metadata)))
+        shutil.rmtree(folder / "out")
+    row = {
+        "file_bytes": model.file_bytes,
+        "cp_seconds": median(copied),
+        "assembly_seconds": median(assembled),
+        "ratio": median(assembled) / median(copied),
+        "with_audit_and_sha256_seconds": whole,
+    }
+    for name, value in row.items():
+        print(f"{name:32} {value:,.3f}")
+    print("limit of the ratio: 1.3")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(row, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

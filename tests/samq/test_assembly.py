@@ -1,0 +1,89 @@
+import hashlib
+
+import pytest
+
+from samq.allocation import Target, full_plan, stock_plan
+from samq.assembly import assemble
+from samq.errors import SamqError
+from samq.ladder import Ladder, make_rung, rung_names, uniform_plan
+from samq.quantizer import planned_bytes, quantize
+from tests.conftest import write_tiny_gguf
+
+PROVENANCE = {"model": "tiny", "version": "1"}
+
+
+def make_ladder(target, folder, types):
+    rungs = {}
+    for name in rung_names(target.quantizable.values(), types, imatrix=False):
+        (folder / name).mkdir(parents=True)
+        model = make_rung(target, name, folder / name, provenance={"model": "tiny"})
+        rungs[name] = folder / name / model.file
+    return Ladder(target.gguf, rungs)
+
+
+@pytest.fixture(scope="module", params=[256, 96], ids=["K types fit", "K types fall back"])
+def target(request, toolchain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "tiny-f16.gguf"
+    return Target.open(write_tiny_gguf(path, width=request.param, hidden=2 * request.param), toolchain)
+
+
+@pytest.fixture(scope="module")
+def ladder(target, tmp_path_factory):
+    return make_ladder(target, tmp_path_factory.mktemp("ladder"), ["Q3_K", "Q4_K", "Q5_K", "Q8_0"])
+
+
+def mixed(target, ladder, shift):
+    """A plan in which neighbouring tensors have different types, full precision among them."""
+    held = ladder.sources()
+    types = {}
+    for index, name in enumerate(target.quantizable):
+        kinds = list(held[name])
+        types[name] = kinds[(index + shift) % len(kinds)]
+    return stock_plan(target, "Q5_K_S").model_copy(
+        update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}
+    )
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_an_assembled_file_is_the_one_llama_quantize_writes(target, ladder, tmp_path, shift):
+    plan = mixed(target, ladder, shift)
+    for name in ("assembled", "quantized"):
+        (tmp_path / name).mkdir()
+    assembled = assemble(ladder, plan, tmp_path / "assembled", provenance=PROVENANCE)
+    quantized = quantize(target.gguf, plan, tmp_path / "quantized", target.toolchain, provenance=PROVENANCE)
+    assert assembled == quantized
+
+
+def test_full_precision_is_assembled_from_the_source(target, ladder, tmp_path):
+    plan = full_plan(target)
+    for name in ("assembled", "quantized"):
+        (tmp_path / name).mkdir()
+    assembled = assemble(ladder, plan, tmp_path / "assembled", provenance=PROVENANCE)
+    assert assembled == quantize(target.gguf, plan, tmp_path / "quantized", target.toolchain, provenance=PROVENANCE)
+
+
+def test_a_type_that_no_rung_has_is_an_error(target, ladder, tmp_path):
+    plan = full_plan(target)
+    name = next(iter(plan.types))
+    with pytest.raises(SamqError, match=f"{name} .* wants IQ4_NL; add that rung"):
+        assemble(ladder, plan.model_copy(update={"types": plan.types | {name: "IQ4_NL"}}), tmp_path, provenance={})
+
+
+def test_a_rung_cut_short_leaves_no_model(target, ladder, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(ladder.rungs["Q8_0"].read_bytes()[:-4096])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SamqError, match="shorter than its header says"):
+        assemble(Ladder(ladder.gguf, {"Q8_0": cut}), uniform_plan(target, "Q8_0"), tmp_path / "out", provenance={})
+    assert not (tmp_path / "out" / "model.gguf").exists()
+
+
+def test_two_assemblies_are_one_file(target, ladder, tmp_path):
+    plan = mixed(target, ladder, 1)
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        model = assemble(ladder, plan, tmp_path / name, provenance=PROVENANCE)
+        files.append(hashlib.sha256((tmp_path / name / model.file).read_bytes()).hexdigest())
+        assert files[-1] == model.sha256
+    assert len(set(files)) == 1

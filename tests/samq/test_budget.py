@@ -1,0 +1,130 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from samq.allocation import Target
+from samq.budget import Budget, BudgetPolicy, budget_plan, parse_budget, solve, undominated
+from samq.errors import SamqError
+from samq.formats import tensor_bytes
+from samq.records import Price, PriceTable, TensorPrices
+
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "F16")
+
+
+def random_options(seed, tensors, types=5):
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 50, (tensors, types)) * 32
+    costs = random.lognormal(0, 3, (tensors, types))
+    return {
+        f"tensor{row}": {
+            str(kind): Price(bytes=int(sizes[row, kind]), kl_nats=costs[row, kind]) for kind in range(types)
+        }
+        for row in range(tensors)
+    }
+
+
+def cost_and_bytes(options, types):
+    chosen = [options[name][kind] for name, kind in types.items()]
+    return sum(price.kl_nats for price in chosen), sum(price.bytes for price in chosen)
+
+
+def best_of_all(options, limit):
+    return min(
+        sum(price.kl_nats for price in choice)
+        for choice in itertools.product(*(types.values() for types in options.values()))
+        if sum(price.bytes for price in choice) <= limit
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_solution_is_the_best_of_all_choices(seed):
+    options = random_options(seed, tensors=6, types=4)
+    smallest = sum(min(price.bytes for price in types.values()) for types in options.values())
+    largest = sum(max(price.bytes for price in types.values()) for types in options.values())
+    for limit in np.linspace(smallest, largest, 5).astype(int):
+        cost, size = cost_and_bytes(options, solve(options, int(limit)).types)
+        assert size <= limit
+        assert cost == pytest.approx(best_of_all(options, limit), rel=1e-12)
+
+
+def test_a_larger_budget_never_costs_more():
+    options = random_options(0, tensors=60)
+    smallest = sum(min(price.bytes for price in types.values()) for types in options.values())
+    costs = [
+        cost_and_bytes(options, solve(options, limit).types)[0]
+        for limit in range(smallest, 3 * smallest, smallest // 40)
+    ]
+    assert all(after <= before for before, after in itertools.pairwise(costs))
+
+
+def test_dominated_types_are_left_out():
+    types = {
+        "small": Price(bytes=10, kl_nats=3.0),
+        "worse": Price(bytes=12, kl_nats=3.5),
+        "dearer": Price(bytes=20, kl_nats=3.0),
+        "large": Price(bytes=30, kl_nats=1.0),
+    }
+    assert list(undominated(types)) == ["small", "large"]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_gguf, toolchain):
+    return Target.open(tiny_gguf, toolchain)
+
+
+@pytest.fixture(scope="module")
+def prices(target):
+    random = np.random.default_rng(0)
+    tensors = {}
+    for name, tensor in target.quantizable.items():
+        weight = random.lognormal()
+        types = {
+            kind: Price(bytes=tensor_bytes(kind, tensor.shape), kl_nats=weight * 4.0**-index if kind != "F16" else 0.0)
+            for index, kind in enumerate(TYPES)
+        }
+        tensors[name] = TensorPrices(types=types, relative_stderr=0.1)
+    return PriceTable(gguf_sha256=target.sha256, map_digest="map", imatrix_sha256=None, tensors=tensors)
+
+
+def test_a_plan_keeps_to_the_size_of_a_mixture_and_says_what_it_costs(target, prices):
+    budget = parse_budget("size-of:Q4_K_M", target)
+    plan = budget_plan(target, prices, budget, BudgetPolicy())
+    assert plan.tensor_bytes <= budget.tensor_bytes
+    assert plan.predicted_kl_nats == pytest.approx(
+        sum(prices.tensors[name].types[kind].kl_nats for name, kind in plan.types.items())
+    )
+    assert plan.predicted_kl_stderr == pytest.approx(0.1 * plan.predicted_kl_nats)
+    assert plan.solver_gap == pytest.approx(0, abs=1e-9)
+
+
+def test_budgets_are_read_as_they_are_written(target):
+    weights = sum(tensor.weights for tensor in target.tensors.values())
+    overhead = target.gguf.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
+    assert parse_budget("4.5bpw", target).tensor_bytes == int(4.5 * weights / 8)
+    assert 0 < 3 * 2**20 - overhead - parse_budget("3MiB", target).tensor_bytes < 2**15
+    assert parse_budget("1.5GB", target).tensor_bytes - parse_budget("0.5 GB", target).tensor_bytes == 10**9
+    for text in ("", "4.5", "much", "4.5bpx", "size-of:", "vram:24GiB", "-3GB"):
+        if text != "4.5":
+            with pytest.raises(SamqError, match="is not a budget"):
+                parse_budget(text, target)
+
+
+def test_an_impossible_budget_says_what_is_possible(target, prices):
+    with pytest.raises(SamqError, match=r"the smallest plan has [\d,]+ \(2\.\d\d bits per weight\)"):
+        budget_plan(target, prices, Budget("tiny", 1000), BudgetPolicy())
+
+
+def test_guards_are_least_types(target, prices):
+    budget = parse_budget("4bpw", target)
+    policy = BudgetPolicy(output_guard="q6_k", least_type="Q3_K")
+    plan = budget_plan(target, prices, budget, policy)
+    assert plan.types["output.weight"] in ("Q6_K", "F16")
+    assert "Q2_K" not in plan.types.values()
+
+
+def test_what_a_budget_does_not_count_costs_nothing(target, prices):
+    budget = Budget("vram", parse_budget("3bpw", target).tensor_bytes, frozenset({"token_embd.weight"}))
+    plan = budget_plan(target, prices, budget, BudgetPolicy())
+    assert plan.types["token_embd.weight"] == "F16"
+    assert plan.tensor_bytes - target.tensors["token_embd.weight"].bytes <= budget.tensor_bytes

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from samq.allocation import Target
+from samq.errors import SamqError
+from samq.gguf_file import read_weights
+from samq.ladder import Ladder, make_rung, rung_names
+from samq.prices import plan_cost, price_table
+from samq.records import SensitivityMap, TensorSensitivity
+from tests.conftest import write_tiny_gguf
+
+TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
+
+
+@pytest.fixture(scope="module", params=[256, 96], ids=["K types fit", "K types fall back"])
+def ladder(request, toolchain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ladder")
+    target = Target.open(
+        write_tiny_gguf(folder / "tiny.gguf", width=request.param, hidden=2 * request.param), toolchain
+    )
+    rungs = {}
+    for name in rung_names(target.quantizable.values(), TYPES, imatrix=False):
+        (folder / name).mkdir()
+        rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
+    return target, Ladder(target.gguf, rungs)
+
+
+def sensitivity_of(target, block_weights):
+    tensors = {
+        name: TensorSensitivity(shape=tensor.shape, gradient_norm=1.0, gradient_norm_stderr=0.1, score=1.0)
+        for name, tensor in target.quantizable.items()
+    }
+    return SensitivityMap(
+        model_digest="m", calibration_digest="c", labels="model", seed=0, samples=25, tokens=100, loss_nats=1.0,
+        tied_embeddings=False, block_weights=block_weights, tensors=tensors,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block_weights", [32, 40])
+def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder, block_weights):
+    target, rungs = ladder
+    random = np.random.default_rng(1)
+    fisher = {
+        name: random.random((tensor.shape[0], -(-tensor.row_length // block_weights)), np.float32)
+        for name, tensor in target.quantizable.items()
+    }
+    table = price_table(
+        rungs, target.quantizable, sensitivity_of(target, block_weights), fisher, gguf_sha256=target.sha256
+    )
+    for name, tensor in target.quantizable.items():
+        held = rungs.sources()[name]
+        assert table.tensors[name].types.keys() == held.keys()
+        assert table.tensors[name].types["F16"].kl_nats == 0
+        weights = np.repeat(fisher[name], block_weights, axis=1)[:, : tensor.row_length]
+        for kind, path in held.items():
+            change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
+            assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
+
+
+def test_a_plan_costs_the_sum_of_its_prices(ladder):
+    target, rungs = ladder
+    fisher = {name: np.ones((t.shape[0], t.row_length // 32), np.float32) for name, t in target.quantizable.items()}
+    table = price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)
+    kinds = {
+        name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
+        for name, prices in table.tensors.items()
+    }
+    cost, error = plan_cost(table, kinds)
+    assert cost == pytest.approx(sum(table.tensors[name].types[kind].kl_nats for name, kind in kinds.items()))
+    # norms of mean 1 and standard deviation 0.5: squares of mean 1.25 and standard error 2 * 0.1
+    assert error == pytest.approx(cost * 0.2 / 1.25)
+    with pytest.raises(SamqError, match=r"no price for .* in IQ1_S"):
+        plan_cost(table, kinds | {"output.weight": "IQ1_S"})
+
+
+def test_fisher_of_another_shape_is_an_error(ladder):
+    target, rungs = ladder
+    fisher = {name: np.ones((1, 1), np.float32) for name in target.quantizable}
+    with pytest.raises(SamqError, match="calibrate this model again"):
+        price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)

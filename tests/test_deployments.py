@@ -1,0 +1,82 @@
+"""Prefect drops unknown keys of prefect.yaml without a word, so they are refused here."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig
+from prefect.utilities.importtools import import_object
+
+from flows.parameters import RequantizeParameters, load_parameters, read_parameters
+from flows.requantize import requantize
+from samq.errors import SamqError
+
+ROOT = Path(__file__).parent.parent
+PREFECT_YAML = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+DEPLOYMENTS = PREFECT_YAML["deployments"]
+PARAMETER_FILES = sorted((ROOT / "deployments" / "parameters").glob("*.yaml"))
+
+
+def known(model):
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def unknown_keys(document):
+    """Keys of a prefect.yaml that Prefect would drop."""
+    keys = {f"top: {key}" for key in document.keys() - known(PrefectYamlModel) - {"definitions"}}
+    for deployment in document["deployments"]:
+        keys |= {f"{deployment['name']}: {key}" for key in deployment.keys() - known(DeploymentConfig)}
+        for schedule in deployment.get("schedules", []):
+            keys |= {f"{deployment['name']} schedule: {key}" for key in schedule.keys() - known(RawScheduleConfig)}
+    return keys
+
+
+def test_prefect_knows_every_key():
+    assert unknown_keys(PREFECT_YAML) == set()
+
+
+def test_a_key_that_prefect_would_drop_is_found():
+    wrong = {"deployments": [{"name": "x", "entry_point": "a", "schedules": [{"crom": "* * * * *"}]}], "flows": []}
+    assert unknown_keys(wrong) == {"top: flows", "x: entry_point", "x schedule: crom"}
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
+def test_every_entry_point_is_a_flow_that_takes_the_deployments_parameters(deployment, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flow = import_object(deployment["entrypoint"])
+    assert flow.name == requantize.name
+    (step,) = deployment["build"]
+    arguments = {key: value for key, value in step["flows.parameters.read_parameters"].items() if key != "id"}
+    flow.validate_parameters(read_parameters(**arguments))
+
+
+def test_nightly_runs_once_a_night_in_a_time_zone_and_one_at_a_time():
+    nightly = next(deployment for deployment in DEPLOYMENTS if deployment["name"] == "nightly")
+    (schedule,) = nightly["schedules"]
+    assert (schedule["cron"], schedule["timezone"]) == ("30 2 * * *", "Europe/Berlin")
+    assert nightly["concurrency_limit"]["limit"] == 1
+    assert nightly["work_pool"]["name"] == "samq"
+
+
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+def test_every_parameter_file_survives_the_way_through_prefect(path):
+    parameters = load_parameters(path)
+    assert RequantizeParameters.model_validate(read_parameters(str(path))["parameters"]) == parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "is not YAML"),
+        ("name: x", "model: Field required"),
+        ("nmae: x", "model: Field required"),
+        ("{name: x, model: {source: m, precison: F16}}", "precison: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_parameter_file_is_one_sentence(tmp_path, text, message):
+    path = tmp_path / "parameters.yaml"
+    path.write_text(text)
+    with pytest.raises(SamqError, match=message):
+        load_parameters(path)
+    with pytest.raises(SamqError, match="cannot read"):
+        load_parameters(tmp_path / "nothing.yaml")
