@@ -3,6 +3,7 @@
 model + text -> convert -> calibrate -> imatrix -> plan x N -> quantize x N -> evaluate x N -> track, report, register
 """
 
+import logging
 from dataclasses import dataclass, field
 
 from prefect import flow
@@ -31,6 +32,8 @@ from tasks.report import report
 from tasks.source import find_model
 from tasks.text import SET_NAME, heldout, load_text, tokenize
 from tasks.track import track
+
+logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
 
 FULL = "full"  # the baseline among the candidates
 
@@ -70,7 +73,7 @@ class _Candidates:
     name="requantize",
     flow_run_name="{parameters.name}",
     # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
-    task_runner=ThreadPoolTaskRunner(max_workers=2),
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
 )
 def requantize(parameters: RequantizeParameters) -> Sweep:
     """Build, measure and track every candidate; one that fails is reported and does not stop the others."""

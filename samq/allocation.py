@@ -220,7 +220,7 @@ def propose_thresholds(target: Target, sensitivity: SensitivityMap, policy: Thre
 def _plan(
     target: Target,
     name: str,
-    policy: Literal["full", "stock", "threshold", "budget"],
+    policy: Literal["full", "stock", "uniform", "threshold", "budget"],
     parameters: dict[str, float | int | str | bool | None],
     types: dict[str, str],
     substitutions: dict[str, Substitution] | None = None,

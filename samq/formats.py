@@ -17,55 +17,25 @@ _FALLBACK = {
     "Q6_K": "Q8_0",
 }
 
+
+def _block(name: str) -> tuple[int, int]:
+    """Weights and bytes of one block."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+
+
+def bits_per_weight(name: str) -> float:
+    """Bits per weight of a type, its scales included."""
+    weights, size = _block(name)
+    return 8 * size / weights
+
+
 # What a plan may ask of llama-quantize: storage types that hold weights, from fewest bits to most.
-TYPES = tuple(
-    sorted(
-        (
-            *_FALLBACK,
-            "Q4_0",
-            "Q4_1",
-            "Q5_0",
-            "Q5_1",
-            "IQ4_NL",
-            "Q8_0",
-            "F16",
-            "BF16",
-            "F32",
-        ),
-        key=lambda name: (lambda block, size: size / block)(*GGML_QUANT_SIZES[GGMLQuantizationType[name]]),
-    )
-)
+TYPES = tuple(sorted([*_FALLBACK, *"Q4_0 Q4_1 Q5_0 Q5_1 IQ4_NL Q8_0 F16 BF16 F32".split()], key=bits_per_weight))
 
 # llama-quantize's file types (mixtures and plain ones) that a stock candidate may name.
-MIXTURES = (
-    *(
-        "IQ1_S",
-        "IQ1_M",
-        "IQ2_XXS",
-        "IQ2_XS",
-        "IQ2_S",
-        "IQ2_M",
-        "Q2_K_S",
-        "Q2_K",
-        "IQ3_XXS",
-        "IQ3_XS",
-        "IQ3_S",
-        "IQ3_M",
-    ),
-    *(
-        "Q3_K_S",
-        "Q3_K_M",
-        "Q3_K_L",
-        "IQ4_XS",
-        "IQ4_NL",
-        "Q4_0",
-        "Q4_1",
-        "Q4_K_S",
-        "Q4_K_M",
-        "Q5_0",
-        "Q5_1",
-    ),
-    *("Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "F16", "BF16"),
+MIXTURES = tuple(
+    "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M Q2_K_S Q2_K IQ3_XXS IQ3_XS IQ3_S IQ3_M Q3_K_S Q3_K_M Q3_K_L IQ4_XS IQ4_NL "
+    "Q4_0 Q4_1 Q4_K_S Q4_K_M Q5_0 Q5_1 Q5_K_S Q5_K_M Q6_K Q8_0 F16 BF16".split()
 )
 
 
@@ -81,17 +51,6 @@ def check_mixture(name: str) -> str:
     if name.upper() not in MIXTURES:
         raise SamqError(f"unknown llama-quantize mixture {name!r}; choose one of {', '.join(MIXTURES)}")
     return name.upper()
-
-
-def _block(name: str) -> tuple[int, int]:
-    """Weights and bytes of one block."""
-    return GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-
-
-def bits_per_weight(name: str) -> float:
-    """Bits per weight of a type, its scales included."""
-    weights, size = _block(name)
-    return 8 * size / weights
 
 
 def fits(name: str, row_length: int) -> bool:

@@ -62,8 +62,8 @@ def run(
                         f"{name} was stopped after {timeout_s:.0f} s; raise its limit (log: {log})"
                     ) from None
             if on_line:
-                text = log.read_bytes()[seen:]
-                whole = text[: text.rfind(b"\n") + 1]
+                unseen = log.read_bytes()[seen:]
+                whole = unseen[: unseen.rfind(b"\n") + 1]
                 seen += len(whole)
                 for line in whole.decode(errors="replace").splitlines():
                     on_line(line)

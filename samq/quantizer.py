@@ -51,14 +51,14 @@ def convert(
         if _is_full_precision(source.gguf):
             link_or_copy(source.gguf, target)
         else:
-            command = [
+            dequantize: list[str | Path] = [
                 program(toolchain, "llama-quantize"),
                 "--allow-requantize",
                 source.gguf.absolute(),
                 target,
             ]
             run(
-                [*command, precision],
+                [*dequantize, precision],
                 log=log,
                 timeout_s=timeout_s,
                 env=environment(toolchain),
@@ -67,7 +67,7 @@ def convert(
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
         raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         toolchain.converter,
         source.folder.absolute(),
@@ -121,7 +121,7 @@ def measure_imatrix(
 ) -> Path:
     """Run llama-imatrix over `text` (the output tensor included) and return the importance matrix's path."""
     (folder / "calibration.txt").write_text(text)
-    command = [
+    command: list[str | Path] = [
         program(toolchain, "llama-imatrix"),
         "-m",
         gguf.absolute(),
@@ -170,7 +170,7 @@ def mixture_types(
 
     Returns (tensor -> type for every tensor of the file, tensor -> substitution where its row length forced one).
     """
-    command = [
+    command: list[str | Path] = [
         program(toolchain, "llama-quantize"),
         "--dry-run",
         *(["--pure"] if pure else []),
@@ -232,7 +232,7 @@ def quantize(
         "samq.policy": plan.policy,
     }
     metadata |= {f"samq.{key}": value for key, value in provenance.items()}
-    command = [
+    command: list[str | Path] = [
         program(toolchain, "llama-quantize"),
         "--allow-requantize",
         "--tensor-type-file",

@@ -28,9 +28,9 @@ def find_toolchain() -> Toolchain:
 @lru_cache
 def _inspect(own: Path | None) -> Toolchain:
     if own:
-        roots = (own, own / "build")
+        roots: tuple[Path, ...] = (own, own / "build")
         advice = "point SAMQ_LLAMA_CPP at a folder with bin/llama-quantize, or unset it"
-        converters = (own, own.parent, own / "share" / "llama.cpp")
+        converters: tuple[Path, ...] = (own, own.parent, own / "share" / "llama.cpp")
     else:
         roots = (Path(sysconfig.get_path("platlib")),)
         advice = "run `make setup`, or set SAMQ_LLAMA_CPP to a build of llama.cpp"

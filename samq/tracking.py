@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq import __version__
+from samq import __version__, mlflow_view
 from samq.errors import SamqError
 from samq.figures import pareto_figure, sensitivity_heatmap, types_heatmap
 from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, SensitivityMap, TextSet, Toolchain
@@ -35,13 +35,13 @@ from samq.selection import Failure, Result, by_size, pareto
 from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
 
 _NOTE_CHARACTERS = 8000  # MLflow's limit of a tag's value
-_DIGEST_CHARACTERS = 36  # and of a dataset's digest
+_DIGEST_CHARACTERS = 12  # of a dataset's digest: what MLflow's table has room for; a parameter has it all
+_EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the page for models, not for prompts
 _EXPERIMENT_NOTE = """\
-A parent run is one sweep; its children are the candidates: full precision, stock mixtures, and plans by sensitivity.
+A parent run is a sweep; its children are the candidates: full precision, stock mixtures, and plans by sensitivity.
 
-- **Choosing:** open a parent run: its description has the table, its artifacts the size-fidelity figure.
-- **Comparing:** select the children, *Compare*, and draw parallel coordinates over `plan/threshold`, `memory/file_bytes`,
-  `fidelity/mean_kld_nats`, `json/valid_percent` and `speed/latency_p99_ms`.
+- **To choose,** open *Views*, *Latest sweep*: the candidates with their figures, and as charts what a threshold buys.
+- A parent run's description has the whole report, its artifacts the figures.
 - `plan/threshold` of full precision is 0 (it keeps every tensor), of a stock mixture 1 (it keeps none).
 - `..._stderr` is the standard error of the metric before it; units are in the names.
 """
@@ -69,18 +69,23 @@ class TrackedSweep:
     tracking_uri: str
     experiment_id: str
     parent_run_id: str
-    child_run_ids: dict[str, str]
+    child_run_ids: dict[str, str]  # of the candidates that were measured
     registered_model: str | None = None
     model_version: str | None = None
 
     def urls(self, address: str) -> dict[str, str]:
-        """Pages of this sweep on an MLflow server: the run, the comparison of its children, the registered version."""
+        """Pages of this sweep on an MLflow server.
+
+        The sweep's run, the table and the charts of its candidates, their comparison, and the registered version.
+        """
         experiment = f"{address}/#/experiments/{self.experiment_id}"
+        view = f"{experiment}/runs?workflowType=machine_learning&viewStateShareKey={mlflow_view.KEY}"
         ids = quote(json.dumps(list(self.child_run_ids.values())))
-        experiments = quote(json.dumps([self.experiment_id]))
         urls = {
-            "run": f"{experiment}/runs/{self.parent_run_id}",
-            "compare": f"{address}/#/compare-runs?runs={ids}&experiments={experiments}",
+            "sweep": f"{experiment}/runs/{self.parent_run_id}",
+            "candidates": view,
+            "charts": f"{view}&compareRunsMode=CHART",
+            "compare": f"{address}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([self.experiment_id]))}",
         }
         if self.registered_model and self.model_version:
             urls["model"] = f"{address}/#/models/{quote(self.registered_model)}/versions/{self.model_version}"
@@ -90,7 +95,7 @@ class TrackedSweep:
         """Lines that tell a person at a terminal where to look."""
         served = self.tracking_uri.startswith("http")
         urls = self.urls(self.tracking_uri.rstrip("/") if served else "http://127.0.0.1:5000")
-        lines = [f"MLflow: {urls['run']}" + ("" if served else "   (after `samq ui`)")]
+        lines = [f"MLflow: {urls['sweep']}" + ("" if served else "   (after `samq ui`)")]
         if "model" in urls:
             lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
         return lines
@@ -121,7 +126,7 @@ def track_sweep(
         experiment_id = _experiment(client, settings)
         common = _common_params(source, calibration, heldout, toolchain)
         datasets = [_dataset(calibration, "calibration"), _dataset(heldout, HELDOUT)]
-        parent_tags = {**tags, **_sweep_tags(results, failures, best), MLFLOW_RUN_NOTE: _note(report)}
+        parent_tags = {**tags, **_sweep_tags(results, failures, best), MLFLOW_RUN_NOTE: _note(_body(report))}
         with _run(client, experiment_id, settings.run_name, parent_tags) as parent:
             client.log_batch(parent, params=_params({**flatten(parameters), **common}))
             client.log_inputs(parent, datasets)
@@ -133,12 +138,11 @@ def track_sweep(
             children = {}
             child_tags = {MLFLOW_PARENT_RUN_ID: parent}
             for failure in failures:
-                children[failure.name] = _log_failure(client, experiment_id, failure, common, child_tags)
+                _log_failure(client, experiment_id, failure, common, child_tags)
             front = pareto(results)
             for result in reversed(by_size(results)):  # MLflow lists the newest first
-                is_best = best is not None and result.name == best.name
-                marks = {"samq.pareto": str(result.name in front).lower(), "samq.best": str(is_best).lower()}
-                with _run(client, experiment_id, result.name, {**child_tags, **marks}) as child:
+                mark = {"samq.verdict": _verdict(result, best, front)}
+                with _run(client, experiment_id, result.name, {**child_tags, **mark}) as child:
                     _log_result(client, child, result, common, datasets)
                 children[result.name] = child
             version = None
@@ -153,6 +157,8 @@ def track_sweep(
                     evaluation=best.evaluation,
                 )
                 client.set_tag(parent, "samq.registered", f"{settings.registered_model} version {version}")
+            started = client.get_run(parent).info.start_time
+            client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.view_of(parent, started))
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise SamqError(f"MLflow at {settings.tracking_uri} refused the sweep: {reason}; see its log") from error
@@ -164,6 +170,14 @@ def track_sweep(
         registered_model=settings.registered_model if version else None,
         model_version=version,
     )
+
+
+def _verdict(result: Result, best: Result | None, front: Sequence[str]) -> str:
+    if result.plan.policy == "full":
+        return "baseline"
+    if best and result.name == best.name:
+        return "★ best"
+    return "◆ Pareto front" if result.name in front else "dominated"
 
 
 def legal_metric_name(name: str) -> str:
@@ -234,8 +248,9 @@ def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
         location = settings.artifact_location or (str(folder / "mlartifacts") if folder else None)
         try:
             made = client.create_experiment(settings.experiment, location)
-            client.set_experiment_tag(made, MLFLOW_RUN_NOTE, _EXPERIMENT_NOTE)
-            return made
+            for key, value in {**_EXPERIMENT_KIND, MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE}.items():
+                client.set_experiment_tag(made, key, value)
+            return str(made)
         except MlflowException as error:
             found = client.get_experiment_by_name(settings.experiment)  # another process was faster
             if found is None:
@@ -290,13 +305,13 @@ def _log_result(
 
 def _log_failure(
     client: MlflowClient, experiment_id: str, failure: Failure, common: Mapping[str, str], tags: Mapping[str, str]
-) -> str:
+) -> None:
     note = f"Failed in {failure.stage}: {failure.reason}"
-    marks = {"samq.failed_stage": failure.stage, "samq.failure": _note(failure.reason), MLFLOW_RUN_NOTE: _note(note)}
+    marks = {"samq.verdict": f"failed in {failure.stage}", "samq.failure": _note(failure.reason)}
+    marks[MLFLOW_RUN_NOTE] = _note(note)
     run_id = _create_run(client, experiment_id, failure.name, {**tags, **marks})
     client.log_batch(run_id, params=_params(common))
     client.set_terminated(run_id, "FAILED")
-    return run_id
 
 
 def _common_params(
@@ -341,6 +356,12 @@ def _dataset(text: CalibrationSet | TextSet, context: str) -> DatasetInput:
 
 def _params(values: Mapping[str, str]) -> list[Param]:
     return [Param(key, value) for key, value in values.items()]
+
+
+def _body(report: str) -> str:
+    """The report without its title, which the run's page would set in huge letters."""
+    title, _, body = report.partition("\n")
+    return body.lstrip() if title.startswith("# ") else report
 
 
 def _note(text: str) -> str:

@@ -65,5 +65,5 @@ def _measure(request: BaselineRequest | EvaluationRequest, folder: Path, what: s
                 progress(int(step[1]), int(step[2]))
 
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "samq.evaluation", path]
+        command: list[str | Path] = [sys.executable, "-m", "samq.evaluation", path]
         run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)

