@@ -101,7 +101,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     calibration_set = CalibrationSet.load(tokens.path(SET_NAME))
     thresholds = [*wanted.thresholds]
     if wanted.proposed_thresholds:
-        thresholds += choose_thresholds(full, sensitivity, wanted.policy, wanted.proposed_thresholds, tools)
+        thresholds += choose_thresholds(full, matrix, sensitivity, wanted.policy, wanted.proposed_thresholds, tools)
     plans = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in (FULL, *wanted.stock)}
     for cut in thresholds:
         plans[f"threshold-{cut}"] = plan_threshold.submit(store, full, matrix, sensitivity, cut, wanted.policy, tools)

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -118,10 +119,8 @@ def threshold_plan(
     """
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
     cut = resolve_threshold(threshold, scores)
-    if policy.base in MIXTURES:
-        types, substitutions = mixture_types(target.gguf, policy.base, target.toolchain, imatrix=target.imatrix)
-    else:
-        types, substitutions = dict.fromkeys(target.quantizable, policy.base), {}
+    types, substitutions = _base_types(target.gguf, target.sha256, policy.base, target.toolchain, target.imatrix)
+    substitutions = dict(substitutions)
     kept = {name for name in target.quantizable if scores[group_of(name, policy.grouping)] > cut}
     guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
     if not target.tied:
@@ -149,6 +148,15 @@ def threshold_plan(
     name = f"threshold-{threshold if isinstance(threshold, str) else format(cut, '.4g')}"
     plan = _plan(target, name, "threshold", parameters, chosen, substitutions, mixture)
     return plan.model_copy(update={"map_digest": sensitivity.digest()})
+
+
+@lru_cache(maxsize=8)  # a sweep asks for the same base once a threshold
+def _base_types(
+    gguf: Path, sha256: str, base: str, toolchain: Toolchain, imatrix: Path | None
+) -> tuple[dict[str, str], dict[str, Substitution]]:
+    if base in MIXTURES:
+        return mixture_types(gguf, base, toolchain, imatrix=imatrix)
+    return dict.fromkeys(read_tensors(gguf), base), {}
 
 
 def resolve_threshold(threshold: float | str, scores: dict[str, float]) -> float:
@@ -200,21 +208,25 @@ def _between(low: float, high: float) -> float:
 
 
 def propose_thresholds(target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int) -> list[float]:
-    """`count` thresholds, highest first, whose plans differ and whose kept weights rise in about equal steps."""
-    points = change_points(sensitivity, target.quantizable, policy.grouping)
-    scores = group_scores(sensitivity, target.quantizable, policy.grouping)
-    weights: dict[str, int] = {}
-    for name, tensor in target.quantizable.items():
-        group = group_of(name, policy.grouping)
-        weights[group] = weights.get(group, 0) + tensor.weights
-    kept = [sum(weights[group] for group, score in scores.items() if score > cut) for cut, _ in points]
-    chosen: list[int] = []
-    for step in range(1, count + 1):
-        wanted = step / (count + 1) * kept[-1]
-        free = [index for index in range(len(points)) if index not in chosen]
-        if free:
-            chosen.append(min(free, key=lambda index: abs(kept[index] - wanted)))
-    return [points[index][0] for index in sorted(chosen)]
+    """At most `count` thresholds, highest first, whose plans differ and whose sizes rise in about equal steps.
+
+    Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out.
+    """
+
+    def size(threshold: float) -> int:
+        return threshold_plan(target, sensitivity, threshold, policy).tensor_bytes
+
+    smallest = size(1.0)
+    free: dict[int, float] = {}  # bytes -> the highest threshold that takes them
+    for cut, _ in change_points(sensitivity, target.quantizable, policy.grouping):
+        free.setdefault(size(cut), cut)
+    free.pop(smallest, None)
+    largest = max(free, default=smallest)
+    chosen: list[float] = []
+    for step in range(1, min(count, len(free)) + 1):
+        wanted = smallest + step / (count + 1) * (largest - smallest)
+        chosen.append(free.pop(min(free, key=lambda taken: abs(taken - wanted))))
+    return sorted(chosen, reverse=True)
 
 
 def _plan(

@@ -22,12 +22,12 @@ _COLUMNS = {
     "metrics.`memory/file_bytes`": 140,
     "metrics.`fidelity/mean_kld_nats`": 165,
     "metrics.`fidelity/mean_kld_nats_stderr`": 205,
-    "metrics.`fidelity/perplexity_ratio`": 165,
-    "metrics.`fidelity/same_top_percent`": 175,
     "metrics.`json/valid_percent`": 140,
     "metrics.`speed/latency_p99_ms`": 155,
     "metrics.`speed/generation_tokens_per_s`": 210,
     "metrics.`memory/predicted_vram_bytes`": 205,
+    "metrics.`fidelity/perplexity_ratio`": 165,
+    "metrics.`fidelity/same_top_percent`": 175,
     "tags.`samq.verdict`": 130,
 }
 _AXES = (

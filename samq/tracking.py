@@ -7,6 +7,7 @@ sweeps may be tracked from several threads. A run is FINISHED once all of it is 
 import getpass
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,16 +80,17 @@ class TrackedSweep:
         The sweep's run, the table and the charts of its candidates, their comparison, and the registered version.
         """
         experiment = f"{address}/#/experiments/{self.experiment_id}"
-        view = f"{experiment}/runs?workflowType=machine_learning&viewStateShareKey={mlflow_view.KEY}"
+        models = "workflowType=machine_learning"  # else MLflow shows its pages for prompts and agents
+        view = f"{experiment}/runs?{models}&viewStateShareKey={mlflow_view.KEY}"
         ids = quote(json.dumps(list(self.child_run_ids.values())))
         urls = {
-            "sweep": f"{experiment}/runs/{self.parent_run_id}",
+            "sweep": f"{experiment}/runs/{self.parent_run_id}?{models}",
             "candidates": view,
             "charts": f"{view}&compareRunsMode=CHART",
-            "compare": f"{address}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([self.experiment_id]))}",
+            "compare": f"{address}/#/compare-runs?runs={ids}&experiments=%5B%22{self.experiment_id}%22%5D&{models}",
         }
         if self.registered_model and self.model_version:
-            urls["model"] = f"{address}/#/models/{quote(self.registered_model)}/versions/{self.model_version}"
+            urls["model"] = f"{address}/#/models/{quote(self.registered_model)}/versions/{self.model_version}?{models}"
         return urls
 
     def summary(self) -> list[str]:
@@ -124,11 +126,11 @@ def track_sweep(
     client = connect(settings.tracking_uri)
     try:
         experiment_id = _experiment(client, settings)
-        common = _common_params(source, calibration, heldout, toolchain)
+        common = common_params(source, calibration, heldout, toolchain)
         datasets = [_dataset(calibration, "calibration"), _dataset(heldout, HELDOUT)]
         parent_tags = {**tags, **_sweep_tags(results, failures, best), MLFLOW_RUN_NOTE: _note(_body(report))}
         with _run(client, experiment_id, settings.run_name, parent_tags) as parent:
-            client.log_batch(parent, params=_params({**flatten(parameters), **common}))
+            client.log_batch(parent, _best_metrics(best), _params({**flatten(parameters), **common}))
             client.log_inputs(parent, datasets)
             client.log_text(parent, report, "report.md")
             client.log_table(parent, results_table(results, failures), "candidates.json")
@@ -166,10 +168,19 @@ def track_sweep(
         tracking_uri=settings.tracking_uri,
         experiment_id=experiment_id,
         parent_run_id=parent,
-        child_run_ids=children,
+        child_run_ids={result.name: children[result.name] for result in by_size(results)},
         registered_model=settings.registered_model if version else None,
         model_version=version,
     )
+
+
+def _best_metrics(best: Result | None) -> list[Metric]:
+    """What the parent run shows, for a look over many nights: the best candidate's fidelity and size."""
+    if best is None or best.kld is None:
+        return []
+    now = int(time.time() * 1000)
+    values = {"best/mean_kld_nats": best.kld.value, "best/file_bytes": float(best.bytes)}
+    return [Metric(name, value, now, 0) for name, value in values.items()]
 
 
 def _verdict(result: Result, best: Result | None, front: Sequence[str]) -> str:
@@ -178,66 +189,6 @@ def _verdict(result: Result, best: Result | None, front: Sequence[str]) -> str:
     if best and result.name == best.name:
         return "★ best"
     return "◆ Pareto front" if result.name in front else "dominated"
-
-
-def legal_metric_name(name: str) -> str:
-    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, and a tidy path.
-
-    lm-eval names a metric with its filter, `acc,none`: no filter is left out, another stays (`acc_strict-match`).
-    """
-    name = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name.replace(",none", ""))
-    parts = [part for part in name.split("/") if part.strip(".")]
-    if not parts:
-        raise SamqError(f"{name!r} has nothing that MLflow accepts in a metric's name; rename the metric")
-    return "/".join(parts)
-
-
-def metrics_of(plan: Plan, evaluation: Evaluation) -> dict[str, float]:
-    """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
-
-    The plan's own figures are among them, for axes of plots: `plan/threshold` is 0 for full precision, which keeps every
-    tensor, and 1 for a stock mixture, which keeps none. What was not measured is absent.
-    """
-    values: dict[str, float | None] = {
-        "plan/bits_per_weight": plan.bits_per_weight,
-        "plan/kept_tensors": kept_tensors(plan),
-        "plan/threshold": _threshold(plan),
-        "plan/predicted_kl_nats": plan.predicted_kl_nats,
-    }
-    for name, metric in evaluation.metrics.items():
-        values[legal_metric_name(name)] = metric.value
-        values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
-    return {name: float(value) for name, value in values.items() if value is not None}
-
-
-def _threshold(plan: Plan) -> float | None:
-    threshold = {"full": 0.0, "stock": 1.0}.get(plan.policy)
-    given = plan.parameters.get("threshold")
-    return threshold if given is None else float(given)
-
-
-def params_of(result: Result) -> dict[str, str]:
-    """What a candidate is: the same keys for every policy, empty where they have no meaning."""
-    plan = result.plan
-    asked = {key: plan.parameters.get(key) for key in ("threshold", "quantile", "keep", "base", "grouping")}
-    return {
-        "policy": plan.policy,
-        **{key: "" if value is None else str(value) for key, value in asked.items()},
-        "mixture": plan.mixture,
-        "plan_digest": result.model.plan_digest,
-        "gguf_sha256": result.model.sha256,
-    }
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested parameters as one level: `{"a": {"b": 1}}` becomes `{"a.b": "1"}`."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = "" if value is None else str(value)
-    return flat
 
 
 def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
@@ -288,10 +239,13 @@ def _log_result(
     client.log_batch(
         run_id,
         metrics=[Metric(name, value, started, 0) for name, value in metrics.items()],
-        params=_params({**params_of(result), **common}),
+        params=_params({**params_of(result.plan), **common}),
         tags=[
             RunTag(MLFLOW_RUN_NOTE, describe_plan(result.plan)),
             RunTag("samq.gguf", str(result.gguf)),
+            # Not parameters: the compare page would draw an axis for whatever differs between runs.
+            RunTag("samq.gguf_sha256", result.model.sha256),
+            RunTag("samq.plan_digest", result.model.plan_digest),
             *([RunTag("samq.missing", json.dumps(missing)[:_NOTE_CHARACTERS])] if missing else []),
         ],
     )
@@ -312,23 +266,6 @@ def _log_failure(
     run_id = _create_run(client, experiment_id, failure.name, {**tags, **marks})
     client.log_batch(run_id, params=_params(common))
     client.set_terminated(run_id, "FAILED")
-
-
-def _common_params(
-    source: ModelSource, calibration: CalibrationSet, heldout: TextSet, toolchain: Toolchain
-) -> dict[str, str]:
-    """What all candidates of a sweep have in common."""
-    return {
-        "model": source.name,
-        "revision": source.revision or "",
-        "weights_digest": source.weights_digest,
-        "dataset": calibration.dataset,
-        "dataset_digest": calibration.tokens_digest,
-        "heldout_digest": heldout.digest(),
-        "llama_cpp": toolchain.version,
-        "llama_cpp_build": toolchain.build,
-        "samq": __version__,
-    }
 
 
 def _sweep_tags(results: Sequence[Result], failures: Sequence[Failure], best: Result | None) -> dict[str, str]:

@@ -50,7 +50,12 @@ def plan_threshold(
 
 @task(name="choose thresholds")
 def choose_thresholds(
-    full: Artifact, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int, toolchain: Toolchain
+    full: Artifact,
+    imatrix: Artifact | None,
+    sensitivity: SensitivityMap,
+    policy: ThresholdPolicy,
+    count: int,
+    toolchain: Toolchain,
 ) -> list[float]:
     """Thresholds at which the plan changes, so that the sweep wastes no candidate."""
-    return allocation.propose_thresholds(open_target(full, None, toolchain), sensitivity, policy, count)
+    return allocation.propose_thresholds(open_target(full, imatrix, toolchain), sensitivity, policy, count)
