@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -204,8 +205,6 @@ def quantize(
     imatrix: Imatrix = None,
 ) -> None:
     """Write a plan's GGUF by llama-quantize, and check every type and byte of it against the plan."""
-    import tempfile
-
     from samq import quantizer
     from samq.gguf_file import file_sha256
     from samq.records import Plan
@@ -390,8 +389,10 @@ def _check_output(path: Path) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise SamqError(f"the folder of {path} does not exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise SamqError(f"{folder} cannot be written to; choose another place for {path.name}")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # root may write anywhere, but not on a read-only file system
+    except OSError as error:
+        raise SamqError(f"{folder} cannot be written to; choose another place for {path.name}") from error
 
 
 if __name__ == "__main__":

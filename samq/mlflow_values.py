@@ -82,5 +82,3 @@ def common_params(
         "llama_cpp_build": toolchain.build,
         "samq": __version__,
     }
-
-

@@ -6,7 +6,6 @@ sweeps may be tracked from several threads. A run is FINISHED once all of it is 
 
 import getpass
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,12 +29,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from samq import __version__, mlflow_view
 from samq.errors import SamqError
 from samq.figures import pareto_figure, sensitivity_heatmap, types_heatmap
-from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, SensitivityMap, TextSet, Toolchain
-from samq.report import describe_plan, kept_tensors, results_table
+from samq.mlflow_values import common_params, flatten, metrics_of, params_of
+from samq.records import CalibrationSet, ModelSource, SensitivityMap, TextSet, Toolchain
+from samq.report import describe_plan, results_table
 from samq.selection import Failure, Result, by_size, pareto
 from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
 
-_NOTE_CHARACTERS = 8000  # MLflow's limit of a tag's value
+_TAG_CHARACTERS = 8000  # MLflow's limit of a tag's value
 _DIGEST_CHARACTERS = 12  # of a dataset's digest: what MLflow's table has room for; a parameter has it all
 _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the page for models, not for prompts
 _EXPERIMENT_NOTE = """\
@@ -124,11 +124,16 @@ def track_sweep(
     parent run. Raises SamqError if MLflow cannot be used or refuses something; the parent run then is FAILED.
     """
     client = connect(settings.tracking_uri)
+    common = common_params(source, calibration, heldout, toolchain)
+    datasets = [_dataset(calibration, "calibration"), _dataset(heldout, HELDOUT)]
+    summary = {"samq.candidates": str(len(results)), "samq.best": best.name if best else ""}
+    if failures:
+        summary["samq.failures"] = _cut("; ".join(f"{one.name} in {one.stage}: {one.reason}" for one in failures))
+    children: dict[str, str] = {}
+    version = None
     try:
         experiment_id = _experiment(client, settings)
-        common = common_params(source, calibration, heldout, toolchain)
-        datasets = [_dataset(calibration, "calibration"), _dataset(heldout, HELDOUT)]
-        parent_tags = {**tags, **_sweep_tags(results, failures, best), MLFLOW_RUN_NOTE: _note(_body(report))}
+        parent_tags = {**tags, **summary, MLFLOW_RUN_NOTE: _cut(_body(report))}
         with _run(client, experiment_id, settings.run_name, parent_tags) as parent:
             client.log_batch(parent, _best_metrics(best), _params({**flatten(parameters), **common}))
             client.log_inputs(parent, datasets)
@@ -137,17 +142,14 @@ def track_sweep(
             client.log_figure(parent, pareto_figure(results, best.name if best else None), "figures/pareto.png")
             client.log_figure(parent, sensitivity_heatmap(sensitivity), "figures/sensitivity.png")
             client.log_dict(parent, sensitivity.model_dump(mode="json"), "sensitivity-map.json")
-            children = {}
-            child_tags = {MLFLOW_PARENT_RUN_ID: parent}
             for failure in failures:
-                _log_failure(client, experiment_id, failure, common, child_tags)
+                _log_failure(client, experiment_id, parent, failure, common)
             front = pareto(results)
             for result in reversed(by_size(results)):  # MLflow lists the newest first
-                mark = {"samq.verdict": _verdict(result, best, front)}
-                with _run(client, experiment_id, result.name, {**child_tags, **mark}) as child:
+                child_tags = {MLFLOW_PARENT_RUN_ID: parent, "samq.verdict": _verdict(result, best, front)}
+                with _run(client, experiment_id, result.name, child_tags) as child:
                     _log_result(client, child, result, common, datasets)
                 children[result.name] = child
-            version = None
             if best and settings.registered_model:
                 version = register(
                     client,
@@ -159,11 +161,12 @@ def track_sweep(
                     evaluation=best.evaluation,
                 )
                 client.set_tag(parent, "samq.registered", f"{settings.registered_model} version {version}")
-            started = client.get_run(parent).info.start_time
-            client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.view_of(parent, started))
-    except MlflowException as error:
+            client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.view_of(parent, _now_ms()))
+    except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise SamqError(f"MLflow at {settings.tracking_uri} refused the sweep: {reason}; see its log") from error
+        raise SamqError(
+            f"cannot log the sweep to MLflow at {settings.tracking_uri}: {reason}; track it again"
+        ) from error
     return TrackedSweep(
         tracking_uri=settings.tracking_uri,
         experiment_id=experiment_id,
@@ -178,9 +181,8 @@ def _best_metrics(best: Result | None) -> list[Metric]:
     """What the parent run shows, for a look over many nights: the best candidate's fidelity and size."""
     if best is None or best.kld is None:
         return []
-    now = int(time.time() * 1000)
     values = {"best/mean_kld_nats": best.kld.value, "best/file_bytes": float(best.bytes)}
-    return [Metric(name, value, now, 0) for name, value in values.items()]
+    return [Metric(name, value, _now_ms(), 0) for name, value in values.items()]
 
 
 def _verdict(result: Result, best: Result | None, front: Sequence[str]) -> str:
@@ -224,30 +226,34 @@ def _run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str,
 
 
 def _create_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-    who = {MLFLOW_USER: getpass.getuser(), MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = "unknown"
+    who = {MLFLOW_USER: user, MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
     return str(client.create_run(experiment_id, tags={**who, **tags}, run_name=name).info.run_id)
 
 
 def _log_result(
     client: MlflowClient, run_id: str, result: Result, common: Mapping[str, str], datasets: list[DatasetInput]
 ) -> None:
-    missing = result.evaluation.missing
-    started = client.get_run(
-        run_id
-    ).info.start_time  # of all metrics: the registry logs them once more, with a model's id
-    metrics = metrics_of(result.plan, result.evaluation)
+    tags = {
+        MLFLOW_RUN_NOTE: describe_plan(result.plan),
+        "samq.gguf": str(result.gguf),
+        # Not parameters: the compare page would draw an axis for whatever differs between runs.
+        "samq.gguf_sha256": result.model.sha256,
+        "samq.plan_digest": result.model.plan_digest,
+    }
+    if result.evaluation.missing:
+        tags["samq.missing"] = _cut(json.dumps(result.evaluation.missing))
+    # The time is the run's own, so that the registry can log the same metrics for the model without doubling them.
+    started = client.get_run(run_id).info.start_time
+    values = metrics_of(result.plan, result.evaluation)
     client.log_batch(
         run_id,
-        metrics=[Metric(name, value, started, 0) for name, value in metrics.items()],
+        metrics=[Metric(name, value, started, 0) for name, value in values.items()],
         params=_params({**params_of(result.plan), **common}),
-        tags=[
-            RunTag(MLFLOW_RUN_NOTE, describe_plan(result.plan)),
-            RunTag("samq.gguf", str(result.gguf)),
-            # Not parameters: the compare page would draw an axis for whatever differs between runs.
-            RunTag("samq.gguf_sha256", result.model.sha256),
-            RunTag("samq.plan_digest", result.model.plan_digest),
-            *([RunTag("samq.missing", json.dumps(missing)[:_NOTE_CHARACTERS])] if missing else []),
-        ],
+        tags=[RunTag(key, value) for key, value in tags.items()],
     )
     client.log_inputs(run_id, datasets)
     client.log_dict(run_id, result.plan.model_dump(mode="json"), "plan.json")
@@ -258,21 +264,17 @@ def _log_result(
 
 
 def _log_failure(
-    client: MlflowClient, experiment_id: str, failure: Failure, common: Mapping[str, str], tags: Mapping[str, str]
+    client: MlflowClient, experiment_id: str, parent: str, failure: Failure, common: Mapping[str, str]
 ) -> None:
-    note = f"Failed in {failure.stage}: {failure.reason}"
-    marks = {"samq.verdict": f"failed in {failure.stage}", "samq.failure": _note(failure.reason)}
-    marks[MLFLOW_RUN_NOTE] = _note(note)
-    run_id = _create_run(client, experiment_id, failure.name, {**tags, **marks})
+    tags = {
+        MLFLOW_PARENT_RUN_ID: parent,
+        MLFLOW_RUN_NOTE: _cut(f"Failed in {failure.stage}: {failure.reason}"),
+        "samq.verdict": f"failed in {failure.stage}",
+        "samq.failure": _cut(failure.reason),
+    }
+    run_id = _create_run(client, experiment_id, failure.name, tags)
     client.log_batch(run_id, params=_params(common))
     client.set_terminated(run_id, "FAILED")
-
-
-def _sweep_tags(results: Sequence[Result], failures: Sequence[Failure], best: Result | None) -> dict[str, str]:
-    tags = {"samq.candidates": str(len(results)), "samq.best": best.name if best else ""}
-    if failures:
-        tags["samq.failures"] = _note("; ".join(f"{one.name} in {one.stage}: {one.reason}" for one in failures))
-    return tags
 
 
 def _dataset(text: CalibrationSet | TextSet, context: str) -> DatasetInput:
@@ -301,6 +303,10 @@ def _body(report: str) -> str:
     return body.lstrip() if title.startswith("# ") else report
 
 
-def _note(text: str) -> str:
+def _cut(text: str) -> str:
     """Text cut to what a tag holds."""
-    return text if len(text) <= _NOTE_CHARACTERS else text[: _NOTE_CHARACTERS - 1] + "…"
+    return text if len(text) <= _TAG_CHARACTERS else text[: _TAG_CHARACTERS - 1] + "…"
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

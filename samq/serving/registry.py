@@ -6,6 +6,7 @@ how large (`size_bytes`), and its metrics are those of the candidate's run. Noth
 
 import fcntl
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
 from samq.errors import SamqError
 from samq.records import Evaluation, Plan, QuantizedModel
@@ -158,12 +159,13 @@ def _find(client: MlflowClient, name: str, sha256: str) -> ModelVersion | None:
 def _create_version(
     client: MlflowClient, name: str, run: Run, model: QuantizedModel, uri: str, plan: Plan, evaluation: Evaluation
 ) -> ModelVersion:
+    description = _description(model, plan, evaluation)
     # What mlflow.create_external_model does, without its global tracking URI.
     logged = client.create_logged_model(
         run.info.experiment_id,
-        name=name,
+        name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows these for registered models, and not here
         source_run_id=run.info.run_id,
-        tags={MLFLOW_MODEL_IS_EXTERNAL: "true", "gguf_uri": uri, "sha256": model.sha256},
+        tags={MLFLOW_MODEL_IS_EXTERNAL: "true", MLFLOW_RUN_NOTE: description, "sha256": model.sha256},
         params={key: value for key, value in run.data.params.items() if value},
         model_type="gguf",
     )
@@ -176,7 +178,7 @@ def _create_version(
         source=logged.artifact_location,
         run_id=run.info.run_id,
         model_id=logged.model_id,
-        description=_description(model, plan, evaluation),
+        description=description,
         tags={
             "candidate": plan.name,
             "gguf_uri": uri,
