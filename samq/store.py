@@ -46,13 +46,9 @@ class Artifact(Record):
     files: dict[str, FileEntry]
 
     def digest(self) -> str:
-        """SHA-256 over the stage and its files' names and contents: whoever depends on this depends on no more."""
-        return digest_of(
-            {
-                "stage": self.stage,
-                "files": {name: entry.sha256 for name, entry in self.files.items()},
-            }
-        )
+        """SHA-256 over the stage and its files' names and contents, logs apart: what depends on it depends on no more."""
+        contents = {name: entry.sha256 for name, entry in self.files.items() if not name.endswith(".log")}
+        return digest_of({"stage": self.stage, "files": contents})
 
     def path(self, name: str) -> Path:
         """Path of one of the artifact's files."""

@@ -136,7 +136,7 @@ def track_sweep(
         parent_tags = {**tags, **summary, MLFLOW_RUN_NOTE: _cut(_body(report))}
         with _run(client, experiment_id, settings.run_name, parent_tags) as parent:
             client.log_batch(parent, _best_metrics(best), _params({**flatten(parameters), **common}))
-            client.log_inputs(parent, datasets)
+            _log_inputs(client, parent, datasets)
             client.log_text(parent, report, "report.md")
             client.log_table(parent, results_table(results, failures), "candidates.json")
             client.log_figure(parent, pareto_figure(results, best.name if best else None), "figures/pareto.png")
@@ -255,7 +255,7 @@ def _log_result(
         params=_params({**params_of(result.plan), **common}),
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
-    client.log_inputs(run_id, datasets)
+    _log_inputs(client, run_id, datasets)
     client.log_dict(run_id, result.plan.model_dump(mode="json"), "plan.json")
     client.log_figure(run_id, types_heatmap(result.plan), "types.png")
     for path in sorted(result.folder.iterdir()):
@@ -291,6 +291,13 @@ def _dataset(text: CalibrationSet | TextSet, context: str) -> DatasetInput:
         profile=json.dumps(profile),
     )
     return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+
+
+def _log_inputs(client: MlflowClient, run_id: str, datasets: list[DatasetInput]) -> None:
+    try:
+        client.log_inputs(run_id, datasets)
+    except MlflowException:  # another sweep brought the same dataset first, in the same moment; now it is there
+        client.log_inputs(run_id, datasets)
 
 
 def _params(values: Mapping[str, str]) -> list[Param]:

@@ -32,6 +32,15 @@ def test_digest_depends_on_content_and_not_on_the_key(store):
     assert publish(store, "c", "other").digest() != publish(store, "a").digest()
 
 
+def test_a_log_is_no_part_of_the_content(store):
+    for key in ("a", "b"):
+        with store.publish("stage", key) as folder:
+            (folder / "file.txt").write_text("same")
+            (folder / "stage.log").write_text(f"took {key} seconds")
+    one, other = (store.find("stage", key) for key in ("a", "b"))
+    assert one.digest() == other.digest()
+
+
 def test_an_unknown_file_of_an_artifact_is_an_error(store):
     with pytest.raises(SamqError, match=r"has no file nothing\.txt; it has file\.txt"):
         publish(store).path("nothing.txt")

@@ -1,0 +1,294 @@
+"""Claim: at the bytes of llama-quantize's mixtures, with the same importance matrix, SAMQ's plans are closer to F16.
+
+For each mixture: the mixture itself, the plan of least predicted KL with no more bytes, and the best threshold plan with
+no more bytes, each assembled from one ladder and compared with the F16 model on held-out text. Uniform plans are
+measured too, so that the rank correlation of predicted and measured KL is over all families. Everything heavy is kept
+in --work and used again when its inputs have not changed.
+"""
+
+import argparse
+import json
+import platform
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from samq.allocation import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
+from samq.assembly import write_assembled
+from samq.budget import Budget, BudgetPolicy, budget_plan
+from samq.calibration import TokenBatch, tokenize
+from samq.datasets import DatasetSpec, load_texts
+from samq.evaluation.baseline import cut_chunks, write_baseline
+from samq.evaluation.divergence import measure_divergence
+from samq.evaluation.llama import Model
+from samq.evaluation.settings import EvaluationSettings
+from samq.gguf_file import file_sha256, gguf_names, read_metadata
+from samq.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, uniform_plan
+from samq.layout import row_orders, weights_of
+from samq.model import describe_source, load_model
+from samq.prices import plan_cost, price_table
+from samq.progress import bar
+from samq.quantizer import GGUF_NAME, IMATRIX_NAME, measure_imatrix
+from samq.records import Plan, PriceTable, SensitivityMap, digest_of
+from samq.sensitivity import load_fisher, measure_sensitivity, save_fisher
+from samq.store import Artifact, Store
+from samq.toolchain import find_toolchain
+
+MIXTURES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
+BASES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every plan is made from and measured with."""
+
+    target: Target
+    ladder: Ladder
+    chunks: np.ndarray
+    baseline: Path
+    settings: EvaluationSettings
+    work: Path
+
+    def measure(self, plan: Plan) -> pd.DataFrame:
+        """The scored held-out tokens of the plan's GGUF: a row for each, with its chunk and its kld."""
+        key = digest_of([plan.types, self.target.sha256, plan.imatrix_sha256, str(self.baseline)])
+        kept = self.work / "measured" / f"{key}.parquet"
+        if not kept.is_file():
+            kept.parent.mkdir(exist_ok=True)
+            gguf = self.work / "candidate.gguf"
+            write_assembled(self.ladder, plan, gguf, {})
+            with Model(gguf) as model, bar(f"measure {plan.name}") as progress:
+                _, scored = measure_divergence(model, self.chunks, self.baseline, self.settings, progress)
+            scored.to_parquet(kept)
+            gguf.unlink()
+        return pd.read_parquet(kept)
+
+
+def main() -> None:
+    """Make what is missing, measure, print the table and write it as JSON."""
+    arguments = parse_arguments()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    store = Store(arguments.work / "store")
+    toolchain = find_toolchain()
+    sha256 = file_sha256(arguments.gguf)
+    text = arguments.calibration.read_text()[: arguments.imatrix_characters]
+    matrix = stage(store, "imatrix", [sha256, text, toolchain.digest()], lambda folder: measure_imatrix(
+        arguments.gguf, text, folder, toolchain))  # fmt: skip
+    target = Target.open(arguments.gguf, toolchain, matrix.path(IMATRIX_NAME), sha256)
+    rungs = {}
+    for name in rung_names(target.quantizable.values(), arguments.types, imatrix=True):
+        made = stage(store, "rung", [sha256, matrix.digest(), name, toolchain.digest()], partial(rung, target, name))
+        rungs[name] = made.path(GGUF_NAME)
+    ladder = Ladder(target.gguf, rungs)
+    sensitivity, prices = price(arguments, store, target, ladder, arguments.seed)
+    bench = open_bench(arguments, store, target, ladder)
+
+    rows, points, klds = [], [], {}
+    for mixture in MIXTURES:
+        stock = stock_plan(target, mixture)
+        plan = budget_plan(target, prices, Budget(f"size-of:{mixture}", stock.tensor_bytes), BudgetPolicy())
+        founding = best_threshold_plan(target, sensitivity, prices, stock.tensor_bytes)
+        scored = {name: bench.measure(p) for name, p in (("stock", stock), ("samq", plan))}
+        kld = {name: float(table["kld"].mean()) for name, table in scored.items()}
+        low, high = relative_interval(scored["samq"], scored["stock"], arguments.seed)
+        p999 = {name: float(table["kld"].quantile(0.999)) for name, table in scored.items()}
+        kld_threshold = float(bench.measure(founding)["kld"].mean()) if founding else None
+        rows.append(
+            {
+                "mixture": mixture,
+                "bytes": stock.tensor_bytes,
+                "kld_stock": kld["stock"],
+                "kld_samq": kld["samq"],
+                "reduction": 1 - kld["samq"] / kld["stock"],
+                "ci_low": low,
+                "ci_high": high,
+                "kld_threshold": kld_threshold,
+                "p999_stock": p999["stock"],
+                "p999_samq": p999["samq"],
+                "predicted": plan.predicted_kl_nats,
+            }
+        )
+        klds[mixture] = kld["samq"]
+        points += [(plan_cost(prices, p.types)[0], float(bench.measure(p)["kld"].mean()), p.name)
+                   for p in (stock, plan, founding) if p]  # fmt: skip
+        show(rows[-1])
+    for name in ladder.rungs:
+        plan = uniform_plan(target, name)
+        points.append((plan_cost(prices, plan.types)[0], float(bench.measure(plan)["kld"].mean()), plan.name))
+    for bits in arguments.bits:
+        weights = sum(tensor.weights for tensor in target.tensors.values())
+        plan = budget_plan(target, prices, Budget(f"{bits}bpw", int(bits * weights / 8)), BudgetPolicy())
+        points.append((plan.predicted_kl_nats, float(bench.measure(plan)["kld"].mean()), plan.name))
+    predicted, measured = (pd.Series([point[i] for point in points]) for i in (0, 1))
+    spearman = float(predicted.rank().corr(measured.rank()))
+    print(f"rank correlation of predicted and measured KL over {len(points)} plans: {spearman:.4f} (limit 0.97)")
+    seeds = [other_seed(arguments, store, bench, prices, klds, seed) for seed in range(1, arguments.seeds + 1)]
+    if arguments.json:
+        result = {
+            "mixtures": rows,
+            "spearman": spearman,
+            "plans": [{"name": name, "predicted": cost, "measured": kld} for cost, kld, name in points],
+            "seeds": seeds,
+            "calibration_tokens": sensitivity.tokens,
+            "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
+            "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "transformers", "numpy")}
+            | {"python": platform.python_version(), "llama.cpp build": toolchain.build},
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    model = Path("../shared/models/code-46m")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, default=model / "model-f16.gguf")
+    parser.add_argument("--calibration", type=Path, default=model / "train_sample.txt")
+    parser.add_argument("--heldout", type=Path, default=model / "valid.txt")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="HF folder with the tokenizer; default: the GGUF's, if it has one")
+    parser.add_argument("--work", type=Path, default=Path(".samq/quality"), help="what is kept between runs")
+    parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="the ladder's rungs")
+    parser.add_argument("--bits", nargs="*", type=float, default=[3.6, 4.0, 4.3, 5.2, 6.0], help="further budgets")
+    parser.add_argument("--samples", type=int, default=192, help="calibration sequences")
+    parser.add_argument("--sequence-tokens", type=int, default=256)
+    parser.add_argument("--imatrix-characters", type=int, default=250_000, help="calibration text for llama-imatrix")
+    parser.add_argument("--chunks", type=int, default=64, help="held-out chunks of 512 tokens, the second half scored")
+    parser.add_argument("--seed", type=int, default=0, help="which sequences, and the labels drawn on them")
+    parser.add_argument("--seeds", type=int, default=0, help="other seeds to compare with")
+    return parser.parse_args()
+
+
+def stage(store: Store, name: str, key: list[str | int], make) -> Artifact:
+    """The artifact of a stage, made if the store does not have it."""
+    digest = digest_of([name, *key])
+    if (found := store.find(name, digest)) is None:
+        print(f"{name} ...", flush=True)
+        with store.publish(name, digest) as folder:
+            make(folder)
+        found = store.find(name, digest)
+        assert found is not None
+    return found
+
+
+def rung(target: Target, name: str, folder: Path) -> None:
+    """One rung of the ladder."""
+    make_rung(target, name, folder, provenance={})
+
+
+def price(
+    arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, seed: int
+) -> tuple[SensitivityMap, PriceTable]:
+    """Sensitivities on random sequences of the calibration text, with labels drawn from the model; and prices."""
+    key = [target.sha256, file_sha256(arguments.calibration), arguments.samples, arguments.sequence_tokens, seed]
+
+    def calibrate(folder: Path) -> None:
+        hf_folder = arguments.folder or arguments.gguf.parent
+        source = describe_source(arguments.gguf, hf_folder=hf_folder if (hf_folder / "config.json").is_file() else None)
+        model, tokenizer = load_model(source)
+        spec = DatasetSpec(name=str(arguments.calibration), seed=seed)
+        calibration, tokens = tokenize(
+            load_texts(spec), tokenizer, spec=spec, sequence_tokens=arguments.sequence_tokens, packing=True
+        )
+        whole = np.flatnonzero(tokens.lengths == arguments.sequence_tokens)
+        taken = np.random.default_rng(seed).permutation(whole)[: arguments.samples]
+        names = gguf_names(read_metadata(arguments.gguf))
+        with bar(f"calibrate, seed {seed}") as progress:
+            sensitivity, fisher = measure_sensitivity(
+                model,
+                TokenBatch(tokens.ids[taken], tokens.lengths[taken]),
+                names=names,
+                model_digest=source.digest(),
+                calibration_digest=calibration.digest(),
+                row_orders=row_orders(weights_of(model, names), arguments.gguf),
+                batch_size=4,
+                labels="model",
+                seed=seed,
+                progress=progress,
+            )
+        assert fisher is not None
+        sensitivity.save(folder / "sensitivity-map.json")
+        save_fisher(folder / "fisher.safetensors", fisher)
+
+    made = stage(store, "calibrate", key, calibrate)
+    sensitivity = SensitivityMap.load(made.path("sensitivity-map.json"))
+    prices = price_table(
+        ladder, target.quantizable, sensitivity, load_fisher(made.path("fisher.safetensors")), gguf_sha256=target.sha256
+    )
+    return sensitivity, prices
+
+
+def open_bench(arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder) -> Bench:
+    """Cut the held-out text and compute the F16 model's logits on it."""
+    settings = EvaluationSettings(chunks=arguments.chunks)
+    with Model(arguments.gguf) as model:
+        ids = model.tokenize(arguments.heldout.read_text())
+        chunks = cut_chunks(ids, settings.context_tokens, model.bos if model.adds_bos else None)[: arguments.chunks]
+        key = [target.sha256, file_sha256(arguments.heldout), len(chunks), version("llama-cpp-python")]
+        baseline = stage(
+            store, "baseline", key, lambda folder: write_baseline(model, target.sha256, chunks, settings, folder)
+        )
+    return Bench(target, ladder, chunks, baseline.folder, settings, arguments.work)
+
+
+def best_threshold_plan(target: Target, sensitivity: SensitivityMap, prices: PriceTable, limit: int) -> Plan | None:
+    """The threshold plan of least predicted KL within `limit` bytes, over bases; each base's threshold by bisection."""
+    plans = []
+    for base in BASES:
+        policy = ThresholdPolicy(base=base)
+        cuts = [1.0, *(cut for cut, _ in change_points(sensitivity, target.quantizable, policy.grouping))]
+        low, high = 0, len(cuts)  # cuts[low] fits, or nothing does; cuts[high] does not
+        if threshold_plan(target, sensitivity, cuts[0], policy).tensor_bytes > limit:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = threshold_plan(target, sensitivity, cuts[middle], policy).tensor_bytes <= limit
+            low, high = (middle, high) if fits else (low, middle)
+        plan = threshold_plan(target, sensitivity, cuts[low], policy)
+        if all(kind in prices.tensors[name].types for name, kind in plan.types.items()):
+            plans.append(plan)
+    return min(plans, key=lambda plan: plan_cost(prices, plan.types)[0], default=None)
+
+
+def relative_interval(ours: pd.DataFrame, theirs: pd.DataFrame, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the relative reduction of mean KLD, paired, over whole chunks: their tokens are alike."""
+    sums = np.stack([table.groupby("chunk")["kld"].sum().to_numpy() for table in (ours, theirs)])
+    taken = np.random.default_rng(seed).integers(0, sums.shape[1], (RESAMPLES, sums.shape[1]))
+    resampled = sums[:, taken].sum(axis=2)
+    low, high = np.quantile(1 - resampled[0] / resampled[1], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def other_seed(
+    arguments: argparse.Namespace, store: Store, bench: Bench, prices: PriceTable, klds: dict[str, float], seed: int
+) -> dict[str, object]:
+    """How another seed's plans differ: mean KLD relative to the first seed's, and the share of tensors of another type."""
+    _, others = price(arguments, store, bench.target, bench.ladder, seed)
+    row: dict[str, object] = {"seed": seed}
+    for mixture, kld in klds.items():
+        budget = Budget(f"size-of:{mixture}", stock_plan(bench.target, mixture).tensor_bytes)
+        plan, first = (budget_plan(bench.target, table, budget, BudgetPolicy()) for table in (others, prices))
+        changed = sum(first.types[name] != kind for name, kind in plan.types.items()) / len(plan.types)
+        relative = float(bench.measure(plan)["kld"].mean()) / kld - 1
+        row[mixture] = {"relative_kld": relative, "changed_tensors": changed}
+        print(f"seed {seed} {mixture}: mean KLD {relative:+.1%}, {changed:.0%} of the tensors have another type")
+    return row
+
+
+def show(row: dict) -> None:
+    """Print one mixture's line."""
+    founding = f"{row['kld_threshold']:.6f}" if row["kld_threshold"] is not None else "none fits"
+    print(
+        f"{row['mixture']:7} {row['bytes']:>13,} B  KLD {row['kld_stock']:.6f} -> {row['kld_samq']:.6f} "
+        f"({-row['reduction']:+.1%}, 95 % {-row['ci_high']:+.1%} .. {-row['ci_low']:+.1%})  "
+        f"p99.9 {row['p999_stock']:.4f} -> {row['p999_samq']:.4f}  threshold {founding}  predicted {row['predicted']:.6f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+import os
+import shutil
+
+import pytest
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
+
+from samq.serving.registry import connect
+from tests.samq.sweep import make_sweep
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    return make_sweep(tmp_path / "sweep")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def mlflow_uri(empty_database, tmp_path, monkeypatch):
+    """A database of the test's own, in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow").mkdir()
+    path = shutil.copy(empty_database, tmp_path / "mlflow" / "mlflow.db")
+    return f"sqlite:///{path}"
