@@ -52,7 +52,8 @@ def main() -> None:
             (folder / name).mkdir()
             rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
         ladder = Ladder(target.gguf, rungs)
-        held = [list(ladder.sources()[name]) for name in target.quantizable]
+        sources = ladder.sources()
+        held = [list(sources[name]) for name in target.quantizable]
         types = {
             name: kinds[i % len(kinds)] for i, (name, kinds) in enumerate(zip(target.quantizable, held, strict=True))
         }

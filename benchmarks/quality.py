@@ -9,6 +9,7 @@ in --work and used again when its inputs have not changed.
 import argparse
 import json
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -123,7 +124,7 @@ def main() -> None:
     for bits in arguments.bits:
         weights = sum(tensor.weights for tensor in target.tensors.values())
         plan = budget_plan(target, prices, Budget(f"{bits}bpw", int(bits * weights / 8)), BudgetPolicy())
-        points.append((plan.predicted_kl_nats, float(bench.measure(plan)["kld"].mean()), plan.name))
+        points.append((plan_cost(prices, plan.types)[0], float(bench.measure(plan)["kld"].mean()), plan.name))
     predicted, measured = (pd.Series([point[i] for point in points]) for i in (0, 1))
     spearman = float(predicted.rank().corr(measured.rank()))
     print(f"rank correlation of predicted and measured KL over {len(points)} plans: {spearman:.4f} (limit 0.97)")
@@ -163,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stage(store: Store, name: str, key: list[str | int], make) -> Artifact:
+def stage(store: Store, name: str, key: Sequence[str | int], make: Callable[[Path], object]) -> Artifact:
     """The artifact of a stage, made if the store does not have it."""
     digest = digest_of([name, *key])
     if (found := store.find(name, digest)) is None:

@@ -106,7 +106,7 @@ class SampleGradients:
             output.requires_grad_(True)  # the root of the graph, as the weights are frozen
         if output.requires_grad:
             self._open[index] += 1
-            output.register_hook(partial(self._after_backward, index, inputs[0].detach()))
+            output.register_hook(partial(self._after_backward, index, inputs[0].detach().to(output.device)))
 
     def _after_backward(self, index: int, entered: torch.Tensor, gradient: torch.Tensor) -> None:
         self._uses[index].append((entered, gradient.detach()))

@@ -205,14 +205,14 @@ def load_model(
         source: from `describe_source`. The weights come from its GGUF when it has one, the configuration and the
             tokenizer from its folder when it has one.
         dtype: float32, bfloat16 or float16.
-        device: a torch device, or auto: cuda where there is one, else cpu.
+        device: a torch device, or auto: all GPUs where there are any, else cpu.
 
     Raises:
-        SamqError: unknown dtype, or transformers cannot load the model there.
+        SamqError: unknown dtype, or the model cannot be loaded there.
     """
     if dtype not in DTYPES:
         raise SamqError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     folder, from_gguf = _places(source)
     if not from_gguf:
         weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
@@ -221,11 +221,21 @@ def load_model(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True, **from_gguf
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            device_map=place,
+            local_files_only=True,
+            output_loading_info=True,
+            **from_gguf,
         )
-        model, info = loaded[0].to(place).eval(), loaded[1]
+        model, info = loaded[0].eval(), loaded[1]
     if info["missing_keys"]:  # transformers only warns, and leaves them random
         raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
+    if any(
+        parameter.is_meta for parameter in model.parameters()
+    ):  # left on the host or on disk, out of autograd's reach
+        raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
     return model, load_tokenizer(source)
 
 

@@ -11,6 +11,8 @@ from rich.progress import Progress as RichProgress
 Progress = Callable[[int, int], None]
 
 console = Console(stderr=True)
+if not console.is_terminal:
+    console = Console(stderr=True, width=140)  # a log file has room for the tables
 _lock = threading.Lock()
 _display: RichProgress | None = None  # one for all threads: rich draws only one at a time
 _bars = 0

@@ -12,6 +12,7 @@ One pass over the calibration sequences gives both. With g the gradient of one s
 Fisher values are averaged over blocks of a row's weights, so that they take a small part of the model's size.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,46 +74,39 @@ def measure_sensitivity(
         `second_moment`.
 
     Raises:
-        SamqError: too few sequences, or NaN or Inf in a loss or gradient, with the tensor and the sequence.
+        SamqError: too few sequences, or NaN or Inf in a loss or gradient, with the tensor and the sequence, or too
+            little GPU memory.
     """
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
     weights = weights_of(model, names)
-    blocks = _Blocks(weights, len(tokens), block_weights, model.device, second_moment)
+    blocks = _Blocks(weights, len(tokens), block_weights, second_moment)
     losses = np.zeros(len(tokens))
     model.eval()  # no dropout
     gradients = SampleGradients(model, weights, blocks.add)
     if gradients.one_sample_only:
         batch_size = 1
     done = 0
-    with gradients, _deterministic(model.device):
+    with gradients:
         for ids, mask, targets in batches(tokens, batch_size):
             lengths = mask.sum(1).tolist()
             here = slice(done, done + len(lengths))
             streams = [np.random.default_rng((seed, sequence)) for sequence in range(here.start, here.stop)]
             blocks.start_batch(done, len(lengths))
-            losses[here] = _backward(model, gradients, ids, mask, targets if labels == "text" else None, streams)
+            try:
+                losses[here] = _backward(model, gradients, ids, mask, targets if labels == "text" else None, streams)
+            except torch.OutOfMemoryError as error:
+                raise SamqError(
+                    f"the GPU's memory does not hold a pass over {len(lengths)} sequences of up to {max(lengths)} tokens; "
+                    "use a smaller batch size or shorter sequences"
+                ) from error
             _check_losses(losses[here], weights, done)
             blocks.end_batch()
             done = here.stop
             progress(done, len(tokens))
     label_tokens = tokens.lengths.astype(np.int64) - 1
-    norms = np.sqrt(blocks.squares) / label_tokens
-    fisher = blocks.fisher(int(label_tokens.sum()), row_orders or {}) if second_moment else None
-    means = norms.mean(axis=1)
-    if not means.any():
-        raise SamqError("all gradients are zero: the loss does not depend on the weights; check the model's weights")
-    errors = norms.std(axis=1, ddof=1) / np.sqrt(len(tokens))
-    sensitivities = {
-        weight.name: TensorSensitivity(
-            shape=weight.shape,
-            gradient_norm=mean,
-            gradient_norm_stderr=error,
-            score=mean / means.max(),
-            fisher=total / label_tokens.sum() / weight.parameter.numel() if second_moment else None,
-        )
-        for weight, mean, error, total in zip(weights, means, errors, blocks.squares.sum(axis=1), strict=True)
-    }
+    total = int(label_tokens.sum())
+    sensitivities = _sensitivities(weights, blocks.squares, label_tokens, second_moment)
     return (
         SensitivityMap(
             model_digest=model_digest,
@@ -120,14 +114,36 @@ def measure_sensitivity(
             labels=labels,
             seed=seed,
             samples=len(tokens),
-            tokens=int(label_tokens.sum()),
-            loss_nats=float(losses.sum() / label_tokens.sum()),
+            tokens=total,
+            loss_nats=float(losses.sum() / total),
             tied_embeddings="output.weight" not in sensitivities,
             block_weights=block_weights if second_moment else None,
             tensors=sensitivities,
         ),
-        fisher,
+        blocks.fisher(total, row_orders or {}) if second_moment else None,
     )
+
+
+def _sensitivities(
+    weights: list[Weight], squares: np.ndarray, label_tokens: np.ndarray, second_moment: bool
+) -> dict[str, TensorSensitivity]:
+    """GGUF name -> record, from `squares` (weights, sequences): squared gradient norms of the summed losses."""
+    norms = np.sqrt(squares) / label_tokens
+    means = norms.mean(axis=1)
+    if not means.any():
+        raise SamqError("all gradients are zero: the loss does not depend on the weights; check the model's weights")
+    errors = norms.std(axis=1, ddof=1) / np.sqrt(len(label_tokens))
+    fishers = squares.sum(axis=1) / label_tokens.sum()
+    return {
+        weight.name: TensorSensitivity(
+            shape=weight.shape,
+            gradient_norm=mean,
+            gradient_norm_stderr=error,
+            score=mean / means.max(),
+            fisher=fisher / math.prod(weight.shape) if second_moment else None,
+        )
+        for weight, mean, error, fisher in zip(weights, means, errors, fishers, strict=True)
+    }
 
 
 def _backward(
@@ -143,38 +159,42 @@ def _backward(
     The graph, with all that the hooks keep, dies with this function's frame, before the next forward pass.
     """
     lengths = mask.sum(1).tolist()
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    with _deterministic(model.device):
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     gradient = torch.zeros_like(logits)
     losses = []
     for row, (length, stream) in enumerate(zip(lengths, streams, strict=True)):
-        label = None if targets is None else targets[row, 1:length].to(model.device)
+        label = None if targets is None else targets[row, 1:length].to(logits.device)
         here = row, slice(length - 1)  # the last position has no next token
         losses.append(_loss_gradient(logits.detach()[here], label, stream, gradient[here]))
     if np.isfinite(losses).all():
-        gradients.backward(logits, gradient, lengths)
+        with _deterministic(model.device):
+            gradients.backward(logits, gradient, lengths)
     return losses
 
 
 class _Blocks:
     """Sums of squared gradients: of each weight and sequence, and of each block of weights over all sequences."""
 
-    def __init__(
-        self, weights: list[Weight], samples: int, block_weights: int, device: torch.device, second_moment: bool
-    ) -> None:
+    def __init__(self, weights: list[Weight], samples: int, block_weights: int, second_moment: bool) -> None:
         self.weights = weights
         self.block_weights = block_weights
         self.squares = np.zeros((len(weights), samples))  # of the summed loss, nats^2 per squared weight
-        self._device = device
+        self._devices = {weight.parameter.device for weight in weights}  # several when a model is spread over GPUs
         self._sums: list[torch.Tensor] = []
         if second_moment:
             for weight in weights:
                 *rows, columns = weight.shape
-                self._sums.append(torch.zeros(int(np.prod(rows)), -(-columns // block_weights), device=device))
+                blocks = -(-columns // block_weights)
+                self._sums.append(torch.zeros(math.prod(rows), blocks, device=weight.parameter.device))
 
     def start_batch(self, first: int, samples: int) -> None:
         self._first = first
-        # Kept on the device during a batch: a copy to the host for every gradient would stall a GPU.
-        self._batch = torch.zeros(len(self.weights), samples, dtype=torch.float64, device=self._device)
+        # Kept on the devices during a batch: a copy to the host for every gradient would stall a GPU.
+        self._batch = {
+            device: torch.zeros(len(self.weights), samples, dtype=torch.float64, device=device)
+            for device in self._devices
+        }
 
     def add(self, index: int, sample: int, row: int, gradient: torch.Tensor) -> None:
         """Take some rows of the gradient of one sample's summed loss with respect to one weight."""
@@ -186,13 +206,13 @@ class _Blocks:
         if whole < gradient.shape[1]:
             parts.append(torch.linalg.vector_norm(gradient[:, whole:], dim=-1, keepdim=True))
         squares = torch.cat(parts, dim=1).square_()
-        self._batch[index, sample] += squares.sum(dtype=torch.float64)
+        self._batch[gradient.device][index, sample] += squares.sum(dtype=torch.float64)
         if self._sums:
             self._sums[index][row : row + len(squares)] += squares
 
     def end_batch(self) -> None:
         """Keep the batch's sums; raises SamqError if one is not finite."""
-        batch = self._batch.cpu().numpy()
+        batch = np.sum([part.cpu().numpy() for part in self._batch.values()], axis=0)
         wrong = np.argwhere(~np.isfinite(batch))
         if len(wrong):
             # A bad value spreads from the output towards the input: the last weight is the nearest to its source.
@@ -258,13 +278,13 @@ def _check_losses(losses: np.ndarray, weights: list[Weight], first: int) -> None
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have CUDA add up in a fixed order, where it can; the CPU always does."""
+    """Have CUDA add up in a fixed order; the CPU always does."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # not by warnings only: attention would then stay as it is
     try:
         yield
     finally:

@@ -47,8 +47,9 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder, blo
     table = price_table(
         rungs, target.quantizable, sensitivity_of(target, block_weights), fisher, gguf_sha256=target.sha256
     )
+    sources = rungs.sources()
     for name, tensor in target.quantizable.items():
-        held = rungs.sources()[name]
+        held = sources[name]
         assert table.tensors[name].types.keys() == held.keys()
         assert table.tensors[name].types["F16"].kl_nats == 0
         weights = np.repeat(fisher[name], block_weights, axis=1)[:, : tensor.row_length]
