@@ -88,7 +88,7 @@ def parse_budget(text: str, target: Target) -> Budget:
     if mixture := re.fullmatch(r"size-of:(\w+)", text):
         return Budget(text, stock_plan(target, mixture[1]).tensor_bytes)
     if vram := re.fullmatch(rf"vram:{_SIZE}@(\d+)(?:/(F16|Q8_0|Q4_0))?", text):
-        settings = EvaluationSettings.model_validate({"vram_context_tokens": vram[3], "kv_type": vram[4] or "F16"})  # type: ignore[arg-type]
+        settings = EvaluationSettings.model_validate({"vram_context_tokens": vram[3], "kv_type": vram[4] or "F16"})
         memory = predict_memory(target.gguf, settings)
         rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
         free = frozenset() if target.tied else frozenset({EMBEDDING})

@@ -10,52 +10,22 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from datetime import datetime
-from importlib.resources import files
 from statistics import NormalDist
 from typing import Any, NoReturn
 
 import pandas as pd
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-from numpy import int32
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from samq.evaluation.generation import generate
+from samq.evaluation.json_prompts import JsonPrompt, chat_tokens
 from samq.evaluation.llama import Model
 from samq.evaluation.settings import EvaluationSettings
 from samq.progress import Progress, silent
 from samq.records import Metric
 
-_INSTRUCTION = "Answer with JSON that fits the schema, and with nothing else.\nSchema: {schema}\nTask: {task}"
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL)
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\]]', re.DOTALL)  # whole strings first; a lone quote opens one
-
-
-class JsonPrompt(BaseModel):
-    """A task whose answer must fit a schema; `example` shows that it can."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    id: str
-    prompt: str
-    json_schema: dict[str, Any] = Field(alias="schema")
-    example: Any
-
-
-class _DatelessFormatter(Jinja2ChatFormatter):
-    """For templates that tell the model the date: always the same day, so that answers do not depend on it."""
-
-    @staticmethod
-    def strftime_now(f: str) -> str:
-        return datetime(2024, 7, 26).strftime(f)
-
-
-def load_prompts() -> list[JsonPrompt]:
-    """The prompts that come with SAMQ, `json_prompts.jsonl` beside this module."""
-    lines = files("samq.evaluation").joinpath("json_prompts.jsonl").read_text().splitlines()
-    return [JsonPrompt.model_validate_json(line) for line in lines]
 
 
 def measure_json(
@@ -68,7 +38,7 @@ def measure_json(
     """
     answers = generate(
         model,
-        [chat_tokens(model, question(prompt)) for prompt in prompts],
+        [chat_tokens(model, prompt) for prompt in prompts],
         limit=settings.json_tokens,
         finished=is_settled,
         kv_type=settings.kv_type,
@@ -77,24 +47,6 @@ def measure_json(
     )
     items = pd.DataFrame([judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
     return summarize(items), items
-
-
-def question(prompt: JsonPrompt) -> str:
-    """What the user says: the instruction, which all prompts share, then the schema, then the task."""
-    schema = json.dumps(prompt.json_schema, separators=(",", ":"))
-    return _INSTRUCTION.format(schema=schema, task=prompt.prompt)
-
-
-def chat_tokens(model: Model, content: str) -> NDArray[int32]:
-    """Token ids of one user message under the model's chat template; a model without one gets the plain text."""
-    if model.chat_template is None:
-        return model.tokenize(content + "\nAnswer: ", add_special=True)
-    bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
-    template = _DatelessFormatter(model.chat_template, eos_token=eos, bos_token=bos)
-    text = template(messages=[{"role": "user", "content": content}]).prompt
-    if model.adds_bos:
-        text = text.removeprefix(bos)  # the tokenizer adds it
-    return model.tokenize(text, add_special=True, parse_special=True)
 
 
 def is_settled(answer: str) -> bool:

@@ -78,9 +78,15 @@ def server(tmp_path):
     (tmp_path / "server").mkdir()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (tmp_path / "server.log").open("wb") as log:
         child = subprocess.Popen(
-            command, cwd=tmp_path / "server", stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=tmp_path / "server",
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         for _ in range(600):

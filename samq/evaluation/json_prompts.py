@@ -1,0 +1,134 @@
+"""The tasks of JSON compliance, and how they are put to a model.
+
+A task's JSON schema is what its answer is checked against. The model is shown its outline instead, in the shape that
+the answer has, `{"name": string, "age": integer 0 to 130}`: small models take a schema for something to copy (of 40
+answers of SmolLM2-135M none fits the schema when shown it, 14 to 17 when shown the outline), and large ones
+understand both. Two worked examples come first; all prompts share them, so they cost next to nothing.
+"""
+
+import json
+from datetime import datetime
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from samq.evaluation.llama import Model
+
+
+class JsonPrompt(BaseModel):
+    """A task whose answer must fit a schema; `example` is one that does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    id: str
+    prompt: str
+    json_schema: dict[str, Any] = Field(alias="schema")
+    example: Any
+
+
+_SHOWN = (
+    JsonPrompt(
+        id="fruit",
+        prompt="Describe the fruit: 'A ripe banana of 120 grams.'",
+        schema={
+            "type": "object",
+            "properties": {
+                "fruit": {"type": "string"},
+                "grams": {"type": "integer", "minimum": 1},
+                "ripe": {"type": "boolean"},
+            },
+            "required": ["fruit", "grams", "ripe"],
+            "additionalProperties": False,
+        },
+        example={"fruit": "banana", "grams": 120, "ripe": True},
+    ),
+    JsonPrompt(
+        id="even",
+        prompt="Give two even numbers.",
+        schema={"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+        example=[2, 4],
+    ),
+)
+
+
+def load_prompts() -> list[JsonPrompt]:
+    """The prompts that come with SAMQ, `json_prompts.jsonl` beside this module."""
+    lines = files("samq.evaluation").joinpath("json_prompts.jsonl").read_text().splitlines()
+    return [JsonPrompt.model_validate_json(line) for line in lines]
+
+
+def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
+    """Token ids of the examples and the task, as turns of the model's chat template, up to where the answer begins.
+
+    A model without a template gets the turns as plain text.
+    """
+    turns = []
+    for shown in _SHOWN:
+        turns.append({"role": "user", "content": question(shown)})
+        turns.append({"role": "assistant", "content": json.dumps(shown.example)})
+    turns.append({"role": "user", "content": question(prompt)})
+    if model.chat_template is None:
+        lines = [f"{'Answer: ' if turn['role'] == 'assistant' else ''}{turn['content']}\n" for turn in turns]
+        return model.tokenize("\n".join([*lines, "Answer:"]), add_special=True)
+    bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
+    text = _DatelessFormatter(model.chat_template, eos_token=eos, bos_token=bos)(messages=turns).prompt
+    if model.adds_bos:
+        text = text.removeprefix(bos)  # the tokenizer adds it
+    return model.tokenize(text, add_special=True, parse_special=True)
+
+
+def question(prompt: JsonPrompt) -> str:
+    """What the user says."""
+    form = outline(prompt.json_schema)
+    return f"Answer with JSON of the given form, and with nothing else.\n{prompt.prompt}\nForm: {form}"
+
+
+def outline(schema: dict[str, Any]) -> str:
+    """A schema in the shape of what it describes, with all that it demands.
+
+    Raises ValueError for a keyword that it cannot show: a demand must not be hidden from the model.
+    """
+    rest = dict(schema)
+    if "const" in rest:
+        text = json.dumps(rest.pop("const"))
+    elif "enum" in rest:
+        text = " | ".join(json.dumps(value) for value in rest.pop("enum"))
+    elif (kind := rest.pop("type")) == "object":
+        required = rest.pop("required")
+        properties = rest.pop("properties").items()
+        fields = (f'"{name}"{"" if name in required else "?"}: {outline(value)}' for name, value in properties)
+        text = "{" + ", ".join(fields) + "}"
+        if rest.pop("additionalProperties") is not False:
+            raise ValueError("an outline allows no additional properties")
+    elif kind == "array":
+        text = f"[{outline(rest.pop('items'))}, ...]" + _range(rest, "minItems", "maxItems", " items")
+        text += " all different" if rest.pop("uniqueItems", False) else ""
+    else:
+        text = " | ".join([kind] if isinstance(kind, str) else kind)
+        text += _range(rest, "minimum", "maximum", "") + _range(rest, "minLength", "maxLength", " characters")
+        for keyword in ("pattern", "format"):
+            text += f" {keyword} {rest.pop(keyword)}" if keyword in rest else ""
+    if rest:
+        raise ValueError(f"an outline cannot show {sorted(rest)}")
+    return text
+
+
+def _range(schema: dict[str, Any], lowest: str, highest: str, unit: str) -> str:
+    """Take a lower and an upper bound out of `schema`, as text: ` 2 to 4 items`."""
+    low, high = schema.pop(lowest, None), schema.pop(highest, None)
+    if low is None and high is None:
+        return ""
+    if low == high or high is None:
+        return f" {low}{unit}" + ("" if low == high else " or more")
+    return (f" up to {high}" if low is None else f" {low} to {high}") + unit
+
+
+class _DatelessFormatter(Jinja2ChatFormatter):
+    """For templates that tell the model the date: always the same day, so that answers do not depend on it."""
+
+    @staticmethod
+    def strftime_now(f: str) -> str:
+        return datetime(2024, 7, 26).strftime(f)
