@@ -185,7 +185,8 @@ def price(
     arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, seed: int
 ) -> tuple[SensitivityMap, PriceTable]:
     """Sensitivities on random sequences of the calibration text, with labels drawn from the model; and prices."""
-    key = [target.sha256, file_sha256(arguments.calibration), arguments.samples, arguments.sequence_tokens, seed]
+    key: list[str | int] = [target.sha256, file_sha256(arguments.calibration)]
+    key += [arguments.samples, arguments.sequence_tokens, seed]
 
     def calibrate(folder: Path) -> None:
         hf_folder = arguments.folder or arguments.gguf.parent
@@ -229,7 +230,7 @@ def open_bench(arguments: argparse.Namespace, store: Store, target: Target, ladd
     with Model(arguments.gguf) as model:
         ids = model.tokenize(arguments.heldout.read_text())
         chunks = cut_chunks(ids, settings.context_tokens, model.bos if model.adds_bos else None)[: arguments.chunks]
-        key = [target.sha256, file_sha256(arguments.heldout), len(chunks), version("llama-cpp-python")]
+        key: list[str | int] = [target.sha256, file_sha256(arguments.heldout), len(chunks), version("llama-cpp-python")]
         baseline = stage(
             store, "baseline", key, lambda folder: write_baseline(model, target.sha256, chunks, settings, folder)
         )

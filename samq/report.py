@@ -28,16 +28,16 @@ class Column:
     interval: tuple[str, str] | None = None  # metrics with the ends of its confidence interval
 
     def show(self, evaluation: Evaluation, *, spread: bool = False) -> str:
-        """The value as text; with `spread` also its standard error or interval; a dash if it was not measured."""
+        """The value as text; with `spread` also its interval or standard error; a dash if it was not measured."""
         metric = evaluation.metrics.get(self.metric)
         if metric is None:
             return "–"
         text = format(metric.value * self.scale, self.format)
-        if spread and metric.stderr is not None:
-            return f"{text} ± {format(metric.stderr * self.scale, self.format)}"
         if spread and self.interval and all(name in evaluation.metrics for name in self.interval):
             low, high = (format(evaluation.metrics[name].value * self.scale, self.format) for name in self.interval)
             return f"{text} ({low} to {high})"
+        if spread and metric.stderr is not None:
+            return f"{text} ± {format(metric.stderr * self.scale, self.format)}"
         return text
 
 
@@ -221,10 +221,10 @@ def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best:
 
 
 def _best_value(column: Column, results: Sequence[Result]) -> float | None:
-    """The best figure that a quantized candidate has in a column; None if there are not two to compare."""
+    """The best figure that a quantized candidate has in a column; None if they do not differ."""
     quantized = [result.evaluation.metrics for result in results if result.plan.policy != "full"]
     values = [metrics[column.metric].value for metrics in quantized if column.metric in metrics]
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return None
     return min(values) if column.lower_is_better else max(values)
 

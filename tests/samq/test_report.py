@@ -5,6 +5,7 @@ import math
 import pytest
 from rich.console import Console
 
+from samq.records import Metric
 from samq.report import (
     COLUMNS,
     describe_plan,
@@ -105,6 +106,31 @@ def test_the_terminal_table_fits_120_columns_and_marks_the_best(sweep, best):
     assert marks == {"threshold-0.2": "★" if best else "◆", "threshold-0.9": "✗"}
     kld = sweep.result("threshold-0.2").kld
     assert f"{kld.value:.5f} ± {kld.stderr:.5f}" in output.getvalue()
+
+
+def test_bold_is_the_best_figure_and_nothing_where_all_are_alike(sweep):
+    even = Metric(value=0.0, stderr=0.0, n=40)
+    results = []
+    for result in sweep.results:
+        metrics = {**result.evaluation.metrics, "speed/time_to_first_token_ms": even}
+        results.append(
+            dataclasses.replace(result, evaluation=result.evaluation.model_copy(update={"metrics": metrics}))
+        )
+    made_from = (sweep.source, sweep.calibration, sweep.heldout, sweep.toolchain)
+    text = markdown_report(*made_from, results, [], None, RULE)
+    lowest = sweep.result("threshold-0.2").kld
+    assert f"| **{lowest.value:.5f} ± {lowest.stderr:.5f}** |" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "± " in line]
+    heads = ["", "candidate", "size", "bits", *(column.metric for column in COLUMNS)]
+    assert {row[heads.index("speed/time_to_first_token_ms")] for row in rows if len(row) == len(heads)} == {"0 ± 0"}
+
+
+def test_a_wilson_interval_is_shown_rather_than_a_standard_error(sweep):
+    column = next(column for column in COLUMNS if column.metric == "json/valid_percent")
+    metrics = {name: Metric(value=value) for name, value in zip(column.interval, (0.0, 8.8), strict=True)}
+    metrics["json/valid_percent"] = Metric(value=0.0, stderr=0.0, n=40)
+    evaluation = sweep.results[0].evaluation.model_copy(update={"metrics": metrics})
+    assert column.show(evaluation, spread=True) == "0.0 (0.0 to 8.8)"
 
 
 def test_every_column_shows_a_metric_once():
