@@ -65,7 +65,7 @@ def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
 
     A model without a template gets the turns as plain text.
     """
-    turns = []
+    turns: list[Any] = []
     for shown in _SHOWN:
         turns.append({"role": "user", "content": question(shown)})
         turns.append({"role": "assistant", "content": json.dumps(shown.example)})
