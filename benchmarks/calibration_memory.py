@@ -9,6 +9,7 @@ machine slows both.
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -61,8 +62,11 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int) -> di
 
 
 def peak_bytes() -> int:
-    """This process's peak resident memory; mapped pages of the GGUF are counted too."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """This process's peak resident memory; mapped pages of files are counted too."""
+    try:  # ru_maxrss would start at the size of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_child(*arguments: object) -> dict:
@@ -84,7 +88,6 @@ def main() -> None:
         print(json.dumps(calibrate(Path(gguf), *map(int, numbers))))
         return
 
-    # Imported here, so that this process is small when it forks: a child's peak starts at its parent's size.
     from samq.model import describe_source
     from samq.quantizer import convert
     from samq.toolchain import find_toolchain

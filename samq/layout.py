@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import ReaderTensor, dequantize
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from samq.errors import SamqError
-from samq.gguf_file import read_metadata, read_tensors, read_weights
+from samq.gguf_file import open_gguf, read_metadata, read_tensors
 from samq.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
     `order[i]` is the torch row that GGUF has as row i. Found by comparing every weight, up to rounding, so a tensor
     laid out in a way that is not known, or a GGUF of another model, raises SamqError: never a silent mistake.
     """
+    stored = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
     tensors, rotated = read_tensors(gguf), _rotary_heads(read_metadata(gguf))
     orders = {}
     for done, weight in enumerate(weights):
@@ -115,7 +117,7 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
                 f"{weight.name} is {weight.shape} in torch, but {gguf} has {shape}; convert the GGUF from this model"
             )
         ours = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
-        theirs = read_weights(gguf, weight.name)
+        theirs = _read(gguf, stored[weight.name])
         if _same(ours, theirs):
             continue
         heads = rotated.get(weight.name.rpartition("attn_")[2])
@@ -128,6 +130,13 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
         orders[weight.name] = order
     progress(len(weights), len(weights))
     return orders
+
+
+def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
+    """A tensor in float32, not through the memory map: its pages would stay with the process beside the model."""
+    stored = np.fromfile(gguf, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
+    weights = dequantize(stored.reshape(tensor.data.shape), tensor.tensor_type)
+    return weights.reshape(tuple(reversed(tensor.shape)))
 
 
 def _rotary_heads(metadata: Mapping[str, Any]) -> dict[str, int]:

@@ -53,8 +53,10 @@ install_llama_cpp() {
   rm -rf $SHARE
   .venv/bin/pip download --no-deps --no-binary llama-cpp-python -d "$work" llama-cpp-python==$LLAMA_CPP_PYTHON
   tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work" --one-top-level=source --strip-components=1
+  # Without the temporary path in it, a build made again has the same bytes, and what was made with it stays valid.
+  export CFLAGS="${CFLAGS:-} -ffile-prefix-map=$work=llama.cpp" CXXFLAGS="${CXXFLAGS:-} -ffile-prefix-map=$work=llama.cpp"
   # --no-cache-dir: pip's cache ignores the options, and would hand out a wheel without the programs.
-  .venv/bin/pip install --no-cache-dir --no-deps --force-reinstall "$work/source" \
+  .venv/bin/pip install --no-cache-dir --no-deps --force-reinstall "$work/source" --config-settings=build-dir="$work/build" \
     "${LLAMA_CPP_OPTIONS[@]/#/--config-settings=cmake.define.}"
   mkdir -p $SHARE # the wheel has no converter
   cp -r "$work"/source/vendor/llama.cpp/{convert_hf_to_gguf.py,conversion,gguf-py} $SHARE
