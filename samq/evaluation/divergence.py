@@ -5,9 +5,10 @@ For a scored position with the baseline's distribution P and the candidate's Q o
     KLD = sum over v of P(v) (ln P(v) - ln Q(v)), in nats
     delta p = Q(t) - P(t), with t the token that follows in the text
 
-The statistics are those of `llama-perplexity --kl-divergence`, under its names. Two things differ: it keeps the
-baseline as 16-bit log-probabilities, here they are 32-bit logits; and its standard errors take all tokens as
-independent, here they allow for the likeness of the tokens of one chunk.
+The statistics are those of `llama-perplexity --kl-divergence`, under its names. Three things differ: it keeps the
+baseline as 16-bit log-probabilities, here they are 32-bit logits; it leaves out of the KLD what the baseline gives less
+than e^-16, here nothing is left out; and its standard errors take all tokens as independent, here they allow for the
+likeness of the tokens of one chunk.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -110,7 +110,8 @@ def test_the_figures_are_those_of_llama_perplexity(
     metrics, _ = divergence(smollm2_q4_k_m, baseline)
 
     def perplexity(gguf, *arguments):
-        common = ["-f", heldout_text, "-c", str(SETTINGS.context_tokens), "--chunks", str(SETTINGS.chunks)]
+        tokens = str(SETTINGS.context_tokens)  # -b: one chunk a batch, as here, or the arithmetic rounds differently
+        common = ["-f", heldout_text, "-c", tokens, "-b", tokens, "--chunks", str(SETTINGS.chunks)]
         command = [program(toolchain, "llama-perplexity"), "-m", gguf, *common, *arguments]
         run(command, log=tmp_path / "perplexity.log", timeout_s=300, env=environment(toolchain))
         return (tmp_path / "perplexity.log").read_text()
@@ -123,9 +124,15 @@ def test_the_figures_are_those_of_llama_perplexity(
         return float(re.search(pattern + r"\s*:\s*([-\d.]+)", theirs)[1])
 
     klds = as_llama_perplexity(smollm2_q4_k_m, baseline)
-    quantiles = dict(zip(["Median  KLD", r"99\.0%   KLD", r"99\.9%   KLD"], np.quantile(klds, [0.5, 0.99, 0.999])))
-    for pattern, ours in {"Mean    KLD": klds.mean(), **quantiles}.items():
-        assert ours == pytest.approx(figure(pattern), rel=2e-3), pattern
+    median, p90, p99, p999 = np.quantile(klds, [0.5, 0.9, 0.99, 0.999])
+    for pattern, ours in {
+        "Mean    KLD": klds.mean(),
+        "Median  KLD": median,
+        r"90\.0%   KLD": p90,
+        r"99\.0%   KLD": p99,
+        r"99\.9%   KLD": p999,
+    }.items():
+        assert ours == pytest.approx(figure(pattern), rel=5e-3), pattern
     assert metrics["fidelity/mean_kld_nats"].value == pytest.approx(klds.mean(), rel=0.03)
     # The rest knows no limit; theirs is of a baseline of 16-bit log-probabilities, printed with six digits.
     for name, pattern, tolerance in (
@@ -162,6 +169,9 @@ def test_a_baseline_of_other_tokens_or_cut_short_is_refused(baseline, smollm2_f1
         file.truncate(100_000)
     with pytest.raises(SamqError, match=r"cannot read .*logits\.npy .*; compute the baseline again"):
         open_baseline(copy, chunks, SETTINGS, vocabulary)
-    with Model(smollm2_f16) as model, pytest.raises(SamqError, match="held-out token 60000 is outside the 49152 tokens"):
+    with (
+        Model(smollm2_f16) as model,
+        pytest.raises(SamqError, match="held-out token 60000 is outside the 49152 tokens"),
+    ):
         write_baseline(model, "0" * 64, np.full_like(chunks, 60_000), SETTINGS, tmp_path)
     assert not list(tmp_path.glob("*logits*"))
