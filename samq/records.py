@@ -76,6 +76,15 @@ class Record(BaseModel):
             raise SamqError(f"{path} is damaged at {where}: {first['msg']}; make it again") from error
 
 
+class Metric(BaseModel):
+    """One measured value, with its standard error (None where it has no meaning) and its sample count."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: float
+    stderr: float | None = None
+    n: int | None = None
+
+
 class ModelSource(Record):
     """A causal LM in full precision: an HF folder (downloaded when it came from a hub), a GGUF, or both."""
 
@@ -234,6 +243,26 @@ class PriceTable(Record):
     tensors: dict[str, TensorPrices]
 
 
+class PredictionCheck(Record):
+    """How far a plan's predicted KL can be trusted: the same second-order cost on samples that did not choose the plan.
+
+    All in nats per token. With g the gradient of a sequence's summed loss (labels drawn from the model) and dW the plan's
+    rounding error, `additive` is E[sum of g^2 dW^2] / 2, weight by weight; `by_tensor` E[sum over tensors of <g, dW>^2] / 2,
+    with the terms between the weights of a tensor; `joint` E[<g, dW>^2] / 2 over all tensors together.
+    """
+
+    SCHEMA: ClassVar[str] = "samq.prediction-check/1"
+
+    plan: str = Field(description="the plan's name")
+    plan_digest: str
+    samples: int
+    tokens: int = Field(description="label tokens of the samples")
+    predicted: Metric = Field(description="what the price table says, from the samples that chose the plan")
+    additive: Metric
+    by_tensor: Metric
+    joint: Metric
+
+
 class QuantizedModel(Record):
     """A GGUF that llama-quantize wrote, or that was assembled, and that the audit passed."""
 
@@ -248,15 +277,6 @@ class QuantizedModel(Record):
     plan_digest: str
     types: dict[str, str] = Field(description="what the audit read back: every tensor -> ggml type")
     metadata: dict[str, str] = Field(description="the samq.* provenance that the GGUF carries")
-
-
-class Metric(BaseModel):
-    """One measured value, with its standard error (None where it has no meaning) and its sample count."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    value: float
-    stderr: float | None = None
-    n: int | None = None
 
 
 class Evaluation(Record):

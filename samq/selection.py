@@ -27,6 +27,7 @@ class Result:
     evaluation: Evaluation
     gguf: Path
     folder: Path  # of the evaluation: evaluation.json and the parquet files
+    predicted: Metric | None = None  # KL by the price table, nats per token; None where the plan's types have no price
 
     @property
     def name(self) -> str:
