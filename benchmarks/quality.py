@@ -115,16 +115,16 @@ def main() -> None:
             }
         )
         klds[mixture] = kld["samq"]
-        points += [(plan_cost(prices, p.types)[0], float(bench.measure(p)["kld"].mean()), p.name)
+        points += [(plan_cost(prices, p.types).value, float(bench.measure(p)["kld"].mean()), p.name)
                    for p in (stock, plan, founding) if p]  # fmt: skip
         show(rows[-1])
     for name in ladder.rungs:
         plan = uniform_plan(target, name)
-        points.append((plan_cost(prices, plan.types)[0], float(bench.measure(plan)["kld"].mean()), plan.name))
+        points.append((plan_cost(prices, plan.types).value, float(bench.measure(plan)["kld"].mean()), plan.name))
     for bits in arguments.bits:
         weights = sum(tensor.weights for tensor in target.tensors.values())
         plan = budget_plan(target, prices, Budget(f"{bits}bpw", int(bits * weights / 8)), BudgetPolicy())
-        points.append((plan_cost(prices, plan.types)[0], float(bench.measure(plan)["kld"].mean()), plan.name))
+        points.append((plan_cost(prices, plan.types).value, float(bench.measure(plan)["kld"].mean()), plan.name))
     predicted, measured = (pd.Series([point[i] for point in points]) for i in (0, 1))
     spearman = float(predicted.rank().corr(measured.rank()))
     print(f"rank correlation of predicted and measured KL over {len(points)} plans: {spearman:.4f} (limit 0.97)")
@@ -253,7 +253,7 @@ def best_threshold_plan(target: Target, sensitivity: SensitivityMap, prices: Pri
         plan = threshold_plan(target, sensitivity, cuts[low], policy)
         if all(kind in prices.tensors[name].types for name, kind in plan.types.items()):
             plans.append(plan)
-    return min(plans, key=lambda plan: plan_cost(prices, plan.types)[0], default=None)
+    return min(plans, key=lambda plan: plan_cost(prices, plan.types).value, default=None)
 
 
 def relative_interval(ours: pd.DataFrame, theirs: pd.DataFrame, seed: int) -> tuple[float, float]:

@@ -7,11 +7,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from samq.allocation import ThresholdPolicy
+from samq.budget import BudgetPolicy, check_budget, mixture_of
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import EvaluationSettings
-from samq.formats import check_mixture
+from samq.formats import check_mixture, check_type
+from samq.ladder import DEFAULT_TYPES
 from samq.selection import SelectionRule
+from samq.sensitivity import Labels
 
 
 class Parameters(BaseModel):
@@ -40,7 +43,24 @@ class CalibrationParameters(Parameters):
     sequence_tokens: int = Field(default=512, ge=2, description="longest sequence; longer text is cut")
     packing: bool = Field(default=False, description="cut long text into consecutive sequences instead of one a sample")
     batch_size: int = Field(default=1, ge=1, description="sequences a forward and backward pass")
+    labels: Labels = Field(
+        default="model",
+        description="tokens that gradients are taken at: drawn from the model (for the true Fisher information, which "
+        "predicts KL), or those of the text (the founding method)",
+    )
     seed: int = Field(default=0, ge=0, description="of labels drawn from the model")
+    first_sequences: int = Field(
+        default=32, ge=2, description="sequences measured at first; as many more follow as the precision takes"
+    )
+    precision: float = Field(
+        default=0.1,
+        gt=0,
+        description="largest relative standard error of a budget plan's predicted KL; once all sequences are used the "
+        "error is what it is",
+    )
+    check_sequences: int = Field(
+        default=8, ge=0, description="last sequences, kept apart to check the prediction on; 0: no check"
+    )
     imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
 
 
@@ -48,18 +68,44 @@ class CandidateParameters(Parameters):
     """Which GGUFs to build and compare."""
 
     stock: tuple[str, ...] = Field(default=("Q4_K_M",), description="llama-quantize's mixtures, as they are")
+    budgets: tuple[str, ...] = Field(
+        default=("size-of:Q4_K_M",),
+        description="sizes to spend where it helps most: 1500MiB, 4.5bpw, size-of:Q4_K_M (which is then a candidate as "
+        "well), or vram:24GiB@8192",
+    )
+    budget_policy: BudgetPolicy = BudgetPolicy()
+    ladder: tuple[str, ...] = Field(default=DEFAULT_TYPES, description="types that budgets choose from")
     thresholds: tuple[float | str, ...] = Field(
         default=(), description="scores above which a block keeps its bits: 0.35, or a quantile of the scores: q0.75"
     )
     proposed_thresholds: int = Field(
-        default=4, ge=0, description="how many thresholds to choose where the plan changes"
+        default=0, ge=0, description="how many thresholds to choose where the plan changes"
     )
     policy: ThresholdPolicy = ThresholdPolicy()
+    requantize: bool = Field(
+        default=False, description="build every candidate by llama-quantize instead of assembling it from the ladder"
+    )
 
     @field_validator("stock")
     @classmethod
     def _known_mixtures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_mixture(name) for name in names)
+
+    @field_validator("ladder")
+    @classmethod
+    def _known_types(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_type(name) for name in names)
+
+    @field_validator("budgets")
+    @classmethod
+    def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_budget(budget) for budget in budgets)
+
+    @property
+    def mixtures(self) -> tuple[str, ...]:
+        """The stock candidates: those asked for, and those whose size a budget is."""
+        sizes = (mixture_of(budget) for budget in self.budgets)
+        return tuple(dict.fromkeys((*self.stock, *(mixture for mixture in sizes if mixture))))
 
 
 class TrackingParameters(Parameters):

@@ -1,23 +1,29 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
-model + text -> convert -> calibrate -> imatrix -> plan x N -> quantize x N -> evaluate x N -> track, report, register
+model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> assemble x N -> evaluate x N
+             -> track, report, register
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.parameters import RequantizeParameters
+from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq import __version__
+from samq.budget import plan_name
 from samq.datasets import require_disjoint
 from samq.errors import SamqError
+from samq.gguf_file import read_tensors
 from samq.home import mlflow_uri, store_folder
+from samq.ladder import rungs_of
+from samq.prices import plan_cost, predicted_cost, sequences_wanted
 from samq.quantizer import GGUF_NAME, as_is
-from samq.records import CalibrationSet, Evaluation, ModelSource, QuantizedModel, SensitivityMap, Toolchain
+from samq.records import CalibrationSet, Evaluation, ModelSource, PriceTable, QuantizedModel, SensitivityMap, Toolchain
 from samq.selection import Failure, Result, choose
 from samq.store import Artifact
 from samq.toolchain import find_toolchain
@@ -26,8 +32,10 @@ from tasks.calibrate import MAP_NAME, calibrate
 from tasks.convert import convert
 from tasks.evaluate import EVALUATION_NAME, baseline, evaluate
 from tasks.imatrix import imatrix
-from tasks.plan import choose_thresholds, load_plan, plan_stock, plan_threshold
-from tasks.quantize import MODEL_NAME, quantize
+from tasks.ladder import choose_rungs, rung
+from tasks.plan import choose_thresholds, load_plan, plan_budget, plan_stock, plan_threshold
+from tasks.price import load_prices, price
+from tasks.quantize import MODEL_NAME, assemble, quantize
 from tasks.report import report
 from tasks.source import find_model
 from tasks.text import SET_NAME, heldout, load_text, tokenize
@@ -48,25 +56,6 @@ class Sweep:
     best: Result | None
     tracked: TrackedSweep
     markdown: str
-
-
-@dataclass
-class _Candidates:
-    """Candidates on their way through the stages: a failed one leaves the way, and the others go on."""
-
-    alive: dict[str, Artifact] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
-
-    def advance(self, stage: str, futures: dict[str, PrefectFuture[Artifact]]) -> dict[str, Artifact]:
-        wait(list(futures.values()))
-        self.alive = {}
-        for name, future in futures.items():
-            result = future.result(raise_on_failure=False)
-            if isinstance(result, Artifact):
-                self.alive[name] = result
-            else:
-                self.failures.append(Failure(name=name, stage=stage, reason=str(result)))
-        return self.alive
 
 
 @flow(
@@ -90,49 +79,64 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
     full = convert(store, source, tools, model.precision, limit)
     tokens = tokenize(store, source, text, calibration.dataset, calibration.sequence_tokens, calibration.packing)
-    sensitivities = calibrate(
-        store, source, full, tokens, calibration.batch_size, model.dtype, model.device, calibration.seed
-    )
     matrix = imatrix(store, full, text, calibration.sequence_tokens, tools, limit) if calibration.imatrix else None
     chunks = heldout(store, full, heldout_text)
     base = baseline(store, full, chunks, parameters.evaluation, limit)
 
+    failures: list[Failure] = []
+    stock = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in (FULL, *wanted.mixtures)}
+    plans = _finished("plan", stock, failures)
+    types = (*(wanted.ladder if wanted.budgets else ()), wanted.policy.keep)
+    names = choose_rungs(full, matrix, types, list(plans.values()), tools)
+    rungs = _finished(
+        "ladder", {name: rung.submit(store, name, full, matrix, tools, limit) for name in names}, failures
+    )
+
+    sensitivities, prices = _calibrate(store, source, full, tokens, matrix, rungs, model, calibration, wanted, tools)
     sensitivity = SensitivityMap.load(sensitivities.path(MAP_NAME))
-    calibration_set = CalibrationSet.load(tokens.path(SET_NAME))
     thresholds = [*wanted.thresholds]
     if wanted.proposed_thresholds:
         thresholds += choose_thresholds(full, matrix, sensitivity, wanted.policy, wanted.proposed_thresholds, tools)
-    plans = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in (FULL, *wanted.stock)}
-    for cut in thresholds:
-        plans[f"threshold-{cut}"] = plan_threshold.submit(store, full, matrix, sensitivity, cut, wanted.policy, tools)
-
-    candidates = _Candidates()
-    planned = candidates.advance("plan", plans)
-    provenance = _provenance(source, calibration_set, tools)
-    built = candidates.advance(
-        "quantize",
+    plans |= _finished(
+        "plan",
         {
-            name: quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
-            for name, plan in planned.items()
-            if name != FULL
+            f"threshold-{cut}": plan_threshold.submit(store, full, matrix, sensitivity, cut, wanted.policy, tools)
+            for cut in thresholds
+        }
+        | {
+            plan_name(budget): plan_budget.submit(store, full, matrix, prices, budget, wanted.budget_policy, tools)
+            for budget in wanted.budgets
         },
+        failures,
     )
-    measured = candidates.advance(
+    calibration_set = CalibrationSet.load(tokens.path(SET_NAME))
+    provenance = _provenance(source, calibration_set, tools)
+    tensors = read_tensors(full.path(GGUF_NAME))
+
+    def build(name: str, plan: Artifact) -> PrefectFuture[Artifact]:
+        held = None if wanted.requantize else rungs_of(load_plan(plan), tensors, rungs)
+        if not held:
+            return quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
+        return assemble.submit(store, name, full, plan, {rung: rungs[rung] for rung in held}, provenance)
+
+    ggufs = {FULL: full} if FULL in plans else {}
+    ggufs |= _finished("quantize", {name: build(name, plan) for name, plan in plans.items() if name != FULL}, failures)
+    measured = _finished(
         "evaluate",
         {
             name: evaluate.submit(store, name, gguf, chunks, base, parameters.evaluation, limit)
-            for name, gguf in {FULL: full, **built}.items()
+            for name, gguf in ggufs.items()
         },
+        failures,
     )
     if FULL not in measured or len(measured) == 1:
-        reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in candidates.failures)
+        reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures)
         raise SamqError(f"the baseline or every candidate failed ({reasons}); see the logs of this run")
-    results = [_result(planned[name], {FULL: full, **built}[name], made) for name, made in measured.items()]
+    table = load_prices(prices)
+    results = [_result(plans[name], ggufs[name], made, table) for name, made in measured.items()]
     best = choose(results, parameters.selection)
 
-    markdown = report(
-        source, calibration_set, heldout_text, tools, results, candidates.failures, best, parameters.selection
-    )
+    markdown = report(source, calibration_set, heldout_text, tools, results, failures, best, parameters.selection)
     tracked = track(
         TrackingSettings(
             tracking_uri=parameters.tracking.uri or mlflow_uri(),
@@ -146,13 +150,68 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         tools,
         sensitivity,
         results,
-        candidates.failures,
+        failures,
         best,
         markdown,
         parameters.model_dump(mode="json"),
         {"prefect.flow_run": flow_run.get_id() or ""},
     )
-    return Sweep(source, results, candidates.failures, best, tracked, markdown)
+    return Sweep(source, results, failures, best, tracked, markdown)
+
+
+def _finished(stage: str, futures: dict[str, PrefectFuture[Artifact]], failures: list[Failure]) -> dict[str, Artifact]:
+    """Name -> artifact of those that ended well; the others join `failures` and stop nobody."""
+    wait(list(futures.values()))
+    made = {name: future.result(raise_on_failure=False) for name, future in futures.items()}
+    failures += [
+        Failure(name=name, stage=stage, reason=str(result))
+        for name, result in made.items()
+        if not isinstance(result, Artifact)
+    ]
+    return {name: result for name, result in made.items() if isinstance(result, Artifact)}
+
+
+def _calibrate(
+    store: Path,
+    source: ModelSource,
+    full: Artifact,
+    tokens: Artifact,
+    matrix: Artifact | None,
+    rungs: dict[str, Artifact],
+    model: ModelParameters,
+    calibration: CalibrationParameters,
+    wanted: CandidateParameters,
+    tools: Toolchain,
+) -> tuple[Artifact, Artifact]:
+    """Sensitivities and prices, on as many sequences as it takes to know what the budgets' plans cost."""
+    available = CalibrationSet.load(tokens.path(SET_NAME)).samples - calibration.check_sequences
+    count = min(calibration.first_sequences, available) if wanted.budgets else available
+    sensitivities: Artifact | None = None
+    while True:
+        sensitivities = calibrate(
+            store,
+            source,
+            full,
+            tokens,
+            count,
+            sensitivities,
+            calibration.batch_size,
+            model.dtype,
+            model.device,
+            calibration.labels,
+            calibration.seed,
+        )
+        prices = price(store, full, rungs, sensitivities, matrix, tools)
+        plans = {
+            budget: plan_budget.submit(store, full, matrix, prices, budget, wanted.budget_policy, tools)
+            for budget in wanted.budgets
+        }
+        table = load_prices(prices)
+        costs = [plan_cost(table, load_plan(plan).types) for plan in _finished("plan", plans, []).values()]
+        needed = min(available, sequences_wanted(costs, calibration.precision))
+        if needed <= count:
+            return sensitivities, prices
+        count = needed
 
 
 def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Toolchain) -> dict[str, str]:
@@ -166,11 +225,12 @@ def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Too
     }
 
 
-def _result(planned: Artifact, gguf: Artifact, measured: Artifact) -> Result:
+def _result(planned: Artifact, gguf: Artifact, measured: Artifact, prices: PriceTable) -> Result:
     plan, path = load_plan(planned), gguf.path(GGUF_NAME)
     if plan.policy == "full":
         model = as_is(path, gguf.files[GGUF_NAME].sha256, plan)
     else:
         model = QuantizedModel.load(gguf.path(MODEL_NAME))
     evaluation = Evaluation.load(measured.path(EVALUATION_NAME))
-    return Result(plan=plan, model=model, evaluation=evaluation, gguf=path, folder=measured.folder)
+    predicted = predicted_cost(prices, plan)
+    return Result(plan, model, evaluation, path, measured.folder, predicted)

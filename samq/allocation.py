@@ -85,6 +85,11 @@ class Target:
         )
 
     @property
+    def imatrix_sha256(self) -> str | None:
+        """SHA-256 of the importance matrix, if there is one."""
+        return file_sha256(self.imatrix) if self.imatrix else None
+
+    @property
     def tied(self) -> bool:
         """Whether the output projection shares the token embedding."""
         return OUTPUT not in self.tensors
@@ -95,7 +100,7 @@ def full_plan(target: Target) -> Plan:
     kinds = {tensor.type for tensor in target.quantizable.values()}
     kind = "F16" if "F16" in kinds else min(kinds)
     types = {name: tensor.type for name, tensor in target.quantizable.items()}
-    return _plan(target, kind, "full", {}, types, mixture=kind)
+    return make_plan(target, kind, "full", {}, types, mixture=kind)
 
 
 def stock_plan(target: Target, mixture: str) -> Plan:
@@ -103,7 +108,7 @@ def stock_plan(target: Target, mixture: str) -> Plan:
     mixture = check_mixture(mixture)
     types, substitutions = mixture_types(target.gguf, mixture, target.toolchain, imatrix=target.imatrix)
     types = {name: types[name] for name in target.quantizable}
-    return _plan(target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture)
+    return make_plan(target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture)
 
 
 def threshold_plan(
@@ -146,7 +151,7 @@ def threshold_plan(
     }
     mixture = policy.base if policy.base in MIXTURES else "Q4_K_M"
     name = f"threshold-{threshold if isinstance(threshold, str) else format(cut, '.4g')}"
-    plan = _plan(target, name, "threshold", parameters, chosen, substitutions, mixture)
+    plan = make_plan(target, name, "threshold", parameters, chosen, substitutions, mixture)
     return plan.model_copy(update={"map_digest": sensitivity.digest()})
 
 
@@ -229,7 +234,7 @@ def propose_thresholds(target: Target, sensitivity: SensitivityMap, policy: Thre
     return sorted(chosen, reverse=True)
 
 
-def _plan(
+def make_plan(
     target: Target,
     name: str,
     policy: Literal["full", "stock", "uniform", "threshold", "budget"],
@@ -238,6 +243,7 @@ def _plan(
     substitutions: dict[str, Substitution] | None = None,
     mixture: str = "Q4_K_M",
 ) -> Plan:
+    """The record of a plan that gives the quantizable tensors these types; the others keep theirs."""
     return Plan(
         name=name,
         policy=policy,
@@ -248,5 +254,5 @@ def _plan(
         tensor_bytes=planned_bytes(target.tensors, types),
         weights=sum(tensor.weights for tensor in target.tensors.values()),
         gguf_sha256=target.sha256,
-        imatrix_sha256=file_sha256(target.imatrix) if target.imatrix else None,
+        imatrix_sha256=target.imatrix_sha256,
     )

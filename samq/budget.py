@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation import EMBEDDING, OUTPUT, Target, stock_plan
-from samq.allocation import _plan as make_plan
+from samq.allocation import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.errors import SamqError
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
-from samq.formats import MIXTURES, bits_per_weight, check_type
+from samq.formats import bits_per_weight, check_mixture, check_type
 from samq.prices import plan_cost
 from samq.records import Plan, Price, PriceTable
 
@@ -34,7 +33,13 @@ _BISECTIONS = 100  # of the price of a byte: to the last bit of a float64, nearl
 _MOST_STATES = 2**20  # of the dynamic programming; beyond, the plan is reported with its gap
 _METADATA_BYTES = 16 * 1024  # provenance, importance matrix's values and padding, beside the source's own metadata
 _SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:iB|B)?)"
-_FORMS = "a size such as 1500MiB, 4.5bpw, size-of:Q4_K_M, or vram:24GiB@8192 (or @8192/Q8_0, with the KV cache's type)"
+_BITS = r"(\d+(?:\.\d+)?)\s*bpw"
+_SIZE_OF = r"size-of:(\w+)"
+_VRAM = rf"vram:{_SIZE}@(\d+)(?:/(F16|Q8_0|Q4_0))?"
+_FORMS = (_SIZE, _BITS, _SIZE_OF, _VRAM)
+_EXAMPLES = (
+    "a size such as 1500MiB, 4.5bpw, size-of:Q4_K_M, or vram:24GiB@8192 (or @8192/Q8_0, with the KV cache's type)"
+)
 
 
 class BudgetPolicy(BaseModel):
@@ -72,6 +77,20 @@ class Solution:
     gap: float
 
 
+def check_budget(text: str) -> str:
+    """The budget as it is given, if it is one; raises SamqError otherwise."""
+    if not any(re.fullmatch(form, text) for form in _FORMS):
+        raise SamqError(f"{text!r} is not a budget; give {_EXAMPLES}")
+    mixture_of(text)
+    return text
+
+
+def mixture_of(text: str) -> str | None:
+    """The stock mixture whose size a budget is; None for other budgets. Raises SamqError for an unknown mixture."""
+    match = re.fullmatch(_SIZE_OF, text)
+    return check_mixture(match[1]) if match else None
+
+
 def parse_budget(text: str, target: Target) -> Budget:
     """What a budget as a person writes it comes to, in bytes of tensors.
 
@@ -79,25 +98,31 @@ def parse_budget(text: str, target: Target) -> Budget:
     llama-quantize's mixture has on this model, and `vram:24GiB@8192` leaves room for KV cache and compute buffers at that
     context length. Raises SamqError for anything else.
     """
-    weights = sum(tensor.weights for tensor in target.tensors.values())
+    check_budget(text)
     if size := re.fullmatch(_SIZE, text):
         overhead = target.gguf.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
         return Budget(text, _bytes(*size.groups()) - overhead - _METADATA_BYTES)
-    if bits := re.fullmatch(r"(\d+(?:\.\d+)?)\s*bpw", text):
+    if bits := re.fullmatch(_BITS, text):
+        weights = sum(tensor.weights for tensor in target.tensors.values())
         return Budget(text, math.floor(float(bits[1]) * weights / 8))
-    if mixture := re.fullmatch(r"size-of:(\w+)", text):
-        return Budget(text, stock_plan(target, mixture[1]).tensor_bytes)
-    if vram := re.fullmatch(rf"vram:{_SIZE}@(\d+)(?:/(F16|Q8_0|Q4_0))?", text):
-        settings = EvaluationSettings.model_validate({"vram_context_tokens": vram[3], "kv_type": vram[4] or "F16"})
-        memory = predict_memory(target.gguf, settings)
-        rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
-        free = frozenset() if target.tied else frozenset({EMBEDDING})
-        return Budget(text, _bytes(vram[1], vram[2]) - math.ceil(rest), free)
-    raise SamqError(f"{text!r} is not a budget; give {_FORMS}")
+    if mixture := mixture_of(text):
+        return Budget(text, stock_plan(target, mixture).tensor_bytes)
+    vram = re.fullmatch(_VRAM, text)
+    assert vram, "checked above"
+    settings = EvaluationSettings.model_validate({"vram_context_tokens": vram[3], "kv_type": vram[4] or "F16"})
+    memory = predict_memory(target.gguf, settings)
+    rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
+    free = frozenset() if target.tied else frozenset({EMBEDDING})
+    return Budget(text, _bytes(vram[1], vram[2]) - math.ceil(rest), free)
 
 
 def _bytes(number: str, unit: str) -> int:
     return math.floor(float(number) * _UNITS[unit])
+
+
+def plan_name(budget: str) -> str:
+    """What the plan of a budget is called: `samq-Q4_K_M` for size-of:Q4_K_M, `samq-4.5bpw`."""
+    return "samq-" + re.sub(r"[^\w.]+", "-", budget.removeprefix("size-of:"))
 
 
 def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
@@ -121,23 +146,21 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
             "raise it, or add smaller types to the ladder"
         )
     solution = solve(counted, budget.tensor_bytes - fixed)
-    cost, error = plan_cost(prices, solution.types)
+    predicted = plan_cost(prices, solution.types)
     parameters = {"budget": budget.text, "budget_bytes": budget.tensor_bytes, **policy.model_dump()}
-    mixture = budget.text.removeprefix("size-of:").upper()
-    name = re.sub(r"[^\w.]+", "-", budget.text)
     plan = make_plan(
         target,
-        f"budget-{name}",
+        plan_name(budget.text),
         "budget",
         parameters,
         solution.types,
-        mixture=mixture if mixture in MIXTURES else "Q4_K_M",
+        mixture=mixture_of(budget.text) or "Q4_K_M",
     )
     return plan.model_copy(
         update={
             "map_digest": prices.map_digest,
-            "predicted_kl_nats": cost,
-            "predicted_kl_stderr": error,
+            "predicted_kl_nats": predicted.value,
+            "predicted_kl_stderr": predicted.stderr,
             "solver_gap": solution.gap,
         }
     )

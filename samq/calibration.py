@@ -35,6 +35,10 @@ class TokenBatch:
         """The token ids of one sequence, without padding."""
         return self.ids[index, : self.lengths[index]]
 
+    def part(self, first: int, last: int) -> Self:
+        """The sequences from `first` to before `last`."""
+        return type(self)(self.ids[first:last], self.lengths[first:last])
+
     def digest(self) -> str:
         """SHA-256 (hex) over the lengths and the ids, in order; padding does not enter."""
         content = hashlib.sha256(self.lengths.astype("<i4").tobytes())
@@ -80,17 +84,16 @@ def tokenize(
     *,
     spec: DatasetSpec,
     sequence_tokens: int,
-    samples: int | None = None,
     packing: bool = False,
 ) -> tuple[CalibrationSet, TokenBatch]:
-    """Cut texts into at most `samples` sequences (None: all) of 2 to `sequence_tokens` tokens.
+    """Cut texts into sequences of 2 to `sequence_tokens` tokens.
 
     Every sequence starts with BOS where the tokenizer puts one before a text. Without `packing` a text is one
     sequence, cut at `sequence_tokens`. With it a long text goes on in further sequences of that length, and what is
     left at its end is dropped. Texts of a single token are left out.
 
     Raises:
-        SamqError: fewer than `samples` sequences came out, or none.
+        SamqError: no sequence came out.
     """
     if sequence_tokens < 2:
         raise SamqError(f"sequences of {sequence_tokens} tokens hold nothing to predict; ask for 2 or more")
@@ -99,15 +102,12 @@ def tokenize(
         # Quietly: a text longer than the model's context is cut below.
         ids = tokenizer(text, verbose=False)["input_ids"]
         sequences += [part for part in _cut(ids, tokenizer.bos_token_id, sequence_tokens, packing) if len(part) > 1]
-        if samples is not None and len(sequences) >= samples:
-            break
-    wanted = 1 if samples is None else samples
-    if len(sequences) < wanted:
-        raise SamqError(
-            f"{spec.name} gives {len(sequences)} sequences of 2 to {sequence_tokens} tokens, not {wanted}; ask for "
-            "fewer or shorter ones, or give more text"
-        )
-    tokens = TokenBatch.of(sequences[:samples])
+    if packing:
+        order = np.random.default_rng(spec.seed).permutation(len(sequences))
+        sequences = [sequences[index] for index in order]
+    if not sequences:
+        raise SamqError(f"{spec.name} gives no sequence of 2 to {sequence_tokens} tokens; give more text")
+    tokens = TokenBatch.of(sequences)
     return (
         CalibrationSet(
             dataset=spec.name,

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation import Target
-from samq.allocation import _plan as make_plan
+from samq.allocation import Target, make_plan
 from samq.errors import SamqError
 from samq.formats import bits_per_weight, check_type, fallback
 from samq.gguf_file import TensorInfo, read_tensors
@@ -40,27 +39,47 @@ class Ladder:
         return found
 
 
-def rung_names(tensors: Iterable[TensorInfo], types: Iterable[str], *, imatrix: bool) -> list[str]:
+def rung_names(
+    tensors: Iterable[TensorInfo], types: Iterable[str], *, imatrix: bool, plans: Iterable[Plan] = ()
+) -> list[str]:
     """The rungs that are worth making, fewest bits first: those of `types` that give some tensor a type of its own.
 
-    Full precision is the source itself and needs no rung. Without an importance matrix the types that llama-quantize
-    refuses are left out. Where rows are too short for K types, Q4_1 joins: nothing falls back to it.
+    `plans` join the types that they name and that no such rung gives. Without an importance matrix the types that
+    llama-quantize refuses are left out. Where rows are too short for K types, Q4_1 joins: nothing falls back to it.
     """
     tensors = list(tensors)
     wanted = {check_type(name) for name in types}
-    if any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
+    if wanted and any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
         wanted.add("Q4_1")
     if not imatrix:
         wanted -= NEEDS_IMATRIX
     names, seen = [], {(tensor.name, tensor.type) for tensor in tensors}
-    for name in sorted(wanted, key=lambda name: (bits_per_weight(name), name)):
+    for name in _by_bits(wanted):
         given = {(tensor.name, fallback(name, tensor.row_length)) for tensor in tensors}
         if given - seen:
             names.append(name)
             seen |= given
+    names += {kind for plan in plans for pair in plan.types.items() if pair not in seen for kind in pair[1:]}
     if not names:
         raise SamqError(f"a ladder of {', '.join(sorted(wanted)) or 'no types'} has no rung; name quantized types")
-    return names
+    return _by_bits(names)
+
+
+def _by_bits(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (bits_per_weight(name), name))
+
+
+def rungs_of(plan: Plan, tensors: Mapping[str, TensorInfo], rungs: Iterable[str]) -> list[str] | None:
+    """The rungs that together hold every tensor in the plan's type, full precision apart; None if some tensor is missing."""
+    needed: dict[str, None] = {}
+    rungs = list(rungs)
+    for name, kind in plan.types.items():
+        if kind != tensors[name].type:
+            holder = next((rung for rung in rungs if fallback(rung, tensors[name].row_length) == kind), None)
+            if holder is None:
+                return None
+            needed[holder] = None
+    return _by_bits(needed)
 
 
 def uniform_plan(target: Target, name: str) -> Plan:

@@ -9,7 +9,8 @@ the second-order term of the KL divergence without the terms between weights. Pr
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from samq.formats import tensor_bytes
 from samq.gguf_file import TensorInfo, open_gguf
 from samq.ladder import Ladder
 from samq.progress import Progress, silent
-from samq.records import Price, PriceTable, SensitivityMap, TensorPrices, TensorSensitivity
+from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
 
 _SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 
@@ -63,29 +64,50 @@ def price_table(
         gguf_sha256=gguf_sha256,
         map_digest=sensitivity.digest(),
         imatrix_sha256=imatrix_sha256,
+        sequence_tokens=sensitivity.sequence_tokens,
         tensors={
-            name: TensorPrices(
-                types=types, relative_stderr=_relative_stderr(sensitivity.tensors[name], sensitivity.samples)
-            )
+            name: TensorPrices(types=types, shares=_shares(sensitivity.tensors[name].sequence_squares))
             for name, types in prices.items()
         },
     )
 
 
-def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> tuple[float, float]:
-    """Predicted KL of a plan and its standard error, nats per token.
+def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
+    """Predicted KL of a plan, nats per token, with its standard error over the calibration sequences.
 
-    Tensors' errors are taken as fully correlated, since they come from the same sequences: the error is an upper bound.
-    Raises SamqError for a tensor or type that has no price.
+    The cost is a ratio, of what the sequences add to it over their label tokens; its error is the usual one of a ratio of
+    means, with all tensors' errors taken together. Raises SamqError for a tensor or type that has no price.
     """
-    cost = error = 0.0
+    costs = []
     for name, kind in types.items():
         if name not in prices.tensors or kind not in prices.tensors[name].types:
             raise SamqError(f"there is no price for {name} in {kind}; add that rung to the ladder")
-        price = prices.tensors[name].types[kind].kl_nats
-        cost += price
-        error += price * prices.tensors[name].relative_stderr
-    return cost, error
+        costs.append(prices.tensors[name].types[kind].kl_nats)
+    tokens = np.array(prices.sequence_tokens)
+    parts = np.array(costs) @ np.array([prices.tensors[name].shares for name in types])
+    residuals = parts - sum(costs) * tokens / tokens.sum()
+    count = len(tokens)
+    error = float(np.sqrt(count / (count - 1) * np.square(residuals).sum()))
+    return Metric(value=sum(costs), stderr=error, n=count)
+
+
+def sequences_wanted(costs: Iterable[Metric], precision: float) -> int:
+    """How many calibration sequences bring the relative standard error of every cost down to `precision`.
+
+    The error of a mean falls with the square root of their number; a tenth more guards against bad luck in its estimate.
+    """
+    wanted = 0
+    for cost in costs:
+        relative = (cost.stderr or 0.0) / cost.value if cost.value else 0.0
+        count = cost.n or 0
+        wanted = max(wanted, count if relative <= precision else math.ceil(1.1 * count * (relative / precision) ** 2))
+    return wanted
+
+
+def predicted_cost(prices: PriceTable, plan: Plan) -> Metric | None:
+    """The plan's predicted KL; None if the ladder does not hold all of its types."""
+    priced = all(kind in prices.tensors[name].types for name, kind in plan.types.items())
+    return plan_cost(prices, plan.types) if priced else None
 
 
 def _blocks(tensor: TensorInfo, fisher: Mapping[str, NDArray[np.float32]], block_weights: int) -> NDArray[np.float32]:
@@ -153,12 +175,7 @@ def _to_float(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
     return library.ggml_get_type_traits(int(kind)).contents.to_float
 
 
-def _relative_stderr(tensor: TensorSensitivity, samples: int) -> float:
-    """Relative standard error of the mean squared gradient norm, from the norm's mean and standard error.
-
-    With norms of mean m and standard deviation s, their squares have mean m^2 + s^2 and, to first order, standard
-    deviation 2 m s.
-    """
-    mean, deviation = tensor.gradient_norm, tensor.gradient_norm_stderr * samples**0.5
-    second = mean**2 + deviation**2
-    return 2 * mean * tensor.gradient_norm_stderr / second if second else 0.0
+def _shares(squares: Sequence[float]) -> tuple[float, ...]:
+    """Each sequence's part of the sum; a tensor that no gradient reaches costs nothing, in equal parts."""
+    total = sum(squares)
+    return tuple(square / total for square in squares) if total else (1 / len(squares),) * len(squares)

@@ -152,12 +152,15 @@ class TensorSensitivity(BaseModel):
         description="mean over the weights of the Fisher information: squared gradients of sequences' summed losses over "
         "all label tokens, nats per token per squared weight; the blocks lie in fisher.safetensors",
     )
+    sequence_squares: tuple[float, ...] = Field(
+        description="of each calibration sequence: squared L2 norm of its summed loss's gradient"
+    )
 
 
 class SensitivityMap(Record):
     """Gradient norms, and E[g^2] if asked for, of every 2-D weight, in GGUF names; tied weights once."""
 
-    SCHEMA: ClassVar[str] = "samq.sensitivity-map/1"
+    SCHEMA: ClassVar[str] = "samq.sensitivity-map/2"
 
     model_digest: str
     calibration_digest: str
@@ -165,8 +168,7 @@ class SensitivityMap(Record):
         description="next tokens of the text, or sampled from the model itself (the true Fisher information)"
     )
     seed: int
-    samples: int
-    tokens: int = Field(description="label tokens that entered a loss")
+    sequence_tokens: tuple[int, ...] = Field(description="label tokens of each calibration sequence: those in its loss")
     loss_nats: float = Field(description="mean loss per label token")
     tied_embeddings: bool
     block_weights: int | None = Field(
@@ -174,6 +176,16 @@ class SensitivityMap(Record):
         description="weights of a row averaged into one fisher block; None: absent",
     )
     tensors: dict[str, TensorSensitivity]
+
+    @property
+    def samples(self) -> int:
+        """Number of calibration sequences."""
+        return len(self.sequence_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Label tokens of all sequences."""
+        return sum(self.sequence_tokens)
 
 
 class Substitution(BaseModel):
@@ -227,19 +239,20 @@ class TensorPrices(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     types: dict[str, Price]
-    relative_stderr: float = Field(
-        description="standard error of its KL over its KL, alike for all types: that of its Fisher information"
+    shares: tuple[float, ...] = Field(
+        description="each calibration sequence's part of the tensor's Fisher information, and so of its KL; they sum to 1"
     )
 
 
 class PriceTable(Record):
     """Bytes and predicted KL of every quantizable tensor in every type of a ladder."""
 
-    SCHEMA: ClassVar[str] = "samq.price-table/1"
+    SCHEMA: ClassVar[str] = "samq.price-table/2"
 
     gguf_sha256: str = Field(description="the full-precision GGUF whose tensors are priced")
     map_digest: str
     imatrix_sha256: str | None
+    sequence_tokens: tuple[int, ...] = Field(description="label tokens of each calibration sequence")
     tensors: dict[str, TensorPrices]
 
 

@@ -49,6 +49,7 @@ def measure_sensitivity(
     second_moment: bool = True,
     block_weights: int = 32,
     seed: int = 0,
+    first_sequence: int = 0,
     progress: Progress = silent,
 ) -> tuple[SensitivityMap, dict[str, np.ndarray] | None]:
     """Measure every weight matrix of a causal LM on the sequences of `tokens`.
@@ -67,6 +68,7 @@ def measure_sensitivity(
         second_moment: also return the fisher.
         block_weights: consecutive weights of a row averaged into one value; a row's last block may be shorter.
         seed: of the drawn labels.
+        first_sequence: number of the first of these sequences among all that are measured, for the random streams.
         progress: told of sequences done.
 
     Returns:
@@ -80,7 +82,7 @@ def measure_sensitivity(
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
     weights = weights_of(model, names)
-    blocks = _Blocks(weights, len(tokens), block_weights, second_moment)
+    blocks = _Blocks(weights, len(tokens), block_weights, second_moment, first_sequence)
     losses = np.zeros(len(tokens))
     model.eval()  # no dropout
     gradients = SampleGradients(model, weights, blocks.add)
@@ -91,7 +93,7 @@ def measure_sensitivity(
         for ids, mask, targets in batches(tokens, batch_size):
             lengths = mask.sum(1).tolist()
             here = slice(done, done + len(lengths))
-            streams = [np.random.default_rng((seed, sequence)) for sequence in range(here.start, here.stop)]
+            streams = [np.random.default_rng((seed, first_sequence + row)) for row in range(here.start, here.stop)]
             blocks.start_batch(done, len(lengths))
             try:
                 losses[here] = _backward(model, gradients, ids, mask, targets if labels == "text" else None, streams)
@@ -100,49 +102,76 @@ def measure_sensitivity(
                     f"the GPU's memory does not hold a pass over {len(lengths)} sequences of up to {max(lengths)} tokens; "
                     "use a smaller batch size or shorter sequences"
                 ) from error
-            _check_losses(losses[here], weights, done)
+            _check_losses(losses[here], weights, first_sequence + done)
             blocks.end_batch()
             done = here.stop
             progress(done, len(tokens))
     label_tokens = tokens.lengths.astype(np.int64) - 1
-    total = int(label_tokens.sum())
-    sensitivities = _sensitivities(weights, blocks.squares, label_tokens, second_moment)
+    squares = dict(zip((weight.name for weight in weights), blocks.squares, strict=True))
+    shapes = {weight.name: weight.shape for weight in weights}
     return (
         SensitivityMap(
             model_digest=model_digest,
             calibration_digest=calibration_digest,
             labels=labels,
             seed=seed,
-            samples=len(tokens),
-            tokens=total,
-            loss_nats=float(losses.sum() / total),
-            tied_embeddings="output.weight" not in sensitivities,
+            sequence_tokens=tuple(label_tokens.tolist()),
+            loss_nats=float(losses.sum() / label_tokens.sum()),
+            tied_embeddings="output.weight" not in squares,
             block_weights=block_weights if second_moment else None,
-            tensors=sensitivities,
+            tensors=_sensitivities(shapes, squares, label_tokens, second_moment),
         ),
-        blocks.fisher(total, row_orders or {}) if second_moment else None,
+        blocks.fisher(int(label_tokens.sum()), row_orders or {}) if second_moment else None,
     )
 
 
+def merge(
+    first: tuple[SensitivityMap, Mapping[str, np.ndarray]], more: tuple[SensitivityMap, Mapping[str, np.ndarray]]
+) -> tuple[SensitivityMap, dict[str, np.ndarray]]:
+    """Two measurements (map, fisher) of one model on different sequences as one, as if all had been measured together."""
+    (one, one_fisher), (other, other_fisher) = first, more
+    tokens = one.tokens + other.tokens
+    squares = {
+        name: np.array(tensor.sequence_squares + other.tensors[name].sequence_squares)
+        for name, tensor in one.tensors.items()
+    }
+    shapes = {name: tensor.shape for name, tensor in one.tensors.items()}
+    sequence_tokens = one.sequence_tokens + other.sequence_tokens
+    whole = one.model_copy(
+        update={
+            "sequence_tokens": sequence_tokens,
+            "loss_nats": (one.loss_nats * one.tokens + other.loss_nats * other.tokens) / tokens,
+            "tensors": _sensitivities(shapes, squares, np.array(sequence_tokens), True),
+        }
+    )
+    fisher = {
+        name: (blocks * np.float32(one.tokens / tokens) + other_fisher[name] * np.float32(other.tokens / tokens))
+        for name, blocks in one_fisher.items()
+    }
+    return whole, fisher
+
+
 def _sensitivities(
-    weights: list[Weight], squares: np.ndarray, label_tokens: np.ndarray, second_moment: bool
+    shapes: Mapping[str, tuple[int, ...]],
+    squares: Mapping[str, np.ndarray],
+    label_tokens: np.ndarray,
+    second_moment: bool,
 ) -> dict[str, TensorSensitivity]:
-    """GGUF name -> record, from `squares` (weights, sequences): squared gradient norms of the summed losses."""
-    norms = np.sqrt(squares) / label_tokens
-    means = norms.mean(axis=1)
-    if not means.any():
+    """GGUF name -> record, from `squares` (sequences,): squared gradient norms of the sequences' summed losses."""
+    norms = {name: np.sqrt(values) / label_tokens for name, values in squares.items()}
+    largest = max(values.mean() for values in norms.values())
+    if not largest:
         raise SamqError("all gradients are zero: the loss does not depend on the weights; check the model's weights")
-    errors = norms.std(axis=1, ddof=1) / np.sqrt(len(label_tokens))
-    fishers = squares.sum(axis=1) / label_tokens.sum()
     return {
-        weight.name: TensorSensitivity(
-            shape=weight.shape,
-            gradient_norm=mean,
-            gradient_norm_stderr=error,
-            score=mean / means.max(),
-            fisher=fisher / math.prod(weight.shape) if second_moment else None,
+        name: TensorSensitivity(
+            shape=shape,
+            gradient_norm=norms[name].mean(),
+            gradient_norm_stderr=norms[name].std(ddof=1) / np.sqrt(len(label_tokens)),
+            score=norms[name].mean() / largest,
+            fisher=squares[name].sum() / label_tokens.sum() / math.prod(shape) if second_moment else None,
+            sequence_squares=tuple(squares[name].tolist()),
         )
-        for weight, mean, error, fisher in zip(weights, means, errors, fishers, strict=True)
+        for name, shape in shapes.items()
     }
 
 
@@ -176,8 +205,11 @@ def _backward(
 class _Blocks:
     """Sums of squared gradients: of each weight and sequence, and of each block of weights over all sequences."""
 
-    def __init__(self, weights: list[Weight], samples: int, block_weights: int, second_moment: bool) -> None:
+    def __init__(
+        self, weights: list[Weight], samples: int, block_weights: int, second_moment: bool, first_sequence: int
+    ) -> None:
         self.weights = weights
+        self.first_sequence = first_sequence
         self.block_weights = block_weights
         self.squares = np.zeros((len(weights), samples))  # of the summed loss, nats^2 per squared weight
         self._devices = {weight.parameter.device for weight in weights}  # several when a model is spread over GPUs
@@ -218,8 +250,9 @@ class _Blocks:
             # A bad value spreads from the output towards the input: the last weight is the nearest to its source.
             index, sample = wrong[-1]
             raise SamqError(
-                f"the gradient of {self.weights[index].name} on calibration sequence {self._first + sample} is NaN or "
-                "Inf; load the model in float32, or leave that text out"
+                f"the gradient of {self.weights[index].name} on calibration sequence "
+                f"{self.first_sequence + self._first + sample} is NaN or Inf; load the model in float32, or leave that "
+                "text out"
             )
         self.squares[:, self._first : self._first + batch.shape[1]] = batch
 

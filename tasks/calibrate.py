@@ -4,44 +4,61 @@ from pathlib import Path
 
 from samq.calibration import TokenBatch
 from samq.gguf_file import gguf_names, read_metadata
+from samq.layout import row_orders, weights_of
 from samq.model import load_model
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
-from samq.records import CalibrationSet, ModelSource
-from samq.sensitivity import measure_sensitivity
+from samq.records import CalibrationSet, ModelSource, SensitivityMap
+from samq.sensitivity import Labels, load_fisher, measure_sensitivity, merge, save_fisher
 from samq.store import Artifact
 from tasks.stage import stage
 from tasks.text import SET_NAME, TOKENS_NAME
 
-MAP_NAME = "sensitivity-map.json"
+MAP_NAME, FISHER_NAME = "sensitivity-map.json", "fisher.safetensors"
 
 
-@stage("calibrate", version=1, run_name="calibrate {source.name}", packages=("torch", "transformers"), retries=1)
+@stage(
+    "calibrate", version=2, run_name="calibrate {source.name} on {count}", packages=("torch", "transformers"), retries=1
+)
 def calibrate(
     folder: Path,
     source: ModelSource,
     full: Artifact,
     tokens: Artifact,
+    count: int,
+    before: Artifact | None,
     batch_size: int,
     dtype: str,
     device: str,
+    labels: Labels,
     seed: int,
 ) -> None:
-    """`sensitivity-map.json`: gradient norms of every weight tensor, in GGUF names."""
+    """`sensitivity-map.json` and `fisher.safetensors` of the first `count` sequences, going on from those of `before`."""
     gguf = full.path(GGUF_NAME)
-    weights = source.model_copy(update={"gguf": gguf}) if source.gguf else source
-    model, _ = load_model(weights, dtype=dtype, device=device)
+    model, _ = load_model(weights_in(source, full), dtype=dtype, device=device)
+    names = gguf_names(read_metadata(gguf))
+    known = (SensitivityMap.load(before.path(MAP_NAME)), load_fisher(before.path(FISHER_NAME))) if before else None
+    first = known[0].samples if known else 0
     with bar(f"calibrate {source.name}") as progress:
-        sensitivity, _ = measure_sensitivity(
+        found, fisher = measure_sensitivity(
             model,
-            TokenBatch.load(tokens.path(TOKENS_NAME)),
-            names=gguf_names(read_metadata(gguf)),
+            TokenBatch.load(tokens.path(TOKENS_NAME)).part(first, count),
+            names=names,
+            row_orders=row_orders(weights_of(model, names), gguf),
             batch_size=batch_size,
-            labels="text",
-            second_moment=False,
+            labels=labels,
             seed=seed,
+            first_sequence=first,
             progress=progress,
             model_digest=source.digest(),
             calibration_digest=CalibrationSet.load(tokens.path(SET_NAME)).digest(),
         )
-    sensitivity.save(folder / MAP_NAME)
+    assert fisher is not None, "asked for"
+    found, fisher = merge(known, (found, fisher)) if known else (found, fisher)
+    found.save(folder / MAP_NAME)
+    save_fisher(folder / FISHER_NAME, fisher)
+
+
+def weights_in(source: ModelSource, full: Artifact) -> ModelSource:
+    """The source as torch loads it: a GGUF source's weights come from the full-precision GGUF made of it."""
+    return source.model_copy(update={"gguf": full.path(GGUF_NAME)}) if source.gguf else source

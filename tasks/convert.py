@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from samq import quantizer
+from samq.allocation import Target
+from samq.quantizer import GGUF_NAME, IMATRIX_NAME
 from samq.records import ModelSource, Toolchain
+from samq.store import Artifact
 from tasks.stage import stage
 
 
@@ -11,3 +14,9 @@ from tasks.stage import stage
 def convert(folder: Path, source: ModelSource, toolchain: Toolchain, precision: str, timeout_s: float) -> None:
     """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter."""
     quantizer.convert(source, folder, toolchain, precision=precision, timeout_s=timeout_s)
+
+
+def open_target(full: Artifact, imatrix: Artifact | None, toolchain: Toolchain) -> Target:
+    """The GGUF that is planned for."""
+    matrix = imatrix.path(IMATRIX_NAME) if imatrix else None
+    return Target.open(full.path(GGUF_NAME), toolchain, matrix, full.files[GGUF_NAME].sha256)

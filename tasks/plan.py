@@ -5,19 +5,15 @@ from pathlib import Path
 from prefect import task
 
 from samq import allocation
-from samq.allocation import Target, ThresholdPolicy
-from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+from samq.allocation import ThresholdPolicy
+from samq.budget import BudgetPolicy, budget_plan, parse_budget
 from samq.records import Plan, SensitivityMap, Toolchain
 from samq.store import Artifact
+from tasks.convert import open_target
+from tasks.price import load_prices
 from tasks.stage import stage
 
 PLAN_NAME = "plan.json"
-
-
-def open_target(full: Artifact, imatrix: Artifact | None, toolchain: Toolchain) -> Target:
-    """The GGUF that is planned for."""
-    matrix = imatrix.path(IMATRIX_NAME) if imatrix else None
-    return Target.open(full.path(GGUF_NAME), toolchain, matrix, full.files[GGUF_NAME].sha256)
 
 
 def load_plan(plan: Artifact) -> Plan:
@@ -46,6 +42,21 @@ def plan_threshold(
     """`plan.json`: blocks that score above the threshold keep their bits."""
     target = open_target(full, imatrix, toolchain)
     allocation.threshold_plan(target, sensitivity, threshold, policy).save(folder / PLAN_NAME)
+
+
+@stage("plan", version=1, run_name="plan budget {budget}", packages=("llama-cpp-python",))
+def plan_budget(
+    folder: Path,
+    full: Artifact,
+    imatrix: Artifact | None,
+    prices: Artifact,
+    budget: str,
+    policy: BudgetPolicy,
+    toolchain: Toolchain,
+) -> None:
+    """`plan.json`: the least predicted KL within the budget."""
+    target = open_target(full, imatrix, toolchain)
+    budget_plan(target, load_prices(prices), parse_budget(budget, target), policy).save(folder / PLAN_NAME)
 
 
 @task(name="choose thresholds")

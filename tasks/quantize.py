@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from samq import quantizer
+from samq import assembly, quantizer
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME, IMATRIX_NAME
 from samq.records import Toolchain
 from samq.store import Artifact
 from tasks.plan import load_plan
+from tasks.price import open_ladder
 from tasks.stage import stage
 
 MODEL_NAME = "quantized-model.json"
@@ -35,5 +36,17 @@ def quantize(
             imatrix=imatrix.path(IMATRIX_NAME) if imatrix else None,
             timeout_s=timeout_s,
             progress=progress,
+        )
+    model.save(folder / MODEL_NAME)
+
+
+@stage("assemble", version=1, run_name="assemble {name}")
+def assemble(
+    folder: Path, name: str, full: Artifact, plan: Artifact, rungs: dict[str, Artifact], provenance: dict[str, str]
+) -> None:
+    """The files of `quantize`, byte for byte, from the ladder's rungs that hold the plan's types."""
+    with bar(f"assemble {name}") as progress:
+        model = assembly.assemble(
+            open_ladder(full, rungs), load_plan(plan), folder, provenance=provenance, progress=progress
         )
     model.save(folder / MODEL_NAME)

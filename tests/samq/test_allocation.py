@@ -20,7 +20,11 @@ SCORES = {"token_embd.weight": 1.0, "blk.0.attn_q.weight": 0.5, "blk.1.ffn_up.we
 def sensitivity_of(target):
     tensors = {
         name: TensorSensitivity(
-            shape=tensor.shape, gradient_norm=1.0, gradient_norm_stderr=0.1, score=SCORES.get(name, 0.05)
+            shape=tensor.shape,
+            gradient_norm=1.0,
+            gradient_norm_stderr=0.1,
+            score=SCORES.get(name, 0.05),
+            sequence_squares=(1.0, 1.2),
         )
         for name, tensor in target.quantizable.items()
     }
@@ -29,8 +33,7 @@ def sensitivity_of(target):
         calibration_digest="c",
         labels="text",
         seed=0,
-        samples=2,
-        tokens=20,
+        sequence_tokens=(10, 10),
         loss_nats=2.0,
         tied_embeddings=target.tied,
         tensors=tensors,

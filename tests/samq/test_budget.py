@@ -83,8 +83,10 @@ def prices(target):
             kind: Price(bytes=tensor_bytes(kind, tensor.shape), kl_nats=weight * 4.0**-index if kind != "F16" else 0.0)
             for index, kind in enumerate(TYPES)
         }
-        tensors[name] = TensorPrices(types=types, relative_stderr=0.1)
-    return PriceTable(gguf_sha256=target.sha256, map_digest="map", imatrix_sha256=None, tensors=tensors)
+        tensors[name] = TensorPrices(types=types, shares=(0.5, 0.3, 0.2))
+    return PriceTable(
+        gguf_sha256=target.sha256, map_digest="map", imatrix_sha256=None, sequence_tokens=(10, 10, 10), tensors=tensors
+    )
 
 
 def test_a_plan_keeps_to_the_size_of_a_mixture_and_says_what_it_costs(target, prices):
@@ -94,7 +96,9 @@ def test_a_plan_keeps_to_the_size_of_a_mixture_and_says_what_it_costs(target, pr
     assert plan.predicted_kl_nats == pytest.approx(
         sum(prices.tensors[name].types[kind].kl_nats for name, kind in plan.types.items())
     )
-    assert plan.predicted_kl_stderr == pytest.approx(0.1 * plan.predicted_kl_nats)
+    # the sequences' parts are 0.5, 0.3 and 0.2 of the cost, each expected to be a third
+    spread = np.std([0.5, 0.3, 0.2], ddof=1) * np.sqrt(3)
+    assert plan.predicted_kl_stderr == pytest.approx(spread * plan.predicted_kl_nats)
     assert plan.solver_gap == pytest.approx(0, abs=1e-9)
 
 

@@ -30,13 +30,13 @@ def test_a_text_is_one_sequence_cut_at_the_limit():
 def test_packing_goes_on_in_sequences_that_each_start_with_bos():
     texts = [words(*range(1, 11)), words(5, 6)]
     _, tokens = tokenize(texts, tiny_tokenizer(), spec=SPEC, sequence_tokens=5, packing=True)
-    assert sequences(tokens) == [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 5, 6]]  # 9 and 10 are left over
+    assert sorted(sequences(tokens)) == [[0, 1, 2, 3, 4], [0, 5, 6], [0, 5, 6, 7, 8]]  # 9 and 10 are left over
 
 
 def test_without_bos_packing_loses_nothing_between_sequences():
     tokenizer = tiny_tokenizer(bos=False)
     _, tokens = tokenize([words(*range(1, 9))], tokenizer, spec=SPEC, sequence_tokens=4, packing=True)
-    assert sequences(tokens) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert sorted(sequences(tokens)) == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_the_record_says_what_was_used():
@@ -48,16 +48,21 @@ def test_the_record_says_what_was_used():
     assert record.tokens_digest == tokens.digest()
 
 
-def test_samples_limits_the_sequences():
-    arguments = dict(spec=SPEC, sequence_tokens=3, packing=True)
-    _, tokens = tokenize([words(*range(1, 9)), words(9)], tiny_tokenizer(), samples=2, **arguments)
-    assert sequences(tokens) == [[0, 1, 2], [0, 3, 4]]
-    with pytest.raises(SamqError, match="texts gives 5 sequences of 2 to 3 tokens, not 6; ask for fewer"):
-        tokenize([words(*range(1, 9)), words(9)], tiny_tokenizer(), samples=6, **arguments)
+def test_packed_sequences_are_shuffled_by_the_seed_so_that_the_first_are_of_all_the_text():
+    texts, tokenizer = [words(*[number] * 30) for number in range(1, 30)], tiny_tokenizer()
+
+    def starts(seed):
+        spec = SPEC.model_copy(update={"seed": seed})
+        _, tokens = tokenize(texts, tokenizer, spec=spec, sequence_tokens=4, packing=True)
+        return tokens.ids[:, 1].tolist()
+
+    assert starts(0) == starts(0) != starts(1)
+    assert sorted(starts(0)) == sorted(starts(1))
+    assert len(set(starts(0)[:29])) > 10
 
 
 def test_nothing_to_predict_is_refused():
-    with pytest.raises(SamqError, match="gives 0 sequences"):
+    with pytest.raises(SamqError, match="gives no sequence of 2 to 8 tokens"):
         tokenize([words(1)], tiny_tokenizer(bos=False), spec=SPEC, sequence_tokens=8)
     with pytest.raises(SamqError, match="sequences of 1 tokens hold nothing to predict"):
         tokenize([words(1, 2)], tiny_tokenizer(), spec=SPEC, sequence_tokens=1)

@@ -41,7 +41,11 @@ def sensitivity(tmp_path, gguf):
     matrices = [tensor for tensor in read_tensors(gguf).values() if len(tensor.shape) == 2]
     tensors = {
         tensor.name: TensorSensitivity(
-            shape=tensor.shape, gradient_norm=1, gradient_norm_stderr=0, score=(index + 1) / len(matrices)
+            shape=tensor.shape,
+            gradient_norm=1,
+            gradient_norm_stderr=0,
+            score=(index + 1) / len(matrices),
+            sequence_squares=(1.0, 1.0),
         )
         for index, tensor in enumerate(matrices)
     }
@@ -50,8 +54,7 @@ def sensitivity(tmp_path, gguf):
         calibration_digest="c",
         labels="text",
         seed=0,
-        samples=2,
-        tokens=2,
+        sequence_tokens=(1, 1),
         loss_nats=1,
         tied_embeddings=False,
         tensors=tensors,

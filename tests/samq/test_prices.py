@@ -27,11 +27,13 @@ def ladder(request, toolchain, tmp_path_factory):
 
 def sensitivity_of(target, block_weights):
     tensors = {
-        name: TensorSensitivity(shape=tensor.shape, gradient_norm=1.0, gradient_norm_stderr=0.1, score=1.0)
+        name: TensorSensitivity(
+            shape=tensor.shape, gradient_norm=1.0, gradient_norm_stderr=0.1, score=1.0, sequence_squares=(1.0, 2.0, 5.0)
+        )
         for name, tensor in target.quantizable.items()
     }
     return SensitivityMap(
-        model_digest="m", calibration_digest="c", labels="model", seed=0, samples=25, tokens=100, loss_nats=1.0,
+        model_digest="m", calibration_digest="c", labels="model", seed=0, sequence_tokens=(10, 20, 20), loss_nats=1.0,
         tied_embeddings=False, block_weights=block_weights, tensors=tensors,
     )  # fmt: skip
 
@@ -66,10 +68,12 @@ def test_a_plan_costs_the_sum_of_its_prices(ladder):
         name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
         for name, prices in table.tensors.items()
     }
-    cost, error = plan_cost(table, kinds)
-    assert cost == pytest.approx(sum(table.tensors[name].types[kind].kl_nats for name, kind in kinds.items()))
-    # norms of mean 1 and standard deviation 0.5: squares of mean 1.25 and standard error 2 * 0.1
-    assert error == pytest.approx(cost * 0.2 / 1.25)
+    found = plan_cost(table, kinds)
+    assert found.value == pytest.approx(sum(table.tensors[name].types[kind].kl_nats for name, kind in kinds.items()))
+    # Sequences of 20, 40 and 40 % of the tokens bring 1/8, 2/8 and 5/8 of the cost.
+    residuals = np.array([1 / 8 - 0.2, 2 / 8 - 0.4, 5 / 8 - 0.4])
+    assert found.stderr == pytest.approx(found.value * np.sqrt(3 / 2 * (residuals**2).sum()))
+    assert found.n == 3
     with pytest.raises(SamqError, match=r"no price for .* in IQ1_S"):
         plan_cost(table, kinds | {"output.weight": "IQ1_S"})
 

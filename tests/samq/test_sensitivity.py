@@ -8,7 +8,7 @@ import torch
 from samq.calibration import TokenBatch, batches
 from samq.errors import SamqError
 from samq.layout import row_orders, weights_of
-from samq.sensitivity import load_fisher, measure_sensitivity, save_fisher
+from samq.sensitivity import load_fisher, measure_sensitivity, merge, save_fisher
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
 
@@ -210,6 +210,24 @@ def test_a_loss_without_gradients_is_refused():
             parameter.zero_()
     with pytest.raises(SamqError, match="all gradients are zero"):
         measure(model, random_tokens())
+
+
+@pytest.mark.parametrize("labels", ["text", "model"])
+def test_two_measurements_merge_into_one_of_all_their_sequences(labels):
+    model, tokens = tiny_llama(), random_tokens()
+    whole, fisher = measure(model, tokens, labels=labels)
+    parts = [
+        measure(model, TokenBatch(tokens.ids[here], tokens.lengths[here]), labels=labels, first_sequence=here.start)
+        for here in (slice(0, 2), slice(2, 5))
+    ]
+    merged, merged_fisher = merge(*parts)
+    assert merged.sequence_tokens == whole.sequence_tokens
+    assert merged.loss_nats == pytest.approx(whole.loss_nats)
+    for name, tensor in whole.tensors.items():
+        assert merged.tensors[name].sequence_squares == tensor.sequence_squares
+        assert merged.tensors[name].score == pytest.approx(tensor.score)
+        assert merged.tensors[name].fisher == pytest.approx(tensor.fisher)
+        np.testing.assert_allclose(merged_fisher[name], fisher[name], rtol=1e-5, atol=1e-12)
 
 
 def test_one_sequence_is_too_few():
