@@ -1,13 +1,18 @@
 """What MLflow gets to know of a candidate: its metrics and parameters, under keys that MLflow accepts."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samq import __version__
 from samq.errors import SamqError
-from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, TextSet, Toolchain
+from samq.records import CalibrationSet, ModelSource, Plan, TextSet, Toolchain
 from samq.report import kept_tensors
+from samq.selection import Comparison, Result, rival_of
+
+# What a policy may have been asked for.
+_ASKED = tuple("budget output_guard embedding_guard least_type threshold quantile keep base grouping".split())
 
 
 def legal_metric_name(name: str) -> str:
@@ -22,22 +27,60 @@ def legal_metric_name(name: str) -> str:
     return "/".join(parts)
 
 
-def metrics_of(plan: Plan, evaluation: Evaluation) -> dict[str, float]:
+def metrics_of(
+    result: Result, results: Sequence[Result] = (), comparisons: Sequence[Comparison] = ()
+) -> dict[str, float]:
     """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
 
-    The plan's own figures are among them, for axes of plots: `plan/threshold` is 0 for full precision, which keeps every
-    tensor, and 1 for a stock mixture, which keeps none. What was not measured is absent.
+    The plan's own figures are among them, for axes of plots, the same ones for every candidate wherever they have a
+    meaning, since MLflow leaves out of parallel coordinates what lacks one of the axes:
+
+    - `plan/threshold` is 0 for full precision, which keeps every tensor, and 1 for a stock mixture, which keeps none; a
+      budget plan has neither a threshold nor `plan/kept_tensors`.
+    - `plan/budget_bytes` of a plan without a budget is what its tensors take.
+    - `plan/predicted_kl_nats` is absent where a type of the plan has no price.
+    - `comparison/...` is against the stock mixture of the sweep that `samq.selection.rival_of` names; for a mixture
+      itself it is 0 %, for full precision 100 %. The ends of the interval are absent where there is none.
+
+    What was not measured is absent.
     """
+    plan = result.plan
+    predicted = result.predicted
     values: dict[str, float | None] = {
         "plan/bits_per_weight": plan.bits_per_weight,
         "plan/kept_tensors": kept_tensors(plan),
         "plan/threshold": _threshold(plan),
-        "plan/predicted_kl_nats": plan.predicted_kl_nats,
+        "plan/budget_bytes": float(plan.parameters.get("budget_bytes") or plan.tensor_bytes),
+        "plan/predicted_kl_nats": predicted.value if predicted else None,
+        "plan/predicted_kl_nats_stderr": predicted.stderr if predicted else None,
+        **_against_rival(result, results, comparisons),
     }
-    for name, metric in evaluation.metrics.items():
+    for name, metric in result.evaluation.metrics.items():
         values[legal_metric_name(name)] = metric.value
         values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
-    return {name: float(value) for name, value in values.items() if value is not None}
+    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _against_rival(
+    result: Result, results: Sequence[Result], comparisons: Sequence[Comparison]
+) -> dict[str, float | None]:
+    """How much closer to full precision a candidate is than the stock mixture it is held against, in percent."""
+    rival = rival_of(result, results)
+    if rival is None:
+        return {}
+    if result.plan.policy in ("full", "stock"):
+        low = reduction = high = 1.0 if result.plan.policy == "full" else 0.0
+    else:
+        found = [one for one in comparisons if (one.candidate, one.rival) == (result.name, rival.name)]
+        if not found:
+            return {}
+        low, reduction, high = found[0].low, found[0].reduction, found[0].high
+    return {
+        "comparison/kld_reduction_percent": 100 * reduction,
+        "comparison/kld_reduction_low_percent": 100 * low,
+        "comparison/kld_reduction_high_percent": 100 * high,
+        "comparison/size_difference_percent": 100 * (result.bytes / rival.bytes - 1),
+    }
 
 
 def _threshold(plan: Plan) -> float | None:
@@ -48,7 +91,7 @@ def _threshold(plan: Plan) -> float | None:
 
 def params_of(plan: Plan) -> dict[str, str]:
     """What a candidate is: the same keys for every policy, empty where they have no meaning."""
-    asked = {key: plan.parameters.get(key) for key in ("threshold", "quantile", "keep", "base", "grouping")}
+    asked = {key: plan.parameters.get(key) for key in _ASKED}
     return {
         "policy": plan.policy,
         **{key: "" if value is None else str(value) for key, value in asked.items()},

@@ -1,4 +1,4 @@
-"""The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and two charts.
+"""The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and three charts.
 
 By default MLflow's run table shows no metric at all. Views are what its page itself saves when a person chooses *Save as
 new view*: an experiment's tag with the page's state in JSON, compressed. Written for MLflow 3.17; a version that reads
@@ -8,19 +8,23 @@ views in another way shows its default page instead.
 import base64
 import json
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 NAME = "Latest sweep"
 KEY = "samq-latest-sweep"
 TAG = f"mlflow.sharedViewState.{KEY}"
 
-# Column -> width in pixels, in the order of the table.
+# Column -> width in pixels, in the order of the table; those that no candidate has are left out.
 _COLUMNS = {
+    "metrics.`plan/budget_bytes`": 140,
     "metrics.`plan/threshold`": 110,
     "metrics.`plan/kept_tensors`": 135,
     "metrics.`plan/bits_per_weight`": 150,
     "metrics.`memory/file_bytes`": 140,
     "metrics.`fidelity/mean_kld_nats`": 165,
+    "metrics.`plan/predicted_kl_nats`": 175,
+    "metrics.`comparison/kld_reduction_percent`": 240,
     "metrics.`json/valid_percent`": 140,
     "metrics.`speed/latency_p99_ms`": 155,
     "metrics.`fidelity/mean_kld_nats_stderr`": 205,
@@ -28,28 +32,33 @@ _COLUMNS = {
     "metrics.`memory/predicted_vram_bytes`": 205,
     "metrics.`fidelity/perplexity_ratio`": 165,
     "metrics.`fidelity/same_top_percent`": 175,
+    "tags.`samq.rival`": 110,
     "tags.`samq.verdict`": 130,
 }
+# Axes of the parallel coordinates. MLflow leaves out a run that lacks one, so only what all candidates have is an axis.
 _AXES = (
     "plan/threshold",
     "memory/file_bytes",
+    "plan/predicted_kl_nats",
     "fidelity/mean_kld_nats",
     "json/valid_percent",
     "speed/latency_p99_ms",
 )
 
 
-def view_of(parent_run_id: str, created_ms: int) -> str:
-    """The tag's value for a view of one sweep's candidates, the largest first."""
+def view_of(parent_run_id: str, created_ms: int, candidates: Iterable[Iterable[str]]) -> str:
+    """The tag's value for a view of one sweep's candidates, the largest first; `candidates` are their metrics' names."""
+    known = [set(names) for names in candidates]
+    common = set.intersection(*known) if known else set()
+    logged = {f"metrics.`{name}`" for names in known for name in names}
+    columns = {name: width for name, width in _COLUMNS.items() if name in logged or not name.startswith("metrics.")}
+    axes = [name for name in _AXES if name in common]
     charts = [
-        _chart("PARALLEL", "What a threshold buys", selectedParams=[], selectedMetrics=_AXES, showAllRuns=True),
-        _chart(
-            "SCATTER",
-            "Size against fidelity",
-            xaxis={"key": "memory/file_bytes", "type": "METRIC"},
-            yaxis={"key": "fidelity/mean_kld_nats", "type": "METRIC"},
-        ),
+        _chart("PARALLEL", "What bytes buy", selectedParams=[], selectedMetrics=axes, showAllRuns=True),
+        _scatter("Size against fidelity", "memory/file_bytes", "fidelity/mean_kld_nats"),
     ]
+    if "plan/predicted_kl_nats" in common:
+        charts.append(_scatter("Predicted against measured", "plan/predicted_kl_nats", "fidelity/mean_kld_nats"))
     state = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
         "orderByKey": "metrics.`memory/file_bytes`",
@@ -58,9 +67,9 @@ def view_of(parent_run_id: str, created_ms: int) -> str:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": list(_COLUMNS),
-        "columnOrder": list(_COLUMNS),
-        "columnWidths": _COLUMNS,
+        "selectedColumns": list(columns),
+        "columnOrder": list(columns),
+        "columnWidths": columns,
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,  # else MLflow's own sections of charts come first
         "compareRunCharts": charts,
@@ -71,6 +80,11 @@ def view_of(parent_run_id: str, created_ms: int) -> str:
     return json.dumps(view)
 
 
+def _scatter(title: str, x: str, y: str) -> dict[str, Any]:
+    return _chart("SCATTER", title, xaxis={"key": x, "type": "METRIC"}, yaxis={"key": y, "type": "METRIC"})
+
+
 def _chart(kind: str, title: str, **settings: Any) -> dict[str, Any]:
-    common = {"type": kind, "uuid": kind.lower(), "metricSectionId": "sweep", "deleted": False, "isGenerated": False}
+    uuid = title.lower().replace(" ", "-")
+    common = {"type": kind, "uuid": uuid, "metricSectionId": "sweep", "deleted": False, "isGenerated": False}
     return {**common, "displayName": title, "runsCountToCompare": 100, **settings}

@@ -3,7 +3,7 @@
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,9 +11,27 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from samq import __version__
-from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, TextSet, Toolchain
-from samq.selection import KLD, MB, VRAM, Failure, Result, SelectionRule, by_size, describe_rule, exclusion, pareto
+from samq import __version__, markdown
+from samq.description import describe_plan, substitution_counts, type_counts
+from samq.prediction import prediction_section
+from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, PredictionCheck, TextSet, Toolchain
+from samq.selection import (
+    BY_SENSITIVITY,
+    KLD,
+    MB,
+    VRAM,
+    Comparison,
+    Failure,
+    Result,
+    SelectionRule,
+    by_size,
+    describe_rule,
+    exclusion,
+    of_its_size,
+    pareto,
+    percent,
+    stock,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ COLUMNS = (
     Column("speed/generation_tokens_per_s", "speed (tok/s)", ".1f", lower_is_better=False),
     Column(VRAM, "VRAM (MB)", ".1f", scale=1 / MB),
 )
+PREDICTED = "predicted KL (nats)"
+_P999 = Column("fidelity/kld_p999_nats", "99.9 % KLD (nats)", ".4f")
 # What fits on 120 characters.
 _TERMINAL = tuple(c for c in COLUMNS if c.metric not in ("fidelity/kld_p99_nats", "speed/time_to_first_token_ms"))
 _LEGEND = "★ best  ◆ Pareto front: no other is both smaller and closer to full precision"
@@ -80,7 +100,8 @@ def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.
     """One row a candidate, full precision first, then by size; the failed ones last.
 
     Columns carry their units; each metric is followed by its standard error (`± ...`) where one is known. What was not
-    measured is NaN.
+    measured is NaN. Columns that say something of one policy only (threshold, kept tensors, budget), standard errors and
+    the predicted KL are left out where no candidate has them.
     """
     front = pareto(results)
     rows: list[dict[str, str | float | int | bool | None]] = []
@@ -88,10 +109,13 @@ def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.
         row: dict[str, str | float | int | bool | None] = {
             "candidate": result.name,
             "policy": result.plan.policy,
+            "budget": result.plan.parameters.get("budget"),
             "threshold": result.plan.parameters.get("threshold"),
             "kept tensors": kept_tensors(result.plan),
             "size (MB)": result.bytes / MB,
             "bits per weight": result.model.bits_per_weight,
+            PREDICTED: result.predicted.value if result.predicted else math.nan,
+            f"± {PREDICTED}": result.predicted.stderr if result.predicted else math.nan,
             "Pareto": result.name in front,
         }
         for column in COLUMNS:
@@ -100,47 +124,33 @@ def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.
             if metric and metric.stderr is not None:
                 row[f"± {column.heading}"] = metric.stderr * column.scale
         rows.append(row | {"status": "measured"})
-    rows += [{"candidate": f.name, "status": f"failed in {f.stage}: {_one_line(f.reason)}"} for f in failures]
-    headings = [heading for column in COLUMNS for heading in (column.heading, f"± {column.heading}")]
-    fixed = ["candidate", "policy", "threshold", "kept tensors", "size (MB)", "bits per weight"]
-    table = pd.DataFrame(rows, columns=[*fixed, *headings, "Pareto", "status"])
-    return table.drop(columns=[name for name in headings if name.startswith("±") and table[name].isna().all()])
+    rows += [{"candidate": f.name, "status": f"failed in {f.stage}: {markdown.one_line(f.reason)}"} for f in failures]
+    metrics = [heading for column in COLUMNS for heading in (column.heading, f"± {column.heading}")]
+    optional = ["budget", "threshold", "kept tensors", PREDICTED, f"± {PREDICTED}", *metrics[1::2]]
+    fixed = ["candidate", "policy", "budget", "threshold", "kept tensors", "size (MB)", "bits per weight"]
+    after_kld = [*metrics[:2], PREDICTED, f"± {PREDICTED}", *metrics[2:]]
+    table = pd.DataFrame(rows, columns=[*fixed, *after_kld, "Pareto", "status"])
+    return table.drop(columns=[name for name in optional if table[name].isna().all()])
 
 
-def describe_plan(plan: Plan) -> str:
-    """One sentence: what the plan does."""
-    parameters = plan.parameters
-    match plan.policy:
-        case "full":
-            return "Full precision: the baseline that all others are compared with."
-        case "stock":
-            return f"llama-quantize's own mixture {plan.mixture}, the same recipe in every layer."
-        case "threshold":
-            groups = f" in {parameters['kept_groups']} groups" if parameters["grouping"] == "block" else ""
-            return (
-                f"Score above {parameters['threshold']:.4g}: {parameters['kept_tensors']} of {len(plan.types)} tensors"
-                f"{groups} keep {parameters['keep']}; the rest is {parameters['base']}."
-            )
-        case _:
-            settings = ", ".join(f"{key} {value}" for key, value in parameters.items() if value is not None)
-            return f"Types chosen for the lowest predicted KL divergence within a budget ({settings})."
-
-
-def verdict(results: Sequence[Result], best: Result | None, rule: SelectionRule) -> str:
+def verdict(
+    results: Sequence[Result], best: Result | None, rule: SelectionRule, comparisons: Sequence[Comparison] = ()
+) -> str:
     """Which candidate is the best and why, in a few sentences."""
     if best is None or best.kld is None:
-        return f"Nothing was chosen: there are no {describe_rule(rule)} whose mean KLD was measured."
+        return f"Nothing was chosen: there are no eligible {describe_rule(rule)} whose mean KLD was measured."
     text = (
-        f"{best.name} has the lowest mean KLD of all {describe_rule(rule)}: "
+        f"{best.name} has the lowest mean KLD of all eligible {describe_rule(rule)}: "
         f"{KLD_COLUMN.show(best.evaluation, spread=True)} nats per token at {best.bytes / MB:.1f} MB "
         f"({best.model.bits_per_weight:.2f} bits per weight)."
     )
     reference = next((result for result in results if result.name == rule.reference and result is not best), None)
     if reference and reference.kld and reference.kld.value > 0:
-        text += (
-            f" Against {reference.name}: {best.kld.value / reference.kld.value - 1:+.0%} mean KLD, "
-            f"{best.bytes / reference.bytes - 1:+.1%} bytes."
-        )
+        compared = next((c for c in comparisons if (c.candidate, c.rival) == (best.name, reference.name)), None)
+        change = compared.in_words if compared else f"{percent(best.kld.value / reference.kld.value - 1)} mean KLD"
+        text += f" Against {reference.name}: {change}, {percent(best.bytes / reference.bytes - 1)} bytes."
+    if stock(results) and any(result.plan.policy in BY_SENSITIVITY for result in results):
+        text += " A plan of SAMQ is eligible only if it beats every stock mixture that is no larger, with confidence."
     return text
 
 
@@ -153,26 +163,31 @@ def markdown_report(
     failures: Sequence[Failure],
     best: Result | None,
     rule: SelectionRule,
+    comparisons: Sequence[Comparison] = (),
+    checks: Sequence[PredictionCheck] = (),
 ) -> str:
     """The whole story of a sweep: the choice, the table, what fell out and why, what it was made from."""
     ordered = by_size(results)
     parts = [
         f"# {source.name}: {len(results)} candidates measured, {len(failures)} failed",
-        verdict(results, best, rule),
+        verdict(results, best, rule, comparisons),
         _markdown_figures(ordered, best),
         f"{_LEGEND}. Bold: the best figure of the quantized. ±: one standard error. JSON: 95 % Wilson interval.",
+        *_same_bytes_section(results, comparisons),
     ]
-    ineligible = [[r.name, why] for r in ordered if r.plan.policy != "full" and (why := exclusion(r, results, rule))]
+    why_not = [(r.name, exclusion(r, results, rule, comparisons)) for r in ordered if r.plan.policy != "full"]
+    ineligible = [[name, why] for name, why in why_not if why]
     if ineligible:
-        parts += ["## Could not be the best", _markdown_table(["candidate", "because"], ineligible)]
+        parts += ["## Could not be the best", markdown.table(["candidate", "because"], ineligible)]
     if failures:
-        parts += ["## Failed", _bullets(f"**{f.name}** in {f.stage}: {f.reason}" for f in failures)]
+        parts += ["## Failed", markdown.bullets(f"**{f.name}** in {f.stage}: {f.reason}" for f in failures)]
     missing = Counter((what, why) for result in ordered for what, why in result.evaluation.missing.items())
     if missing:
         what_and_why = (f"{what} ({count} of {len(results)}): {why}" for (what, why), count in missing.items())
-        parts += ["## Not measured", _bullets(what_and_why)]
+        parts += ["## Not measured", markdown.bullets(what_and_why)]
+    parts += prediction_section(results, checks)
     plans = [[r.name, describe_plan(r.plan), type_counts(r.plan), substitution_counts(r.plan)] for r in ordered]
-    parts += ["## Plans", _markdown_table(["candidate", "plan", "tensors", "replaced, as rows do not allow it"], plans)]
+    parts += ["## Plans", markdown.table(["candidate", "plan", "tensors", "replaced, as rows do not allow it"], plans)]
     revision = f", revision {source.revision}" if source.revision else ""
     made_from = (
         f"model: {source.name}{revision}, weights {source.weights_digest[:12]}",
@@ -182,18 +197,52 @@ def markdown_report(
         f"llama.cpp: llama-cpp-python {toolchain.version}, build {toolchain.build}",
         f"SAMQ {__version__}, Python {platform.python_version()}",
     )
-    return "\n\n".join([*parts, "## Made from", _bullets(made_from)]) + "\n"
+    return "\n\n".join([*parts, "## Made from", markdown.bullets(made_from)]) + "\n"
 
 
-def type_counts(plan: Plan) -> str:
-    """How many tensors have which type: `30 Q8_0, 181 Q5_0`."""
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(plan.types.values()).most_common())
+_CHANGE = "change of mean KLD"
+_VERDICTS = {"win": "**wins**", "tie": "no difference", "loss": "loses"}
 
 
-def substitution_counts(plan: Plan) -> str:
-    """How many tensors got another type than asked for, as their rows do not allow it: `181 Q4_K → Q5_0`."""
-    pairs = Counter((one.requested, one.used) for one in plan.substitutions.values())
-    return ", ".join(f"{count} {asked} → {used}" for (asked, used), count in pairs.most_common()) or "none"
+def _same_bytes_section(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[str]:
+    """Each stock mixture and the plans by sensitivity of its size; empty if the sweep has not both."""
+    compared = {(one.candidate, one.rival): one for one in comparisons}
+    rows = []
+    for mixture in stock(results):
+        for result in of_its_size(mixture, results):
+            comparison = compared.get((result.name, mixture.name))
+            rows.append(
+                [
+                    f"{mixture.name}, {mixture.bytes:,}",
+                    f"{result.name}, {percent(result.bytes / mixture.bytes - 1)}",
+                    *(
+                        f"{column.show(mixture.evaluation)} → {column.show(result.evaluation)}"
+                        for column in (KLD_COLUMN, _P999)
+                    ),
+                    _show_predicted(result),
+                    comparison.in_words.replace(" mean KLD", "") if comparison else "–",
+                    _VERDICTS[comparison.verdict] if comparison else "not compared",
+                ]
+            )
+    if not rows:
+        return []
+    heads = ["mixture, bytes", "candidate, bytes", KLD_COLUMN.heading, _P999.heading, PREDICTED, _CHANGE, "verdict"]
+    return ["## At the same bytes", _SAME_BYTES, markdown.table(heads, rows)]
+
+
+_SAME_BYTES = (
+    "Each stock mixture → the plans of its size that SAMQ chose, on the same held-out tokens. The interval is paired, and "
+    "over whole chunks of text since the tokens of a chunk are alike. What does not win is not registered in place of the "
+    "mixture."
+)
+
+
+def _show_predicted(result: Result) -> str:
+    """Predicted KL with its standard error; a dash if there is none."""
+    if result.predicted is None:
+        return "–"
+    error = result.predicted.stderr
+    return format(result.predicted.value, KLD_COLUMN.format) + (f" ± {error:{KLD_COLUMN.format}}" if error else "")
 
 
 def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best: Result | None) -> Table:
@@ -202,13 +251,16 @@ def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, caption=_LEGEND, caption_justify="left")
     table.add_column("", min_width=1)
     table.add_column("\n\ncandidate", no_wrap=True)
-    for heading in ("size (MB)", "bits per weight", "kept tensors", *(column.heading for column in _TERMINAL)):
+    predicted = _has_predictions(ordered)  # there is no room for the kept tensors too
+    fourth = PREDICTED if predicted else "kept tensors"
+    for heading in ("size (MB)", "bits per weight", fourth, *(column.heading for column in _TERMINAL)):
         words = heading.split()
         table.add_column("\n" * (3 - len(words)) + "\n".join(words), justify="right", no_wrap=True)
     best_values = [_best_value(column, ordered) for column in _TERMINAL]
     for result in ordered:
         kept = kept_tensors(result.plan)
-        cells = [f"{result.bytes / MB:.1f}", f"{result.model.bits_per_weight:.2f}", "–" if kept is None else str(kept)]
+        value = _show_predicted(result).split()[0] if predicted else "–" if kept is None else str(kept)
+        cells = [f"{result.bytes / MB:.1f}", f"{result.model.bits_per_weight:.2f}", value]
         figures = []
         for column, best_value in zip(_TERMINAL, best_values, strict=True):
             weight = "bold" if _is_best(column, result, best_value) else ""
@@ -243,6 +295,7 @@ def _mark(result: Result, best: Result | None, front: Sequence[str]) -> str:
 def _markdown_figures(ordered: Sequence[Result], best: Result | None) -> str:
     front = pareto(ordered)
     best_values = [_best_value(column, ordered) for column in COLUMNS]
+    heads = ["", "candidate", "size (MB)", "bits per weight", *(column.heading for column in COLUMNS)]
     rows = []
     for result in ordered:
         row = [_mark(result, best, front), result.name]
@@ -251,18 +304,13 @@ def _markdown_figures(ordered: Sequence[Result], best: Result | None) -> str:
             text = column.show(result.evaluation, spread=True)
             row.append(f"**{text}**" if _is_best(column, result, best_value) else text)
         rows.append(row)
-    heads = ["", "candidate", "size (MB)", "bits per weight", *(column.heading for column in COLUMNS)]
-    return _markdown_table(heads, rows)
+    if _has_predictions(ordered):
+        place = heads.index(KLD_COLUMN.heading) + 1
+        heads.insert(place, PREDICTED)
+        for row, result in zip(rows, ordered, strict=True):
+            row.insert(place, _show_predicted(result))
+    return markdown.table(heads, rows)
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _bullets(items: Iterable[str]) -> str:
-    return "\n".join(f"- {_one_line(item)}" for item in items)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _has_predictions(results: Sequence[Result]) -> bool:
+    return any(result.predicted for result in results if result.plan.policy != "full")

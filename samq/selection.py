@@ -1,13 +1,15 @@
 """Which candidates of a sweep are worth having, and which is the best.
 
 A candidate is worth having when no other is both smaller and closer to full precision (the Pareto front of bytes and
-mean KL divergence). The best is the closest one within the limits of a `SelectionRule`.
+mean KL divergence). The best is the closest one within the limits of a `SelectionRule`, and never worse than
+llama-quantize's own mixtures: a plan by sensitivity must beat, with confidence, each of them that is no larger.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +18,11 @@ from samq.records import Evaluation, Metric, Plan, QuantizedModel
 KLD = "fidelity/mean_kld_nats"
 VRAM = "memory/predicted_vram_bytes"
 MB = 1e6
+BY_SENSITIVITY = ("threshold", "budget")  # the policies that are SAMQ's own
+# Two files are of one size if they differ by no more than this share. A budget plan leaves up to a tensor's step of its
+# budget idle, and the metadata of two files differ by kilobytes: less than this even for a model of some 20 MB.
+SAME_SIZE = 0.001
+NEARLY_SAME_SIZE = 0.01  # how much smaller a plan may be to be shown at a mixture's bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,39 @@ class Result:
     def kld(self) -> Metric | None:
         """Mean KL divergence to full precision, nats per token; None if it was not measured."""
         return self.evaluation.metrics.get(KLD)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate's mean KLD against a rival's on the same held-out tokens (made by `samq.comparison`).
+
+    `reduction` is 1 - KLD / the rival's KLD: positive where the candidate is closer to full precision. `low` and `high`
+    are its 95 % confidence interval; `low` is minus infinity where the tokens cannot tell.
+    """
+
+    candidate: str
+    rival: str
+    reduction: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Literal["win", "tie", "loss"]:
+        """Whether the candidate is closer to full precision, further from it, or not told apart."""
+        return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
+
+    @property
+    def in_words(self) -> str:
+        """The change of mean KLD with its interval: `-36.2 % mean KLD (95 % -40.1 % to -32.0 %)`."""
+        interval = f"95 % {percent(-self.high)} to {percent(-self.low)}"
+        if math.isinf(self.low) and math.isfinite(self.reduction):
+            interval = "too little text for an interval"
+        return f"{percent(-self.reduction)} mean KLD ({interval})"
+
+
+def percent(change: float) -> str:
+    """A relative change as text: `-36.2 %`."""
+    return f"{100 * change:+.1f} %" if change < 10 else "over +1000 %"
 
 
 @dataclass(frozen=True)
@@ -84,8 +124,22 @@ def pareto(results: Sequence[Result]) -> list[str]:
     return [name for name, point in points.items() if not dominated(*point)]
 
 
-def exclusion(result: Result, results: Sequence[Result], rule: SelectionRule) -> str | None:
-    """Why the rule does not let this candidate be the best; None if it may be."""
+def exclusion(
+    result: Result, results: Sequence[Result], rule: SelectionRule, comparisons: Sequence[Comparison] = ()
+) -> str | None:
+    """Why the rule does not let this candidate be the best; None if it may be.
+
+    A plan by sensitivity needs a comparison with every stock candidate of the sweep that is no larger and that may be
+    the best itself: what was not compared is not known to be better.
+    """
+    limit = _limit(result, results, rule)
+    if limit is None and result.plan.policy in BY_SENSITIVITY:
+        return _not_better(result, results, rule, comparisons)
+    return limit
+
+
+def _limit(result: Result, results: Sequence[Result], rule: SelectionRule) -> str | None:
+    """Which limit of the rule the candidate breaks."""
     if result.plan.policy == "full":
         return "the baseline"
     if result.kld is None:
@@ -108,14 +162,57 @@ def exclusion(result: Result, results: Sequence[Result], rule: SelectionRule) ->
     return None
 
 
-def choose(results: Sequence[Result], rule: SelectionRule) -> Result | None:
+def _not_better(
+    result: Result, results: Sequence[Result], rule: SelectionRule, comparisons: Sequence[Comparison]
+) -> str | None:
+    """The stock candidate that this one had to beat and did not; of several the one that is furthest ahead."""
+    compared = {one.rival: one for one in comparisons if one.candidate == result.name}
+    unbeaten = []
+    for rival in no_larger(stock(results), result):
+        if _limit(rival, results, rule) is not None:
+            continue
+        if rival.name not in compared:
+            return f"was not compared with {rival.name}, which is no larger"
+        if compared[rival.name].verdict != "win":
+            unbeaten.append(compared[rival.name])
+    if not unbeaten:
+        return None
+    ahead = min(unbeaten, key=lambda one: one.reduction)
+    return f"does not beat {ahead.rival} with confidence: {ahead.in_words}"
+
+
+def stock(results: Sequence[Result]) -> list[Result]:
+    """llama-quantize's own mixtures among the candidates, from the largest to the smallest."""
+    return [result for result in by_size(results) if result.plan.policy == "stock"]
+
+
+def no_larger(others: Sequence[Result], result: Result) -> list[Result]:
+    """Those of the others that are smaller than the result or of its size."""
+    return [other for other in others if other.bytes <= result.bytes * (1 + SAME_SIZE)]
+
+
+def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
+    """The plans by sensitivity of about a mixture's size, none of them larger; from the largest to the smallest."""
+    plans = [result for result in by_size(results) if result.plan.policy in BY_SENSITIVITY]
+    return [one for one in no_larger(plans, mixture) if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE)]
+
+
+def rival_of(result: Result, results: Sequence[Result]) -> Result | None:
+    """The stock candidate to hold a result against: the largest that is no larger, else the smallest; its own is itself."""
+    if result.plan.policy == "stock":
+        return result
+    mixtures = stock(results)
+    return next(iter(no_larger(mixtures, result) or mixtures[-1:]), None)
+
+
+def choose(results: Sequence[Result], rule: SelectionRule, comparisons: Sequence[Comparison] = ()) -> Result | None:
     """The candidate with the lowest mean KLD of those that the rule allows, the smaller of equals; None if none is."""
-    allowed = [result for result in results if exclusion(result, results, rule) is None]
+    allowed = [result for result in results if exclusion(result, results, rule, comparisons) is None]
     return min(allowed, key=lambda result: (result.kld.value if result.kld else math.inf, result.bytes), default=None)
 
 
 def describe_rule(rule: SelectionRule) -> str:
-    """Which candidates the rule compares, in words."""
+    """Which candidates the rule compares, in words; that none is worse than a stock mixture is not among them."""
     limits = []
     if rule.reference is not None:
         limits.append(f"no larger than {rule.max_size_ratio:g} times {rule.reference}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -27,12 +28,15 @@ from mlflow.utils.mlflow_tags import (
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq import __version__, mlflow_view
+from samq.description import describe_plan
 from samq.errors import SamqError
-from samq.figures import pareto_figure, sensitivity_heatmap, types_heatmap
+from samq.figures import pareto_figure, prediction_figure
+from samq.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
 from samq.mlflow_values import common_params, flatten, metrics_of, params_of
-from samq.records import CalibrationSet, ModelSource, SensitivityMap, TextSet, Toolchain
-from samq.report import describe_plan, results_table
-from samq.selection import Failure, Result, by_size, pareto
+from samq.prediction import predicted_and_measured
+from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
+from samq.report import results_table
+from samq.selection import Comparison, Failure, Result, by_size, pareto, rival_of
 from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
 
 _TAG_CHARACTERS = 8000  # MLflow's limit of a tag's value
@@ -41,9 +45,11 @@ _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the 
 _EXPERIMENT_NOTE = """\
 A parent run is a sweep; its children are the candidates: full precision, stock mixtures, and plans by sensitivity.
 
-- **To choose,** open *Views*, *Latest sweep*: the candidates with their figures, and as charts what a threshold buys.
+- **To choose,** open *Views*, *Latest sweep*: the candidates with their figures, and as charts what bytes buy.
 - A parent run's description has the whole report, its artifacts the figures.
+- `comparison/...` is against the stock mixture in the tag `samq.rival`: the largest that is no larger than the candidate.
 - `plan/threshold` of full precision is 0 (it keeps every tensor), of a stock mixture 1 (it keeps none).
+- `plan/budget_bytes` of a candidate without a budget is what its tensors take.
 - `..._stderr` is the standard error of the metric before it; units are in the names.
 """
 
@@ -117,11 +123,14 @@ def track_sweep(
     report: str,
     parameters: Mapping[str, Any],
     tags: Mapping[str, str],
+    comparisons: Sequence[Comparison] = (),
+    checks: Sequence[PredictionCheck] = (),
 ) -> TrackedSweep:
     """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
     `report` is the sweep's markdown, `parameters` what the sweep was asked to do (may be nested), `tags` more for the
-    parent run. Raises SamqError if MLflow cannot be used or refuses something; the parent run then is FAILED.
+    parent run, `comparisons` those of `samq.comparison`, `checks` those of the predictions. Raises SamqError if MLflow
+    cannot be used or refuses something; the parent run then is FAILED.
     """
     client = connect(settings.tracking_uri)
     common = common_params(source, calibration, heldout, toolchain)
@@ -139,16 +148,21 @@ def track_sweep(
             _log_inputs(client, parent, datasets)
             client.log_text(parent, report, "report.md")
             client.log_table(parent, results_table(results, failures), "candidates.json")
-            client.log_figure(parent, pareto_figure(results, best.name if best else None), "figures/pareto.png")
-            client.log_figure(parent, sensitivity_heatmap(sensitivity), "figures/sensitivity.png")
+            for name, figure in _figures(sensitivity, results, best, comparisons).items():
+                client.log_figure(parent, figure, f"figures/{name}.png")
             client.log_dict(parent, sensitivity.model_dump(mode="json"), "sensitivity-map.json")
+            if checks:
+                client.log_dict(parent, {c.plan: c.model_dump(mode="json") for c in checks}, "prediction-checks.json")
             for failure in failures:
                 _log_failure(client, experiment_id, parent, failure, common)
             front = pareto(results)
+            values = {result.name: metrics_of(result, results, comparisons) for result in results}
             for result in reversed(by_size(results)):  # MLflow lists the newest first
                 child_tags = {MLFLOW_PARENT_RUN_ID: parent, "samq.verdict": _verdict(result, best, front)}
+                if rival := rival_of(result, results):
+                    child_tags["samq.rival"] = rival.name
                 with _run(client, experiment_id, result.name, child_tags) as child:
-                    _log_result(client, child, result, common, datasets)
+                    _log_result(client, child, result, values[result.name], common, datasets)
                 children[result.name] = child
             if best and settings.registered_model:
                 version = register(
@@ -161,7 +175,8 @@ def track_sweep(
                     evaluation=best.evaluation,
                 )
                 client.set_tag(parent, "samq.registered", f"{settings.registered_model} version {version}")
-            client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.view_of(parent, _now_ms()))
+            view = mlflow_view.view_of(parent, _now_ms(), values.values())
+            client.set_experiment_tag(experiment_id, mlflow_view.TAG, view)
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise SamqError(
@@ -175,6 +190,23 @@ def track_sweep(
         registered_model=settings.registered_model if version else None,
         model_version=version,
     )
+
+
+def _figures(
+    sensitivity: SensitivityMap, results: Sequence[Result], best: Result | None, comparisons: Sequence[Comparison]
+) -> dict[str, Figure]:
+    """What the parent run shows, by name; the figures that a sweep has nothing for are left out."""
+    figures = {
+        "pareto": pareto_figure(results, best.name if best else None, comparisons),
+        "sensitivity": sensitivity_heatmap(sensitivity),
+    }
+    if predicted_and_measured(results):
+        figures["prediction"] = prediction_figure(results)
+    if best:
+        figures["types"] = types_heatmap(best.plan)
+    if budgets := [result.plan for result in by_size(results) if result.plan.policy == "budget"]:
+        figures["budgets"] = plans_heatmap(budgets)
+    return figures
 
 
 def _best_metrics(best: Result | None) -> list[Metric]:
@@ -235,7 +267,12 @@ def _create_run(client: MlflowClient, experiment_id: str, name: str, tags: Mappi
 
 
 def _log_result(
-    client: MlflowClient, run_id: str, result: Result, common: Mapping[str, str], datasets: list[DatasetInput]
+    client: MlflowClient,
+    run_id: str,
+    result: Result,
+    values: Mapping[str, float],
+    common: Mapping[str, str],
+    datasets: list[DatasetInput],
 ) -> None:
     tags = {
         MLFLOW_RUN_NOTE: describe_plan(result.plan),
@@ -248,7 +285,6 @@ def _log_result(
         tags["samq.missing"] = _cut(json.dumps(result.evaluation.missing))
     # The time is the run's own, so that the registry can log the same metrics for the model without doubling them.
     started = client.get_run(run_id).info.start_time
-    values = metrics_of(result.plan, result.evaluation)
     client.log_batch(
         run_id,
         metrics=[Metric(name, value, started, 0) for name, value in values.items()],

@@ -18,9 +18,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
+from samq.description import describe_plan
 from samq.errors import SamqError
 from samq.records import Evaluation, Plan, QuantizedModel
-from samq.report import COLUMNS, describe_plan
+from samq.report import COLUMNS
 from samq.selection import MB
 
 CANDIDATE = "candidate"

@@ -5,36 +5,83 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import QuadMesh
 from matplotlib.text import Annotation
 
-from samq.figures import pareto_figure, sensitivity_heatmap, types_heatmap
+from samq.figures import pareto_figure, prediction_figure
+from samq.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
+from samq.prediction import agreement
+from samq.selection import Comparison
 from tests.samq.sweep import make_sweep
 
 
-def names_in(figure):
-    return {child.get_text(): child for child in figure.axes[0].get_children() if isinstance(child, Annotation)}
+def texts_in(figure):
+    found = [child for child in figure.axes[0].get_children() if isinstance(child, Annotation)]
+    return {text.get_text(): text for text in found if text.get_text()}
 
 
-def cells(axes):
-    (mesh,) = (child for child in axes.get_children() if isinstance(child, QuadMesh))
-    return np.ma.filled(mesh.get_array().astype(float), np.nan)
+def labels(figure):
+    return figure.axes[0].get_legend_handles_labels()[1]
+
+
+def line_of(figure, label):
+    """The points of a family, and whether they are joined."""
+    (container,) = (one for one in figure.axes[0].containers if one.get_label() == label)
+    line = container.lines[0]
+    return [tuple(point) for point in line.get_xydata().tolist()], line.get_linestyle() != "None"
 
 
 def test_the_pareto_figure_names_every_quantized_candidate_and_leaves_full_precision_out(sweep):
     figure = pareto_figure(sweep.results, best="threshold-0.2")
-    assert set(names_in(figure)) == {"threshold-0.4", "threshold-0.2", "Q4_K_M"}
-    axes = figure.axes[0]
-    assert axes.get_yscale() == "log"
-    assert axes.get_legend_handles_labels()[1] == ["Pareto front", "best", "stock", "threshold"]
+    assert set(texts_in(figure)) == {"0.4", "0.2", "Q4_K_M", "Q5_K_M", "size of Q4_K_M", "size of Q5_K_M"}
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_each_family_is_a_line_by_size_with_a_marker_and_a_colour_of_its_own(sweep):
+    uniform = sweep.result("Q5_K_M").plan.model_copy(update={"policy": "uniform", "name": "uniform-Q5_1"})
+    results = [*sweep.results, dataclasses.replace(sweep.result("Q5_K_M"), plan=uniform)]
+    figure = pareto_figure(results, best="threshold-0.2")
+    families = ["one type for every tensor", "llama-quantize's mixtures", "SAMQ by threshold", "SAMQ by budget"]
+    assert labels(figure) == ["best", *families]
+    points, joined = line_of(figure, "SAMQ by budget")
+    plans = [sweep.result(f"budget-size-of-{mixture}") for mixture in ("Q5_K_M", "Q4_K_M")]
+    assert joined and points == [(plan.bytes / 1e6, plan.kld.value) for plan in plans]
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 4
+
+
+def test_an_arrow_says_what_a_plan_changes_at_a_mixtures_bytes(sweep):
+    figure = pareto_figure(sweep.results, comparisons=sweep.comparisons)
+    won = {one.rival: one for one in sweep.comparisons if one.candidate.endswith(f"size-of-{one.rival}")}
+    changes = {f"−{100 * one.reduction:.0f} %" for one in won.values()}
+    assert len(changes) == 2
+    assert set(texts_in(figure)) == {"0.4", "0.2", "Q4_K_M", "Q5_K_M", *changes}, "the arrow names the plan"
+
+
+@pytest.mark.parametrize(("interval", "said"), [((-0.1, 0.1), None), ((-0.3, -0.1), "+20 %")])
+def test_no_arrow_is_drawn_where_nothing_is_known_to_change(sweep, interval, said):
+    comparison = Comparison("budget-size-of-Q4_K_M", "Q4_K_M", sum(interval) / 2, *interval)
+    texts = texts_in(pareto_figure(sweep.results, comparisons=[comparison]))
+    assert {text for text in texts if text.endswith("%")} == ({said} if said else set())
+
+
+def test_bits_per_weight_are_on_top(sweep):
+    figure = pareto_figure(sweep.results)
+    FigureCanvasAgg(figure).draw()
+    (top,) = figure.axes[0].child_axes
+    result = sweep.result("Q4_K_M")
+    low, high = figure.axes[0].get_xlim()
+    share = (result.bytes / 1e6 - low) / (high - low)
+    bottom, upper = top.get_xlim()
+    assert bottom + share * (upper - bottom) == pytest.approx(result.plan.bits_per_weight)
 
 
 def test_names_do_not_cover_each_other_even_where_points_crowd(tmp_path):
-    crowd = make_sweep(tmp_path, layers=8, thresholds=(0.30, 0.29, 0.28, 0.27, 0.26, 0.25, 0.24))
+    thresholds = (0.30, 0.29, 0.28, 0.27, 0.26, 0.25, 0.24)
+    crowd = make_sweep(tmp_path, layers=8, thresholds=thresholds, stock=("Q4_K_M",), budgets=())
     figure = pareto_figure(crowd.results)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    boxes = [text.get_window_extent(canvas.get_renderer()) for text in names_in(figure).values()]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts_in(figure).values()]
     assert len(boxes) == 8
     assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
@@ -44,53 +91,35 @@ def test_without_a_measured_candidate_the_figure_says_so(sweep):
     assert figure.axes[0].texts[0].get_text() == "no quantized candidate was measured"
 
 
-def test_the_sensitivity_heat_map_has_a_cell_for_each_tensor(sweep):
-    side, main, _ = sensitivity_heatmap(sweep.sensitivity).axes
-    assert [label.get_text() for label in side.get_yticklabels()] == ["token_embd"]
-    kinds = [label.get_text() for label in main.get_yticklabels()]
-    assert kinds == ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
-    assert cells(main).shape == (7, 4)
-    assert cells(main)[kinds.index("ffn_up"), 2] == sweep.sensitivity.tensors["blk.2.ffn_up.weight"].score
-    assert cells(side).tolist() == [[1.0]]
+def test_predicted_is_drawn_against_measured_with_the_line_where_they_are_equal(sweep):
+    figure = prediction_figure(sweep.results)
+    axes = figure.axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_xlim() == axes.get_ylim()
+    points, joined = line_of(figure, "llama-quantize's mixtures")
+    mixtures = [sweep.result("Q5_K_M"), sweep.result("Q4_K_M")]
+    assert not joined and points == [(one.predicted.value, one.kld.value) for one in mixtures]
+    (equal,) = (line for line in axes.lines if line.get_label() == "equal")
+    assert np.array_equal(equal.get_xdata(), equal.get_ydata())
+    found = agreement(sweep.results)
+    assert axes.get_title(loc="left").endswith(f"rank correlation {found.rank_correlation:.3f} over 6 plans")
+    assert "over 0.3: not to be trusted" not in labels(figure)
 
 
-def test_a_layer_without_a_kind_leaves_its_cell_empty(sweep):
-    tensors = {name: t for name, t in sweep.sensitivity.tensors.items() if name != "blk.1.attn_k.weight"}
-    figure = sensitivity_heatmap(sweep.sensitivity.model_copy(update={"tensors": tensors}))
-    assert np.argwhere(np.isnan(cells(figure.axes[1]))).tolist() == [[1, 1]]
+def test_where_predictions_are_not_to_be_trusted_is_shaded(tmp_path):
+    assert "over 0.3: not to be trusted" in labels(prediction_figure(make_sweep(tmp_path, worst_nats=0.5).results))
 
 
-def test_a_tensor_without_any_gradient_can_be_drawn(sweep, tmp_path):
-    tensors = {name: t.model_copy(update={"score": 0.0}) for name, t in sweep.sensitivity.tensors.items()}
-    figure = sensitivity_heatmap(sweep.sensitivity.model_copy(update={"tensors": tensors}))
-    figure.savefig(tmp_path / "zero.png")
-    assert cells(figure.axes[1]).max() == 0
-
-
-def test_the_types_heat_map_shows_bits_and_writes_the_types_where_they_fit(sweep):
-    plan = sweep.result("threshold-0.2").plan
-    side, main, _ = types_heatmap(plan).axes
-    assert set(np.unique(cells(main))) <= {5.5, 8.5}
-    assert sorted(text.get_text() for axes in (side, main) for text in axes.texts) == sorted(plan.types.values())
-
-
-@pytest.mark.parametrize(("layers", "rotation"), [(30, 0), (80, 90), (200, None)])
-def test_type_names_are_turned_or_left_out_as_cells_get_narrow(tmp_path, layers, rotation):
-    plan = make_sweep(tmp_path, layers=layers, thresholds=()).result("Q4_K_M").plan
-    figure = types_heatmap(plan)
-    rotations = {text.get_rotation() for text in figure.axes[1].texts}
-    assert rotations == (set() if rotation is None else {rotation})
+def test_without_predictions_the_figure_says_so(sweep):
+    results = [dataclasses.replace(result, predicted=None) for result in sweep.results]
+    assert prediction_figure(results).axes[0].texts[0].get_text() == "no candidate has a prediction"
 
 
 def test_drawing_leaves_pyplots_global_state_alone(sweep):
     before = matplotlib.pyplot.get_fignums()
     pareto_figure(sweep.results)
+    prediction_figure(sweep.results)
     sensitivity_heatmap(sweep.sensitivity)
     types_heatmap(sweep.results[0].plan)
+    plans_heatmap([result.plan for result in sweep.results])
     assert matplotlib.pyplot.get_fignums() == before
-
-
-def test_a_policy_of_its_own_has_a_marker_of_its_own(sweep):
-    plan = sweep.result("threshold-0.2").plan.model_copy(update={"policy": "budget", "name": "budget-4.5"})
-    figure = pareto_figure([*sweep.results, dataclasses.replace(sweep.result("threshold-0.2"), plan=plan)])
-    assert "budget" in figure.axes[0].get_legend_handles_labels()[1]

@@ -6,25 +6,25 @@ import pytest
 from rich.console import Console
 
 from samq.records import Metric
-from samq.report import (
-    COLUMNS,
-    describe_plan,
-    markdown_report,
-    results_table,
-    substitution_counts,
-    terminal_table,
-    type_counts,
-    verdict,
-)
-from samq.selection import KLD, SelectionRule, choose
+from samq.report import COLUMNS, PREDICTED, markdown_report, results_table, terminal_table, verdict
+from samq.selection import KLD, Comparison, SelectionRule, choose
 
 RULE = SelectionRule(max_size_ratio=1.6)
 
 
-def report(sweep, best):
-    return markdown_report(
-        sweep.source, sweep.calibration, sweep.heldout, sweep.toolchain, sweep.results, sweep.failures, best, RULE
-    )
+def report(sweep, best=None, results=None, failures=(), rule=RULE, comparisons=(), checks=()):
+    made_from = (sweep.source, sweep.calibration, sweep.heldout, sweep.toolchain)
+    results = sweep.results if results is None else results
+    return markdown_report(*made_from, results, failures, best, rule, comparisons, checks)
+
+
+def section(text, title):
+    """The lines of a report under a heading."""
+    return text.split(f"## {title}\n")[1].split("\n## ")[0].strip().splitlines()
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def without(result, metric):
@@ -35,15 +35,23 @@ def without(result, metric):
 
 def test_the_table_has_every_candidate_by_size_with_units_and_errors(sweep):
     table = results_table(sweep.results, sweep.failures).set_index("candidate")
-    assert list(table.index) == ["F16", "threshold-0.2", "threshold-0.4", "Q4_K_M", "threshold-0.9"]
+    ordered = ["F16", "threshold-0.2", "threshold-0.4", "Q5_K_M", "budget-size-of-Q5_K_M", "Q4_K_M"]
+    assert list(table.index) == [*ordered, "budget-size-of-Q4_K_M", "threshold-0.9"]
     row, result = table.loc["threshold-0.2"], sweep.result("threshold-0.2")
     assert row["size (MB)"] == result.bytes / 1e6
     assert row["mean KLD (nats)"] == result.kld.value
     assert row["± mean KLD (nats)"] == result.kld.stderr
     assert row["threshold"] == 0.2
-    assert table["kept tensors"].iloc[:4].is_monotonic_decreasing
+    assert table["kept tensors"].dropna().is_monotonic_decreasing
+    assert (row[PREDICTED], row[f"± {PREDICTED}"]) == (result.predicted.value, result.predicted.stderr)
+    assert table.loc["budget-size-of-Q4_K_M", "budget"] == "size-of:Q4_K_M"
     assert "± p99 latency (ms)" not in table, "no candidate has a standard error there"
     assert table.loc["threshold-0.9", "status"] == "failed in quantize: llama-quantize ended with code 1 | see log"
+
+
+def test_a_column_that_no_candidate_has_is_left_out(sweep):
+    bare = [dataclasses.replace(r, predicted=None) for r in sweep.results if r.plan.policy in ("full", "stock")]
+    assert not {"budget", "threshold", PREDICTED, f"± {PREDICTED}"} & set(results_table(bare, []))
 
 
 def test_what_was_not_measured_is_nan_in_the_table_and_a_dash_for_people(sweep):
@@ -56,45 +64,97 @@ def test_what_was_not_measured_is_nan_in_the_table_and_a_dash_for_people(sweep):
 
 
 def test_markdown_says_what_is_best_and_why_and_what_fell_out(sweep):
-    best = choose(sweep.results, RULE)
-    text = report(sweep, best)
-    assert text.startswith("# SmolLM2-135M-Instruct: 4 candidates measured, 1 failed\n\n" + best.name)
-    assert "Against Q4_K_M: -" in text
+    comparisons = sweep.comparisons
+    best = choose(sweep.results, RULE, comparisons)
+    text = report(sweep, best, failures=sweep.failures, comparisons=comparisons)
+    assert text.startswith("# SmolLM2-135M-Instruct: 7 candidates measured, 1 failed\n\n" + best.name)
+    (against,) = (one for one in comparisons if (one.candidate, one.rival) == (best.name, "Q4_K_M"))
+    assert f"Against Q4_K_M: {against.in_words}, +8.5 % bytes." in text
     assert f"| ★ | {best.name} |" in text
     assert "- **threshold-0.9** in quantize: llama-quantize ended with code 1 | see log" in text
-    assert "- memory/measured_vram_bytes (4 of 4): no NVIDIA GPU" in text
+    assert "- memory/measured_vram_bytes (7 of 7): no NVIDIA GPU" in text
     assert "llama-cpp-python 0.3.36, build 0123456789ab" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(row.endswith("|") for row in rows)
 
 
 def test_markdown_explains_who_could_not_be_the_best(sweep):
-    text = markdown_report(
-        sweep.source, sweep.calibration, sweep.heldout, sweep.toolchain, sweep.results, [], None, SelectionRule()
-    )
+    text = report(sweep, rule=SelectionRule(), comparisons=sweep.comparisons)
     large = sweep.result("threshold-0.2").bytes / sweep.result("Q4_K_M").bytes
     assert f"| threshold-0.2 | {large:.3f} times the size of Q4_K_M, over 1.1 |" in text
     assert "## Failed" not in text
 
 
+def test_markdown_says_which_mixture_a_plan_does_not_beat(sweep):
+    text = report(sweep, sweep.result("Q4_K_M"), comparisons=sweep.comparisons)
+    (tie,) = (one for one in sweep.comparisons if (one.candidate, one.rival) == ("threshold-0.4", "Q5_K_M"))
+    assert tie.verdict == "tie"
+    assert f"| threshold-0.4 | does not beat Q5_K_M with confidence: {tie.in_words} |" in text
+    assert "A plan of SAMQ is eligible only if it beats every stock mixture that is no larger, with confidence." in text
+
+
+def test_at_the_same_bytes_each_mixture_is_held_against_the_plans_of_its_size(sweep):
+    heads, _, *rows = section(report(sweep, comparisons=sweep.comparisons), "At the same bytes")[2:]
+    large, small = (dict(zip(cells(heads), cells(row), strict=True)) for row in rows)
+    assert large["mixture, bytes"] == f"Q5_K_M, {sweep.result('Q5_K_M').bytes:,}"
+    assert large["candidate, bytes"] == "budget-size-of-Q5_K_M, -0.1 %"
+    assert small["candidate, bytes"] == "budget-size-of-Q4_K_M, +0.0 %"
+    stock, plan = sweep.result("Q4_K_M"), sweep.result("budget-size-of-Q4_K_M")
+    assert small["mean KLD (nats)"] == f"{stock.kld.value:.5f} → {plan.kld.value:.5f}"
+    p999 = [one.evaluation.metrics["fidelity/kld_p999_nats"].value for one in (stock, plan)]
+    assert small["99.9 % KLD (nats)"] == "{:.4f} → {:.4f}".format(*p999)
+    assert small[PREDICTED] == f"{plan.predicted.value:.5f} ± {plan.predicted.stderr:.5f}"
+    (won,) = (one for one in sweep.comparisons if (one.candidate, one.rival) == (plan.name, "Q4_K_M"))
+    assert small["change of mean KLD"] == won.in_words.replace(" mean KLD", "")
+    assert small["verdict"] == "**wins**"
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"), [((-0.1, 0.1), "no difference"), ((-0.2, -0.1), "loses"), (None, "not compared")]
+)
+def test_the_verdict_is_no_win_where_the_interval_holds_zero(sweep, interval, said):
+    name = "budget-size-of-Q4_K_M"
+    comparisons = [Comparison(name, "Q4_K_M", sum(interval) / 2, *interval)] if interval else []
+    rows = section(report(sweep, comparisons=comparisons), "At the same bytes")
+    assert [cells(row)[-1] for row in rows if name in row] == [said]
+
+
+def test_without_plans_of_a_mixtures_size_there_is_no_such_section(sweep):
+    results = [result for result in sweep.results if result.plan.policy != "budget"]
+    assert "At the same bytes" not in report(sweep, results=results)
+
+
+def test_predicted_stands_beside_measured_where_it_is_known(sweep):
+    results = [dataclasses.replace(sweep.result("Q4_K_M"), predicted=None), sweep.result("threshold-0.2")]
+    rows = [cells(row) for row in report(sweep, results=results).splitlines() if row.startswith("|")]
+    place = rows[0].index(PREDICTED)
+    assert rows[0][place - 1] == "mean KLD (nats)"
+    predicted = results[1].predicted
+    assert [row[place] for row in rows[2:4]] == [f"{predicted.value:.5f} ± {predicted.stderr:.5f}", "–"]
+    unknown = [dataclasses.replace(result, predicted=None) for result in results]
+    assert PREDICTED not in report(sweep, results=unknown)
+
+
+def test_checks_of_predictions_are_in_the_report(sweep):
+    text = report(sweep, checks=[sweep.check("budget-size-of-Q4_K_M")])
+    assert "**budget-size-of-Q4_K_M**: on other samples" in "".join(section(text, "Predicted against measured"))
+
+
 def test_a_cell_cannot_break_the_markdown_table(sweep):
     named = dataclasses.replace(sweep.results[1], plan=sweep.results[1].plan.model_copy(update={"name": "a|b\nc"}))
-    text = markdown_report(
-        sweep.source, sweep.calibration, sweep.heldout, sweep.toolchain, [sweep.results[0], named], [], None, RULE
-    )
-    assert "| a\\|b c |" in text
+    assert "| a\\|b c |" in report(sweep, results=[sweep.results[0], named])
 
 
 def test_nothing_chosen_is_said(sweep):
     text = verdict(sweep.results, None, SelectionRule(max_bytes=1))
-    assert text.startswith("Nothing was chosen: there are no quantized candidates no larger than")
+    assert text.startswith("Nothing was chosen: there are no eligible quantized candidates no larger than")
 
 
 def test_the_reference_is_not_compared_with_itself(sweep):
     assert "Against" not in verdict(sweep.results, sweep.result("Q4_K_M"), RULE)
 
 
-@pytest.mark.parametrize("best", ["threshold-0.2", None])
+@pytest.mark.parametrize("best", ["budget-size-of-Q5_K_M", None])
 def test_the_terminal_table_fits_120_columns_and_marks_the_best(sweep, best):
     output = io.StringIO()
     console = Console(file=output, width=120)
@@ -102,10 +162,20 @@ def test_the_terminal_table_fits_120_columns_and_marks_the_best(sweep, best):
     lines = output.getvalue().splitlines()
     assert max(map(len, lines)) <= 120
     assert "…" not in output.getvalue()
-    marks = {name: line.split()[0] for line in lines for name in ("threshold-0.2", "threshold-0.9") if name in line}
-    assert marks == {"threshold-0.2": "★" if best else "◆", "threshold-0.9": "✗"}
-    kld = sweep.result("threshold-0.2").kld
-    assert f"{kld.value:.5f} ± {kld.stderr:.5f}" in output.getvalue()
+    marks = {name: line.split()[0] for line in lines for name in ("size-of-Q5_K_M", "threshold-0.9") if name in line}
+    assert marks == {"size-of-Q5_K_M": "★" if best else "◆", "threshold-0.9": "✗"}
+    result = sweep.result("threshold-0.2")
+    figures = f"{result.predicted.value:.5f}  {result.kld.value:.5f} ± {result.kld.stderr:.5f}"
+    assert figures in output.getvalue(), "predicted stands beside measured"
+
+
+def test_kept_tensors_are_on_the_terminal_where_nothing_was_predicted(sweep):
+    output = io.StringIO()
+    results = [dataclasses.replace(result, predicted=None) for result in sweep.results]
+    Console(file=output, width=120).print(terminal_table(results, [], None))
+    assert "predicted" not in output.getvalue()
+    (row,) = (line.split() for line in output.getvalue().splitlines() if "threshold-0.2" in line)
+    assert row[3] == str(sweep.result("threshold-0.2").plan.parameters["kept_tensors"])
 
 
 def test_bold_is_the_best_figure_and_nothing_where_all_are_alike(sweep):
@@ -116,13 +186,12 @@ def test_bold_is_the_best_figure_and_nothing_where_all_are_alike(sweep):
         results.append(
             dataclasses.replace(result, evaluation=result.evaluation.model_copy(update={"metrics": metrics}))
         )
-    made_from = (sweep.source, sweep.calibration, sweep.heldout, sweep.toolchain)
-    text = markdown_report(*made_from, results, [], None, RULE)
-    lowest = sweep.result("threshold-0.2").kld
+    text = report(sweep, results=results)
+    lowest = sweep.result("budget-size-of-Q5_K_M").kld
     assert f"| **{lowest.value:.5f} ± {lowest.stderr:.5f}** |" in text
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "± " in line]
-    heads = ["", "candidate", "size", "bits", *(column.metric for column in COLUMNS)]
-    assert {row[heads.index("speed/time_to_first_token_ms")] for row in rows if len(row) == len(heads)} == {"0 ± 0"}
+    heads, _, *rows = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    place = heads.index("first token (ms)")
+    assert {row[place] for row in rows[: len(results)]} == {"0 ± 0"}
 
 
 def test_a_wilson_interval_is_shown_rather_than_a_standard_error(sweep):
@@ -136,14 +205,3 @@ def test_a_wilson_interval_is_shown_rather_than_a_standard_error(sweep):
 def test_every_column_shows_a_metric_once():
     assert len({column.metric for column in COLUMNS}) == len({column.heading for column in COLUMNS}) == len(COLUMNS)
     assert COLUMNS[0].metric == KLD
-
-
-def test_plans_are_described_by_what_they_keep(sweep):
-    kept = sweep.result("threshold-0.2").plan
-    assert describe_plan(kept) == (
-        f"Score above 0.2: {kept.parameters['kept_tensors']} of 29 tensors in 3 groups keep Q8_0; the rest is Q4_K_M."
-    )
-    stock = sweep.result("Q4_K_M").plan
-    assert type_counts(stock) == "29 Q5_0"
-    assert substitution_counts(stock) == "29 Q4_K → Q5_0"
-    assert substitution_counts(sweep.result("F16").plan) == "none"

@@ -3,7 +3,19 @@ import dataclasses
 import pytest
 
 from samq.records import Metric
-from samq.selection import KLD, VRAM, SelectionRule, by_size, choose, describe_rule, exclusion, pareto
+from samq.selection import (
+    KLD,
+    VRAM,
+    Comparison,
+    SelectionRule,
+    by_size,
+    choose,
+    describe_rule,
+    exclusion,
+    of_its_size,
+    pareto,
+    rival_of,
+)
 
 
 def with_figures(result, *, size=None, **metrics):
@@ -17,6 +29,14 @@ def with_figures(result, *, size=None, **metrics):
             kept[name] = Metric(value=value)
     evaluation = result.evaluation.model_copy(update={"metrics": kept})
     return dataclasses.replace(result, model=model, evaluation=evaluation)
+
+
+def against(rival, candidate, low, high):
+    """A comparison whose interval is given as reductions of mean KLD."""
+    return Comparison(candidate, rival, (low + high) / 2, low, high)
+
+
+WINS = [against("Q4_K_M", name, 0.3, 0.5) for name in ("threshold-0.4", "threshold-0.2")]
 
 
 @pytest.fixture
@@ -56,14 +76,14 @@ def test_a_candidate_that_another_beats_in_bytes_and_kld_is_not_on_the_front(tri
     ],
 )
 def test_the_best_has_the_lowest_kld_within_the_limits(trio, rule, chosen):
-    best = choose(trio, rule)
+    best = choose(trio, rule, WINS)
     assert (best and best.name) == chosen
 
 
 def test_of_equals_the_smaller_is_chosen_and_full_precision_never(trio):
     full, stock, small, _ = trio
     equal = with_figures(small, kld=0.05)
-    assert choose([full, equal, stock], SelectionRule()) is stock
+    assert choose([full, equal, stock], SelectionRule(), WINS) is stock
     assert choose([full], SelectionRule(reference=None)) is None
 
 
@@ -72,7 +92,68 @@ def test_what_was_not_measured_is_not_chosen(trio):
     unknown = with_figures(small, kld=None)
     assert exclusion(unknown, trio, SelectionRule()) == "mean KLD was not measured"
     unknown = with_figures(small, vram=None)
-    assert choose([full, stock, unknown], SelectionRule(max_vram_bytes=10**12)) is stock
+    assert choose([full, stock, unknown], SelectionRule(max_vram_bytes=10**12), WINS) is stock
+
+
+def test_a_plan_that_does_not_beat_a_mixture_with_confidence_is_not_chosen(trio):
+    tie = [against("Q4_K_M", "threshold-0.4", -0.03, 0.05)]
+    assert choose(trio, SelectionRule(), tie).name == "Q4_K_M"
+    why = "does not beat Q4_K_M with confidence: -1.0 % mean KLD (95 % -5.0 % to +3.0 %)"
+    assert exclusion(trio[2], trio, SelectionRule(), tie) == why
+    loss = [against("Q4_K_M", "threshold-0.4", -0.5, -0.1)]
+    assert choose(trio, SelectionRule(), loss).name == "Q4_K_M"
+    assert choose(trio, SelectionRule(), [against("Q4_K_M", "threshold-0.4", 1e-6, 0.05)]).name == "threshold-0.4"
+
+
+def test_what_was_not_compared_is_not_known_to_be_better(trio):
+    assert choose(trio, SelectionRule()).name == "Q4_K_M"
+    reason = exclusion(trio[2], trio, SelectionRule(), WINS[1:])
+    assert reason == "was not compared with Q4_K_M, which is no larger"
+
+
+@pytest.mark.parametrize(
+    ("size", "must_beat"),
+    [(100_000_000, True), (99_900_100, True), (99_800_000, False)],  # 0.1 % smaller is of one size, more is not
+)
+def test_only_mixtures_that_are_no_larger_must_be_beaten(trio, size, must_beat):
+    full, stock, small, _ = trio
+    plan = with_figures(small, size=size)
+    assert (exclusion(plan, [full, stock, plan], SelectionRule()) is not None) == must_beat
+
+
+def test_every_mixture_that_is_no_larger_must_be_beaten_and_the_furthest_ahead_is_named(sweep, trio):
+    full, stock, small, _ = trio
+    smaller = with_figures(sweep.result("Q5_K_M"), size=90_000_000, kld=0.07, vram=140e6)
+    comparisons = [against("Q4_K_M", small.name, -0.1, 0.3), against("Q5_K_M", small.name, -0.3, 0.1)]
+    results = [full, stock, smaller, small]
+    assert "does not beat Q5_K_M" in exclusion(small, results, SelectionRule(), comparisons)
+    comparisons[1] = against("Q5_K_M", small.name, 0.1, 0.3)
+    assert "does not beat Q4_K_M" in exclusion(small, results, SelectionRule(), comparisons)
+
+
+def test_a_mixture_that_may_not_be_the_best_itself_need_not_be_beaten(sweep, trio):
+    full, stock, small, _ = trio
+    barred = with_figures(sweep.result("Q5_K_M"), size=100_000_000, vram=None)
+    rule = SelectionRule(max_vram_bytes=160_000_000)
+    assert exclusion(small, [full, stock, barred, small], rule, WINS) is None
+
+
+def test_the_rival_is_the_largest_mixture_that_is_no_larger(trio, sweep):
+    full, _, small, large = trio
+    other = with_figures(sweep.result("Q5_K_M"), size=110_000_000)
+    results = [*trio, other]
+    rivals = {result.name: rival_of(result, results).name for result in results}
+    names = {"threshold-0.4": "Q4_K_M", "threshold-0.2": "Q5_K_M", "F16": "Q5_K_M", "Q4_K_M": "Q4_K_M"}
+    assert rivals == {**names, "Q5_K_M": "Q5_K_M"}
+    assert rival_of(small, [small, other]) is other, "all are larger"
+    assert rival_of(small, [full, small, large]) is None
+
+
+def test_plans_of_a_mixtures_size_are_no_larger_and_hardly_smaller(trio):
+    stock, plan = trio[1], trio[2]
+    sizes = (100_200_000, 100_090_000, 99_100_000, 98_900_000)
+    plans = [with_figures(plan, size=size) for size in sizes]
+    assert [one.bytes for one in of_its_size(stock, [stock, *plans])] == [100_090_000, 99_100_000]
 
 
 def test_a_rule_can_be_read_aloud():

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import mlflow
 import pytest
 
 from samq import mlflow_view
+from samq.comparison import compare_sweep
 from samq.errors import SamqError
 from samq.report import markdown_report
 from samq.selection import SelectionRule, choose
@@ -16,8 +18,11 @@ from samq.serving.registry import connect
 from samq.tracking import TrackingSettings, track_sweep
 
 RULE = SelectionRule(max_size_ratio=1.6)
+BEST = "budget-size-of-Q5_K_M"
+ORDER = ["F16", "threshold-0.2", "threshold-0.4", "Q5_K_M", BEST, "Q4_K_M", "budget-size-of-Q4_K_M"]
 AXES = {
-    *("plan/threshold", "plan/bits_per_weight", "plan/kept_tensors", "memory/file_bytes"),
+    *("plan/budget_bytes", "plan/bits_per_weight", "plan/predicted_kl_nats", "memory/file_bytes"),
+    *("comparison/kld_reduction_percent", "comparison/kld_reduction_low_percent"),
     *("fidelity/mean_kld_nats", "fidelity/mean_kld_nats_stderr", "json/valid_percent", "speed/latency_p99_ms"),
 }
 
@@ -26,9 +31,10 @@ def settings(uri, **others):
     return TrackingSettings(tracking_uri=uri, experiment="sweeps", run_name="nightly", **others)
 
 
-def track(sweep, where, results=None):
+def track(sweep, where, results=None, comparisons=None, checks=()):
     results = sweep.results if results is None else results
-    best = choose(results, RULE)
+    comparisons = compare_sweep(results) if comparisons is None else comparisons
+    best = choose(results, RULE, comparisons)
     made_from = {name: getattr(sweep, name) for name in ("source", "calibration", "heldout", "toolchain")}
     return track_sweep(
         where,
@@ -37,9 +43,11 @@ def track(sweep, where, results=None):
         results=results,
         failures=sweep.failures,
         best=best,
-        report=markdown_report(*made_from.values(), results, sweep.failures, best, RULE),
+        report=markdown_report(*made_from.values(), results, sweep.failures, best, RULE, comparisons, checks),
         parameters={"calibration": {"sequence_tokens": 256}},
         tags={"prefect.flow_run": "calm-otter"},
+        comparisons=comparisons,
+        checks=checks,
     )
 
 
@@ -49,7 +57,7 @@ def artifacts(client, run_id, folder=None):
 
 
 def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri))
+    tracked = track(sweep, settings(mlflow_uri), checks=[sweep.check("budget-size-of-Q4_K_M")])
     client = connect(mlflow_uri)
 
     parent = client.get_run(tracked.parent_run_id)
@@ -57,15 +65,16 @@ def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_u
     assert (
         parent.data.params.items() >= {"model": "SmolLM2-135M-Instruct", "calibration.sequence_tokens": "256"}.items()
     )
-    assert parent.data.tags.items() >= {"samq.best": "threshold-0.2", "prefect.flow_run": "calm-otter"}.items()
-    assert parent.data.tags["mlflow.note.content"].startswith("threshold-0.2 has the lowest mean KLD")
+    assert parent.data.tags.items() >= {"samq.best": BEST, "prefect.flow_run": "calm-otter"}.items()
+    assert parent.data.tags["mlflow.note.content"].startswith(f"{BEST} has the lowest mean KLD")
     assert artifacts(client, tracked.parent_run_id) == {
-        *("report.md", "candidates.json", "sensitivity-map.json", "figures/pareto.png", "figures/sensitivity.png")
+        *("report.md", "candidates.json", "sensitivity-map.json", "prediction-checks.json"),
+        *(f"figures/{name}.png" for name in ("pareto", "prediction", "sensitivity", "types", "budgets")),
     }
     contexts = {one.dataset.digest: one.tags[0].value for one in parent.inputs.dataset_inputs}
     assert contexts == {"e" * 12: "calibration", sweep.heldout.digest()[:12]: "heldout"}
 
-    assert list(tracked.child_run_ids) == ["F16", "threshold-0.2", "threshold-0.4", "Q4_K_M"]
+    assert list(tracked.child_run_ids) == ORDER
     for name, run_id in tracked.child_run_ids.items():
         child, result = client.get_run(run_id), sweep.result(name)
         assert (child.info.run_name, child.info.status) == (name, "FINISHED")
@@ -75,18 +84,27 @@ def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_u
         assert child.data.tags["samq.gguf_sha256"] == result.model.sha256
         assert child.data.params["dataset_digest"] == "e" * 64
         assert artifacts(client, run_id) == {
-            *("plan.json", "types.png", "evaluation/evaluation.json", "evaluation/tokens.parquet")
+            *("plan.json", "types.png", "evaluation/evaluation.json", "evaluation/divergence.parquet")
         }
-    verdicts = [client.get_run(run_id).data.tags["samq.verdict"] for run_id in tracked.child_run_ids.values()]
-    assert verdicts == ["baseline", "★ best", "◆ Pareto front", "◆ Pareto front"]
+    tags = [client.get_run(run_id).data.tags for run_id in tracked.child_run_ids.values()]
+    verdicts = ["baseline", "dominated", "dominated", "dominated", "★ best", "dominated", "◆ Pareto front"]
+    assert [one["samq.verdict"] for one in tags] == verdicts
+    assert [one["samq.rival"] for one in tags] == ["Q5_K_M"] * 5 + ["Q4_K_M"] * 2
 
 
-def test_children_have_the_same_keys(sweep, mlflow_uri):
+def test_children_have_the_same_keys_wherever_they_have_a_meaning(sweep, mlflow_uri):
     tracked = track(sweep, settings(mlflow_uri))
     client = connect(mlflow_uri)
     data = [client.get_run(run_id).data for run_id in tracked.child_run_ids.values()]
-    assert len({frozenset(one.metrics) for one in data}) == 1
+    assert len({frozenset(one.metrics) - {"plan/threshold", "plan/kept_tensors"} for one in data}) == 1
     assert len({frozenset(one.params) for one in data}) == 1
+
+
+def test_a_sweep_without_predictions_has_no_figure_of_them(sweep, mlflow_uri):
+    results = [dataclasses.replace(r, predicted=None) for r in sweep.results if r.plan.policy in ("full", "stock")]
+    tracked = track(sweep, settings(mlflow_uri), results=results)
+    figures = artifacts(connect(mlflow_uri), tracked.parent_run_id, "figures")
+    assert figures == {f"figures/{name}.png" for name in ("pareto", "sensitivity", "types")}
 
 
 def test_a_failed_candidate_is_a_failed_run_that_says_why(sweep, mlflow_uri):
@@ -112,8 +130,29 @@ def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
         assert [run.info.run_name for run in found] == [*tracked.child_run_ids, "threshold-0.9"]
         columns = {column.split("`")[1] for column in view["selectedColumns"]}
         data = found[0].data
-        assert columns <= data.metrics.keys() | data.tags.keys(), "every column of the view is logged"
+        logged = data.metrics.keys() | data.tags.keys() | {"plan/threshold", "plan/kept_tensors"}
+        assert columns <= logged, "every column of the view is logged"
+        parallel, size, prediction = view["compareRunCharts"]
+        children = [run.data.metrics for run in found if run.info.status == "FINISHED"]
+        assert "plan/threshold" not in parallel["selectedMetrics"], "MLflow would leave out the budget plans"
+        axes = {"memory/file_bytes", "plan/predicted_kl_nats", "fidelity/mean_kld_nats", "speed/latency_p99_ms"}
+        assert axes <= set(parallel["selectedMetrics"])
+        for chart_axes in (
+            parallel["selectedMetrics"],
+            *([c["xaxis"]["key"], c["yaxis"]["key"]] for c in (size, prediction)),
+        ):
+            assert all(axis in metrics for axis in chart_axes for metrics in children)
     assert mlflow_view.KEY in tracked.urls("")["charts"]
+
+
+def test_a_view_of_thresholds_has_them_as_an_axis():
+    common = {"memory/file_bytes", "fidelity/mean_kld_nats", "plan/threshold"}
+    view = json.loads(mlflow_view.view_of("parent", 0, [common, common | {"json/valid_percent"}]))
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    assert [chart["displayName"] for chart in state["compareRunCharts"]] == ["What bytes buy", "Size against fidelity"]
+    assert set(state["compareRunCharts"][0]["selectedMetrics"]) == common
+    assert "metrics.`json/valid_percent`" in state["selectedColumns"]
+    assert "metrics.`plan/predicted_kl_nats`" not in state["selectedColumns"]
 
 
 def test_nothing_global_is_touched(sweep, mlflow_uri, tmp_path):
@@ -134,9 +173,10 @@ def test_what_was_not_measured_is_left_out_and_said(sweep, mlflow_uri):
 
 
 def test_a_sweep_that_breaks_off_looks_finished_nowhere(sweep, mlflow_uri):
+    comparisons = sweep.comparisons
     shutil.rmtree(sweep.result("threshold-0.2").folder)
     with pytest.raises(SamqError, match="cannot log the sweep"):
-        track(sweep, settings(mlflow_uri, registered_model="model"))
+        track(sweep, settings(mlflow_uri, registered_model="model"), comparisons=comparisons)
     client = connect(mlflow_uri)
     experiment = client.get_experiment_by_name("sweeps")
     statuses = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
