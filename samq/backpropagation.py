@@ -147,6 +147,7 @@ def _loss_gradient(
             # In float64, so that the draw hardly ever depends on rounding. The last sum is 1 but for rounding.
             sums = probabilities.cumsum(-1, dtype=torch.float64)
             label = torch.searchsorted(sums, drawn[here, None] * sums[:, -1:], right=True)
+            label.clamp_(max=sums.shape[1] - 1)  # where logits are NaN there is no such label; the loss will tell
         else:
             label = labels[here, None]
         loss -= logs.gather(1, label).sum(dtype=torch.float64)

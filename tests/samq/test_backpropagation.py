@@ -54,7 +54,7 @@ def test_labels_come_from_the_sequences_own_stream():
     assert (others != one).tolist() == [True, True, False, True, True]
 
 
-@pytest.mark.parametrize("labels", ["text"])
+@pytest.mark.parametrize("labels", ["text", "model"])
 def test_a_damaged_weight_is_named_with_the_sequence(labels):
     model = tiny_llama()
     with torch.no_grad():
