@@ -8,21 +8,16 @@ the Fisher information (samq.sensitivity, averaged over blocks of a row), a tens
 the second-order term of the KL divergence without the terms between weights. Prices of tensors add up to a plan's.
 """
 
-import ctypes
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-import llama_cpp
 import numpy as np
-from gguf import GGMLQuantizationType
-from gguf.gguf_reader import ReaderTensor
+from gguf import ReaderTensor
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
 from samq.formats import tensor_bytes
-from samq.gguf_file import TensorInfo, open_gguf
+from samq.gguf_file import TensorInfo, open_gguf, read_rows
 from samq.ladder import Ladder
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
@@ -132,8 +127,7 @@ def _rounding_cost(
     rows = max(1, _SLAB_WEIGHTS // row_length)
     cost = 0.0
     for first in range(0, len(fisher), rows):
-        error = _rows(rounded, first, rows, row_length)
-        error -= _rows(original, first, rows, row_length)
+        error = rounding_error(original, rounded, slice(first, first + rows))
         np.square(error, out=error)
         if row_length % block_weights == 0:
             squares = error.reshape(len(error), -1, block_weights).sum(axis=2)
@@ -143,36 +137,13 @@ def _rounding_cost(
     return cost / 2
 
 
-def _rows(tensor: ReaderTensor, first: int, count: int, row_length: int) -> NDArray[np.float32]:
-    """Rows of a tensor dequantized by llama.cpp itself, (rows, row length): numpy takes minutes for what it does in one."""
-    data = tensor.data.reshape(-1, tensor.data.shape[-1])[first : first + count]
-    if data.dtype in (np.float16, np.float32):
-        return data.astype(np.float32)
-    data = np.ascontiguousarray(data)
-    values = np.empty((len(data), row_length), np.float32)
-    _to_float(tensor.tensor_type)(data.ctypes.data, values.ctypes.data, values.size)
-    return values
-
-
-class _TypeTraits(ctypes.Structure):
-    """The head of `struct ggml_type_traits` in llama.cpp's ggml/include/ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block_size", ctypes.c_int64),
-        ("block_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
-@lru_cache
-def _to_float(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
-    """ggml's dequantization of a type: (blocks, float32 values, number of values)."""
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    return library.ggml_get_type_traits(int(kind)).contents.to_float
+def rounding_error(
+    original: ReaderTensor, rounded: ReaderTensor, rows: slice | NDArray[np.intp]
+) -> NDArray[np.float32]:
+    """What quantization did to some rows: dequantized minus original, (rows, row length)."""
+    error = read_rows(rounded, rows)
+    error -= read_rows(original, rows)
+    return error
 
 
 def _shares(squares: Sequence[float]) -> tuple[float, ...]:

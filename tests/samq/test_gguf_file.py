@@ -1,8 +1,9 @@
+import gguf
 import numpy as np
 import pytest
 
 from samq.errors import SamqError
-from samq.gguf_file import gguf_names, read_metadata, read_tensors, read_weights
+from samq.gguf_file import gguf_names, open_gguf, read_metadata, read_rows, read_tensors, read_weights
 
 
 def test_tensors_have_torch_shapes(tiny_gguf):
@@ -38,3 +39,22 @@ def test_a_damaged_file_is_one_sentence(tiny_gguf, tmp_path, size):
 def test_a_missing_file_is_one_sentence(tmp_path):
     with pytest.raises(SamqError, match="there is no GGUF file at"):
         read_tensors(tmp_path / "nothing.gguf")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+def test_rows_dequantized_by_llama_cpp_are_those_of_the_gguf_package(kind, tmp_path):
+    values = np.random.default_rng(0).normal(size=(3, 8, 64)).astype(np.float32)
+    path = tmp_path / "stacked.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    raw = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor("w", gguf.quantize(values, raw), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = open_gguf(path).tensors
+    wanted = read_weights(path, "w").reshape(24, 64)
+    for rows in (slice(None), slice(5, 11), np.array([23, 0, 7])):
+        found = read_rows(tensor, rows)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted[rows], rtol=1e-6)
