@@ -106,16 +106,10 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
     `order[i]` is the torch row that GGUF has as row i. Found by comparing every weight, up to rounding, so a tensor
     laid out in a way that is not known, or a GGUF of another model, raises SamqError: never a silent mistake.
     """
-    stored = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
-    tensors, rotated = read_tensors(gguf), _rotary_heads(read_metadata(gguf))
+    stored, rotated = stored_tensors(weights, gguf), _rotary_heads(read_metadata(gguf))
     orders = {}
     for done, weight in enumerate(weights):
         progress(done, len(weights))
-        if weight.name not in tensors or tensors[weight.name].shape != weight.shape:
-            shape = tensors[weight.name].shape if weight.name in tensors else "no such tensor"
-            raise SamqError(
-                f"{weight.name} is {weight.shape} in torch, but {gguf} has {shape}; convert the GGUF from this model"
-            )
         ours = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
         theirs = _read(gguf, stored[weight.name])
         if _same(ours, theirs):
@@ -130,6 +124,19 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
         orders[weight.name] = order
     progress(len(weights), len(weights))
     return orders
+
+
+def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
+    """GGUF's name -> the tensor there, of every weight; raises SamqError if one is missing or has another shape."""
+    stored = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
+    shapes = {name: tensor.shape for name, tensor in read_tensors(gguf).items()}
+    for weight in weights:
+        if shapes.get(weight.name) != weight.shape:
+            raise SamqError(
+                f"{weight.name} is {weight.shape} in torch, but {gguf} has {shapes.get(weight.name, 'no such tensor')}; "
+                "make the GGUF from this model"
+            )
+    return {weight.name: stored[weight.name] for weight in weights}
 
 
 def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
