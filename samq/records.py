@@ -257,11 +257,12 @@ class PriceTable(Record):
 
 
 class PredictionCheck(Record):
-    """How far a plan's predicted KL can be trusted: the same second-order cost on samples that did not choose the plan.
+    """How far a plan's predicted KL can be trusted: its second-order cost on samples that did not choose it.
 
-    All in nats per token. With g the gradient of a sequence's summed loss (labels drawn from the model) and dW the plan's
-    rounding error, `additive` is E[sum of g^2 dW^2] / 2, weight by weight; `by_tensor` E[sum over tensors of <g, dW>^2] / 2,
-    with the terms between the weights of a tensor; `joint` E[<g, dW>^2] / 2 over all tensors together.
+    All in nats per token: what sequences add up to, over their label tokens, with the standard error of that ratio. With g
+    the gradient of a sequence's summed loss (labels drawn from the model) and dW the plan's rounding error, a sequence adds
+    to `additive` the sum over weights of g^2 dW^2 / 2; to `by_tensor` the sum over tensors of <g, dW>^2 / 2, which has the
+    terms between the weights of a tensor; and to `joint` <g, dW>^2 / 2 over all tensors together.
     """
 
     SCHEMA: ClassVar[str] = "samq.prediction-check/1"
