@@ -27,7 +27,7 @@ from samq.calibration import TokenBatch
 from samq.errors import SamqError
 from samq.gradients import BAND_WEIGHTS
 from samq.layout import Weight, stored_tensors, weights_of
-from samq.prices import rounding_error
+from samq.prices import ratio_stderr, rounding_error
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
 
@@ -98,12 +98,9 @@ def check_prediction(
 
 
 def _per_token(costs: NDArray[np.float64], label_tokens: NDArray[np.int64]) -> Metric:
-    """Sequences' costs over their label tokens; the standard error is that of a ratio of means over sequences."""
-    count, total = len(costs), label_tokens.sum()
-    ratio = costs.sum() / total
-    residuals = costs - ratio * label_tokens
-    error = np.sqrt(count / (count - 1) * np.square(residuals).sum()) / total
-    return Metric(value=float(ratio), stderr=float(error), n=count)
+    """Sequences' costs over their label tokens, with the standard error over sequences."""
+    value = float(costs.sum() / label_tokens.sum())
+    return Metric(value=value, stderr=ratio_stderr(costs, label_tokens), n=len(costs))
 
 
 class _RoundingErrors:

@@ -80,10 +80,14 @@ def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
         costs.append(prices.tensors[name].types[kind].kl_nats)
     tokens = np.array(prices.sequence_tokens)
     parts = np.array(costs) @ np.array([prices.tensors[name].shares for name in types])
-    residuals = parts - sum(costs) * tokens / tokens.sum()
-    count = len(tokens)
-    error = float(np.sqrt(count / (count - 1) * np.square(residuals).sum()))
-    return Metric(value=sum(costs), stderr=error, n=count)
+    return Metric(value=sum(costs), stderr=ratio_stderr(parts * tokens.sum(), tokens), n=len(tokens))
+
+
+def ratio_stderr(costs: NDArray[np.float64], tokens: NDArray[np.int64]) -> float:
+    """Standard error of sum(costs) / sum(tokens), both (sequences,): the usual one of a ratio of means."""
+    count, total = len(costs), tokens.sum()
+    residuals = costs - costs.sum() / total * tokens
+    return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / total)
 
 
 def sequences_wanted(costs: Iterable[Metric], precision: float) -> int:
