@@ -21,7 +21,8 @@ import pandas as pd
 from samq.allocation import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
 from samq.assembly import write_assembled
 from samq.budget import Budget, BudgetPolicy, budget_plan
-from samq.calibration import TokenBatch, tokenize
+from samq.calibration import tokenize
+from samq.comparison import compare
 from samq.datasets import DatasetSpec, load_texts
 from samq.evaluation.baseline import cut_chunks, write_baseline
 from samq.evaluation.divergence import measure_divergence
@@ -41,7 +42,6 @@ from samq.toolchain import find_toolchain
 
 MIXTURES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 BASES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def main() -> None:
         founding = best_threshold_plan(target, sensitivity, prices, stock.tensor_bytes)
         scored = {name: bench.measure(p) for name, p in (("stock", stock), ("samq", plan))}
         kld = {name: float(table["kld"].mean()) for name, table in scored.items()}
-        low, high = relative_interval(scored["samq"], scored["stock"], arguments.seed)
+        paired = compare(plan.name, scored["samq"], mixture, scored["stock"], seed=arguments.seed)
         p999 = {name: float(table["kld"].quantile(0.999)) for name, table in scored.items()}
         kld_threshold = float(bench.measure(founding)["kld"].mean()) if founding else None
         rows.append(
@@ -105,9 +105,9 @@ def main() -> None:
                 "bytes": stock.tensor_bytes,
                 "kld_stock": kld["stock"],
                 "kld_samq": kld["samq"],
-                "reduction": 1 - kld["samq"] / kld["stock"],
-                "ci_low": low,
-                "ci_high": high,
+                "reduction": paired.reduction,
+                "ci_low": paired.low,
+                "ci_high": paired.high,
                 "kld_threshold": kld_threshold,
                 "p999_stock": p999["stock"],
                 "p999_samq": p999["samq"],
@@ -196,13 +196,11 @@ def price(
         calibration, tokens = tokenize(
             load_texts(spec), tokenizer, spec=spec, sequence_tokens=arguments.sequence_tokens, packing=True
         )
-        whole = np.flatnonzero(tokens.lengths == arguments.sequence_tokens)
-        taken = np.random.default_rng(seed).permutation(whole)[: arguments.samples]
         names = gguf_names(read_metadata(arguments.gguf))
         with bar(f"calibrate, seed {seed}") as progress:
             sensitivity, fisher = measure_sensitivity(
                 model,
-                TokenBatch(tokens.ids[taken], tokens.lengths[taken]),
+                tokens.part(0, arguments.samples),
                 names=names,
                 model_digest=source.digest(),
                 calibration_digest=calibration.digest(),
@@ -254,15 +252,6 @@ def best_threshold_plan(target: Target, sensitivity: SensitivityMap, prices: Pri
         if all(kind in prices.tensors[name].types for name, kind in plan.types.items()):
             plans.append(plan)
     return min(plans, key=lambda plan: plan_cost(prices, plan.types).value, default=None)
-
-
-def relative_interval(ours: pd.DataFrame, theirs: pd.DataFrame, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the relative reduction of mean KLD, paired, over whole chunks: their tokens are alike."""
-    sums = np.stack([table.groupby("chunk")["kld"].sum().to_numpy() for table in (ours, theirs)])
-    taken = np.random.default_rng(seed).integers(0, sums.shape[1], (RESAMPLES, sums.shape[1]))
-    resampled = sums[:, taken].sum(axis=2)
-    low, high = np.quantile(1 - resampled[0] / resampled[1], [0.025, 0.975])
-    return float(low), float(high)
 
 
 def other_seed(

@@ -1,7 +1,7 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
 model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> assemble x N -> evaluate x N
-             -> track, report, register
+             -> compare, check, report, track, register
 """
 
 import logging
@@ -29,6 +29,8 @@ from samq.store import Artifact
 from samq.toolchain import find_toolchain
 from samq.tracking import TrackedSweep, TrackingSettings
 from tasks.calibrate import MAP_NAME, calibrate
+from tasks.check import check, load_check
+from tasks.compare import compare
 from tasks.convert import convert
 from tasks.evaluate import EVALUATION_NAME, baseline, evaluate
 from tasks.imatrix import imatrix
@@ -134,9 +136,32 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         raise SamqError(f"the baseline or every candidate failed ({reasons}); see the logs of this run")
     table = load_prices(prices)
     results = [_result(plans[name], ggufs[name], made, table) for name, made in measured.items()]
-    best = choose(results, parameters.selection)
+    comparisons = compare(results)
+    best = choose(results, parameters.selection, comparisons)
+    budgets = [plan_name(budget) for budget in wanted.budgets if calibration.check_sequences]
+    checked = {
+        name: check.submit(
+            store,
+            name,
+            source,
+            full,
+            tokens,
+            calibration.check_sequences,
+            plans[name],
+            prices,
+            ggufs[name],
+            calibration.batch_size,
+            model.dtype,
+            model.device,
+            calibration.seed,
+        )
+        for name in budgets
+        if name in ggufs
+    }
+    checks = [load_check(made) for made in _finished("check", checked, failures).values()]
 
-    markdown = report(source, calibration_set, heldout_text, tools, results, failures, best, parameters.selection)
+    rule = parameters.selection
+    markdown = report(source, calibration_set, heldout_text, tools, results, failures, best, rule, comparisons, checks)
     tracked = track(
         TrackingSettings(
             tracking_uri=parameters.tracking.uri or mlflow_uri(),
@@ -153,6 +178,8 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         failures,
         best,
         markdown,
+        comparisons,
+        checks,
         parameters.model_dump(mode="json"),
         {"prefect.flow_run": flow_run.get_id() or ""},
     )

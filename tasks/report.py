@@ -3,9 +3,9 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from samq.records import CalibrationSet, ModelSource, TextSet, Toolchain
+from samq.records import CalibrationSet, ModelSource, PredictionCheck, TextSet, Toolchain
 from samq.report import markdown_report, results_table
-from samq.selection import Failure, Result, SelectionRule
+from samq.selection import Comparison, Failure, Result, SelectionRule
 
 
 @task(name="report")
@@ -18,9 +18,13 @@ def report(
     failures: list[Failure],
     best: Result | None,
     rule: SelectionRule,
+    comparisons: list[Comparison],
+    checks: list[PredictionCheck],
 ) -> str:
     """Write the report (Markdown), and keep it and its table as artifacts of the flow run."""
-    markdown = markdown_report(source, calibration, heldout, toolchain, results, failures, best, rule)
+    markdown = markdown_report(
+        source, calibration, heldout, toolchain, results, failures, best, rule, comparisons, checks
+    )
     create_markdown_artifact(markdown, key="requantize-report", description=f"Sweep of {source.name}")
     table = results_table(results, failures).astype(object)
     rows = table.where(table.notna(), None).to_dict("records")

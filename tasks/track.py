@@ -4,8 +4,8 @@ from typing import Any
 
 from prefect import task
 
-from samq.records import CalibrationSet, ModelSource, SensitivityMap, TextSet, Toolchain
-from samq.selection import Failure, Result
+from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
+from samq.selection import Comparison, Failure, Result
 from samq.tracking import TrackedSweep, TrackingSettings, track_sweep
 
 
@@ -21,6 +21,8 @@ def track(
     failures: list[Failure],
     best: Result | None,
     report: str,
+    comparisons: list[Comparison],
+    checks: list[PredictionCheck],
     parameters: dict[str, Any],
     tags: dict[str, str],
 ) -> TrackedSweep:
@@ -36,6 +38,8 @@ def track(
         failures=failures,
         best=best,
         report=report,
+        comparisons=comparisons,
+        checks=checks,
         parameters=parameters,
         tags=tags,
     )
