@@ -9,7 +9,7 @@ estimate what the plan costs:
     by tensor   sum over tensors of <g, dW>^2 / 2, the terms between the weights of a tensor included
     joint       <g, dW>^2 / 2 over all tensors: the whole second-order term of the KL divergence
 
-all over the sequences' label tokens, in nats per token. Additive under the prediction means that the plan fits its own
+all over the sequences' label tokens, in nats per token. Additive over the prediction means that the plan fits its own
 samples; joint far from additive, that errors of different weights add up or cancel. The more terms, the more noise: the
 standard errors say how much. No plan is to be chosen by these figures on the samples that gave them.
 """
