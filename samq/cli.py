@@ -64,6 +64,10 @@ def _prepare_prefect() -> None:
 
     if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
         os.environ["PREFECT_HOME"] = str(home() / "prefect")
+        try:
+            (home() / "prefect").mkdir(parents=True, exist_ok=True)  # its server only starts where this exists
+        except OSError as error:
+            raise SamqError(f"cannot use {home()}: {error.strerror}; set SAMQ_HOME to a folder of your own") from error
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")

