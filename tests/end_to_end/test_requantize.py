@@ -61,7 +61,7 @@ def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, home):
 
 def test_other_calibration_text_recalibrates_and_does_not_reconvert(sweep, home):
     before = artifacts(home)
-    other = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": {"name": "humaneval", "samples": 5}}}
+    other = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": {"name": "humaneval", "samples": 6}}}
     requantize(RequantizeParameters.model_validate(other))
     stages = rebuilt(before, artifacts(home))
     assert {"tokenize", "calibrate", "imatrix", "rung", "price", "plan", "assemble", "evaluate"} <= set(stages)
