@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from samq.allocation import ThresholdPolicy
+from samq.allocation import ThresholdPolicy, resolve_threshold
 from samq.budget import BudgetPolicy, check_budget, mixture_of
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError
@@ -100,6 +100,13 @@ class CandidateParameters(Parameters):
     @classmethod
     def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_budget(budget) for budget in budgets)
+
+    @field_validator("thresholds")
+    @classmethod
+    def _thresholds_in_range(cls, thresholds: tuple[float | str, ...]) -> tuple[float | str, ...]:
+        for threshold in thresholds:
+            resolve_threshold(threshold, {"any": 0.0})
+        return thresholds
 
     @property
     def mixtures(self) -> tuple[str, ...]:

@@ -1,10 +1,8 @@
 """The command line: `samq demo`, `samq requantize`, and each stage by itself on files."""
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.table import Table
 from samq import __version__
 from samq.errors import SamqError
 from samq.home import home, store_folder
+from samq.output import check_file, export, make_folder, work_folder
 from samq.progress import bar, console
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ def _prepare_prefect() -> None:
     """Keep Prefect's data in the SAMQ folder unless the user has a server or home of their own, and the terminal calm."""
     import logging
 
+    make_folder(home(), advice="set SAMQ_HOME to a folder of your own")
     if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
         os.environ["PREFECT_HOME"] = str(home() / "prefect")
         try:
@@ -137,7 +137,7 @@ def calibrate(
     from tasks.convert import convert
     from tasks.text import tokenize
 
-    _check_output(out)
+    check_file(out)
     spec = DatasetSpec(name=dataset, samples=samples, fields=tuple(field or ()), split=split, seed=seed)
     source = describe_source(model, revision=revision, hf_folder=hf_folder)
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
@@ -196,7 +196,7 @@ def plan(
         table.add_row(f"{cut:g}", str(other.parameters["kept_tensors"]), size, f"{other.bits_per_weight:.2f}")
     console.print(table)
     if out:
-        _check_output(out)
+        check_file(out)
         made.save(out)
         console.print(str(out), highlight=False)
 
@@ -214,16 +214,16 @@ def quantize(
     from samq.records import Plan
     from samq.toolchain import find_toolchain
 
-    _check_output(out)
+    check_file(out)
     wanted, toolchain = Plan.load(plan), find_toolchain()
     if file_sha256(gguf) != wanted.gguf_sha256:
         raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
     provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as work, bar(f"quantize {wanted.name}") as progress:
+    with work_folder(out.absolute().parent) as work, bar(f"quantize {wanted.name}") as progress:
         model = quantizer.quantize(
-            gguf, wanted, Path(work), toolchain, provenance=provenance, imatrix=imatrix, progress=progress
+            gguf, wanted, work, toolchain, provenance=provenance, imatrix=imatrix, progress=progress
         )
-        os.replace(Path(work) / model.file, out)
+        os.replace(work / model.file, out)
     console.print(
         f"{out}: {model.file_bytes / 1e6:.1f} MB, {model.bits_per_weight:.2f} bits per weight\nsha256 {model.sha256}",
         highlight=False,
@@ -259,6 +259,8 @@ def evaluate(
     from tasks.evaluate import evaluate as evaluate_stage
     from tasks.text import heldout
 
+    if out:
+        make_folder(out)
     spec = DatasetSpec(name=dataset, start=start, samples=samples, fields=tuple(field or ()), split=split)
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
     settings = EvaluationSettings(context_tokens=context_tokens, chunks=chunks)
@@ -277,7 +279,7 @@ def evaluate(
     for name, reason in evaluation.missing.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
     if out:
-        shutil.copytree(made.folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.log", "artifact.json"))
+        export(made, out)
 
 
 @app.command()
@@ -386,17 +388,6 @@ def _number(threshold: str) -> float | str:
         return float(threshold)
     except ValueError:
         return threshold
-
-
-def _check_output(path: Path) -> None:
-    """Refuse an output path that cannot be written before hours of work, not after."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise SamqError(f"the folder of {path} does not exist; make it first")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # root may write anywhere, but not on a read-only file system
-    except OSError as error:
-        raise SamqError(f"{folder} cannot be written to; choose another place for {path.name}") from error
 
 
 if __name__ == "__main__":

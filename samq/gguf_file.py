@@ -137,6 +137,9 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 (hex) of a file's content; raises SamqError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SamqError(f"cannot read {path}: {error.strerror}; check the path") from error

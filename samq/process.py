@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from samq.errors import ToolError
+
+FULL_BYTES = 2**20  # a disk with less than this is full: what a program could not write was larger
 
 
 def _die_with_parent() -> None:
@@ -73,11 +76,23 @@ def run(
         _kill_group(child)
     text = log.read_text(errors="replace")
     if child.returncode != 0:
-        lines = [line for line in text.splitlines() if line.strip()]
-        raise ToolError(
-            f"{name} failed with exit code {child.returncode}: {lines[-1].strip() if lines else 'no output'} (log: {log})"
-        )
+        raise ToolError(f"{name} {_ending(child.returncode)}: {_last_words(text)}{_advice(log.parent)} (log: {log})")
     return text
+
+
+def _ending(code: int) -> str:
+    return f"failed with exit code {code}" if code > 0 else f"was killed by signal {-code} ({signal.strsignal(-code)})"
+
+
+def _last_words(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"
+
+
+def _advice(folder: Path) -> str:
+    """Programs hardly ever say that the disk was full."""
+    full = shutil.disk_usage(folder).free < FULL_BYTES
+    return f"; the disk of {folder} is full, free some space" if full else ""
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

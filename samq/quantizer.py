@@ -218,6 +218,8 @@ def quantize(
     `provenance` joins the metadata as `samq.<key>` (at most 127 characters a value, llama.cpp's limit). Raises
     SamqError when the disk is too full, ToolError when llama-quantize fails or what it wrote is not the plan.
     """
+    if imatrix and not imatrix.is_file():
+        raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
     needed = int(1.02 * plan.tensor_bytes) + 64 * 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -19,25 +19,30 @@ WORK_POOL = "samq"
 
 @contextmanager
 def mlflow_page(port: int) -> Iterator[str]:
-    """MLflow's server over the SAMQ folder's database for the time of the `with` block; yields its address."""
-    command = [
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        mlflow_uri(),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with _service("MLflow", command, port, "/health") as address:
+    """MLflow's server over the SAMQ folder's database for the time of the `with` block; yields its address.
+
+    If MLFLOW_TRACKING_URI names a server, that one is used.
+    """
+    uri = mlflow_uri()
+    if uri.startswith("http"):
+        yield uri.rstrip("/")
+        return
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
+    command += ["--artifacts-destination", str(home() / "mlartifacts")]  # else in the working directory
+    # Its jobs, which nothing here asks for, would be six more processes of 250 MB.
+    with _service("MLflow", command, port, "/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as address:
         yield address
 
 
 @contextmanager
 def prefect_page(port: int) -> Iterator[str]:
-    """Prefect's server for the time of the `with` block; yields its address."""
+    """Prefect's server for the time of the `with` block; yields its address.
+
+    If PREFECT_API_URL names a server, that one is used.
+    """
+    if own := os.environ.get("PREFECT_API_URL"):
+        yield own.rstrip("/").removesuffix("/api")
+        return
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with _service("Prefect", command, port, "/api/health") as address:
         yield address
@@ -46,7 +51,8 @@ def prefect_page(port: int) -> Iterator[str]:
 @contextmanager
 def worker(prefect_address: str, project: Path) -> Iterator[None]:
     """Create the work pool and the deployments of `project`/prefect.yaml, and run a worker during the `with` block."""
-    environment = {**os.environ, "PREFECT_API_URL": f"{prefect_address}/api"}
+    # The SAMQ folder may be given relative to this working directory, and the worker has another.
+    environment = {**os.environ, "PREFECT_API_URL": f"{prefect_address}/api", "SAMQ_HOME": str(home())}
     for arguments in (
         ["work-pool", "create", WORK_POOL, "--type", "process", "--overwrite"],
         ["--no-prompt", "deploy", "--all"],
@@ -62,12 +68,12 @@ def worker(prefect_address: str, project: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _service(name: str, arguments: list[str], port: int, health: str) -> Iterator[str]:
+def _service(name: str, arguments: list[str], port: int, health: str, **environment: str) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise SamqError(f"port {port} is taken, so {name} cannot start there; choose another with an option")
-    with _child(name, [sys.executable, *arguments], Path.cwd(), dict(os.environ)) as child:
+    with _child(name, [sys.executable, *arguments], Path.cwd(), {**os.environ, **environment}) as child:
         deadline = time.monotonic() + 180
         while True:
             try:

@@ -5,6 +5,7 @@ store, listed with their hashes in `artifact.json`, which is written last, and m
 process killed at any moment leaves no folder that could be taken for a whole one.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from samq.errors import SamqError
 from samq.gguf_file import file_sha256
+from samq.output import remove_all_but_logs
 from samq.records import Record, digest_of
 
 MANIFEST = "artifact.json"
@@ -89,7 +91,8 @@ class Store:
         if artifact is None or not all(_intact(folder / n, e, thorough) for n, e in artifact.files.items()):
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        os.utime(folder / MANIFEST)  # the time of last use, for prune
+        with contextlib.suppress(OSError):  # a store that can only be read is of use, too
+            os.utime(folder / MANIFEST)  # the time of last use, for prune
         return artifact
 
     def incarnation(self, stage: str, key: str) -> str:
@@ -105,10 +108,17 @@ class Store:
 
     @contextmanager
     def publish(self, stage: str, key: str) -> Iterator[Path]:
-        """Yield an empty temporary folder; when the block ends well, its files become the artifact `stage`/`key`."""
+        """Yield an empty temporary folder; when the block ends well, its files become the artifact `stage`/`key`.
+
+        When it does not, only its logs stay, as the error names them. Raises SamqError if the store cannot be written to.
+        """
         target = self.root / stage / key
         work = self._temporary / f"{stage}-{uuid.uuid4().hex}"
-        with open(work.with_suffix(".lock"), "w") as lock:
+        try:
+            lock = open(work.with_suffix(".lock"), "w")  # noqa: SIM115
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives: what tells leftovers from live work
             try:
                 work.mkdir()
@@ -117,12 +127,15 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise
-                raise SamqError(
-                    f"cannot write to the store at {self.root}: {error.strerror}; free some space"
-                ) from error
+                raise self._unwritable(error) from error
             finally:
-                shutil.rmtree(work, ignore_errors=True)
+                remove_all_but_logs(work)
                 Path(lock.name).unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> SamqError:
+        return SamqError(
+            f"cannot write to the store at {self.root}: {error.strerror}; free some space, or set SAMQ_HOME to another folder"
+        )
 
     def _move_into_place(self, work: Path, target: Path) -> None:
         files = {path.name: _entry(path) for path in sorted(work.iterdir())}
@@ -135,6 +148,7 @@ class Store:
         except OSError:
             if self.find(target.parent.name, target.name) is None:  # else another process published it just now
                 raise
+            shutil.rmtree(work)
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every artifact in the store, unverified."""
@@ -142,13 +156,19 @@ class Store:
             yield Artifact.load(manifest).model_copy(update={"folder": manifest.parent})
 
     def prune(self, older_than_days: float) -> int:
-        """Remove artifacts not used for so many days; return the bytes freed. What is needed again is made again."""
+        """Remove artifacts not used, and logs of failures not written, for so many days; return the artifacts' bytes.
+
+        What is needed again is made again.
+        """
         freed = 0
+        latest = time.time() - older_than_days * 86400
         for artifact in self.artifacts():
-            last_use = (artifact.folder / MANIFEST).stat().st_mtime
-            if time.time() - last_use > older_than_days * 86400:
+            if (artifact.folder / MANIFEST).stat().st_mtime < latest:
                 freed += sum(entry.bytes for entry in artifact.files.values())
                 shutil.rmtree(artifact.folder)
+        for folder in self._temporary.iterdir():
+            if folder.is_dir() and not folder.with_suffix(".lock").exists() and folder.stat().st_mtime < latest:
+                shutil.rmtree(folder)
         return freed
 
     def _remove_leftovers(self) -> None:
@@ -158,8 +178,8 @@ class Store:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
                     lock_path.unlink(missing_ok=True)
-            except (BlockingIOError, FileNotFoundError):
-                continue  # its owner is alive, or has just finished
+            except OSError:
+                continue  # its owner is alive, or has just finished, or the store can only be read
 
 
 def _entry(path: Path) -> FileEntry:

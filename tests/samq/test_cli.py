@@ -1,31 +1,18 @@
 """The command line as a person meets it: exit code 2 and one sentence for every kind of bad input."""
 
 import json
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
 
+from samq.allocation import Target, stock_plan
 from samq.records import Plan
+from tests.command_line import refused, samq
 from tests.conftest import write_tiny_gguf
+from tests.tiny_models import save_folder, tiny_llama
 
-
-def samq(*arguments, home, **environment):
-    """Run the command line in a process of its own, with a SAMQ folder of its own."""
-    import os
-
-    env = {**os.environ, "SAMQ_HOME": str(home), "COLUMNS": "400", **environment}
-    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-
-
-def refused(done, message):
-    """It said so in one sentence and exited with code 2."""
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    return True
+DEMO = Path(__file__).parents[2] / "deployments" / "parameters" / "demo.yaml"
 
 
 @pytest.fixture
@@ -85,17 +72,65 @@ def test_a_threshold_outside_its_range_and_an_unknown_type_are_refused(tmp_path,
     assert refused(samq(*plan, "--grouping", "layer", home=tmp_path), "neither block nor tensor")
 
 
-def test_a_truncated_or_missing_gguf_is_refused(tmp_path, gguf):
+def test_a_truncated_or_missing_gguf_is_refused(tmp_path, gguf, sensitivity):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf.read_bytes()[:20000])
     assert refused(samq("inspect", cut, home=tmp_path), "cut.gguf is not a whole GGUF file")
     assert refused(samq("inspect", tmp_path / "nothing.gguf", home=tmp_path), "there is no GGUF file at")
+    planned = ("plan", "--map", sensitivity, "--gguf")
+    assert refused(samq(*planned, cut, home=tmp_path), "cut.gguf is not a whole GGUF file")
+    assert refused(samq(*planned, tmp_path / "nothing.gguf", home=tmp_path), "nothing.gguf: No such file")
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, gguf, sensitivity):
-    arguments = ("quantize", "--gguf", gguf, "--plan", sensitivity, "--out")
+@pytest.fixture
+def plan(tmp_path, gguf, toolchain):
+    return stock_plan(Target.open(gguf, toolchain), "Q4_K_M").save(tmp_path / "plan.json")
+
+
+def test_a_missing_input_of_quantize_is_refused(tmp_path, gguf, plan):
+    arguments = ("quantize", "--plan", plan, "--out", tmp_path / "out.gguf", "--gguf")
+    assert refused(samq(*arguments, tmp_path / "nothing.gguf", home=tmp_path), "nothing.gguf: No such file")
+    done = samq(*arguments, gguf, "--imatrix", tmp_path / "nothing.imatrix", home=tmp_path)
+    assert refused(done, "there is no importance matrix at")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, gguf, plan):
+    arguments = ("quantize", "--gguf", gguf, "--plan", plan, "--out")
     assert refused(samq(*arguments, tmp_path / "no" / "out.gguf", home=tmp_path), "the folder of")
-    assert refused(samq(*arguments, "/proc/out.gguf", home=tmp_path), "/proc")
+    assert refused(samq(*arguments, "/proc/out.gguf", home=tmp_path), "/proc cannot be written to")
+    assert refused(samq(*arguments, tmp_path, home=tmp_path), "is a folder; name a file in it")
+
+
+def test_a_read_only_output_folder_is_refused_before_the_work(tmp_path, gguf, plan, disk):
+    disk.make_read_only()
+    arguments = ("quantize", "--gguf", gguf, "--plan", plan, "--out", disk.folder / "out.gguf")
+    assert refused(samq(*arguments, home=tmp_path), "disk cannot be written to (Read-only file system)")
+    done = samq("evaluate", gguf, "--baseline", gguf, "--out", disk.folder / "out", home=tmp_path)
+    assert refused(done, "out cannot be written to (Read-only file system)")
+    config = tmp_path / "c.yaml"
+    done = samq("requantize", "--config", config, home=disk.folder / "samq")
+    assert refused(done, "samq cannot be written to (Read-only file system); set SAMQ_HOME")
+
+
+def test_a_full_output_folder_is_refused_and_gets_no_half_file(tmp_path, gguf, plan, sensitivity, disk):
+    disk.fill()
+    done = samq("quantize", "--gguf", gguf, "--plan", plan, "--out", disk.folder / "out.gguf", home=tmp_path)
+    assert refused(done, "has 0 bytes free and Q4_K_M needs")
+    done = samq("plan", "--map", sensitivity, "--gguf", gguf, "--out", disk.folder / "p.json", home=tmp_path)
+    assert refused(done, "p.json: No space left on device")
+    assert [path.name for path in disk.folder.iterdir()] == ["filling"]
+
+
+def test_an_output_that_cannot_grow_gets_no_half_file(tmp_path, gguf, plan):
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    arguments = ("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out" / "out.gguf")
+    (tmp_path / "out").mkdir()
+    done = samq(*arguments, home=tmp_path, preexec_fn=limit_file_size)
+    assert refused(done, "llama-quantize was killed by signal 25 (File size limit exceeded)")
+    (log,) = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert f"(log: {log})" in done.stderr
 
 
 def test_a_missing_llama_quantize_is_named(tmp_path, gguf, sensitivity):
@@ -111,19 +146,60 @@ def test_a_plan_for_another_file_is_refused(tmp_path, gguf, sensitivity):
     assert refused(done, "is a plan for another file")
 
 
-def test_a_model_folder_without_config_and_a_dataset_without_the_field_are_refused(tmp_path):
-    (tmp_path / "model").mkdir()
-    done = samq("calibrate", tmp_path / "model", "--out", tmp_path / "m.json", home=tmp_path / "h")
-    assert refused(done, "config.json")
+@pytest.fixture
+def model(tmp_path):
+    return save_folder(tiny_llama(), tmp_path / "model")
+
+
+def edit_config(model, **fields):
+    config = model / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+
+
+def cut_short(model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: (model / "config.json").unlink(), "model is no model folder: it has no config.json"),
+        (
+            lambda model: edit_config(model, architectures=["BertForMaskedLM"]),
+            "model is a BertForMaskedLM, not a causal",
+        ),
+        (
+            lambda model: edit_config(model, architectures=["CTRLLMHeadModel"], model_type="ctrl"),
+            "llama.cpp's converter does not support CTRLLMHeadModel (model)",
+        ),
+        (cut_short, "model.safetensors has 74316 bytes where its header promises 74416"),
+        (lambda model: None, "has no field 'text'; name some of its fields: body"),
+    ],
+    ids=["no config", "unknown to transformers", "unknown to llama.cpp", "truncated safetensors", "no such field"],
+)
+def test_what_cannot_be_calibrated_is_refused(tmp_path, model, spoil, message):
+    spoil(model)
+    field = "text" if "field" in message else "body"
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"body": "text"}) + "\n" for _ in range(40)))
-    gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
-    arguments = ("calibrate", gguf, "--dataset", rows, "--field", "text", "--out", tmp_path / "m.json")
-    assert refused(samq(*arguments, home=tmp_path / "h"), "text")
+    rows.write_text("".join(json.dumps({"body": f"w1 w2 w{number}"}) + "\n" for number in range(4)))
+    arguments = ("calibrate", model, "--dataset", rows, "--field", field, "--samples", 4, "--out", tmp_path / "m.json")
+    assert refused(samq(*arguments, home=tmp_path / "h"), message)
     assert not (tmp_path / "m.json").exists()
+
+
+def test_a_truncated_gguf_is_not_calibrated(tmp_path, gguf):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf.read_bytes()[:20000])
+    done = samq("calibrate", cut, "--out", tmp_path / "m.json", home=tmp_path / "h")
+    assert refused(done, "cut.gguf is not a whole GGUF file")
 
 
 def test_a_wrong_parameter_file_is_refused(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("name: x\n")
     assert refused(samq("requantize", "--config", config, home=tmp_path), "model: Field required")
+    config.write_text(DEMO.read_text().replace("thresholds: []", "thresholds: [0.5, q1.5]"))
+    assert refused(samq("requantize", "--config", config, home=tmp_path), "threshold q1.5 is not in 0..1")
+    config.write_text(DEMO.read_text().replace("keep: Q8_0", "keep: Q9_9"))
+    assert refused(samq("requantize", "--config", config, home=tmp_path), "unknown ggml type 'Q9_9'")

@@ -38,6 +38,19 @@ def test_a_failure_names_the_program_its_last_line_and_the_log(tmp_path):
         run(["sh", "-c", "echo no luck; exit 3"], log=tmp_path / "log", timeout_s=10)
 
 
+def test_a_crash_names_the_signal(tmp_path):
+    with pytest.raises(ToolError, match=r"sh was killed by signal 11 \(Segmentation fault\): no output \(log: .*log\)"):
+        run(["sh", "-c", "kill -SEGV $$"], log=tmp_path / "log", timeout_s=10)
+
+
+def test_a_failure_on_a_full_disk_says_that_it_is_full(disk):
+    fill = f"cat /dev/zero > {disk.folder}/model 2>/dev/null || exit 1"
+    with pytest.raises(
+        ToolError, match=r"sh failed with exit code 1: no output; the disk of .*disk is full, free some"
+    ):
+        run(["sh", "-c", fill], log=disk.folder / "log", timeout_s=60)
+
+
 def test_a_missing_program_is_one_sentence(tmp_path):
     with pytest.raises(ToolError, match="cannot start /nothing/here: No such file"):
         run(["/nothing/here"], log=tmp_path / "log", timeout_s=10)

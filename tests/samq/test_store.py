@@ -118,6 +118,54 @@ def test_prune_removes_what_was_not_used(store):
     assert store.find("stage", artifact.key) is None
 
 
+def test_of_failed_work_the_logs_stay_until_they_are_old(store):
+    with pytest.raises(ZeroDivisionError), store.publish("stage", "k") as folder:
+        (folder / "half.gguf").write_text("half")
+        (folder / "tool.log").write_text("why")
+        raise ZeroDivisionError
+    Store(store.root)
+    assert [path.name for path in folder.iterdir()] == ["tool.log"]
+    assert store.prune(older_than_days=1) == 0 and folder.exists()
+    os.utime(folder, (0, 0))
+    assert store.prune(older_than_days=1) == 0 and not folder.exists()
+
+
+def test_a_write_that_finds_no_space_is_one_sentence_and_publishes_nothing(store):
+    kept = publish(store)
+    message = r"cannot write to the store at .*: No space left on device; free some"
+    with pytest.raises(SamqError, match=message), store.publish("stage", "large") as folder:
+        (folder / "large.bin").symlink_to("/dev/full")
+        (folder / "large.bin").write_bytes(b"large")
+    assert store.find("stage", "large") is None
+    assert store.find("stage", kept.key, thorough=True) == kept
+    assert list((store.root / ".tmp").iterdir()) == []
+
+
+def test_a_full_disk_loses_nothing_and_its_store_goes_on_once_there_is_space(disk):
+    store = Store(disk.folder)
+    kept = publish(store)
+    for _ in range(2):
+        with pytest.raises(SamqError, match="No space left on device"), store.publish("stage", "large") as folder:
+            (folder / "large.bin").write_bytes(bytes(2 * 2**20))
+    disk.fill()
+    with pytest.raises(SamqError, match="No space left on device"):
+        publish(store, "small")
+    assert store.find("stage", kept.key, thorough=True) == kept
+    (disk.folder / "filling").unlink()
+    assert publish(store, "small").path("file.txt").read_text() == "hello"
+    assert list((store.root / ".tmp").iterdir()) == []
+
+
+def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(disk):
+    kept = publish(Store(disk.folder))
+    (disk.folder / ".tmp" / "dead.lock").touch()
+    disk.make_read_only()
+    store = Store(disk.folder)
+    assert store.find("stage", kept.key) == kept
+    with pytest.raises(SamqError, match=r"cannot write to the store at .*: Read-only file system; .* set SAMQ_HOME"):
+        publish(store, "other")
+
+
 def test_a_store_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SamqError, match="cannot use the store"):

@@ -1,16 +1,24 @@
 """Caching, retries and failures of stages, with real Prefect and a store of their own."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 from prefect import flow
 from prefect.states import Failed
+from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
-from samq.errors import SamqError
-from samq.records import TextSet
+from samq.datasets import DatasetSpec
+from samq.errors import SamqError, ToolError
+from samq.model import describe_source
+from samq.process import run as run_program
+from samq.records import ModelSource, TextSet
 from samq.store import MANIFEST, Store
 from tasks.stage import ContentCache, identity, is_transient, stage
+from tasks.text import load_text
+from tests.conftest import write_tiny_gguf
 
 pytestmark = pytest.mark.usefixtures("prefect_home")
 
@@ -55,6 +63,28 @@ def test_other_content_misses(tmp_path):
     assert run(greet, tmp_path / "store", texts("bye")).name == "Completed"
     assert run(greet, tmp_path / "store", texts("hello"), loud=True).name == "Completed"
     assert run(greet, tmp_path / "store", texts("hello")).name == "Cached"
+
+
+def test_the_same_path_with_other_content_misses(tmp_path):
+    @stage("measure", version=1, run_name="measure")
+    def measure(folder: Path, model: ModelSource, text: TextSet) -> None:
+        (folder / "size.txt").write_text(f"{model.gguf.stat().st_size} {text.texts}")
+
+    gguf, rows = tmp_path / "model.gguf", tmp_path / "rows.txt"
+
+    def again():
+        text = load_text.fn(DatasetSpec(name=str(rows)))
+        return run(measure, tmp_path / "store", describe_source(gguf), text).name
+
+    write_tiny_gguf(gguf)
+    rows.write_text("one")
+    assert [again(), again()] == ["Completed", "Cached"]
+    times = gguf.stat()
+    write_tiny_gguf(gguf, seed=1)
+    os.utime(gguf, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [again(), again()] == ["Completed", "Cached"]
+    rows.write_text("two")
+    assert [again(), again()] == ["Completed", "Cached"]
 
 
 def test_a_new_version_of_the_stage_invalidates(tmp_path):
@@ -108,6 +138,37 @@ def test_a_failing_stage_publishes_nothing_and_an_error_of_the_users_is_not_retr
     state = run(fail, tmp_path / "store", 1)
     assert state.is_failed()
     assert attempts == [1]
+    assert list(Store(tmp_path / "store").artifacts()) == []
+
+
+def test_without_a_key_a_stage_fails_and_does_not_run_uncached(tmp_path):
+    made = []
+
+    @stage("guess", version=1, run_name="guess")
+    def guess(folder: Path, model: Path) -> None:
+        made.append(model)
+
+    state = run(guess, tmp_path / "store", tmp_path / "model")  # Prefect itself logs what its key function raises
+    assert state.is_failed() and made == []
+    with pytest.raises(TypeError, match="PosixPath has no content to key a cache by"):
+        state.result()
+
+
+def test_a_submitted_stage_whose_child_hangs_fails_at_its_limit_and_its_log_stays(tmp_path):
+    @stage("hang", version=1, run_name="hang")
+    def hang(folder: Path, timeout_s: float) -> None:
+        run_program(["sh", "-c", "echo waiting; sleep 600"], log=folder / "hang.log", timeout_s=timeout_s)
+
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+    def one():
+        future = hang.submit(tmp_path / "store", 1.0)
+        future.wait()
+        return future.result(raise_on_failure=False)
+
+    error = one()
+    assert isinstance(error, ToolError)
+    said = re.fullmatch(r"sh was stopped after 1 s; raise its limit \(log: (.*)\)", str(error))
+    assert Path(said[1]).read_text() == "waiting\n"
     assert list(Store(tmp_path / "store").artifacts()) == []
 
 

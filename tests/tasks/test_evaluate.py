@@ -1,0 +1,60 @@
+"""Measurements run one at a time: their latencies are compared, and a GPU holds one model."""
+
+import fcntl
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from samq.calibration import TokenBatch
+from samq.errors import ToolError
+from samq.evaluation.settings import EvaluationSettings
+from samq.store import Store
+from tasks.evaluate import baseline
+from tests.conftest import write_tiny_gguf
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def publish(store, stage, write):
+    with store.publish(stage, "k") as folder:
+        write(folder)
+    return store.find(stage, "k")
+
+
+def somebody_waits_for(path):
+    """Whether Linux has a process waiting for a lock on this file."""
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> FLOCK" in line]
+    return any(int(fields[6].rpartition(":")[2]) == path.stat().st_ino for fields in waiting)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/locks is Linux's")
+def test_a_measurement_waits_for_the_one_before(store):
+    full = publish(store, "convert", lambda folder: write_tiny_gguf(folder / "model.gguf"))
+    tokens = publish(store, "heldout", lambda folder: TokenBatch.of([[1] * 64]).save(folder / "heldout.npz"))
+    settings = EvaluationSettings(context_tokens=32, chunks=1)
+    errors = []
+
+    def measure():
+        try:
+            baseline.fn(store.root, full, tokens, settings, 60.0)
+        except ToolError as error:  # the model has no tokenizer: it gets as far as that
+            errors.append(str(error))
+
+    with (store.root / ".tmp" / "measuring").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=measure)
+        thread.start()
+        while not somebody_waits_for(store.root / ".tmp" / "measuring"):
+            assert thread.is_alive(), errors
+            time.sleep(0.01)
+        assert not list((store.root / ".tmp").glob("baseline-*/evaluate.log")), "it has started nothing yet"
+    thread.join()
+    assert len(errors) == 1 and "model.gguf" in errors[0]
+    assert os.path.exists(errors[0].rpartition("log: ")[2].rstrip(")"))
