@@ -1,6 +1,7 @@
 """The command line: `samq demo`, `samq requantize`, and each stage by itself on files."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from samq.progress import bar, console
 
 if TYPE_CHECKING:
     from flows.requantize import Sweep
+    from samq.records import Plan
     from samq.store import Artifact
 
 app = typer.Typer(
@@ -122,30 +124,42 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     dtype: str = "float32",
     device: str = "auto",
+    labels: Annotated[
+        str, typer.Option(help="model: drawn from the model, to predict KL; text: those of the text")
+    ] = "model",
+    packing: Annotated[bool, typer.Option(help="cut long text into many sequences instead of one a sample")] = False,
     seed: int = 0,
     revision: str | None = None,
     hf_folder: HfFolder = None,
 ) -> None:
-    """Measure how much each weight tensor matters: gradient norms on calibration text."""
+    """Measure how much each weight tensor matters: gradient norms and Fisher information on calibration text."""
     _prepare_prefect()
     from samq.datasets import DatasetSpec, load_texts
     from samq.model import describe_source
-    from samq.records import SensitivityMap, TextSet
+    from samq.records import CalibrationSet, SensitivityMap, TextSet
     from samq.toolchain import find_toolchain
-    from tasks.calibrate import MAP_NAME
+    from tasks.calibrate import FISHER_NAME, MAP_NAME
     from tasks.calibrate import calibrate as calibrate_stage
     from tasks.convert import convert
-    from tasks.text import tokenize
+    from tasks.text import SET_NAME, tokenize
 
+    if labels not in ("model", "text"):
+        raise SamqError(f"--labels {labels} is neither model nor text; choose one of them")
     check_file(out)
     spec = DatasetSpec(name=dataset, samples=samples, fields=tuple(field or ()), split=split, seed=seed)
     source = describe_source(model, revision=revision, hf_folder=hf_folder)
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
     # A stage's function without Prefect: the same store, the same keys, no server.
     full = convert.fn(store_folder(), source, find_toolchain(), "F16", TIMEOUT_S)
-    tokens = tokenize.fn(store_folder(), source, text, spec, sequence_tokens, False)
-    made = calibrate_stage.fn(store_folder(), source, full, tokens, batch_size, dtype, device, seed)
+    tokens = tokenize.fn(store_folder(), source, text, spec, sequence_tokens, packing)
+    count = CalibrationSet.load(tokens.path(SET_NAME)).samples
+    made = calibrate_stage.fn(
+        store_folder(), source, full, tokens, count, None, batch_size, dtype, device, labels, seed
+    )
     sensitivity = SensitivityMap.load(made.path(MAP_NAME))
+    with work_folder(out.absolute().parent) as work:
+        shutil.copyfile(made.path(FISHER_NAME), work / FISHER_NAME)
+        (work / FISHER_NAME).replace(_fisher_beside(out))
     sensitivity.save(out)
     table = Table(
         "tensor", "gradient norm", "score", title=f"{len(sensitivity.tensors)} tensors, the ten highest scores"
@@ -162,13 +176,60 @@ def plan(
     map: Annotated[Path, typer.Option(help="sensitivity map of `samq calibrate`")],
     gguf: FullGguf,
     out: Annotated[Path | None, typer.Option(help="the plan to write (JSON)")] = None,
-    threshold: Annotated[str, typer.Option(help="a score in 0..1, or a quantile such as q0.75")] = "0.85",
+    budget: Annotated[str | None, typer.Option(help="1500MiB, 4.5bpw, size-of:Q4_K_M or vram:24GiB@8192")] = None,
+    ladder: Annotated[list[str] | None, typer.Option("--type", help="type that a budget may choose; repeat")] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help="a score in 0..1, or a quantile such as q0.75; default: 0.85")
+    ] = None,
     keep: str = "Q8_0",
     base: Annotated[str, typer.Option(help="type or llama-quantize mixture of the rest")] = "Q4_K_M",
     grouping: Annotated[str, typer.Option(help="block or tensor")] = "block",
     imatrix: Imatrix = None,
 ) -> None:
-    """Give each tensor a type: what scores above the threshold keeps its bits. Says where the plan would change."""
+    """Give each tensor a type: the least predicted KL within a budget, or more bits to what scores above a threshold."""
+    if budget and threshold:
+        raise SamqError("a plan follows a budget or a threshold; give one of --budget and --threshold")
+    if out:
+        check_file(out)
+    made = _budget_plan(map, gguf, budget, ladder, imatrix) if budget else None
+    made = made or _threshold_plan(map, gguf, threshold or "0.85", keep, base, grouping, imatrix)
+    if made.substitutions:
+        console.print(f"{len(made.substitutions)} tensors take another type than asked for: their rows do not allow it")
+    if out:
+        made.save(out)
+        console.print(str(out), highlight=False)
+
+
+def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, imatrix: Path | None) -> "Plan":
+    """The plan of a budget, printed; the ladder and its prices are kept in the store."""
+    _prepare_prefect()
+    from samq.budget import BudgetPolicy, check_budget
+    from samq.description import describe_plan
+    from samq.ladder import DEFAULT_TYPES
+    from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+    from samq.toolchain import find_toolchain
+    from tasks.calibrate import FISHER_NAME, MAP_NAME
+    from tasks.ladder import choose_rungs, rung
+    from tasks.plan import load_plan, plan_budget
+    from tasks.price import price
+
+    check_budget(budget)
+    store, tools = store_folder(), find_toolchain()
+    full = _adopt({GGUF_NAME: gguf})
+    matrix = _adopt({IMATRIX_NAME: imatrix}) if imatrix else None
+    sensitivities = _adopt({MAP_NAME: map, FISHER_NAME: _fisher_beside(map)})
+    names = choose_rungs.fn(full, matrix, types or DEFAULT_TYPES, [], tools)
+    rungs = {name: rung.fn(store, name, full, matrix, tools, TIMEOUT_S) for name in names}
+    prices = price.fn(store, full, rungs, sensitivities, matrix, tools)
+    made = load_plan(plan_budget.fn(store, full, matrix, prices, budget, BudgetPolicy(), tools))
+    console.print(f"{made.tensor_bytes / 1e6:.1f} MB. {describe_plan(made)}", highlight=False)
+    return made
+
+
+def _threshold_plan(
+    map: Path, gguf: Path, threshold: str, keep: str, base: str, grouping: str, imatrix: Path | None
+) -> "Plan":
+    """The plan of a threshold, printed, with the thresholds at which it would change."""
     from samq.allocation import Target, ThresholdPolicy, change_points, propose_thresholds, threshold_plan
     from samq.records import SensitivityMap
     from samq.toolchain import find_toolchain
@@ -186,8 +247,6 @@ def plan(
         f"{made.tensor_bytes / 1e6:.1f} MB, {made.bits_per_weight:.2f} bits per weight",
         highlight=False,
     )
-    if made.substitutions:
-        console.print(f"{len(made.substitutions)} tensors take another type than asked for: their rows do not allow it")
     points = change_points(sensitivity, target.quantizable, grouping)
     table = Table("threshold", "kept", "MB", "bits per weight", title=f"{len(points)} thresholds change the plan; e.g.")
     for cut in propose_thresholds(target, sensitivity, policy, 6):
@@ -195,10 +254,7 @@ def plan(
         size = f"{other.tensor_bytes / 1e6:.1f}"
         table.add_row(f"{cut:g}", str(other.parameters["kept_tensors"]), size, f"{other.bits_per_weight:.2f}")
     console.print(table)
-    if out:
-        check_file(out)
-        made.save(out)
-        console.print(str(out), highlight=False)
+    return made
 
 
 @app.command()
@@ -251,6 +307,7 @@ def evaluate(
     from samq.datasets import DatasetSpec, load_texts
     from samq.evaluation.settings import EvaluationSettings
     from samq.model import describe_source
+    from samq.quantizer import GGUF_NAME
     from samq.records import Evaluation, TextSet
     from samq.toolchain import find_toolchain
     from tasks.convert import convert
@@ -266,7 +323,7 @@ def evaluate(
     settings = EvaluationSettings(context_tokens=context_tokens, chunks=chunks)
     store, toolchain = store_folder(), find_toolchain()
     full = convert.fn(store, describe_source(str(baseline)), toolchain, "F16", TIMEOUT_S)
-    candidate = _adopt(gguf)
+    candidate = _adopt({GGUF_NAME: gguf})
     tokens = heldout.fn(store, full, text)
     base = baseline_stage.fn(store, full, tokens, settings, TIMEOUT_S)
     made = evaluate_stage.fn(store, gguf.stem, candidate, tokens, base, settings, TIMEOUT_S)
@@ -367,20 +424,31 @@ def _wait_for_signal() -> None:
     ended.wait()
 
 
-def _adopt(gguf: Path) -> "Artifact":
-    """Give a file that was not made here a place in the store, as a stage's output."""
+def _adopt(files: dict[str, Path]) -> "Artifact":
+    """Give files that were not made here a place in the store, under these names, as a stage's output."""
     from samq.gguf_file import file_sha256, read_tensors
     from samq.quantizer import GGUF_NAME, link_or_copy
+    from samq.records import digest_of
     from samq.store import Store
 
-    read_tensors(gguf)  # refuses what is no GGUF
-    store, key = Store(store_folder()), file_sha256(gguf)
+    for name, path in files.items():
+        if name == GGUF_NAME:
+            read_tensors(path)  # refuses what is no GGUF
+        elif not path.is_file():
+            raise SamqError(f"there is no file {path}; check the path, or make it again")
+    store, key = Store(store_folder()), digest_of({name: file_sha256(path) for name, path in files.items()})
     if store.find("adopted", key) is None:
         with store.publish("adopted", key) as folder:
-            link_or_copy(gguf, folder / GGUF_NAME)
+            for name, path in files.items():
+                link_or_copy(path, folder / name)
     artifact = store.find("adopted", key)
     assert artifact is not None, "just published"
     return artifact
+
+
+def _fisher_beside(map: Path) -> Path:
+    """Where `samq calibrate` puts the Fisher information of a map."""
+    return map.with_suffix(".fisher.safetensors")
 
 
 def _number(threshold: str) -> float | str:

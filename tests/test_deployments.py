@@ -7,7 +7,7 @@ import yaml
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig
 from prefect.utilities.importtools import import_object
 
-from flows.parameters import RequantizeParameters, load_parameters, read_parameters
+from flows.parameters import CandidateParameters, RequantizeParameters, load_parameters, read_parameters
 from flows.requantize import requantize
 from samq.errors import SamqError
 
@@ -71,6 +71,9 @@ def test_every_parameter_file_survives_the_way_through_prefect(path):
         ("name: x", "model: Field required"),
         ("nmae: x", "model: Field required"),
         ("{name: x, model: {source: m, precison: F16}}", "precison: Extra inputs are not permitted"),
+        ("{name: x, candidates: {budgets: [4.5bits]}}", "'4.5bits' is not a budget"),
+        ("{name: x, candidates: {budgets: ['size-of:Q4_K_X']}}", "unknown llama-quantize mixture 'Q4_K_X'"),
+        ("{name: x, candidates: {ladder: [Q4_K, Q9_K]}}", "unknown ggml type 'Q9_K'"),
     ],
 )
 def test_a_wrong_parameter_file_is_one_sentence(tmp_path, text, message):
@@ -80,3 +83,8 @@ def test_a_wrong_parameter_file_is_one_sentence(tmp_path, text, message):
         load_parameters(path)
     with pytest.raises(SamqError, match="cannot read"):
         load_parameters(tmp_path / "nothing.yaml")
+
+
+def test_a_mixture_whose_size_is_a_budget_is_a_candidate_too():
+    wanted = CandidateParameters(stock=("Q5_K_M",), budgets=("size-of:q4_k_m", "4.5bpw", "size-of:Q5_K_M"))
+    assert wanted.mixtures == ("Q5_K_M", "Q4_K_M")

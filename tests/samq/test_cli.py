@@ -4,10 +4,12 @@ import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from samq.allocation import Target, stock_plan
-from samq.records import Plan
+from samq.records import Plan, SensitivityMap, TensorSensitivity
+from samq.sensitivity import save_fisher
 from tests.command_line import refused, samq
 from tests.conftest import write_tiny_gguf
 from tests.tiny_models import save_folder, tiny_llama
@@ -23,7 +25,6 @@ def gguf(tmp_path):
 @pytest.fixture
 def sensitivity(tmp_path, gguf):
     from samq.gguf_file import read_tensors
-    from samq.records import SensitivityMap, TensorSensitivity
 
     matrices = [tensor for tensor in read_tensors(gguf).values() if len(tensor.shape) == 2]
     tensors = {
@@ -63,6 +64,29 @@ def test_plan_quantize_and_inspect_follow_each_other(tmp_path, gguf, sensitivity
     assert shown.returncode == 0
     assert f"samq.plan = {Plan.load(tmp_path / 'p.json').digest()}" in shown.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "map.json", "p.json", "out.gguf"}
+
+
+def test_a_budgets_plan_keeps_to_it_and_says_what_it_is_predicted_to_cost(tmp_path, gguf, sensitivity):
+    known = SensitivityMap.load(sensitivity).model_copy(update={"block_weights": 32})
+    known.save(sensitivity)
+    random = np.random.default_rng(0)
+    shapes = {name: (tensor.shape[0], tensor.shape[1] // 32) for name, tensor in known.tensors.items()}
+    fisher = {name: random.random(shape, np.float32) for name, shape in shapes.items()}
+    save_fisher(tmp_path / "map.fisher.safetensors", fisher)
+    arguments = ("plan", "--map", sensitivity, "--gguf", gguf, "--type", "Q4_K", "--type", "Q6_K", "--budget")
+    made = samq(*arguments, "5bpw", "--out", tmp_path / "p.json", home=tmp_path / "home")
+    assert made.returncode == 0, made.stderr
+    plan = Plan.load(tmp_path / "p.json")
+    assert plan.bits_per_weight <= 5
+    assert set(plan.types.values()) == {"Q4_K", "Q6_K"}
+    assert "predicted" in made.stderr
+    assert refused(samq(*arguments, "much", home=tmp_path / "home"), "'much' is not a budget")
+    assert refused(samq(*arguments, "1bpw", home=tmp_path / "home"), "the smallest plan has")
+    assert refused(
+        samq(*arguments, "5bpw", "--threshold", "0.5", home=tmp_path), "give one of --budget and --threshold"
+    )
+    (tmp_path / "map.fisher.safetensors").unlink()
+    assert refused(samq(*arguments, "5bpw", home=tmp_path / "home"), "there is no file")
 
 
 def test_a_threshold_outside_its_range_and_an_unknown_type_are_refused(tmp_path, gguf, sensitivity):

@@ -4,9 +4,9 @@ import pytest
 from samq.allocation import Target
 from samq.errors import SamqError
 from samq.gguf_file import read_weights
-from samq.ladder import Ladder, make_rung, rung_names
-from samq.prices import plan_cost, price_table
-from samq.records import SensitivityMap, TensorSensitivity
+from samq.ladder import Ladder, make_rung, rung_names, uniform_plan
+from samq.prices import plan_cost, predicted_cost, price_table, sequences_wanted
+from samq.records import Metric, SensitivityMap, TensorSensitivity
 from tests.conftest import write_tiny_gguf
 
 TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
@@ -83,3 +83,22 @@ def test_fisher_of_another_shape_is_an_error(ladder):
     fisher = {name: np.ones((1, 1), np.float32) for name in target.quantizable}
     with pytest.raises(SamqError, match="calibrate this model again"):
         price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)
+
+
+def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
+    target, rungs = ladder
+    fisher = {name: np.ones((t.shape[0], t.row_length // 32), np.float32) for name, t in target.quantizable.items()}
+    table = price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)
+    plan = uniform_plan(target, "Q8_0")
+    assert predicted_cost(table, plan) == plan_cost(table, plan.types)
+    assert predicted_cost(table, uniform_plan(target, "Q5_1")) is None
+
+
+def test_more_sequences_are_wanted_until_the_least_known_cost_is_known():
+    known, unsure = Metric(value=1.0, stderr=0.05, n=20), Metric(value=2.0, stderr=0.4, n=20)
+    assert sequences_wanted([known], precision=0.1) == 20
+    assert (
+        sequences_wanted([known, unsure], precision=0.1) == 88
+    )  # twice the error takes four times as many, and a tenth
+    assert sequences_wanted([Metric(value=0.0, stderr=0.0, n=20)], precision=0.1) == 20
+    assert sequences_wanted([], precision=0.1) == 0
