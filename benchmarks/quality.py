@@ -75,15 +75,13 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     store = Store(arguments.work / "store")
-    toolchain = find_toolchain()
-    sha256 = file_sha256(arguments.gguf)
-    text = arguments.calibration.read_text()[: arguments.imatrix_characters]
-    matrix = stage(store, "imatrix", [sha256, text, toolchain.digest()], lambda folder: measure_imatrix(
-        arguments.gguf, text, folder, toolchain))  # fmt: skip
-    target = Target.open(arguments.gguf, toolchain, matrix.path(IMATRIX_NAME), sha256)
+    target, matrix = open_target(arguments, store)
+    toolchain = target.toolchain
     rungs = {}
     for name in rung_names(target.quantizable.values(), arguments.types, imatrix=True):
-        made = stage(store, "rung", [sha256, matrix.digest(), name, toolchain.digest()], partial(rung, target, name))
+        made = stage(
+            store, "rung", [target.sha256, matrix.digest(), name, toolchain.digest()], partial(rung, target, name)
+        )
         rungs[name] = made.path(GGUF_NAME)
     ladder = Ladder(target.gguf, rungs)
     sensitivity, prices = price(arguments, store, target, ladder, arguments.seed)
@@ -174,6 +172,19 @@ def stage(store: Store, name: str, key: Sequence[str | int], make: Callable[[Pat
         found = store.find(name, digest)
         assert found is not None
     return found
+
+
+def open_target(arguments: argparse.Namespace, store: Store) -> tuple[Target, Artifact]:
+    """The GGUF that is planned for, and the importance matrix of the calibration text."""
+    toolchain, sha256 = find_toolchain(), file_sha256(arguments.gguf)
+    text = arguments.calibration.read_text()[: arguments.imatrix_characters]
+    matrix = stage(
+        store,
+        "imatrix",
+        [sha256, text, toolchain.digest()],
+        lambda folder: measure_imatrix(arguments.gguf, text, folder, toolchain),
+    )
+    return Target.open(arguments.gguf, toolchain, matrix.path(IMATRIX_NAME), sha256), matrix
 
 
 def rung(target: Target, name: str, folder: Path) -> None:

@@ -1,0 +1,100 @@
+"""Claim: below 4 bits a type's place in the ladder depends on more than its rounding error's size.
+
+For each type: by how much it changes the length of weights (the part of the rounding error along the weights themselves,
+over the weights), predicted and measured KL of all tensors at that type; then, at the bytes of Q3_K_M, the budget plan
+from the default ladder, and from that ladder with each further type. A type whose errors all have one sign costs more,
+mixed with others, than prices without terms between weights say. Takes the arguments of quality.py and keeps its work.
+"""
+
+import json
+from functools import partial
+
+import numpy as np
+import quality
+
+from samq.allocation import Target, stock_plan
+from samq.budget import Budget, BudgetPolicy, budget_plan
+from samq.gguf_file import open_gguf, read_rows
+from samq.ladder import DEFAULT_TYPES, Ladder, uniform_plan
+from samq.prices import plan_cost, rounding_error
+from samq.quantizer import GGUF_NAME
+from samq.records import PriceTable
+from samq.store import Store
+
+MIXTURE = "Q3_K_M"
+FURTHER = ("IQ3_XXS", "IQ3_S")
+
+
+def main() -> None:
+    """Print both tables and write them as JSON."""
+    arguments = quality.parse_arguments()
+    store = Store(arguments.work / "store")
+    target, matrix = quality.open_target(arguments, store)
+    types = (*DEFAULT_TYPES, *FURTHER)
+    rungs = {
+        name: quality.stage(
+            store,
+            "rung",
+            [target.sha256, matrix.digest(), name, target.toolchain.digest()],
+            partial(quality.rung, target, name),
+        ).path(GGUF_NAME)
+        for name in types
+    }
+    ladder = Ladder(target.gguf, rungs)
+    _, prices = quality.price(arguments, store, target, ladder, arguments.seed)
+    bench = quality.open_bench(arguments, store, target, ladder)
+    rows = []
+    for name in types:
+        plan = uniform_plan(target, name)
+        row = {
+            "type": name,
+            "length_change": length_change(target, ladder, name),
+            "predicted": plan_cost(prices, plan.types).value,
+            "measured": float(bench.measure(plan)["kld"].mean()),
+        }
+        rows.append(row)
+        print(
+            f"{name:8} length {row['length_change']:+.2%}  predicted {row['predicted']:.6f}  measured "
+            f"{row['measured']:.6f}  ratio {row['measured'] / row['predicted']:.2f}",
+            flush=True,
+        )
+    stock = stock_plan(target, MIXTURE)
+    reference = float(bench.measure(stock)["kld"].mean())
+    plans = []
+    for further in ((), *((name,) for name in FURTHER)):
+        table = only(prices, {*DEFAULT_TYPES, *further, "F16"})
+        plan = budget_plan(target, table, Budget(f"size-of:{MIXTURE}", stock.tensor_bytes), BudgetPolicy())
+        measured = float(bench.measure(plan)["kld"].mean())
+        plans.append({"further": further, "predicted": plan.predicted_kl_nats, "measured": measured})
+        print(
+            f"at the bytes of {MIXTURE}, default ladder{''.join(f' and {name}' for name in further)}: predicted "
+            f"{plan.predicted_kl_nats:.6f}  measured {measured:.6f} ({measured / reference - 1:+.1%})",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"types": rows, "plans": plans, "stock": reference}, indent=1) + "\n")
+
+
+def length_change(target: Target, ladder: Ladder, name: str) -> float:
+    """Sum of <dW, W> over sum of <W, W>, over all quantizable tensors."""
+    originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
+    rounded = {tensor.name: tensor for tensor in open_gguf(ladder.rungs[name]).tensors}
+    along = whole = 0.0
+    for tensor in target.quantizable:
+        weights = read_rows(originals[tensor], slice(None)).astype(np.float64)
+        along += float(np.vdot(rounding_error(originals[tensor], rounded[tensor], slice(None)), weights))
+        whole += float(np.vdot(weights, weights))
+    return along / whole
+
+
+def only(prices: PriceTable, types: set[str]) -> PriceTable:
+    """The price table of a ladder with these types only."""
+    tensors = {
+        name: tensor.model_copy(update={"types": {kind: tensor.types[kind] for kind in tensor.types if kind in types}})
+        for name, tensor in prices.tensors.items()
+    }
+    return prices.model_copy(update={"tensors": tensors})
+
+
+if __name__ == "__main__":
+    main()
