@@ -31,6 +31,7 @@ _UNITS = (
 )
 _BISECTIONS = 100  # of the price of a byte: to the last bit of a float64, nearly
 _MOST_STATES = 2**20  # of the dynamic programming; beyond, the plan is reported with its gap
+_NOTHING_NATS = 1e-7  # bytes spent on less in a tensor are wasted: llama.cpp's own rounding of activations costs 1e-4
 _METADATA_BYTES = 16 * 1024  # provenance, importance matrix's values and padding, beside the source's own metadata
 _SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:iB|B)?)"
 _BITS = r"(\d+(?:\.\d+)?)\s*bpw"
@@ -126,7 +127,7 @@ def plan_name(budget: str) -> str:
 
 
 def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
-    """The plan of least predicted KL within the budget.
+    """The plan of least predicted KL within the budget; bytes that would save nothing worth counting are left unspent.
 
     Raises SamqError if even the smallest plan is larger, and says how large that is.
     """
@@ -167,7 +168,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
 
 
 def _allowed(name: str, prices: PriceTable, target: Target, policy: BudgetPolicy) -> dict[str, Price]:
-    """The types that the guards leave to a tensor; if they leave none, the one with the most bits."""
+    """The types that the guards leave to a tensor, at what is worth counting; if they leave none, the one with most bits."""
     if name not in prices.tensors:
         raise SamqError(f"there is no price for {name}; price this model's ladder again")
     types = prices.tensors[name].types
@@ -175,7 +176,11 @@ def _allowed(name: str, prices: PriceTable, target: Target, policy: BudgetPolicy
     guard = policy.output_guard if is_output else policy.embedding_guard if name == EMBEDDING else None
     least = max((bits_per_weight(kind) for kind in (guard, policy.least_type) if kind), default=0.0)
     allowed = {kind: price for kind, price in types.items() if bits_per_weight(kind) >= least}
-    return allowed or dict([max(types.items(), key=lambda item: item[1].bytes)])
+    allowed = allowed or dict([max(types.items(), key=lambda item: item[1].bytes)])
+    return {
+        kind: price if price.kl_nats > _NOTHING_NATS else price.model_copy(update={"kl_nats": 0.0})
+        for kind, price in allowed.items()
+    }
 
 
 def solve(options: Options, limit: int) -> Solution:

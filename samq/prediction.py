@@ -12,6 +12,8 @@ from samq.selection import Result, by_size, percent
 
 # From this KL on, predicted or measured, rounding is no small change and second order fails.
 SECOND_ORDER_LIMIT_NATS = 0.3
+# Below this llama.cpp's own rounding of activations is most of what is measured, and no plan can do better.
+FLOOR_NATS = 1e-4
 _SIGNIFICANT = 2.0  # standard errors between two figures that are called different
 
 
@@ -26,9 +28,9 @@ class Agreement:
 
 
 def predicted_and_measured(results: Sequence[Result]) -> list[tuple[Result, Metric, Metric]]:
-    """(candidate, predicted, measured mean KLD) where both are known and positive; the largest candidate first."""
+    """(candidate, predicted, measured mean KLD) where both are known and over the floor; the largest candidate first."""
     pairs = [(result, result.predicted, result.kld) for result in by_size(results)]
-    return [(result, p, m) for result, p, m in pairs if p and m and p.value > 0 and m.value > 0]
+    return [(result, p, m) for result, p, m in pairs if p and m and min(p.value, m.value) > FLOOR_NATS]
 
 
 def agreement(results: Sequence[Result]) -> Agreement | None:
@@ -63,7 +65,12 @@ def prediction_section(results: Sequence[Result], checks: Sequence[PredictionChe
             "is no longer a small change, which the prediction takes it for. What was measured on them holds."
         )
     if checks:
-        parts += ["### On other samples", _CHECKED, _check_table(results, checks), bullets(map(_judgement, checks))]
+        parts += [
+            "### On other samples",
+            _CHECKED,
+            _check_table(results, checks),
+            bullets(_judgement(check) for check in checks if check.predicted.value > FLOOR_NATS),
+        ]
     return ["## Predicted against measured", *parts] if parts else []
 
 

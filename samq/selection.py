@@ -192,9 +192,18 @@ def no_larger(others: Sequence[Result], result: Result) -> list[Result]:
 
 
 def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
-    """The plans by sensitivity of about a mixture's size, none of them larger; from the largest to the smallest."""
+    """The plans by sensitivity to hold against a mixture, none of them larger; from the largest to the smallest.
+
+    Those of about its size, and those whose budget its size was: they may have found nothing worth its last bytes.
+    """
     plans = [result for result in by_size(results) if result.plan.policy in BY_SENSITIVITY]
-    return [one for one in no_larger(plans, mixture) if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE)]
+    budget = f"size-of:{mixture.name}".lower()
+    return [
+        one
+        for one in no_larger(plans, mixture)
+        if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE)
+        or str(one.plan.parameters.get("budget")).lower() == budget
+    ]
 
 
 def rival_of(result: Result, results: Sequence[Result]) -> Result | None:

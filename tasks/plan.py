@@ -44,7 +44,7 @@ def plan_threshold(
     allocation.threshold_plan(target, sensitivity, threshold, policy).save(folder / PLAN_NAME)
 
 
-@stage("plan", version=1, run_name="plan budget {budget}", packages=("llama-cpp-python",))
+@stage("plan", version=2, run_name="plan budget {budget}", packages=("llama-cpp-python",))
 def plan_budget(
     folder: Path,
     full: Artifact,

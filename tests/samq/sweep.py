@@ -102,13 +102,16 @@ def make_sweep(
         calibration_digest="b" * 64,
         labels="text",
         seed=0,
-        samples=32,
-        tokens=5000,
+        sequence_tokens=(2500, 2500),
         loss_nats=1.7,
         tied_embeddings=True,
         tensors={
             name: TensorSensitivity(
-                shape=shapes[name], gradient_norm=score, gradient_norm_stderr=score / 10, score=score / top
+                shape=shapes[name],
+                gradient_norm=score,
+                gradient_norm_stderr=score / 10,
+                score=score / top,
+                sequence_squares=(1.0, 2.0),
             )
             for name, score in scores.items()
         },

@@ -119,6 +119,20 @@ def test_an_impossible_budget_says_what_is_possible(target, prices):
         budget_plan(target, prices, Budget("tiny", 1000), BudgetPolicy())
 
 
+def test_bytes_that_would_save_next_to_nothing_are_left_unspent(target, prices):
+    exact = {
+        name: tensor.model_copy(
+            update={"types": {**tensor.types, "Q4_K": tensor.types["Q4_K"].model_copy(update={"kl_nats": 5e-8})}}
+        )
+        for name, tensor in prices.tensors.items()
+    }
+    plan = budget_plan(
+        target, prices.model_copy(update={"tensors": exact}), parse_budget("16bpw", target), BudgetPolicy()
+    )
+    assert set(plan.types.values()) == {"Q4_K"}
+    assert plan.predicted_kl_nats == pytest.approx(5e-8 * len(exact))
+
+
 def test_guards_are_least_types(target, prices):
     budget = parse_budget("4bpw", target)
     policy = BudgetPolicy(output_guard="q6_k", least_type="Q3_K")
