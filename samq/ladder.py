@@ -51,18 +51,18 @@ def rung_names(
     llama-quantize refuses are left out. Where rows are too short for K types, Q4_1 joins: nothing falls back to it.
     """
     tensors = list(tensors)
+    refused = frozenset() if imatrix else NEEDS_IMATRIX
     wanted = {check_type(name) for name in types}
     if wanted and any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
         wanted.add("Q4_1")
-    if not imatrix:
-        wanted -= NEEDS_IMATRIX
+    wanted -= refused
     names, seen = [], {(tensor.name, tensor.type) for tensor in tensors}
     for name in _by_bits(wanted):
         given = {(tensor.name, fallback(name, tensor.row_length)) for tensor in tensors}
         if given - seen:
             names.append(name)
             seen |= given
-    names += {kind for plan in plans for pair in plan.types.items() if pair not in seen for kind in pair[1:]}
+    names += {kind for plan in plans for name, kind in plan.types.items() if (name, kind) not in seen} - refused
     if not names:
         raise SamqError(f"a ladder of {', '.join(sorted(wanted)) or 'no types'} has no rung; name quantized types")
     return _by_bits(names)

@@ -12,6 +12,10 @@ def rows_of(length):
     return [TensorInfo("blk.0.ffn_up.weight", (8, length), "F16", 16 * length)]
 
 
+def plan_of(name, kind):
+    return Plan(name="p", policy="stock", parameters={}, types={name: kind}, tensor_bytes=1, weights=1, gguf_sha256="")
+
+
 def test_rungs_are_the_types_that_rows_allow():
     assert set(rung_names(rows_of(256), DEFAULT_TYPES, imatrix=True)) == set(DEFAULT_TYPES)
 
@@ -25,6 +29,8 @@ def test_legal_neighbours_join_where_rows_are_too_short():
 def test_types_that_need_an_importance_matrix_are_left_out_without_one():
     assert rung_names(rows_of(256), ["IQ2_S", "Q4_K"], imatrix=False) == ["Q4_K"]
     assert rung_names(rows_of(256), ["IQ2_S", "Q4_K"], imatrix=True) == ["IQ2_S", "Q4_K"]
+    plan = plan_of("blk.0.ffn_up.weight", "IQ1_S")
+    assert rung_names(rows_of(256), ["Q4_K"], imatrix=False, plans=[plan]) == ["Q4_K"]
 
 
 def test_plans_join_the_types_that_no_other_rung_gives(tiny_gguf, toolchain):
@@ -46,9 +52,7 @@ def test_a_plan_takes_the_rungs_that_hold_its_types_and_no_other(tiny_gguf, tool
 
 def test_a_rung_of_a_type_that_rows_do_not_allow_serves_plans_of_its_fallback():
     tensor = rows_of(96)[0]
-    plan = Plan(
-        name="p", policy="stock", parameters={}, types={tensor.name: "Q5_0"}, tensor_bytes=1, weights=1, gguf_sha256=""
-    )
+    plan = plan_of(tensor.name, "Q5_0")
     assert rungs_of(plan, {tensor.name: tensor}, ["Q4_K"]) == ["Q4_K"]
     assert rung_names([tensor], ["Q4_K"], imatrix=False, plans=[plan]) == ["Q4_K", "Q4_1"]
 
