@@ -18,9 +18,9 @@ from samq.progress import Progress, silent
 from samq.quantizer import quantize
 from samq.records import Plan, QuantizedModel
 
-# IQ3 types are left out: IQ3_S lengthens every weight by 2 to 3 %, where the others shorten it by less. An error of one
-# sign costs more than prices without terms between weights say, and plans that mix it in come out worse
-# (benchmarks/low_bits.py).
+# IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them by less. An error of one sign costs more
+# than prices without terms between weights say, and plans that mix it in come out worse. IQ3_XXS has no such error and brings
+# under 1 % (benchmarks/low_bits.py).
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # llama-quantize refuses these without an importance matrix (tensor_requires_imatrix in llama.cpp's llama-quant.cpp).
 NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
