@@ -25,6 +25,7 @@ from samq import __version__
 from samq.errors import SamqError
 from samq.records import Record, Toolchain, digest_of
 from samq.store import Artifact, Store
+from samq.toolchain import python_library_build
 
 log = logging.getLogger("samq.stage")
 
@@ -63,7 +64,7 @@ class ContentCache(CachePolicy):
             {
                 "stage": self.stage,
                 "version": self.version,
-                "packages": {name: package_version(name) for name in self.packages},
+                "packages": self._package_versions(),
                 "inputs": {name: identity(value) for name, value in inputs.items() if name not in NOT_IDENTITY},
             }
         )
@@ -72,8 +73,13 @@ class ContentCache(CachePolicy):
         """Versions of what makes the artifact: the key has them too, but hashed."""
         tools: Toolchain | None = inputs.get("toolchain")
         llama_cpp = {"llama.cpp": f"{tools.version} {tools.build}"} if tools else {}
-        packages = {name: package_version(name) for name in self.packages}
-        return {"samq": __version__, "stage version": str(self.version), **packages, **llama_cpp}
+        return {"samq": __version__, "stage version": str(self.version), **self._package_versions(), **llama_cpp}
+
+    def _package_versions(self) -> dict[str, str]:
+        versions = {name: package_version(name) for name in self.packages}
+        if "llama-cpp-python" in versions:  # one version is built for a GPU or not
+            versions["llama-cpp-python"] += f" {python_library_build()}"
+        return versions
 
     def compute_key(
         self,
