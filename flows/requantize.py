@@ -235,10 +235,10 @@ def _calibrate(
         }
         table = load_prices(prices)
         costs = [plan_cost(table, load_plan(plan).types) for plan in _finished("plan", plans, []).values()]
-        needed = min(available, sequences_wanted(costs, calibration.precision))
-        if needed <= count:
+        needed = sequences_wanted(costs, calibration.precision)
+        if needed <= count or available - count < 2:  # one sequence alone has no standard error
             return sensitivities, prices
-        count = needed
+        count = min(available, max(needed, count + 2))
 
 
 def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Toolchain) -> dict[str, str]:

@@ -66,10 +66,6 @@ def _prepare_prefect() -> None:
     make_folder(home(), advice="set SAMQ_HOME to a folder of your own")
     if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
         os.environ["PREFECT_HOME"] = str(home() / "prefect")
-        try:
-            (home() / "prefect").mkdir(parents=True, exist_ok=True)  # its server only starts where this exists
-        except OSError as error:
-            raise SamqError(f"cannot use {home()}: {error.strerror}; set SAMQ_HOME to a folder of your own") from error
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -96,7 +92,23 @@ def requantize(config: Annotated[Path, typer.Option(help="YAML file; see deploym
     parameters = load_parameters(config)
     with console.status("starting Prefect"):
         from flows.requantize import requantize as flow
+
+        _require_prefect()
     _show(flow(parameters))
+
+
+def _require_prefect() -> None:
+    """Start Prefect's server, which takes it 10 s and more, or find that of the user; raises SamqError if it fails."""
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+    except RuntimeError as not_started:
+        error = not_started
+    if error:
+        advice = "check PREFECT_API_URL, or unset it" if "PREFECT_API_URL" in os.environ else "try again"
+        raise SamqError(f"Prefect's server does not answer ({type(error).__name__}: {error}); {advice}") from error
 
 
 def _show(sweep: "Sweep") -> None:

@@ -12,12 +12,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
 from samq.gguf_file import file_sha256
@@ -40,12 +40,13 @@ class Artifact(Record):
     """A small reference to what a stage made. Two artifacts with the same files have the same digest."""
 
     SCHEMA: ClassVar[str] = "samq.artifact/1"
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"key", "folder"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"key", "folder", "made_by"})
 
     stage: str
     key: str
     folder: Path
     files: dict[str, FileEntry]
+    made_by: dict[str, str] = Field(default={}, description="versions of what made it, for people to read")
 
     def digest(self) -> str:
         """SHA-256 over the stage and its files' names and contents, logs apart: what depends on it depends on no more."""
@@ -107,7 +108,7 @@ class Store:
         return token.read_text()
 
     @contextmanager
-    def publish(self, stage: str, key: str) -> Iterator[Path]:
+    def publish(self, stage: str, key: str, made_by: Mapping[str, str] | None = None) -> Iterator[Path]:
         """Yield an empty temporary folder; when the block ends well, its files become the artifact `stage`/`key`.
 
         When it does not, only its logs stay, as the error names them. Raises SamqError if the store cannot be written to.
@@ -123,7 +124,7 @@ class Store:
             try:
                 work.mkdir()
                 yield work
-                self._move_into_place(work, target)
+                self._move_into_place(work, target, dict(made_by or {}))
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise
@@ -137,9 +138,10 @@ class Store:
             f"cannot write to the store at {self.root}: {error.strerror}; free some space, or set SAMQ_HOME to another folder"
         )
 
-    def _move_into_place(self, work: Path, target: Path) -> None:
+    def _move_into_place(self, work: Path, target: Path, made_by: dict[str, str]) -> None:
         files = {path.name: _entry(path) for path in sorted(work.iterdir())}
-        Artifact(stage=target.parent.name, key=target.name, folder=target, files=files).save(work / MANIFEST)
+        made = Artifact(stage=target.parent.name, key=target.name, folder=target, files=files, made_by=made_by)
+        made.save(work / MANIFEST)
         _fsync(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)

@@ -52,13 +52,24 @@ def _inspect(own: Path | None) -> Toolchain:
 
 def _fingerprint(programs: Path, libraries: Path) -> str:
     """First 12 hex digits of SHA-256 over the programs and the libraries that decide what they write."""
+    prefixes = ("libllama.", "libllama-common.", "libllama-quantize", "libggml")
+    return _digest([*(programs / name for name in PROGRAMS), *_libraries(libraries, prefixes)])
+
+
+@lru_cache
+def python_library_build() -> str:
+    """First 12 hex digits of SHA-256 over the libraries that llama_cpp loads: its version does not tell builds apart."""
+    return _digest(_libraries(Path(sysconfig.get_path("platlib")) / "llama_cpp" / "lib", ("libllama.", "libggml")))
+
+
+def _libraries(folder: Path, prefixes: tuple[str, ...]) -> list[Path]:
+    return [path for path in sorted(folder.glob("lib*.so")) if path.name.startswith(prefixes)]
+
+
+def _digest(files: list[Path]) -> str:
     whole = hashlib.sha256()
-    for path in [
-        *(programs / name for name in PROGRAMS),
-        *sorted(libraries.glob("lib*.so")),
-    ]:
-        if path.name.startswith(("llama-", "libllama.", "libllama-common.", "libllama-quantize", "libggml")):
-            whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in files:
+        whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()[:12]
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from samq import quantizer
 from samq.allocation import Target
+from samq.progress import bar
 from samq.quantizer import GGUF_NAME, IMATRIX_NAME
 from samq.records import ModelSource, Toolchain
 from samq.store import Artifact
@@ -13,7 +14,8 @@ from tasks.stage import stage
 @stage("convert", version=1, run_name="convert {source.name} to {precision}", packages=("gguf", "transformers"))
 def convert(folder: Path, source: ModelSource, toolchain: Toolchain, precision: str, timeout_s: float) -> None:
     """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter."""
-    quantizer.convert(source, folder, toolchain, precision=precision, timeout_s=timeout_s)
+    with bar(f"convert {source.name}"):
+        quantizer.convert(source, folder, toolchain, precision=precision, timeout_s=timeout_s)
 
 
 def open_target(full: Artifact, imatrix: Artifact | None, toolchain: Toolchain) -> Target:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from samq.progress import bar
 from samq.quantizer import GGUF_NAME, measure_imatrix
 from samq.records import TextSet, Toolchain
 from samq.store import Artifact
@@ -14,4 +15,7 @@ def imatrix(
 ) -> None:
     """`imatrix.gguf`: mean squared activations on the calibration text, by llama-imatrix."""
     text = "\n".join(texts.texts)
-    measure_imatrix(full.path(GGUF_NAME), text, folder, toolchain, context_tokens=context_tokens, timeout_s=timeout_s)
+    with bar("importance matrix"):
+        measure_imatrix(
+            full.path(GGUF_NAME), text, folder, toolchain, context_tokens=context_tokens, timeout_s=timeout_s
+        )

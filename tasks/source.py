@@ -5,10 +5,12 @@ from pathlib import Path
 from prefect import task
 
 from samq.model import describe_source
+from samq.progress import bar
 from samq.records import ModelSource
 
 
 @task(name="find model", task_run_name="find {source}")
 def find_model(source: str, revision: str | None, hf_folder: Path | None) -> ModelSource:
     """Resolve (and for a hub id download) the model and digest its files. Not cached: only reading tells of change."""
-    return describe_source(source, revision=revision, hf_folder=hf_folder)
+    with bar(f"find {source}"):
+        return describe_source(source, revision=revision, hf_folder=hf_folder)

@@ -21,9 +21,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
+from samq import __version__
 from samq.errors import SamqError
-from samq.records import Record, digest_of
+from samq.records import Record, Toolchain, digest_of
 from samq.store import Artifact, Store
+from samq.toolchain import python_library_build
 
 log = logging.getLogger("samq.stage")
 
@@ -62,10 +64,22 @@ class ContentCache(CachePolicy):
             {
                 "stage": self.stage,
                 "version": self.version,
-                "packages": {name: package_version(name) for name in self.packages},
+                "packages": self._package_versions(),
                 "inputs": {name: identity(value) for name, value in inputs.items() if name not in NOT_IDENTITY},
             }
         )
+
+    def made_by(self, inputs: dict[str, Any]) -> dict[str, str]:
+        """Versions of what makes the artifact: the key has them too, but hashed."""
+        tools: Toolchain | None = inputs.get("toolchain")
+        llama_cpp = {"llama.cpp": f"{tools.version} {tools.build}"} if tools else {}
+        return {"samq": __version__, "stage version": str(self.version), **self._package_versions(), **llama_cpp}
+
+    def _package_versions(self) -> dict[str, str]:
+        versions = {name: package_version(name) for name in self.packages}
+        if "llama-cpp-python" in versions:  # one version is built for a GPU or not
+            versions["llama-cpp-python"] += f" {python_library_build()}"
+        return versions
 
     def compute_key(
         self,
@@ -114,7 +128,7 @@ def stage(
             artifact = store.find(name, key)
             if artifact is None:  # also when Prefect has forgotten what the store still has
                 started = time.monotonic()
-                with store.publish(name, key) as folder:
+                with store.publish(name, key, policy.made_by(arguments)) as folder:
                     make(folder, **arguments)
                 artifact = store.find(name, key)
                 log.debug("%s %s took %.1f s", name, key[:12], time.monotonic() - started)

@@ -9,6 +9,7 @@ from samq.calibration import TokenBatch
 from samq.datasets import DatasetSpec, load_texts
 from samq.evaluation.llama import Model
 from samq.model import load_tokenizer
+from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.records import ModelSource, TextSet
 from samq.store import Artifact
@@ -28,9 +29,10 @@ def tokenize(
     folder: Path, source: ModelSource, texts: TextSet, spec: DatasetSpec, sequence_tokens: int, packing: bool
 ) -> None:
     """`tokens.npz` and `calibration-set.json`: the sequences that gradients are taken on."""
-    calibration_set, tokens = calibration.tokenize(
-        texts.texts, load_tokenizer(source), spec=spec, sequence_tokens=sequence_tokens, packing=packing
-    )
+    with bar(f"tokenize {texts.dataset}"):
+        calibration_set, tokens = calibration.tokenize(
+            texts.texts, load_tokenizer(source), spec=spec, sequence_tokens=sequence_tokens, packing=packing
+        )
     tokens.save(folder / TOKENS_NAME)
     calibration_set.save(folder / SET_NAME)
 

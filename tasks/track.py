@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import task
 
+from samq.progress import bar
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
 from samq.selection import Comparison, Failure, Result
 from samq.tracking import TrackedSweep, TrackingSettings, track_sweep
@@ -27,19 +28,20 @@ def track(
     tags: dict[str, str],
 ) -> TrackedSweep:
     """Log parent and child runs and register the best. Not cached: each run of the flow is a run in MLflow."""
-    return track_sweep(
-        settings,
-        source=source,
-        calibration=calibration,
-        heldout=heldout,
-        toolchain=toolchain,
-        sensitivity=sensitivity,
-        results=results,
-        failures=failures,
-        best=best,
-        report=report,
-        comparisons=comparisons,
-        checks=checks,
-        parameters=parameters,
-        tags=tags,
-    )
+    with bar(f"track {settings.run_name}"):
+        return track_sweep(
+            settings,
+            source=source,
+            calibration=calibration,
+            heldout=heldout,
+            toolchain=toolchain,
+            sensitivity=sensitivity,
+            results=results,
+            failures=failures,
+            best=best,
+            report=report,
+            comparisons=comparisons,
+            checks=checks,
+            parameters=parameters,
+            tags=tags,
+        )

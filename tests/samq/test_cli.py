@@ -227,3 +227,8 @@ def test_a_wrong_parameter_file_is_refused(tmp_path):
     assert refused(samq("requantize", "--config", config, home=tmp_path), "threshold q1.5 is not in 0..1")
     config.write_text(DEMO.read_text().replace("keep: Q8_0", "keep: Q9_9"))
     assert refused(samq("requantize", "--config", config, home=tmp_path), "unknown ggml type 'Q9_9'")
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_sentence(tmp_path):
+    done = samq("requantize", "--config", DEMO, home=tmp_path / "h", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert refused(done, "Prefect's server does not answer (ConnectError: ")

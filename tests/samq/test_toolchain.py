@@ -1,8 +1,12 @@
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 
 from samq.errors import ToolError
 from samq.process import run
-from samq.toolchain import PROGRAMS, environment, find_toolchain, program
+from samq.toolchain import PROGRAMS, environment, find_toolchain, program, python_library_build
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -28,6 +32,23 @@ def test_a_users_own_build_is_used(toolchain, monkeypatch, tmp_path):
     found = find_toolchain()
     assert (found.version, found.build) == ("user build", toolchain.build)
     assert found.converter == own / "convert_hf_to_gguf.py"
+
+
+def test_the_build_of_pythons_library_is_that_of_its_files(monkeypatch, tmp_path):
+    def build():
+        python_library_build.cache_clear()
+        return python_library_build()
+
+    installed = build()
+    libraries = tmp_path / "llama_cpp" / "lib"
+    shutil.copytree(Path(sysconfig.get_path("platlib")) / "llama_cpp" / "lib", libraries)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert build() == installed
+    with (libraries / "libggml-cpu.so").open("ab") as library:
+        library.write(b"built for another processor")
+    assert build() != installed
+    monkeypatch.undo()
+    assert build() == installed
 
 
 def test_a_missing_program_is_named(monkeypatch, tmp_path):

@@ -4,17 +4,19 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prefect import flow
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
+from samq import __version__
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError, ToolError
 from samq.model import describe_source
 from samq.process import run as run_program
-from samq.records import ModelSource, TextSet
+from samq.records import ModelSource, TextSet, Toolchain
 from samq.store import MANIFEST, Store
 from tasks.stage import ContentCache, identity, is_transient, stage
 from tasks.text import load_text
@@ -139,6 +141,24 @@ def test_a_failing_stage_publishes_nothing_and_an_error_of_the_users_is_not_retr
     assert state.is_failed()
     assert attempts == [1]
     assert list(Store(tmp_path / "store").artifacts()) == []
+
+
+def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(tmp_path, toolchain):
+    def made(version):
+        @stage("count", version=version, run_name="count", packages=("numpy",))
+        def count(folder: Path, toolchain: Toolchain) -> None:
+            (folder / "number.txt").write_text("1")
+
+        return count.fn(tmp_path / "store", toolchain)
+
+    one, other = made(1), made(2)
+    assert one.made_by == {
+        "samq": __version__,
+        "stage version": "1",
+        "numpy": np.__version__,
+        "llama.cpp": f"{toolchain.version} {toolchain.build}",
+    }
+    assert one.made_by != other.made_by and one.digest() == other.digest()
 
 
 def test_without_a_key_a_stage_fails_and_does_not_run_uncached(tmp_path):

@@ -1,0 +1,101 @@
+"""Models and data sets by hub id, from a hub on this machine: the few pages of the Hugging Face hub that are asked for."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from samq.model import describe_source
+from samq.records import ModelSource
+from tests.tiny_models import save_folder, tiny_llama
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves `server.root`/org/name and `server.root`/datasets/org/name, at one commit."""
+
+    def answer(self):
+        path = self.path.split("?")[0]
+        status, body, headers = 404, b"", {"X-Error-Code": "EntryNotFound"}
+        if listing := re.match(r"/api/(?:models/|(datasets/))(\w+/\w+)(/\w+)?(/\w+)?(/.+)?", path):
+            repository = self.server.root / (listing[1] or "") / listing[2]
+            if not repository.is_dir():
+                headers = {"X-Error-Code": "RepoNotFound"}
+            elif not listing[5]:  # there are no folders in a repository
+                status, body = 200, json.dumps(self.describe(repository, listing[3])).encode()
+        elif (found := self.server.root / re.sub(r"^/|resolve/\w+/", "", path)).is_file():
+            status, body = 200, found.read_bytes()
+            headers = {"ETag": hashlib.sha1(body).hexdigest(), "X-Repo-Commit": COMMIT}
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body)), "Content-Type": "application/json"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = answer
+
+    def describe(self, repository, page):
+        files = sorted(repository.iterdir())
+        if page == "/tree":
+            sizes = {file.name: file.stat().st_size for file in files}
+            return [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+        siblings = [{"rfilename": file.name} for file in files]
+        return {"id": repository.name, "sha": COMMIT, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
+
+    def log_message(self, *_):
+        """Keep quiet."""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(folder that is served, run Python code with that hub and an empty cache)"""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.root = tmp_path / "hub"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name not in offline}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def run(code):
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    yield server.root, run
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.e2e
+def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
+    root, run = hub
+    folder = save_folder(tiny_llama(), root / "org" / "tiny")
+    (folder / "original.pth").write_bytes(b"the same weights in another format")
+    done = run("from samq.model import describe_source; print(describe_source('org/tiny').model_dump_json())")
+    assert done.returncode == 0, done.stderr
+    source, local = ModelSource.model_validate_json(done.stdout), describe_source(folder)
+    assert (source.name, source.revision) == ("org/tiny", COMMIT)
+    assert (source.weights_digest, source.tokenizer_digest) == (local.weights_digest, local.tokenizer_digest)
+    assert not (source.folder / "original.pth").exists()
+    done = run("from samq.model import describe_source; describe_source('org/other')")
+    assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in done.stderr
+
+
+@pytest.mark.e2e
+def test_a_data_set_is_loaded_by_its_hub_id(hub):
+    root, run = hub
+    (root / "datasets" / "org" / "rows").mkdir(parents=True)
+    rows = [json.dumps({"body": f"text {number}"}) for number in range(9)]
+    (root / "datasets" / "org" / "rows" / "train.jsonl").write_text("\n".join(rows))
+    code = "from samq.datasets import *; print(sorted(load_texts(DatasetSpec(name='org/rows', fields=('{}',)))))"
+    done = run(code.format("body"))
+    assert done.stdout.strip() == str([f"text {number}" for number in range(9)]), done.stderr
+    assert "of org/rows has no field 'text'; name some of its fields: body" in run(code.format("text")).stderr
