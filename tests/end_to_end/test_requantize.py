@@ -94,8 +94,8 @@ def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
     wrong = {**SMALL, "calibration": {**SMALL["calibration"], "imatrix": False}}
     wrong["candidates"] = {"stock": ["Q4_K_M", "IQ1_S"], "budgets": [], "proposed_thresholds": 0}
     made = requantize(RequantizeParameters.model_validate(wrong))
-    assert {(failure.name, failure.stage) for failure in made.failures} == {("IQ1_S", "ladder"), ("IQ1_S", "quantize")}
-    assert all("llama-quantize failed" in failure.reason for failure in made.failures)
+    assert [(failure.name, failure.stage) for failure in made.failures] == [("IQ1_S", "quantize")]
+    assert "llama-quantize failed" in made.failures[0].reason
     assert [result.name for result in made.results] == ["F16", "Q4_K_M"]
     assert "IQ1_S" in made.markdown
     wrong["candidates"] = {**wrong["candidates"], "stock": ["IQ1_S"]}
