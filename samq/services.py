@@ -1,20 +1,22 @@
 """The pages and the worker on this machine: MLflow, Prefect's server, and a worker for the deployments."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from samq.errors import SamqError
 from samq.home import home, mlflow_uri
 
 WORK_POOL = "samq"
+PATIENCE_S = 15
 
 
 @contextmanager
@@ -103,16 +105,17 @@ def _child(
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask the whole process group to end, then make it."""
-    for sign, patience_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-        try:
-            os.killpg(child.pid, sign)
-            child.wait(patience_s)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """Ask a process and all that it started to end, then make them: a worker's runs are in sessions of their own."""
+    try:
+        root = psutil.Process(child.pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for ask in (psutil.Process.terminate, psutil.Process.kill):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                ask(process)
+        _, family = psutil.wait_procs(family, timeout=PATIENCE_S)
 
 
 def _log(name: str) -> Path:
