@@ -1,0 +1,50 @@
+import io
+import threading
+
+import pytest
+from rich.console import Console
+
+from samq import progress
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=100))
+    return screen
+
+
+def test_a_bar_shows_what_is_done_of_how_much(terminal):
+    with progress.bar("calibrate tiny") as report:
+        report(3, 7)
+        progress._display.refresh()
+    assert "calibrate tiny" in terminal.getvalue() and "3/7" in terminal.getvalue()
+
+
+def test_bars_of_several_threads_share_the_terminal_and_it_is_free_afterwards(terminal):
+    both = threading.Barrier(2)
+
+    def work(name):
+        with progress.bar(name) as report:
+            both.wait()
+            report(1, 2)
+            progress._display.refresh()
+            both.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("quantize one", "quantize two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "quantize one" in terminal.getvalue() and "quantize two" in terminal.getvalue()
+    with progress.bar("alone"), pytest.raises(ZeroDivisionError), progress.bar("fails"):
+        raise ZeroDivisionError
+    assert progress._display is None
+
+
+def test_without_a_terminal_nothing_is_drawn(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=log))
+    with progress.bar("calibrate") as report:
+        report(1, 2)
+    assert log.getvalue().strip() == ""
