@@ -7,7 +7,6 @@ mixed with others, than prices without terms between weights say. Takes the argu
 """
 
 import json
-from functools import partial
 
 import numpy as np
 import quality
@@ -17,7 +16,6 @@ from samq.budget import Budget, BudgetPolicy, budget_plan
 from samq.gguf_file import open_gguf, read_rows
 from samq.ladder import DEFAULT_TYPES, Ladder, uniform_plan
 from samq.prices import plan_cost, rounding_error
-from samq.quantizer import GGUF_NAME
 from samq.records import PriceTable
 from samq.store import Store
 
@@ -31,16 +29,7 @@ def main() -> None:
     store = Store(arguments.work / "store")
     target, matrix = quality.open_target(arguments, store)
     types = (*DEFAULT_TYPES, *FURTHER)
-    rungs = {
-        name: quality.stage(
-            store,
-            "rung",
-            [target.sha256, matrix.digest(), name, target.toolchain.digest()],
-            partial(quality.rung, target, name),
-        ).path(GGUF_NAME)
-        for name in types
-    }
-    ladder = Ladder(target.gguf, rungs)
+    ladder = quality.make_ladder(store, target, matrix, types)
     _, prices = quality.price(arguments, store, target, ladder, arguments.seed)
     bench = quality.open_bench(arguments, store, target, ladder)
     rows = []

@@ -77,13 +77,8 @@ def main() -> None:
     store = Store(arguments.work / "store")
     target, matrix = open_target(arguments, store)
     toolchain = target.toolchain
-    rungs = {}
-    for name in rung_names(target.quantizable.values(), arguments.types, imatrix=True):
-        made = stage(
-            store, "rung", [target.sha256, matrix.digest(), name, toolchain.digest()], partial(rung, target, name)
-        )
-        rungs[name] = made.path(GGUF_NAME)
-    ladder = Ladder(target.gguf, rungs)
+    names = rung_names(target.quantizable.values(), arguments.types, imatrix=True)
+    ladder = make_ladder(store, target, matrix, names)
     sensitivity, prices = price(arguments, store, target, ladder, arguments.seed)
     bench = open_bench(arguments, store, target, ladder)
 
@@ -185,6 +180,15 @@ def open_target(arguments: argparse.Namespace, store: Store) -> tuple[Target, Ar
         lambda folder: measure_imatrix(arguments.gguf, text, folder, toolchain),
     )
     return Target.open(arguments.gguf, toolchain, matrix.path(IMATRIX_NAME), sha256), matrix
+
+
+def make_ladder(store: Store, target: Target, matrix: Artifact, names: Sequence[str]) -> Ladder:
+    """The ladder of these rungs."""
+    rungs = {}
+    for name in names:
+        key = [target.sha256, matrix.digest(), name, target.toolchain.digest()]
+        rungs[name] = stage(store, "rung", key, partial(rung, target, name)).path(GGUF_NAME)
+    return Ladder(target.gguf, rungs)
 
 
 def rung(target: Target, name: str, folder: Path) -> None:

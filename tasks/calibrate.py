@@ -1,6 +1,10 @@
 """Stage: sensitivity map."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
 
 from samq.calibration import TokenBatch
 from samq.gguf_file import gguf_names, read_metadata
@@ -34,9 +38,7 @@ def calibrate(
     seed: int,
 ) -> None:
     """`sensitivity-map.json` and `fisher.safetensors` of the first `count` sequences, going on from those of `before`."""
-    gguf = full.path(GGUF_NAME)
-    model, _ = load_model(weights_in(source, full), dtype=dtype, device=device)
-    names = gguf_names(read_metadata(gguf))
+    model, names, orders = open_model(source, full, dtype, device)
     known = (SensitivityMap.load(before.path(MAP_NAME)), load_fisher(before.path(FISHER_NAME))) if before else None
     first = known[0].samples if known else 0
     with bar(f"calibrate {source.name}") as progress:
@@ -44,7 +46,7 @@ def calibrate(
             model,
             TokenBatch.load(tokens.path(TOKENS_NAME)).part(first, count),
             names=names,
-            row_orders=row_orders(weights_of(model, names), gguf),
+            row_orders=orders,
             batch_size=batch_size,
             labels=labels,
             seed=seed,
@@ -59,6 +61,15 @@ def calibrate(
     save_fisher(folder / FISHER_NAME, fisher)
 
 
-def weights_in(source: ModelSource, full: Artifact) -> ModelSource:
-    """The source as torch loads it: a GGUF source's weights come from the full-precision GGUF made of it."""
-    return source.model_copy(update={"gguf": full.path(GGUF_NAME)}) if source.gguf else source
+def open_model(
+    source: ModelSource, full: Artifact, dtype: str, device: str
+) -> tuple[PreTrainedModel, Callable[[str], str | None], dict[str, np.ndarray]]:
+    """The model in torch, its GGUF names, and the row orders of `full`.
+
+    A GGUF source's weights come from the full-precision GGUF made of it.
+    """
+    gguf = full.path(GGUF_NAME)
+    weights = source.model_copy(update={"gguf": gguf}) if source.gguf else source
+    model, _ = load_model(weights, dtype=dtype, device=device)
+    names = gguf_names(read_metadata(gguf))
+    return model, names, row_orders(weights_of(model, names), gguf)

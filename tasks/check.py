@@ -3,16 +3,13 @@
 from pathlib import Path
 
 from samq.calibration import TokenBatch
-from samq.gguf_file import gguf_names, read_metadata
-from samq.layout import row_orders, weights_of
-from samq.model import load_model
 from samq.prediction_check import check_prediction
 from samq.prices import plan_cost
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.records import ModelSource, PredictionCheck
 from samq.store import Artifact
-from tasks.calibrate import weights_in
+from tasks.calibrate import open_model
 from tasks.plan import load_plan
 from tasks.price import load_prices
 from tasks.stage import stage
@@ -38,9 +35,8 @@ def check(
     seed: int,
 ) -> None:
     """`prediction-check.json`: the plan's second-order cost on the `last` sequences of the calibration set."""
-    original, batch = full.path(GGUF_NAME), TokenBatch.load(tokens.path(TOKENS_NAME))
-    model, _ = load_model(weights_in(source, full), dtype=dtype, device=device)
-    names, wanted = gguf_names(read_metadata(original)), load_plan(plan)
+    batch, wanted = TokenBatch.load(tokens.path(TOKENS_NAME)), load_plan(plan)
+    model, names, orders = open_model(source, full, dtype, device)
     with bar(f"check {name}") as progress:
         found = check_prediction(
             model,
@@ -48,9 +44,9 @@ def check(
             wanted,
             plan_cost(load_prices(prices), wanted.types),
             names=names,
-            original=original,
+            original=full.path(GGUF_NAME),
             rounded=gguf.path(GGUF_NAME),
-            row_orders=row_orders(weights_of(model, names), original),
+            row_orders=orders,
             batch_size=batch_size,
             seed=seed,
             progress=progress,
