@@ -208,9 +208,7 @@ class GgufLM(TemplateLM):
                     progress(before + count, len(requests))
 
                 prompts = [requests[index].args[0] for index in group]
-                for index, text in zip(
-                    group, self._continue(prompts, requests[group[0]].args[1], report), strict=True
-                ):
+                for index, text in zip(group, self._continue(prompts, requests[group[0]].args[1], report), strict=True):
                     answers[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 done += len(group)

@@ -99,13 +99,18 @@ class Model:
         self._vocab = api.llama_model_get_vocab(handle)
         self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
         self.adds_bos = bool(api.llama_vocab_get_add_bos(self._vocab))
-        self.bos = _token_or_none(api.llama_vocab_bos(self._vocab))
-        self.eos = _token_or_none(api.llama_vocab_eos(self._vocab))
+        # where the file names none, llama.cpp takes a token of its own choice, which can be any word
+        self.bos = api.llama_vocab_bos(self._vocab) if self.adds_bos or self._names("bos") else None
+        self.eos = api.llama_vocab_eos(self._vocab) if self._names("eos") else None
         self.trained_tokens = api.llama_model_n_ctx_train(handle)  # the context length that it was trained for
         # what such a model keeps of a text is one state, which cannot be cut back to a part of the text
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
         template = api.llama_model_chat_template(handle, None)
         self.chat_template = template.decode() if template else None
+
+    def _names(self, token: str) -> bool:
+        """Whether the file says which token is BOS, or EOS."""
+        return api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
 
     def __enter__(self) -> Self:
         """Return the model itself."""
@@ -280,11 +285,6 @@ class Context:
 def _padded(tokens: int) -> int:
     """What llama.cpp makes of a context length: a multiple of 256."""
     return -(-tokens // 256) * 256
-
-
-def _token_or_none(token: int) -> int | None:
-    """A token id, or None where llama.cpp says that the model has no such token."""
-    return None if token == api.LLAMA_TOKEN_NULL else token
 
 
 def _first(errors: Sequence[str]) -> str:

@@ -32,10 +32,10 @@ class Tree:
 
 
 def trees(sequences: Sequence[Tokens], wanted_from: Sequence[int], *, tokens: int, members: int) -> Iterator[Tree]:
-    """Put every sequence into a tree of at most `members`, with at most `tokens` in its batch if it has several.
+    """Put every sequence into a tree of at most `members`.
 
-    `wanted_from[i]` is the first position of sequence i whose logits are wanted: from there on, it is in the batch, whatever
-    the cache holds. Sequences must differ.
+    `wanted_from[i]` is the first position of sequence i whose logits are wanted: from there on it is in the batch, whatever
+    the cache holds. Cache and batch together have at most `tokens` more than the longest sequence. Sequences must differ.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index].astype(">i4").tobytes())
     trunk = np.empty(0, np.int32)  # the sequence that the cache holds
@@ -43,7 +43,7 @@ def trees(sequences: Sequence[Tokens], wanted_from: Sequence[int], *, tokens: in
     while done < len(order):
         chosen, alike = _choose(order[done : done + members], sequences, trunk, tokens)
         done += len(chosen)
-        yield _tree(chosen, alike, sequences, min(wanted_from[index] for index in chosen))
+        yield _tree(alike, [sequences[index] for index in chosen], [wanted_from[index] for index in chosen], chosen)
         trunk = sequences[chosen[-1]]
 
 
@@ -64,20 +64,22 @@ def _choose(
     return chosen, alike
 
 
-def _tree(chosen: Sequence[int], alike: Sequence[int], sequences: Sequence[Tokens], wanted_from: int) -> Tree:
-    """Lay out the batch; nothing from `wanted_from` on is taken from the cache."""
-    kept = np.minimum(np.minimum.accumulate(alike), wanted_from).tolist()
+def _tree(alike: Sequence[int], sequences: Sequence[Tokens], wanted_from: Sequence[int], chosen: Sequence[int]) -> Tree:
+    """Lay out the batch of the chosen sequences."""
+    cached = np.minimum.accumulate(alike)
+    # the cache is cut back for all of them where one wants logits of what it holds
+    kept = np.minimum(cached, np.where(wanted_from < cached, wanted_from, cached[0]).min()).tolist()
     paths: list[NDArray[np.int64]] = []
     size = 0
-    for member, index in enumerate(chosen):
+    for member, sequence in enumerate(sequences):
         shared = paths[-1][: alike[member]] if member else np.full(kept[0], -1)
-        new = np.arange(size, size + len(sequences[index]) - len(shared))
+        new = np.arange(size, size + len(sequence) - len(shared))
         paths.append(np.concatenate([shared, new]))
         size += len(new)
     tokens, positions, first, last = np.empty((4, size), np.int32)
-    for member in reversed(range(len(chosen))):  # backwards, so that the first member of those that share writes last
+    for member in reversed(range(len(sequences))):  # backwards: the first of those that share a token writes `first`
         path, begin = paths[member], kept[member]
-        tokens[path[begin:]] = sequences[chosen[member]][begin:]
+        tokens[path[begin:]] = sequences[member][begin:]
         positions[path[begin:]] = np.arange(begin, len(path))
         first[path[begin:]] = member
     for member, path in enumerate(paths):
