@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 KV_TYPES = {"F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
 PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
+_BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
 _captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
 
 
@@ -36,7 +37,7 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
     for lowest, pieces in _captures:
         if level >= lowest:
             pieces.append(line)
-    if level in _LOG_LEVELS and line.strip():
+    if level in _LOG_LEVELS and line.strip() and _BEYOND_TRAINING not in line:
         logger.log(_LOG_LEVELS[level], line.strip())
 
 

@@ -1,3 +1,5 @@
+import json
+import re
 import string
 
 import numpy as np
@@ -10,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from samq.errors import SamqError
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
+from tests.command_line import refused, samq
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 VOCABULARY = 264
@@ -227,3 +230,30 @@ def test_every_request_is_answered_once_and_reported(pair):
     settings = ({"max_gen_toks": 3}, {"max_gen_toks": 2})
     lm.generate_until(requests("generate_until", *[(text, kind) for text in TEXTS for kind in settings]))
     assert sorted(done for done, _ in told) == list(range(1, 17)) and told[-1] == (16, 16)
+
+
+def test_lm_evals_command_line_knows_the_model(pair, tmp_path):
+    rows = [{"text": text, "choices": [" an", " the"], "label": 0} for text in TEXTS]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tiny.yaml").write_text(
+        f"""
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.json}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+    )
+    arguments = ["lm-eval", "--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path]
+    done = samq(*arguments, "--model_args", f"gguf={pair.path}", home=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    made = requests("loglikelihood", *[(text, choice) for text in TEXTS for choice in (" an", " the")])
+    scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
+    (accuracy,) = re.findall(r"acc +\|↑ +\| *([\d.]+)\|", done.stdout)
+    assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
+    done = samq(*arguments, "--model_args", f"gguf={tmp_path}/none.gguf", home=tmp_path)
+    assert refused(done, "none.gguf")
