@@ -9,7 +9,6 @@ the child gets at it when the tests have run to their end. It is not protected f
 tests and code share a process, as in every harness for HumanEval.
 """
 
-import os
 import secrets
 import socket
 import subprocess

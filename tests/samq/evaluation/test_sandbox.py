@@ -58,12 +58,14 @@ def test_code_that_goes_on_is_stopped(solution):
     assert run_tests(solution, "", QUICK).error == "was stopped after 1 s"
 
 
-def test_memory_and_files_have_a_limit():
+def test_memory_and_files_have_a_limit_that_stays():
     little = CodeLimits(memory_bytes=2**28, file_bytes=1000)
     assert run_tests("x = bytearray(2**29)", "", little).error.startswith("MemoryError")
     assert run_tests("x = [0]\nwhile True:\n    x += x", "", little).error.startswith("MemoryError")
-    assert "File too large" in run_tests("open('x', 'w').write(1001 * 'x')", "", little).error
+    assert "File too large" in run_tests("with open('x', 'w') as file:\n    file.write(1001 * 'x')", "", little).error
     assert run_tests("open('x', 'w').write(999 * 'x')", "", little).passed
+    raise_it = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))"
+    assert "not allowed" in run_tests(raise_it, "", little).error
 
 
 def test_shouting_into_every_open_file_is_no_success():
@@ -82,7 +84,7 @@ while frame:
     frame = frame.f_back
 seen += [repr(thing) for thing in gc.get_objects() if isinstance(thing, (list, dict, tuple))]
 seen += [repr(sys.argv), repr(os.environ)]
-found = any("secret" + "_answer" in text for text in seen)
+found = any("rewsna_terces"[::-1] in text for text in seen)
 """
     assert run_tests(look, "assert not found\nsecret_answer = 1").error is None
 
@@ -102,7 +104,6 @@ def test_the_environment_is_empty(monkeypatch):
         "import subprocess\nsubprocess.run(['true'])",
         "import os\nos.execv('/bin/true', ['true'])",
         "import os, signal\nos.kill(os.getppid(), 0)",
-        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (60, 60))",
         "import os\nos.chmod('.', 0o777)",
     ],
 )
