@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -45,6 +46,13 @@ class Benchmark:
     def runs_code(self) -> bool:
         """Whether a task of it runs what the model writes."""
         return any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks.values())
+
+    @property
+    def pools_items(self) -> bool:
+        """Whether it is a group whose figures are means over all items of its tasks, so that items can stand for it."""
+        group = self.groups.get(self.name)
+        parts = group.aggregate_metric_list if group else None
+        return bool(parts) and all(part.weight_by_size and part.aggregation == "mean" for part in parts or ())
 
     def digest(self) -> str:
         """SHA-256 (hex) of what its figures depend on apart from the model: configurations, items, lm-eval's version.
@@ -132,14 +140,17 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's remarks about what it is given are for its authors; its errors stay."""
+    """Without lm-eval's remarks about a task, which are for its author, and the bars of `datasets`; errors stay."""
     log = logging.getLogger("lm_eval")
-    level = log.level
+    level, bars = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from lm_eval import evaluate
 from lm_eval.api.model import LM
@@ -34,19 +35,19 @@ ITEM_COLUMNS = ["benchmark", "task", "item", "document", "metric", "value", "hig
 _BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no means
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchmarkResults:
     """What a candidate did on its tasks.
 
-    `items` has a row for each item and metric, with ITEM_COLUMNS: what was asked for (`benchmark`), the task of it, the
-    item's number and lm-eval's hash of its document, the metric's name without its path, its value, and the answer: the
-    text generated, or the log-likelihoods of the choices in nats as JSON.
+    `items` has a row for each item and metric: what was asked for (`benchmark`), the task of it, the item's number and
+    lm-eval's hash of its document, the metric's name without its path, its value, whether a higher one is better, and the
+    answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
     """
 
-    metrics: dict[str, Metric] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    items: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=ITEM_COLUMNS))
-    environment: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Metric]
+    missing: dict[str, str]  # `eval/TASK` -> why it was not measured
+    items: pd.DataFrame
+    environment: dict[str, str]
 
 
 def measure_benchmarks(
@@ -72,27 +73,28 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = sil
     folder of tasks is missing or holds a malformed file.
     """
     library = TaskLibrary(settings.task_folders)
-    results = BenchmarkResults(environment={"lm_eval": version("lm-eval")})
-    tables = [results.items]
+    metrics: dict[str, Metric] = {}
+    missing: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    environment = {"lm_eval": version("lm-eval")}
     for done, name in enumerate(settings.tasks):
         progress(done, len(settings.tasks))
         try:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
                 if benchmark.runs_code:
-                    results.environment["code_isolation"] = isolation()
+                    environment["code_isolation"] = isolation()
                 output = _run(lm, benchmark, settings)
-            results.metrics |= _metrics(output)
-            tables.append(_items(benchmark, output))
+            metrics |= _metrics(output)
+            rows += _items(benchmark, output)
         except SamqError as error:
-            results.missing[f"{PREFIX}{_legal(name)}"] = str(error)
+            missing[f"{PREFIX}{_legal(name)}"] = str(error)
         except Exception as error:  # a task is a program of its author's, and must not take the others along
             logger.warning("%s failed", name, exc_info=True)
             reason = f"{type(error).__name__}: {one_line(str(error))}"
-            results.missing[f"{PREFIX}{_legal(name)}"] = f"{name} failed in lm-eval ({reason}); see the log"
+            missing[f"{PREFIX}{_legal(name)}"] = f"{name} failed in lm-eval ({reason}); its log has more"
     progress(len(settings.tasks), len(settings.tasks))
-    results.items = pd.concat(tables[1:] or tables, ignore_index=True)
-    return results
+    return BenchmarkResults(metrics, missing, pd.DataFrame(rows, columns=ITEM_COLUMNS), environment)
 
 
 def _run(lm: LM, benchmark: Benchmark, settings: BenchmarkSettings) -> dict[str, Any]:
@@ -132,12 +134,54 @@ def _metrics(output: Mapping[str, Any]) -> dict[str, Metric]:
     return found
 
 
-def _metric_names(keys: Mapping[str, Any] | list[str]) -> dict[str, str]:
+def _metric_names(keys: Iterable[str]) -> dict[str, str]:
     """lm-eval's `metric,filter` of a task -> name; the filter is in it only where the metric has several."""
     pairs = [key.split(",", 1) for key in keys if "," in key]
-    pairs = [(metric, filter_name) for metric, filter_name in pairs if not metric.endswith("_stderr")]
-    filters = Counter(metric for metric, _ in pairs)
+    scores = [(metric, filter_name) for metric, filter_name in pairs if not metric.endswith("_stderr")]
+    filters = Counter(metric for metric, _ in scores)
     return {
-        f"{metric},{name}": _legal(f"{metric}_{name}" if filters[metric] > 1 else metric).replace("@", "_at_")
-        for metric, name in pairs
+        f"{metric},{filter_name}": _legal(f"{metric}_{filter_name}" if filters[metric] > 1 else metric)
+        for metric, filter_name in scores
     }
+
+
+def _items(benchmark: Benchmark, output: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of `BenchmarkResults.items`; what is no number for one item, as a pair for F1, is left out."""
+    for task, samples in output["samples"].items():
+        names = _metric_names(output["results"][task])
+        better = output["higher_is_better"].get(task, {})
+        generated = benchmark.tasks[task].OUTPUT_TYPE == "generate_until"
+        for sample in samples:
+            answer = _text(sample["resps"]) if generated else json.dumps(_log_likelihoods(sample["resps"]))
+            for metric in sample["metrics"]:
+                if _is_number(sample[metric]):
+                    yield {
+                        "benchmark": benchmark.name if benchmark.pools_items else task,
+                        "task": task,
+                        "item": sample["doc_id"],
+                        "document": sample["doc_hash"],
+                        "metric": names[f"{metric},{sample['filter']}"],
+                        "value": float(sample[metric]),
+                        "higher_is_better": better.get(metric) is not False,
+                        "answer": answer,
+                    }
+
+
+def _text(responses: Sequence[Sequence[Any]]) -> str:
+    """What the model wrote; of a task that asks several times, the first answer."""
+    return str(responses[0][0])
+
+
+def _log_likelihoods(responses: Sequence[Sequence[Any]]) -> list[float]:
+    """One for each request of an item; lm-eval pairs those of choices with whether they are greedy."""
+    firsts = [response[0] for response in responses]
+    return [float(first[0] if isinstance(first, list | tuple) else first) for first in firsts]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
+
+
+def _legal(name: str) -> str:
+    """A name that can be part of a metric's: `pass@1` becomes `pass_at_1`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("@", "_at_"))
