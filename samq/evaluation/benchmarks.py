@@ -39,9 +39,9 @@ _BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no mea
 class BenchmarkResults:
     """What a candidate did on its tasks.
 
-    `items` has a row for each item and metric: what was asked for (`benchmark`), the task of it, the item's number and
-    lm-eval's hash of its document, the metric's name without its path, its value, whether a higher one is better, and the
-    answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
+    `items` has a row for each item and metric: what was asked for (`benchmark`, as in the metrics' names), the task of it,
+    the item's number and lm-eval's hash of its document, the metric's name without its path, its value, whether a higher
+    one is better, and the answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
     """
 
     metrics: dict[str, Metric]
@@ -69,8 +69,8 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = sil
     """Put the tasks of the settings to an lm-eval model, one after another.
 
     Metrics are named `eval/TASK/METRIC`, with the filter after it where a task has several; a group that aggregates its
-    tasks is reported in their place. A task that fails is named in `missing` as `eval/TASK`. Raises SamqError if a
-    folder of tasks is missing or holds a malformed file.
+    tasks is reported in their place, and they are among the items only. A task that fails is named in `missing` as
+    `eval/TASK`. Raises SamqError if a folder of tasks is missing or holds a malformed file.
     """
     library = TaskLibrary(settings.task_folders)
     metrics: dict[str, Metric] = {}
@@ -85,7 +85,7 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = sil
                 if benchmark.runs_code:
                     environment["code_isolation"] = isolation()
                 output = _run(lm, benchmark, settings)
-            metrics |= _metrics(output)
+            metrics |= _metrics(benchmark, output)
             rows += _items(benchmark, output)
         except SamqError as error:
             missing[f"{PREFIX}{_legal(name)}"] = str(error)
@@ -118,19 +118,17 @@ def _run(lm: LM, benchmark: Benchmark, settings: BenchmarkSettings) -> dict[str,
     return dict(output)
 
 
-def _metrics(output: Mapping[str, Any]) -> dict[str, Metric]:
-    """The figures of the groups that aggregate, or else of the tasks."""
+def _metrics(benchmark: Benchmark, output: Mapping[str, Any]) -> dict[str, Metric]:
+    """The figures of a group that aggregates those of its tasks, or else of each task."""
+    whole = output.get("groups", {}).get(benchmark.name)
     found: dict[str, Metric] = {}
-    for task, figures in (output.get("groups") or output["results"]).items():
-        names = _metric_names(figures)
-        for key, name in names.items():
-            metric, filter_name = key.split(",", 1)
-            value, error = figures[key], figures.get(f"{metric}_stderr,{filter_name}")
+    for task, figures in ({benchmark.name: whole} if whole else output["results"]).items():
+        for key, name in _metric_names(figures).items():
+            value, error = figures[key], figures.get(key.replace(",", "_stderr,", 1))
             if _is_number(value):
                 stderr = float(error) if _is_number(error) else None
-                found[f"{PREFIX}{_legal(task)}/{name}"] = Metric(
-                    value=float(value), stderr=stderr, n=figures["sample_len"]
-                )
+                metric = Metric(value=float(value), stderr=stderr, n=figures["sample_len"])
+                found[f"{PREFIX}{_legal(task)}/{name}"] = metric
     return found
 
 
@@ -156,7 +154,7 @@ def _items(benchmark: Benchmark, output: Mapping[str, Any]) -> Iterator[dict[str
             for metric in sample["metrics"]:
                 if _is_number(sample[metric]):
                     yield {
-                        "benchmark": benchmark.name if benchmark.pools_items else task,
+                        "benchmark": _legal(benchmark.name if benchmark.pools_items else task),
                         "task": task,
                         "item": sample["doc_id"],
                         "document": sample["doc_hash"],

@@ -67,12 +67,16 @@ class BenchmarkSettings(BaseModel):
         description="names of tasks or groups: SAMQ's (samq_...), lm-eval's own, those of task_folders; or .yaml files",
     )
     task_folders: tuple[Path, ...] = Field(default=(), description="folders whose .yaml files are more tasks")
-    few_shots: int | None = Field(default=None, ge=0, description="worked examples before an item; None: the task's own")
+    few_shots: int | None = Field(
+        default=None, ge=0, description="worked examples before an item; None: the task's own"
+    )
     limit: int | None = Field(default=None, ge=1, description="items of each task, from the first; None: all")
     chat_template: bool = Field(default=False, description="put items as turns of the model's chat template")
     run_code: bool = Field(default=False, description="allow tasks that run the code that the model writes")
     seed: int | None = Field(default=None, ge=0, description="of the choice of examples; None: lm-eval's own seeds")
-    context_tokens: int = Field(default=2048, ge=64, description="longest prompt with its answer; prompts lose their start")
+    context_tokens: int = Field(
+        default=2048, ge=64, description="longest prompt with its answer; prompts lose their start"
+    )
 
     def scoring_digest(self) -> str:
         """SHA-256 (hex) of what a task's figures depend on, apart from the task and the model."""
