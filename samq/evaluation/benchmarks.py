@@ -21,6 +21,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from samq.errors import SamqError
 from samq.evaluation.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
+from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
 from samq.evaluation.sandbox import isolation
 from samq.evaluation.settings import BenchmarkSettings
@@ -58,14 +59,12 @@ def measure_benchmarks(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> BenchmarkResults:
-    """Put the tasks of the settings to a model; see `run_benchmarks`."""
-    from samq.evaluation.harness import GgufLM
-
-    lm = GgufLM(model, context_tokens=settings.context_tokens, kv_type=kv_type, threads=threads)
-    return run_benchmarks(lm, settings, progress)
+    """Put the tasks of the settings to a model; see `run_benchmarks`. Progress is of the requests of one task."""
+    lm = GgufLM(model, context_tokens=settings.context_tokens, kv_type=kv_type, threads=threads, progress=progress)
+    return run_benchmarks(lm, settings)
 
 
-def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = silent) -> BenchmarkResults:
+def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
     """Put the tasks of the settings to an lm-eval model, one after another.
 
     Metrics are named `eval/TASK/METRIC`, with the filter after it where a task has several; a group that aggregates its
@@ -77,8 +76,7 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = sil
     missing: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     environment = {"lm_eval": version("lm-eval")}
-    for done, name in enumerate(settings.tasks):
-        progress(done, len(settings.tasks))
+    for name in settings.tasks:
         try:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
@@ -93,7 +91,6 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = sil
             logger.warning("%s failed", name, exc_info=True)
             reason = f"{type(error).__name__}: {one_line(str(error))}"
             missing[f"{PREFIX}{_legal(name)}"] = f"{name} failed in lm-eval ({reason}); its log has more"
-    progress(len(settings.tasks), len(settings.tasks))
     return BenchmarkResults(metrics, missing, pd.DataFrame(rows, columns=ITEM_COLUMNS), environment)
 
 

@@ -6,7 +6,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from samq.errors import SamqError
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
