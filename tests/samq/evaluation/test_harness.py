@@ -9,7 +9,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
-from samq.errors import SamqError
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
 from tests.command_line import refused, samq
