@@ -9,8 +9,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
+from samq.datasets import DatasetSpec, load_texts
+from samq.errors import SamqError
+from samq.evaluation.benchmark_tasks import TaskLibrary
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
+from samq.evaluation.settings import BenchmarkSettings
+from samq.model import describe_source, load_model
 from tests.command_line import refused, samq
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
@@ -231,6 +236,7 @@ def test_every_request_is_answered_once_and_reported(pair):
     assert sorted(done for done, _ in told) == list(range(1, 17)) and told[-1] == (16, 16)
 
 
+@pytest.mark.parametrize("pair", ["<bos>"], indirect=True)
 def test_lm_evals_command_line_knows_the_model(pair, tmp_path):
     rows = [{"text": text, "choices": [" an", " the"], "label": 0} for text in TEXTS]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
@@ -256,3 +262,36 @@ metric_list: [{{metric: acc}}]
     assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
     done = samq(*arguments, "--model_args", f"gguf={tmp_path}/none.gguf", home=tmp_path)
     assert refused(done, "none.gguf")
+
+
+@pytest.fixture(scope="module")
+def demo(smollm2_f16):
+    """The demo's model in full precision, under both."""
+    network, tokenizer = load_model(describe_source(smollm2_f16), "float32", device="cpu")
+    with Model(smollm2_f16) as model:
+        yield GgufLM(model), HFLM(pretrained=network, tokenizer=tokenizer, batch_size=8)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("task", "items"), [("samq_hellaswag", 30), ("samq_truthfulqa_mc1", 20)])
+def test_the_demos_model_scores_as_under_hf(demo, task, items):
+    ours, hf = demo
+    (opened,) = TaskLibrary().open(task, BenchmarkSettings()).tasks.values()
+    opened.build_all_requests(limit=items)
+    scores = [np.array([score for score, _ in lm.loglikelihood(opened.instances)]) for lm in (ours, hf)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=2e-2)
+    owners = np.array([request.doc_id for request in opened.instances])
+    chosen = [[score[owners == item].argmax() for item in range(items)] for score in scores]
+    assert np.mean(np.equal(*chosen)) >= 0.99
+
+
+@pytest.mark.e2e
+def test_the_demos_tokens_are_those_of_its_hf_tokenizer(demo):
+    ours, hf = demo
+    texts = [text for name in ("humaneval", "gsm8k", "hellaswag") for text in load_texts(DatasetSpec(name=name))]
+    chat = [{"role": "user", "content": text} for text in texts[:3]]
+    for text in [*texts, *TEXTS, ours.apply_chat_template(chat)]:
+        assert ours.tok_encode(text) == hf.tok_encode(text), text
+    assert ours.apply_chat_template(chat) == hf.apply_chat_template(chat)
+    assert (ours.prefix_token_id, ours.eot_token_id) == (hf.prefix_token_id, hf.eot_token_id)
+    assert ours.max_length == hf.max_length
