@@ -23,7 +23,7 @@ from samq.errors import SamqError
 
 logger = logging.getLogger(__name__)
 
-KV_TYPES = {"F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
+KV_TYPES = {"F32": api.GGML_TYPE_F32, "F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
 PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
 _BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
