@@ -55,9 +55,8 @@ def main() -> None:
     made = make_ggufs(arguments.work)
     requests = {name: task_requests(name, arguments.limit, arguments.seed) for name in arguments.tasks}
     rows: list[dict[str, Any]] = []
-    print(
-        f"{'task':15} {'model':20} {'batch':>5} {'items/s':>8} {'seconds':>8} {'CPU s':>8} {'times hf':>9} {'by CPU':>7} {'same answers':>13}"
-    )
+    columns = f"{'items/s':>8} {'seconds':>8} {'CPU s':>8} {'times hf':>9} {'by CPU':>7} {'same answers':>13}"
+    print(f"{'task':15} {'model':20} {'batch':>5} {columns}")
     for dtype in arguments.dtypes:
         network, tokenizer = load_model(describe_source(made["F16"]), dtype, device="cpu")
         lm = HFLM(pretrained=network, tokenizer=tokenizer)
