@@ -7,7 +7,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from samq.allocation import ThresholdPolicy, resolve_threshold
-from samq.budget import BudgetPolicy, check_budget, mixture_of
+from samq.budget import BudgetPolicy
+from samq.budget_notation import read_budget
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import EvaluationSettings
@@ -59,9 +60,16 @@ class CalibrationParameters(Parameters):
         "error is what it is",
     )
     check_sequences: int = Field(
-        default=8, ge=0, description="last sequences, kept apart to check the prediction on; 0: no check"
+        default=8, ge=0, description="last sequences, kept apart to check the prediction on, two at least; 0: no check"
     )
     imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
+
+    @field_validator("check_sequences")
+    @classmethod
+    def _enough_to_check(cls, sequences: int) -> int:
+        if sequences == 1:
+            raise ValueError("one sequence has no standard error; give 0, or 2 and more")
+        return sequences
 
 
 class CandidateParameters(Parameters):
@@ -99,7 +107,9 @@ class CandidateParameters(Parameters):
     @field_validator("budgets")
     @classmethod
     def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_budget(budget) for budget in budgets)
+        for budget in budgets:
+            read_budget(budget)
+        return budgets
 
     @field_validator("thresholds")
     @classmethod
@@ -111,7 +121,7 @@ class CandidateParameters(Parameters):
     @property
     def mixtures(self) -> tuple[str, ...]:
         """The stock candidates: those asked for, and those whose size a budget is."""
-        sizes = (mixture_of(budget) for budget in self.budgets)
+        sizes = (read_budget(budget).mixture for budget in self.budgets)
         return tuple(dict.fromkeys((*self.stock, *(mixture for mixture in sizes if mixture))))
 
 

@@ -15,7 +15,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq import __version__
-from samq.budget import plan_name
+from samq.budget_notation import plan_name
 from samq.datasets import require_disjoint
 from samq.errors import SamqError
 from samq.gguf_file import read_tensors
@@ -235,10 +235,10 @@ def _calibrate(
         }
         table = load_prices(prices)
         costs = [plan_cost(table, load_plan(plan).types) for plan in _finished("plan", plans, []).values()]
-        needed = sequences_wanted(costs, calibration.precision)
-        if needed <= count or available - count < 2:  # one sequence alone has no standard error
+        wanted_count = sequences_wanted(costs, calibration.precision, measured=count, available=available)
+        if wanted_count == count:
             return sensitivities, prices
-        count = min(available, max(needed, count + 2))
+        count = wanted_count
 
 
 def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Toolchain) -> dict[str, str]:

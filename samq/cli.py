@@ -215,7 +215,8 @@ def plan(
 def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, imatrix: Path | None) -> "Plan":
     """The plan of a budget, printed; the ladder and its prices are kept in the store."""
     _prepare_prefect()
-    from samq.budget import BudgetPolicy, check_budget
+    from samq.budget import BudgetPolicy
+    from samq.budget_notation import read_budget
     from samq.description import describe_plan
     from samq.ladder import DEFAULT_TYPES
     from samq.quantizer import GGUF_NAME, IMATRIX_NAME
@@ -225,7 +226,7 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
     from tasks.plan import load_plan, plan_budget
     from tasks.price import price
 
-    check_budget(budget)
+    read_budget(budget)  # refuses what is none, before the work
     store, tools = store_folder(), find_toolchain()
     full = _adopt({GGUF_NAME: gguf})
     matrix = _adopt({IMATRIX_NAME: imatrix}) if imatrix else None
@@ -373,6 +374,19 @@ def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
 
 def _add_row(table: Table, kind: str, weights: int, size: int, count: int) -> None:
     table.add_row(kind, str(count), f"{weights:,}", f"{size / 1e6:.2f}", f"{8 * size / weights:.2f}")
+
+
+@app.command()
+def prune(
+    older_than_days: Annotated[float, typer.Option(min=0, help="remove what no run used for so long")],
+) -> None:
+    """Free disk: remove what the store holds and no run used lately; GGUFs that an alias points at stay."""
+    from samq.home import mlflow_uri
+    from samq.serving.registry import aliased_files, connect
+    from samq.store import Store
+
+    freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))
+    console.print(f"{freed / 1e6:,.1f} MB freed in {store_folder()}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from samq.budget_notation import read_budget
 from samq.records import Evaluation, Metric, Plan, QuantizedModel
 
 KLD = "fidelity/mean_kld_nats"
@@ -197,12 +198,11 @@ def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
     Those of about its size, and those whose budget its size was: they may have found nothing worth its last bytes.
     """
     plans = [result for result in by_size(results) if result.plan.policy in BY_SENSITIVITY]
-    budget = f"size-of:{mixture.name}".lower()
     return [
         one
         for one in no_larger(plans, mixture)
         if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE)
-        or str(one.plan.parameters.get("budget")).lower() == budget
+        or (one.plan.policy == "budget" and read_budget(str(one.plan.parameters["budget"])).mixture == mixture.name)
     ]
 
 

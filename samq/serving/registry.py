@@ -43,12 +43,11 @@ class RegisteredGguf:
     @property
     def path(self) -> Path:
         """The GGUF on this machine; raises SamqError if it lies elsewhere."""
-        parts = urlsplit(self.uri)
-        if parts.scheme != "file":
+        if urlsplit(self.uri).scheme != "file":
             raise SamqError(
                 f"version {self.version} of {self.name} lies at {self.uri}, not on this machine; copy it here"
             )
-        return Path(unquote(parts.path))
+        return _local(self.uri)
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -137,6 +136,21 @@ def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE) -> Register
         plan_digest=tags["plan_digest"],
         run_id=version.run_id or "",
     )
+
+
+def aliased_files(client: MlflowClient) -> list[Path]:
+    """The GGUFs on this machine that an alias of any registered model points at: what is served, or may be again."""
+    uris, page = [], None
+    while page != "":
+        models = client.search_registered_models(page_token=page)
+        versions = {(model.name, version) for model in models for version in model.aliases.values()}
+        uris += [client.get_model_version(*one).tags.get("gguf_uri", "") for one in sorted(versions)]
+        page = models.token or ""
+    return [_local(uri) for uri in uris if urlsplit(uri).scheme == "file"]
+
+
+def _local(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path))
 
 
 def _create_registered_model(client: MlflowClient, name: str) -> None:
