@@ -111,4 +111,4 @@ def test_more_sequences_are_wanted_until_the_least_known_cost_is_known():
 def test_sequences_come_two_at_least_at_a_time_and_no_more_than_there_are(error, available, count):
     cost = Metric(value=2.0, stderr=error, n=20)
     assert sequences_wanted([cost], precision=0.1, measured=20, available=available) == count
-    assert sequences_wanted([Metric(value=2.0, stderr=0.2001, n=1)], precision=0.1, measured=9, available=99) == 11
+    assert sequences_wanted([Metric(value=2.0, stderr=0.2001, n=2)], precision=0.1, measured=2, available=99) == 4
