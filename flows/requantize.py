@@ -15,6 +15,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq import __version__
+from samq.audit import as_is
 from samq.budget_notation import plan_name
 from samq.datasets import require_disjoint
 from samq.errors import SamqError
@@ -22,7 +23,7 @@ from samq.gguf_file import read_tensors
 from samq.home import mlflow_uri, store_folder
 from samq.ladder import rungs_of
 from samq.prices import plan_cost, predicted_cost, sequences_wanted
-from samq.quantizer import GGUF_NAME, as_is
+from samq.quantizer import GGUF_NAME
 from samq.records import CalibrationSet, Evaluation, ModelSource, PriceTable, QuantizedModel, SensitivityMap, Toolchain
 from samq.selection import Failure, Result, choose
 from samq.store import Artifact
