@@ -25,7 +25,7 @@ from samq.selection import Comparison, Result, stock
 
 DIVERGENCE_NAME = "divergence.parquet"  # in a result's folder: a row for each scored token
 CONFIDENCE = 0.95
-_RESAMPLES = 2000
+RESAMPLES = 2000
 _TOKENS = ["chunk", "position", "token"]
 
 
@@ -56,7 +56,7 @@ def _interval(sums: NDArray[np.float64], seed: int) -> tuple[float, float]:
     if chunks == 1:
         return -math.inf, math.inf
     tail = (1 - CONFIDENCE) / 2
-    taken = np.random.default_rng(seed).integers(0, chunks, (_RESAMPLES, chunks), np.int32)
+    taken = np.random.default_rng(seed).integers(0, chunks, (RESAMPLES, chunks), np.int32)
     resampled = sums[:, taken].sum(axis=2)
     low, high = np.quantile(np.log(resampled[0] / resampled[1]), [tail, 1 - tail])
     means = sums.mean(axis=1, keepdims=True)

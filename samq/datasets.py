@@ -109,17 +109,20 @@ def _is_file(name: str) -> bool:
 def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
     """All rows of the data set, and the fields that make a text."""
     if spec.name in _PACKAGED:
-        packaged = _PACKAGED[spec.name]
-        found = importlib.util.find_spec(packaged.package)
-        if found is None or found.origin is None:
-            raise SamqError(
-                f"{spec.name} comes with a package that is missing; run `pip install {packaged.distribution}`"
-            )
-        rows = [_with_answer(row) for row in _read_jsonl(Path(found.origin).parent / packaged.file)]
-        return rows, spec.fields or packaged.fields
+        rows = [_with_answer(row) for row in packaged_rows(spec.name)]
+        return rows, spec.fields or _PACKAGED[spec.name].fields
     if _is_file(spec.name):
         return _read_file(Path(spec.name)), spec.fields or ("text",)
     return _read_hub(spec), spec.fields or ("text",)
+
+
+def packaged_rows(name: str) -> list[Row]:
+    """All rows of a data set inside an installed package, in its own order; raises SamqError if that is missing."""
+    packaged = _PACKAGED[name]
+    found = importlib.util.find_spec(packaged.package)
+    if found is None or found.origin is None:
+        raise SamqError(f"{name} comes with a package that is missing; run `pip install {packaged.distribution}`")
+    return _read_jsonl(Path(found.origin).parent / packaged.file)
 
 
 def _with_answer(row: Row) -> Row:

@@ -16,7 +16,7 @@ from samq.errors import ToolError
 FULL_BYTES = 2**20  # a disk with less than this is full: what a program could not write was larger
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: ask Linux for SIGKILL when the parent dies, so that `kill -9` of a flow leaves no orphan."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
@@ -49,7 +49,7 @@ def run(
                 cwd=cwd,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
     except OSError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
@@ -73,7 +73,7 @@ def run(
             if child.returncode is not None:
                 break
     finally:
-        _kill_group(child)
+        kill_group(child)
     text = log.read_text(errors="replace")
     if child.returncode != 0:
         raise ToolError(f"{name} {_ending(child.returncode)}: {_last_words(text)}{_advice(log.parent)} (log: {log})")
@@ -95,7 +95,7 @@ def _advice(folder: Path) -> str:
     return f"; the disk of {folder} is full, free some space" if full else ""
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
+def kill_group(child: subprocess.Popen[bytes]) -> None:
     """Kill what is left of the child's process group and reap the child."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

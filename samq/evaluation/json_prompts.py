@@ -29,7 +29,7 @@ class JsonPrompt(BaseModel):
     example: Any
 
 
-_SHOWN = (
+SHOWN = (
     JsonPrompt(
         id="fruit",
         prompt="Describe the fruit: 'A ripe banana of 120 grams.'",
@@ -66,7 +66,7 @@ def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
     A model without a template gets the turns as plain text.
     """
     turns: list[Any] = []
-    for shown in _SHOWN:
+    for shown in SHOWN:
         turns.append({"role": "user", "content": question(shown)})
         turns.append({"role": "assistant", "content": json.dumps(shown.example)})
     turns.append({"role": "user", "content": question(prompt)})

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from samq.records import Record
+from samq.records import Record, digest_of
 
 
 class EvaluationSettings(BaseModel):
@@ -54,6 +54,29 @@ class EvaluationSettings(BaseModel):
         if self.scored_per_chunk < 1:
             raise ValueError(f"score_from must be under context_tokens - 1 ({self.context_tokens - 1})")
         return self
+
+
+class BenchmarkSettings(BaseModel):
+    """Which lm-eval tasks candidates are asked, and how: the same for all that are compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    NOT_SCORING: ClassVar[frozenset[str]] = frozenset({"tasks", "task_folders", "run_code"})
+
+    tasks: tuple[str, ...] = Field(
+        default=("samq_hellaswag", "samq_gsm8k", "samq_truthfulqa_mc1"),
+        description="names of tasks or groups: SAMQ's (samq_...), lm-eval's own, those of task_folders; or .yaml files",
+    )
+    task_folders: tuple[Path, ...] = Field(default=(), description="folders whose .yaml files are more tasks")
+    few_shots: int | None = Field(default=None, ge=0, description="worked examples before an item; None: the task's own")
+    limit: int | None = Field(default=None, ge=1, description="items of each task, from the first; None: all")
+    chat_template: bool = Field(default=False, description="put items as turns of the model's chat template")
+    run_code: bool = Field(default=False, description="allow tasks that run the code that the model writes")
+    seed: int | None = Field(default=None, ge=0, description="of the choice of examples; None: lm-eval's own seeds")
+    context_tokens: int = Field(default=2048, ge=64, description="longest prompt with its answer; prompts lose their start")
+
+    def scoring_digest(self) -> str:
+        """SHA-256 (hex) of what a task's figures depend on, apart from the task and the model."""
+        return digest_of(self.model_dump(mode="json", exclude=set(self.NOT_SCORING)))
 
 
 class BaselineRequest(Record):

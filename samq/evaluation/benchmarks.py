@@ -1,0 +1,187 @@
+"""lm-eval's tasks, put to one candidate: the figures, and each item's for paired statistics (`samq.significance`).
+
+Tasks run one after another: what keeps one from being measured is said of it, and the others are measured.
+"""
+
+import json
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lm_eval import evaluate
+from lm_eval.api.model import LM
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+from samq.errors import SamqError
+from samq.evaluation.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
+from samq.evaluation.llama import Model
+from samq.evaluation.sandbox import isolation
+from samq.evaluation.settings import BenchmarkSettings
+from samq.markdown import one_line
+from samq.progress import Progress, silent
+from samq.records import Metric
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "eval/"
+ITEM_COLUMNS = ["benchmark", "task", "item", "document", "metric", "value", "higher_is_better", "answer"]
+_BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no means
+
+
+@dataclass(frozen=True)
+class BenchmarkResults:
+    """What a candidate did on its tasks.
+
+    `items` has a row for each item and metric: what was asked for (`benchmark`), the task of it, the item's number and
+    lm-eval's hash of its document, the metric's name without its path, its value, whether a higher one is better, and the
+    answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
+    """
+
+    metrics: dict[str, Metric]
+    missing: dict[str, str]  # `eval/TASK` -> why it was not measured
+    items: pd.DataFrame
+    environment: dict[str, str]
+
+
+def measure_benchmarks(
+    model: Model,
+    settings: BenchmarkSettings,
+    *,
+    kv_type: str = "F16",
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> BenchmarkResults:
+    """Put the tasks of the settings to a model; see `run_benchmarks`."""
+    from samq.evaluation.harness import GgufLM
+
+    lm = GgufLM(model, context_tokens=settings.context_tokens, kv_type=kv_type, threads=threads)
+    return run_benchmarks(lm, settings, progress)
+
+
+def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = silent) -> BenchmarkResults:
+    """Put the tasks of the settings to an lm-eval model, one after another.
+
+    Metrics are named `eval/TASK/METRIC`, with the filter after it where a task has several; a group that aggregates its
+    tasks is reported in their place. A task that fails is named in `missing` as `eval/TASK`. Raises SamqError if a
+    folder of tasks is missing or holds a malformed file.
+    """
+    library = TaskLibrary(settings.task_folders)
+    metrics: dict[str, Metric] = {}
+    missing: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    environment = {"lm_eval": version("lm-eval")}
+    for done, name in enumerate(settings.tasks):
+        progress(done, len(settings.tasks))
+        try:
+            with seeded(settings.seed):
+                benchmark = library.open(name, settings)
+                if benchmark.runs_code:
+                    environment["code_isolation"] = isolation()
+                output = _run(lm, benchmark, settings)
+            metrics |= _metrics(output)
+            rows += _items(benchmark, output)
+        except SamqError as error:
+            missing[f"{PREFIX}{_legal(name)}"] = str(error)
+        except Exception as error:  # a task is a program of its author's, and must not take the others along
+            logger.warning("%s failed", name, exc_info=True)
+            reason = f"{type(error).__name__}: {one_line(str(error))}"
+            missing[f"{PREFIX}{_legal(name)}"] = f"{name} failed in lm-eval ({reason}); its log has more"
+    progress(len(settings.tasks), len(settings.tasks))
+    return BenchmarkResults(metrics, missing, pd.DataFrame(rows, columns=ITEM_COLUMNS), environment)
+
+
+def _run(lm: LM, benchmark: Benchmark, settings: BenchmarkSettings) -> dict[str, Any]:
+    """lm-eval's results; as its `simple_evaluate`, without the second that this takes to describe the machine."""
+    for task in benchmark.tasks.values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own != 0 and settings.few_shots is not None):  # where a task says 0, none fit its prompt
+            task.set_config("num_fewshot", settings.few_shots or 0)
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED if settings.seed is None else settings.seed)
+    with quiet(), code_allowed(settings.run_code):
+        output = evaluate(
+            lm=lm,
+            task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups, "group_map": {}},
+            limit=settings.limit,
+            bootstrap_iters=_BOOTSTRAP_RESAMPLES,
+            log_samples=True,
+            apply_chat_template=settings.chat_template,
+            fewshot_as_multiturn=settings.chat_template,
+            confirm_run_unsafe_code=settings.run_code,
+        )
+    return dict(output)
+
+
+def _metrics(output: Mapping[str, Any]) -> dict[str, Metric]:
+    """The figures of the groups that aggregate, or else of the tasks."""
+    found: dict[str, Metric] = {}
+    for task, figures in (output.get("groups") or output["results"]).items():
+        names = _metric_names(figures)
+        for key, name in names.items():
+            metric, filter_name = key.split(",", 1)
+            value, error = figures[key], figures.get(f"{metric}_stderr,{filter_name}")
+            if _is_number(value):
+                stderr = float(error) if _is_number(error) else None
+                found[f"{PREFIX}{_legal(task)}/{name}"] = Metric(
+                    value=float(value), stderr=stderr, n=figures["sample_len"]
+                )
+    return found
+
+
+def _metric_names(keys: Iterable[str]) -> dict[str, str]:
+    """lm-eval's `metric,filter` of a task -> name; the filter is in it only where the metric has several."""
+    pairs = [key.split(",", 1) for key in keys if "," in key]
+    scores = [(metric, filter_name) for metric, filter_name in pairs if not metric.endswith("_stderr")]
+    filters = Counter(metric for metric, _ in scores)
+    return {
+        f"{metric},{filter_name}": _legal(f"{metric}_{filter_name}" if filters[metric] > 1 else metric)
+        for metric, filter_name in scores
+    }
+
+
+def _items(benchmark: Benchmark, output: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of `BenchmarkResults.items`; what is no number for one item, as a pair for F1, is left out."""
+    for task, samples in output["samples"].items():
+        names = _metric_names(output["results"][task])
+        better = output["higher_is_better"].get(task, {})
+        generated = benchmark.tasks[task].OUTPUT_TYPE == "generate_until"
+        for sample in samples:
+            answer = _text(sample["resps"]) if generated else json.dumps(_log_likelihoods(sample["resps"]))
+            for metric in sample["metrics"]:
+                if _is_number(sample[metric]):
+                    yield {
+                        "benchmark": benchmark.name if benchmark.pools_items else task,
+                        "task": task,
+                        "item": sample["doc_id"],
+                        "document": sample["doc_hash"],
+                        "metric": names[f"{metric},{sample['filter']}"],
+                        "value": float(sample[metric]),
+                        "higher_is_better": better.get(metric) is not False,
+                        "answer": answer,
+                    }
+
+
+def _text(responses: Sequence[Sequence[Any]]) -> str:
+    """What the model wrote; of a task that asks several times, the first answer."""
+    return str(responses[0][0])
+
+
+def _log_likelihoods(responses: Sequence[Sequence[Any]]) -> list[float]:
+    """One for each request of an item; lm-eval pairs those of choices with whether they are greedy."""
+    firsts = [response[0] for response in responses]
+    return [float(first[0] if isinstance(first, list | tuple) else first) for first in firsts]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
+
+
+def _legal(name: str) -> str:
+    """A name that can be part of a metric's: `pass@1` becomes `pass_at_1`."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("@", "_at_"))
