@@ -3,7 +3,7 @@
 import gguf
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from samq.calibration import TokenBatch
@@ -24,9 +24,9 @@ SHAPE = dict(
 )
 
 
-def tiny_llama(tied=False, seed=0):
+def tiny_llama(tied=False, seed=0, **shape):
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, tie_word_embeddings=tied)).eval()
+    return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | shape, tie_word_embeddings=tied)).eval()
 
 
 def tiny_mixtral(seed=0):
@@ -61,14 +61,29 @@ def tiny_tokenizer(bos=True):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
+def byte_tokenizer(bos=None, chat_template=None):
+    """GPT-2's pre-tokenizer over bytes, a few merges, and EOS; with `bos`, such a token before every text."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "an", "th", "the", "<eos>"] + ([bos] if bos else [])
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "n"), ("t", "h"), ("th", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        special = [(bos, vocabulary[bos])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token="<eos>", chat_template=chat_template
+    )
+
+
 def save_folder(model, folder, **arguments):
     model.save_pretrained(folder, **arguments)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-def write_llama_gguf(model, path, permute=True):
-    """The F16 GGUF that llama.cpp's converter makes of a Llama, less the tokenizer."""
+def write_llama_gguf(model, path, permute=True, tokenizer=None):
+    """The F16 GGUF that llama.cpp's converter makes of a Llama; of a tokenizer only if it is a `byte_tokenizer`."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -79,6 +94,8 @@ def write_llama_gguf(model, path, permute=True):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if tokenizer is not None:
+        add_byte_tokenizer(writer, tokenizer, config.vocab_size)
     names = names_of(model)
     for hf_name, parameter in model.named_parameters():
         name, values = names(hf_name), parameter.detach().numpy()
@@ -91,3 +108,21 @@ def write_llama_gguf(model, path, permute=True):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_byte_tokenizer(writer, tokenizer, vocab_size):
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    pieces += [f"<unused{number}>" for number in range(vocab_size - len(pieces))]
+    control = {*tokenizer.all_special_tokens, *pieces[len(tokenizer) :]}
+    kinds = [gguf.TokenType.CONTROL if piece in control else gguf.TokenType.NORMAL for piece in pieces]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(pieces)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["a n", "t h", "th e"])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(tokenizer.bos_token is not None)
+    if tokenizer.bos_token is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)

@@ -7,15 +7,14 @@ understand both. Two worked examples come first; all prompts share them, so they
 """
 
 import json
-from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from samq.evaluation.chat import render_chat
 from samq.evaluation.llama import Model
 
 
@@ -73,10 +72,9 @@ def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
     if model.chat_template is None:
         lines = [f"{'Answer: ' if turn['role'] == 'assistant' else ''}{turn['content']}\n" for turn in turns]
         return model.tokenize("\n".join([*lines, "Answer:"]), add_special=True)
-    bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
-    text = _DatelessFormatter(model.chat_template, eos_token=eos, bos_token=bos)(messages=turns).prompt
-    if model.adds_bos:
-        text = text.removeprefix(bos)  # the tokenizer adds it
+    text = render_chat(model, turns)
+    if model.adds_bos and model.bos is not None:
+        text = text.removeprefix(model.token_text(model.bos))  # the tokenizer adds it
     return model.tokenize(text, add_special=True, parse_special=True)
 
 
@@ -124,11 +122,3 @@ def _range(schema: dict[str, Any], lowest: str, highest: str, unit: str) -> str:
     if low == high or high is None:
         return f" {low}{unit}" + ("" if low == high else " or more")
     return (f" up to {high}" if low is None else f" {low} to {high}") + unit
-
-
-class _DatelessFormatter(Jinja2ChatFormatter):
-    """For templates that tell the model the date: always the same day, so that answers do not depend on it."""
-
-    @staticmethod
-    def strftime_now(f: str) -> str:
-        return datetime(2024, 7, 26).strftime(f)

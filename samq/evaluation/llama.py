@@ -99,10 +99,18 @@ class Model:
         self._vocab = api.llama_model_get_vocab(handle)
         self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
         self.adds_bos = bool(api.llama_vocab_get_add_bos(self._vocab))
-        self.bos = _token_or_none(api.llama_vocab_bos(self._vocab))
-        self.eos = _token_or_none(api.llama_vocab_eos(self._vocab))
+        # where the file names none, llama.cpp takes a token of its own choice, which can be any word
+        self.bos = api.llama_vocab_bos(self._vocab) if self.adds_bos or self._names("bos") else None
+        self.eos = api.llama_vocab_eos(self._vocab) if self._names("eos") else None
+        self.trained_tokens = api.llama_model_n_ctx_train(handle)  # the context length that it was trained for
+        # what such a model keeps of a text is one state, which cannot be cut back to a part of the text
+        self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
         template = api.llama_model_chat_template(handle, None)
         self.chat_template = template.decode() if template else None
+
+    def _names(self, token: str) -> bool:
+        """Whether the file says which token is BOS, or EOS."""
+        return api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
 
     def __enter__(self) -> Self:
         """Return the model itself."""
@@ -126,9 +134,13 @@ class Model:
         outputs: int | None = None,
         kv_type: str = "F16",
         threads: int | None = None,
+        shared: bool = False,
     ) -> "Context":
-        """A KV cache of `tokens` for each of `sequences`, and the buffers to compute with; see `Context`."""
-        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads())
+        """A KV cache of `tokens` for each of `sequences`, and the buffers to compute with; see `Context`.
+
+        With `shared` it is `tokens` for all of them together: a token may then belong to several sequences.
+        """
+        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads(), shared)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of `text`.
@@ -167,7 +179,14 @@ class Context:
     """A KV cache over a model for some sequences, and the buffers to run batches with."""
 
     def __init__(
-        self, model: Model, tokens: int, sequences: int, outputs: int | None, kv_type: str, threads: int
+        self,
+        model: Model,
+        tokens: int,
+        sequences: int,
+        outputs: int | None,
+        kv_type: str,
+        threads: int,
+        shared: bool,
     ) -> None:
         """Allocate it; `outputs` bounds how many tokens of a batch may ask for logits (None: all).
 
@@ -176,7 +195,8 @@ class Context:
         self.model = model
         self.tokens = tokens
         params = api.llama_context_default_params()
-        params.n_ctx = params.n_batch = sequences * _padded(tokens)
+        params.n_ctx = params.n_batch = _padded(tokens) * (1 if shared else sequences)
+        params.kv_unified = shared
         params.n_ubatch = PHYSICAL_BATCH_TOKENS
         params.n_seq_max = sequences
         params.n_outputs_max = outputs or 0
@@ -186,7 +206,7 @@ class Context:
             handle = api.llama_init_from_model(model._model, params)
         if not handle:
             raise SamqError(
-                f"llama.cpp cannot make a context of {sequences} x {tokens} tokens on {model.path.name}: "
+                f"llama.cpp cannot make a context of {tokens} tokens for {sequences} sequences on {model.path.name}: "
                 f"{_first(log())}; use a shorter context"
             )
         self._context: Any = handle
@@ -210,31 +230,38 @@ class Context:
         """Forget all sequences."""
         api.llama_memory_clear(self._memory, False)
 
-    def forget(self, sequence: int) -> None:
-        """Forget one sequence, so that its place can be used again."""
-        api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+    def forget(self, sequence: int, start: int = 0) -> None:
+        """Forget a sequence from position `start` on, so that its place can be used again."""
+        api.llama_memory_seq_rm(self._memory, sequence, start, -1)
 
-    def copy(self, source: int, target: int) -> None:
-        """Make sequence `target` start with all of `source`."""
-        api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+    def copy(self, source: int, target: int, tokens: int = -1) -> None:
+        """Make sequence `target` start with the first `tokens` of `source`; -1: with all of it."""
+        api.llama_memory_seq_cp(self._memory, source, target, -1, tokens)
 
     def decode(
-        self, tokens: ArrayLike, positions: ArrayLike, sequences: ArrayLike, wanted: ArrayLike
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike,
+        sequences: ArrayLike,
+        wanted: ArrayLike,
+        counts: ArrayLike = 1,
     ) -> NDArray[np.float32]:
         """Append tokens to their sequences, and return the logits of those that are `wanted`.
 
-        All four are 1-D and of one length; `positions` are those within each sequence. Returns a view, shaped
-        (number wanted, vocabulary), in the batch's order, that the next call overwrites. Raises SamqError if
-        llama.cpp fails.
+        All are 1-D and of one length; `positions` are those within each sequence. In a shared context a token may
+        belong to several sequences: `counts` says to how many, and `sequences` holds them one token after the other.
+        Returns a view, shaped (number wanted, vocabulary), in the batch's order, that the next call overwrites. Raises
+        SamqError if llama.cpp fails.
         """
         token_ids = np.ascontiguousarray(tokens, np.int32)
         count = len(token_ids)
         position_ids = np.ascontiguousarray(np.broadcast_to(positions, count), np.int32)
-        sequence_ids = np.ascontiguousarray(np.broadcast_to(sequences, count), np.int32)
+        sequence_counts = np.ascontiguousarray(np.broadcast_to(counts, count), np.int32)
+        sequence_ids = np.ascontiguousarray(np.broadcast_to(sequences, sequence_counts.sum()), np.int32)
         outputs = np.ascontiguousarray(np.broadcast_to(wanted, count), np.int8)
-        sequence_counts = np.ones(count, np.int32)
-        # llama.cpp takes a list of sequences for each token: here lists of one, which lie side by side
-        lists = sequence_ids.ctypes.data + sequence_ids.itemsize * np.arange(count, dtype=np.uintp)
+        # llama.cpp takes a list of sequences for each token: the lists lie side by side
+        starts = (sequence_counts.cumsum() - sequence_counts).astype(np.uintp)
+        lists = sequence_ids.ctypes.data + sequence_ids.itemsize * starts
         batch = api.llama_batch(
             n_tokens=count,
             token=token_ids.ctypes.data_as(ctypes.POINTER(api.llama_token)),
@@ -258,11 +285,6 @@ class Context:
 def _padded(tokens: int) -> int:
     """What llama.cpp makes of a context length: a multiple of 256."""
     return -(-tokens // 256) * 256
-
-
-def _token_or_none(token: int) -> int | None:
-    """A token id, or None where llama.cpp says that the model has no such token."""
-    return None if token == api.LLAMA_TOKEN_NULL else token
 
 
 def _first(errors: Sequence[str]) -> str:

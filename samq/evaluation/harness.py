@@ -1,0 +1,254 @@
+"""lm-eval's tasks on a GGUF: the harness's model class over llama.cpp in this process.
+
+Requests are encoded, cut and scored as by lm-eval's own `hf` model, so that the two give the same numbers on the same
+weights; only the work is shared between requests (`scoring`, `generation`). Importing this module registers the model
+`samq-gguf`. lm-eval 0.4.13 knows no plugins: its own command line does not import us, so `samq lm-eval` runs it
+with the model registered.
+"""
+
+import hashlib
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+
+from samq.errors import SamqError
+from samq.evaluation.chat import Message, render_chat
+from samq.evaluation.generation import generate
+from samq.evaluation.llama import Model
+from samq.evaluation.sampling import Sampling
+from samq.evaluation.scoring import Continuation, score
+from samq.progress import Progress, bar, silent
+
+logger = logging.getLogger(__name__)
+
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
+
+
+@register_model("samq-gguf")
+class GgufLM(TemplateLM):
+    """A GGUF as lm-eval's model.
+
+    Args:
+        gguf: an open model, which stays the caller's, or a file.
+        context_tokens: what a prompt and its answer may have together; None: what the model was trained for.
+        add_bos_token: whether texts start with BOS; None: as the GGUF says.
+        prefix_token_id: what stands before a text without context; None: BOS, or EOS where there is none.
+        kv_type: F16, Q8_0 or Q4_0, the type of the KV cache.
+        threads: threads of llama.cpp; None: one a physical core.
+        progress: told how many requests of a call are done; None: a bar on the terminal.
+
+    Raises SamqError if the file cannot be loaded, or it lacks the tokens that are asked for.
+    """
+
+    def __init__(
+        self,
+        gguf: Model | str,
+        context_tokens: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        kv_type: str = "F16",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = gguf if isinstance(gguf, Model) else Model(Path(gguf))
+        self.max_length = context_tokens or self.model.trained_tokens
+        self.max_gen_toks = 256  # where a task does not say, as for hf
+        self._add_bos = self.model.adds_bos if add_bos_token is None else add_bos_token
+        if add_bos_token and self.model.bos is None:
+            raise SamqError(f"{self.model.path} has no BOS token; leave add_bos_token out")
+        self._prefix_token_id = prefix_token_id
+        self._settings: dict[str, Any] = {"kv_type": kv_type, "threads": threads}
+        self._progress = progress
+        self._encoded = lru_cache(maxsize=1024)(self._encode)  # the choices of an item share their context
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        """The model of `gguf=FILE,context_tokens=...`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """The model of these arguments; lm-eval's batch size and device are llama.cpp's own affair."""
+        try:
+            return cls(**arg_dict)
+        except TypeError as error:
+            raise SamqError(f"--model_args of samq-gguf: {error}; write gguf=FILE,context_tokens=4096") from error
+
+    @property
+    def eot_token_id(self) -> int:
+        """EOS."""
+        if self.model.eos is None:
+            raise SamqError(f"{self.model.path} names no EOS token; convert the model again with its tokenizer")
+        return self.model.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
+        return self.eot_token_id if self.model.bos is None else self.model.bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval's cache of built requests tells models apart by: all that a request's text depends on."""
+        return f"samq-gguf-{hashlib.sha256((self.model.chat_template or '').encode()).hexdigest()[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The GGUF's template, for the record; None if none is to be applied."""
+        return self.model.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The chat as text; without a generation prompt it ends inside its last message."""
+        return render_chat(self.model, chat_history, continue_last=not add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+        """Token ids, with special tokens read as such; BOS in front unless the text brings it, or as told."""
+        return list(self._encoded(string, add_special_tokens))
+
+    def _encode(self, string: str, add_special_tokens: bool | None) -> tuple[int, ...]:
+        tokens = self.model.tokenize(string, parse_special=True).tolist()
+        if add_special_tokens is None:
+            add_special_tokens = self._add_bos and tokens[:1] != [self.model.bos]
+        return tuple([self.model.bos, *tokens] if add_special_tokens and self._add_bos else tokens)
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability (nats) of each continuation after its context, and whether greedy decoding would give it.
+
+        An empty continuation has probability 1. One that is longer than the context alone has probability 0, with a
+        warning; so that one request can spoil neither the others nor their order.
+        """
+        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of context and continuation; neither shares a token with the other, and the context is not empty."""
+        if context != "":
+            tokens, rest = self._encode_pair(context, continuation)
+            return (tokens, rest) if tokens else ([self.prefix_token_id], rest)
+        rest = self.tok_encode(continuation, add_special_tokens=False)
+        return (rest[:1], rest[1:]) if rest[:1] == [self.prefix_token_id] else ([self.prefix_token_id], rest)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: object
+    ) -> list[tuple[float, bool]]:
+        answers = [(0.0, True)] * len(requests)
+        asked = []
+        cut = too_long = 0
+        for index, (_texts, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                answers[index] = (-float("inf"), False)
+                too_long += 1
+            elif continuation:
+                room = self.max_length + 1 - len(continuation)  # the last token needs no room: nothing follows it
+                cut += len(context) > room
+                asked.append((index, Continuation(np.array(context[-room:]), np.array(continuation))))
+        if cut:
+            logger.warning(f"{cut} requests lose their beginning: the context has {self.max_length} tokens")
+        if too_long:
+            logger.warning(f"{too_long} continuations are longer than the context of {self.max_length} tokens: failed")
+        done = len(requests) - len(asked)
+        with self._bar("loglikelihood", disable_tqdm) as progress:
+            for found in score(self.model, [continuation for _, continuation in asked], **self._settings):
+                index = asked[found.index][0]
+                answers[index] = (found.log_probability, found.is_greedy)
+                if (texts := requests[index][0]) is not None:  # None: a window of a rolling request
+                    self.cache_hook.add_partial("loglikelihood", texts, answers[index])
+                done += 1
+                progress(done, len(requests))
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability (nats) of each whole text, each token after as many before it as the context holds."""
+        windows: list[Pair] = []
+        counts = []
+        for request in requests:
+            found = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+            texts = [(None, *make_disjoint_window(window)) for window in found]
+            windows += texts
+            counts.append(len(texts))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        totals = [sum(log_probability for log_probability, _ in islice(scores, count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each text up to its first stop string (left out), the end that the model makes, or `max_gen_toks`.
+
+        Of the settings, `until`, `max_gen_toks` and its aliases, `do_sample`, `temperature`, `top_k`, `top_p` and `seed`
+        are known; others raise SamqError, and so do more tokens than the context has room for.
+        """
+        groups = defaultdict(list)  # what is generated alike, for one task: its prompts may begin with one preamble
+        for index, request in enumerate(requests):
+            groups[request.task_name, repr(request.args[1])].append(index)
+        answers = [""] * len(requests)
+        done = 0
+        with self._bar("generate", disable_tqdm) as progress:
+            for group in groups.values():
+
+                def report(count: int, _: int, before: int = done) -> None:
+                    progress(before + count, len(requests))
+
+                prompts = [requests[index].args[0] for index in group]
+                for index, text in zip(group, self._continue(prompts, requests[group[0]].args[1], report), strict=True):
+                    answers[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                done += len(group)
+        return answers
+
+    def _continue(self, texts: Sequence[str], settings: dict[str, Any], progress: Progress) -> list[str]:
+        """The answers to prompts with the same settings."""
+        known: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        stops = [stop for stop in known.pop("until") if stop]
+        limit = known.pop("max_gen_toks")
+        if not 0 < limit < self.max_length:
+            raise SamqError(f"max_gen_toks {limit} leaves a context of {self.max_length} no prompt; change one of them")
+        sampled = known.pop("do_sample")
+        sampling = {name: known.pop(name) for name in _SAMPLING if name in known}
+        if known:
+            raise SamqError(f"generation cannot follow the setting {min(known)}; leave it out of the task")
+        prompts = [self.tok_encode(text) or [self.prefix_token_id] for text in texts]
+        room = self.max_length - limit
+        if cut := sum(len(prompt) > room for prompt in prompts):
+            logger.warning(f"{cut} prompts lose their beginning: the context has {self.max_length} tokens, {limit} of "
+                           "them for the answer")  # fmt: skip
+        generated = generate(
+            self.model,
+            [np.array(prompt[-room:], np.int32) for prompt in prompts],
+            limit=limit,
+            finished=lambda text: any(stop in text for stop in stops),
+            sampling=Sampling(**sampling) if sampled else Sampling(),
+            progress=progress,
+            **self._settings,
+        )
+        return [postprocess_generated_text(text, stops, None) for text in generated]
+
+    def _bar(self, what: str, quiet: bool) -> AbstractContextManager[Progress]:
+        """Where the progress of a call goes."""
+        if self._progress is None and not quiet:
+            return bar(what)
+        return nullcontext(self._progress or silent)
+
+
+def run_command_line(arguments: Sequence[str]) -> None:
+    """lm-eval's own command line, with the model `samq-gguf`."""
+    sys.argv = ["lm-eval", *arguments]  # where lm-eval looks
+    cli_evaluate()
