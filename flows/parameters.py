@@ -9,13 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from samq.allocation import ThresholdPolicy, resolve_threshold
 from samq.budget import BudgetPolicy
 from samq.budget_notation import read_budget
+from samq.cost import CostSettings
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError
-from samq.evaluation.settings import EvaluationSettings
+from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.formats import check_mixture, check_type
 from samq.ladder import DEFAULT_TYPES
-from samq.selection import SelectionRule
+from samq.selection import Finalists, SelectionRule
 from samq.sensitivity import Labels
+from samq.significance import MARGIN
 
 
 class Parameters(BaseModel):
@@ -125,6 +127,27 @@ class CandidateParameters(Parameters):
         return tuple(dict.fromkeys((*self.stock, *(mixture for mixture in sizes if mixture))))
 
 
+class BenchmarkParameters(BenchmarkSettings):
+    """lm-eval's tasks, and which candidates they are put to."""
+
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="names of tasks or groups: SAMQ's own, that need no network (samq_hellaswag, samq_gsm8k, "
+        "samq_truthfulqa_mc1, samq_humaneval, samq_json), lm-eval's (mmlu, gsm8k, ...), or .yaml files",
+    )
+    candidates: Finalists = Field(
+        default="front",
+        description="front: the Pareto front of bytes and KL, with the best and the stock mixture of its size; best: those "
+        "two; all: every candidate; full precision is always among them",
+    )
+    margin: float = Field(default=MARGIN, ge=0, description="largest relative loss that counts as none: 0.01 is 1 %")
+
+    @property
+    def settings(self) -> BenchmarkSettings:
+        """What a task is put with, whomever it is put to."""
+        return BenchmarkSettings(**self.model_dump(include=set(BenchmarkSettings.model_fields)))
+
+
 class TrackingParameters(Parameters):
     """Where results go."""
 
@@ -142,7 +165,9 @@ class RequantizeParameters(Parameters):
     heldout: DatasetSpec = Field(description="text that fidelity is measured on; must not overlap the calibration's")
     candidates: CandidateParameters = CandidateParameters()
     evaluation: EvaluationSettings = EvaluationSettings()
+    benchmarks: BenchmarkParameters = BenchmarkParameters()
     selection: SelectionRule = SelectionRule()
+    cost: CostSettings | None = Field(default=None, description="what a GPU costs, for the report's cost sheet")
     tracking: TrackingParameters = TrackingParameters()
     timeout_s: float = Field(default=6 * 3600, gt=0, description="limit of each program that llama.cpp runs")
 

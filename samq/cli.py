@@ -318,13 +318,12 @@ def evaluate(
     """Measure fidelity to full precision, JSON compliance, speed and memory of one GGUF."""
     _prepare_prefect()
     from samq.datasets import DatasetSpec, load_texts
-    from samq.evaluation.settings import EvaluationSettings
+    from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
     from samq.model import describe_source
     from samq.quantizer import GGUF_NAME
     from samq.records import Evaluation, TextSet
     from samq.toolchain import find_toolchain
     from tasks.convert import convert
-    from tasks.evaluate import EVALUATION_NAME
     from tasks.evaluate import baseline as baseline_stage
     from tasks.evaluate import evaluate as evaluate_stage
     from tasks.text import heldout

@@ -25,7 +25,9 @@ from scipy.stats import t as student
 from samq.comparison import CONFIDENCE, RESAMPLES
 from samq.errors import SamqError
 from samq.records import Metric, Record
+from samq.selection import Result
 
+ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
 MARGIN = 0.01  # the founding goal: no more than 1 % worse
 _POWER = 0.8  # chance to decide with the items that are said to be needed, the usual one
 _ITEM = ["task", "item", "document"]
@@ -60,6 +62,29 @@ class PairedComparison(Record):
     items_needed: int | None = Field(
         description="items for a decision with a chance of 80 % if the differences stay as they are; None: no number would do"
     )
+
+    @property
+    def metric_name(self) -> str:
+        """The metric's name in an evaluation."""
+        return f"eval/{self.benchmark}/{self.metric}"
+
+
+def compare_benchmarks(
+    results: Sequence[Result], reference: Result, *, margin: float = MARGIN
+) -> list[PairedComparison]:
+    """Every other candidate against the reference, from the tables of items beside their evaluations.
+
+    Who was asked nothing has no such table, and is left out. Raises SamqError as `compare_items`.
+    """
+    tables = {one.name: pd.read_parquet(path) for one in results if (path := one.folder / ITEMS_NAME).is_file()}
+    theirs = tables.pop(reference.name, None)
+    if theirs is None:
+        return []
+    return [
+        comparison
+        for name, ours in tables.items()
+        for comparison in compare_items(name, ours, reference.name, theirs, margin=margin)
+    ]
 
 
 def compare_items(
@@ -157,9 +182,8 @@ def delta_metrics(comparisons: Sequence[PairedComparison], against: str) -> dict
     """The differences as metrics: `eval/gsm8k/exact_match_delta_vs_f16`, and its p value `..._p_vs_f16`."""
     metrics: dict[str, Metric] = {}
     for one in comparisons:
-        name = f"eval/{one.benchmark}/{one.metric}"
-        metrics[f"{name}_delta_vs_{against}"] = Metric(value=one.difference, stderr=one.stderr, n=one.items)
-        metrics[f"{name}_p_vs_{against}"] = Metric(value=one.p, n=one.items)
+        metrics[f"{one.metric_name}_delta_vs_{against}"] = Metric(value=one.difference, stderr=one.stderr, n=one.items)
+        metrics[f"{one.metric_name}_p_vs_{against}"] = Metric(value=one.p, n=one.items)
     return metrics
 
 

@@ -200,7 +200,12 @@ def _describe(task: Task) -> dict[str, Any]:
     config = _plain(task.dump_config())
     config.get("metadata", {}).pop("config_source", None)
     examples = task.sampler.df if hasattr(task, "sampler") else []
-    return {"config": config, "version": str(task.VERSION), "items": _digest(task.eval_docs), "examples": _digest(examples)}
+    return {
+        "config": config,
+        "version": str(task.VERSION),
+        "items": _digest(task.eval_docs),
+        "examples": _digest(examples),
+    }
 
 
 def _digest(documents: Iterable[Any]) -> str:

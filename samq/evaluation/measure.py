@@ -18,7 +18,14 @@ from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
 from samq.evaluation.llama import Model, default_threads, system_info
 from samq.evaluation.memory import predict_memory
-from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.evaluation.settings import (
+    EVALUATION_NAME,
+    ITEMS_NAME,
+    BaselineRequest,
+    BenchmarkRequest,
+    EvaluationRequest,
+    EvaluationSettings,
+)
 from samq.evaluation.speed import measure_speed
 from samq.records import Evaluation, Metric
 
@@ -90,7 +97,36 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     evaluation = Evaluation(
         name=request.name, sha256=request.sha256, metrics=metrics, missing=missing, environment=environment
     )
-    evaluation.save(request.output / "evaluation.json")
+    evaluation.save(request.output / EVALUATION_NAME)
+    return evaluation
+
+
+def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
+    """Put the request's tasks to its GGUF, and write the answers into its output folder.
+
+    That gets `items.parquet` (a row an item and metric, see `samq.evaluation.benchmarks`) and, last, `evaluation.json`. A
+    task that cannot be run is named in `missing`; a candidate that cannot be loaded raises SamqError.
+    """
+    from samq.evaluation.benchmarks import measure_benchmarks  # lm-eval takes seconds to import
+
+    _make(request.output)
+    with Model(request.gguf, gpu_layers=request.gpu_layers) as model:
+        results = measure_benchmarks(
+            model,
+            request.settings,
+            kv_type=request.kv_type,
+            threads=request.threads,
+            progress=partial(report, "benchmarks"),
+        )
+    _write(results.items, request.output / ITEMS_NAME)
+    evaluation = Evaluation(
+        name=request.name,
+        sha256=request.sha256,
+        metrics=results.metrics,
+        missing=results.missing,
+        environment=results.environment,
+    )
+    evaluation.save(request.output / EVALUATION_NAME)
     return evaluation
 
 

@@ -5,7 +5,10 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from samq.records import Record, digest_of
+from samq.records import Record
+
+EVALUATION_NAME = "evaluation.json"  # the record that a request leaves in its output folder
+ITEMS_NAME = "items.parquet"  # beside it: each benchmark item's metrics
 
 
 class EvaluationSettings(BaseModel):
@@ -60,23 +63,24 @@ class BenchmarkSettings(BaseModel):
     """Which lm-eval tasks candidates are asked, and how: the same for all that are compared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    NOT_SCORING: ClassVar[frozenset[str]] = frozenset({"tasks", "task_folders", "run_code"})
+    # A task is identified by what it holds, not by its name or where it lies.
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"tasks", "task_folders", "run_code"})
 
     tasks: tuple[str, ...] = Field(
         default=("samq_hellaswag", "samq_gsm8k", "samq_truthfulqa_mc1"),
         description="names of tasks or groups: SAMQ's (samq_...), lm-eval's own, those of task_folders; or .yaml files",
     )
     task_folders: tuple[Path, ...] = Field(default=(), description="folders whose .yaml files are more tasks")
-    few_shots: int | None = Field(default=None, ge=0, description="worked examples before an item; None: the task's own")
+    few_shots: int | None = Field(
+        default=None, ge=0, description="worked examples before an item; None: the task's own"
+    )
     limit: int | None = Field(default=None, ge=1, description="items of each task, from the first; None: all")
     chat_template: bool = Field(default=False, description="put items as turns of the model's chat template")
     run_code: bool = Field(default=False, description="allow tasks that run the code that the model writes")
     seed: int | None = Field(default=None, ge=0, description="of the choice of examples; None: lm-eval's own seeds")
-    context_tokens: int = Field(default=2048, ge=64, description="longest prompt with its answer; prompts lose their start")
-
-    def scoring_digest(self) -> str:
-        """SHA-256 (hex) of what a task's figures depend on, apart from the task and the model."""
-        return digest_of(self.model_dump(mode="json", exclude=set(self.NOT_SCORING)))
+    context_tokens: int = Field(
+        default=2048, ge=64, description="longest prompt with its answer; prompts lose their start"
+    )
 
 
 class BaselineRequest(Record):
@@ -103,3 +107,18 @@ class EvaluationRequest(Record):
     baseline: Path | None = Field(default=None, description="folder of a baseline; None: fidelity is not measured")
     output: Path = Field(description="folder that gets evaluation.json and the per-item parquet files")
     settings: EvaluationSettings = EvaluationSettings()
+
+
+class BenchmarkRequest(Record):
+    """Put benchmark tasks to one candidate."""
+
+    SCHEMA: ClassVar[str] = "samq.benchmark-request/1"
+
+    name: str = Field(description="the candidate's name in reports")
+    gguf: Path
+    sha256: str = Field(description="SHA-256 of that file")
+    output: Path = Field(description="folder that gets evaluation.json and items.parquet")
+    settings: BenchmarkSettings
+    kv_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
+    threads: int | None = Field(default=None, ge=1)
+    gpu_layers: int | None = Field(default=None, ge=-1)

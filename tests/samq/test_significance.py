@@ -66,7 +66,9 @@ def test_tangos_limit_is_where_the_score_test_just_rejects(better, worse, items,
         return sum(count * math.log(chance) for count, chance in parts if count)
 
     bounds = max(0.0, -limit) + 1e-12, (1 - limit) / 2 - 1e-12
-    likeliest = minimize_scalar(lambda p: -log_likelihood(p), bounds=bounds, method="bounded", options={"xatol": 1e-10}).x
+    likeliest = minimize_scalar(
+        lambda p: -log_likelihood(p), bounds=bounds, method="bounded", options={"xatol": 1e-10}
+    ).x
     variance = items * (2 * likeliest + limit - limit**2)
     assert abs(better - worse - items * limit) / math.sqrt(variance) == pytest.approx(norm.ppf(0.975), rel=1e-3)
 

@@ -44,9 +44,7 @@ def split_context(context: str) -> tuple[str, str]:
 
 def gsm8k(**_metadata: object) -> Splits:
     """GSM8K's items: question, and answer with its way there."""
-    return _test_split(
-        {"question": row["prompt"], "answer": row["upstream_answer"]} for row in packaged_rows("gsm8k")
-    )
+    return _test_split({"question": row["prompt"], "answer": row["upstream_answer"]} for row in packaged_rows("gsm8k"))
 
 
 def truthfulqa(**_metadata: object) -> Splits:
