@@ -107,3 +107,18 @@ class EvaluationRequest(Record):
     baseline: Path | None = Field(default=None, description="folder of a baseline; None: fidelity is not measured")
     output: Path = Field(description="folder that gets evaluation.json and the per-item parquet files")
     settings: EvaluationSettings = EvaluationSettings()
+
+
+class BenchmarkRequest(Record):
+    """Put lm-eval's tasks to one candidate."""
+
+    SCHEMA: ClassVar[str] = "samq.benchmark-request/1"
+
+    name: str = Field(description="the candidate's name in reports")
+    gguf: Path
+    sha256: str = Field(description="SHA-256 of that file")
+    output: Path = Field(description="folder that gets evaluation.json and benchmarks.parquet")
+    benchmarks: BenchmarkSettings = BenchmarkSettings()
+    settings: EvaluationSettings = Field(
+        default=EvaluationSettings(), description="of these the type of the KV cache, threads and GPU layers count"
+    )

@@ -1,6 +1,9 @@
 import json
 import math
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
 
 from samq.errors import SamqError
@@ -8,8 +11,9 @@ from samq.evaluation.benchmarks import measure_benchmarks, run_benchmarks
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
 from samq.evaluation.llama import Model
-from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
-from samq.significance import compare_items
+from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
+from samq.records import Evaluation
+from samq.significance import ITEMS_NAME, compare_items
 from tests.samq.evaluation.lm import RuleLM
 from tests.samq.evaluation.task_files import COLOURS, write_task
 
@@ -166,3 +170,22 @@ def test_json_as_a_task_is_json_compliance(smollm2_q4_k_m):
     assert valid["value"].tolist() == expected["valid"].astype(float).tolist()
     same = [ours.startswith(theirs) for ours, theirs in zip(valid["answer"], expected["output"], strict=True)]
     assert sum(same) >= 7, "compliance stops where nothing can help an answer any more; rounding may change one"
+
+
+@pytest.mark.e2e
+def test_a_child_writes_the_figures_and_the_items(tmp_path, smollm2_q4_k_m):
+    request = BenchmarkRequest(
+        name="q4",
+        gguf=smollm2_q4_k_m,
+        sha256="0" * 64,
+        output=tmp_path / "out",
+        benchmarks=BenchmarkSettings(tasks=("samq_truthfulqa_mc1", "samq_humaneval"), limit=2),
+    )
+    command = [sys.executable, "-m", "samq.evaluation", request.save(tmp_path / "request.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "progress: benchmarks" in done.stdout
+    found = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    assert set(found.metrics) == {"eval/samq_truthfulqa_mc1/acc"} and "run_code" in found.missing["eval/samq_humaneval"]
+    items = pd.read_parquet(tmp_path / "out" / ITEMS_NAME)
+    assert items["value"].mean() == found.metrics["eval/samq_truthfulqa_mc1/acc"].value and len(items) == 2
