@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from samq.evaluation.settings import EVALUATION_NAME, ITEMS_NAME
+from samq.evaluation.settings import EVALUATION_NAME
 from samq.records import Evaluation
 from samq.selection import Result
-from samq.significance import PairedComparison, compare_items
+from samq.significance import ITEMS_NAME, PairedComparison, compare_items
 
 PRODUCTION = "production"  # what the model in production is called among the references
 

@@ -37,7 +37,7 @@ class Result:
     gguf: Path
     folder: Path  # of the evaluation: evaluation.json and the parquet files
     predicted: Metric | None = None  # KL by the price table, nats per token; None where the plan's types have no price
-    benchmark_folders: tuple[Path, ...] = ()  # a task each: evaluation.json and items.parquet
+    benchmark_folders: tuple[Path, ...] = ()  # a task each: evaluation.json and benchmarks.parquet
 
     @property
     def name(self) -> str:

@@ -34,7 +34,7 @@ from samq.benchmarking import items_of
 from samq.cost import CostSettings
 from samq.description import describe_plan
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME, ITEMS_NAME
+from samq.evaluation.settings import EVALUATION_NAME
 from samq.figures import pareto_figure, prediction_figure
 from samq.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
 from samq.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
@@ -43,7 +43,7 @@ from samq.records import CalibrationSet, ModelSource, PredictionCheck, Sensitivi
 from samq.report import results_table
 from samq.selection import Comparison, Failure, Result, by_size, pareto, rival_of
 from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
-from samq.significance import PairedComparison
+from samq.significance import ITEMS_NAME, PairedComparison
 
 _TAG_CHARACTERS = 8000  # MLflow's limit of a tag's value
 _DIGEST_CHARACTERS = 12  # of a dataset's digest: what MLflow's table has room for; a parameter has it all

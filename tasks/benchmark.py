@@ -6,7 +6,7 @@ from typing import Literal
 from prefect import task
 
 from samq.benchmarking import compare_benchmarks
-from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings
+from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
 from samq.quantizer import GGUF_NAME
 from samq.selection import Result
 from samq.significance import PairedComparison
@@ -39,7 +39,7 @@ def benchmark(
     gpu_layers: int | None,
     timeout_s: float,
 ) -> None:
-    """`evaluation.json` with the task's figures, and `items.parquet` with each item's.
+    """`evaluation.json` with the task's figures, and `benchmarks.parquet` with each item's.
 
     The key has `task_digest`, the content of the task and its data, beside the GGUF's and the settings.
     """
@@ -48,10 +48,8 @@ def benchmark(
         gguf=model.path(GGUF_NAME),
         sha256=model.files[GGUF_NAME].sha256,
         output=folder,
-        settings=settings.model_copy(update={"tasks": (task,)}),
-        kv_type=kv_type,
-        threads=threads,
-        gpu_layers=gpu_layers,
+        benchmarks=settings.model_copy(update={"tasks": (task,)}),
+        settings=EvaluationSettings(kv_type=kv_type, threads=threads, gpu_layers=gpu_layers),
     )
     measure_alone(request, folder, f"{task} on {name}", timeout_s)
 

@@ -1,4 +1,4 @@
-"""`python -m samq.evaluation REQUEST.json`: carry out a request of `samq.evaluation.settings`.
+"""`python -m samq.evaluation REQUEST.json`: carry out a BaselineRequest, an EvaluationRequest or a BenchmarkRequest.
 
 Prints `progress: WHAT DONE/TOTAL` lines. Exits with 2, and one sentence as the last line, on an error that a person can
 act on.
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from samq.errors import SamqError
-from samq.evaluation.measure import benchmark, compute_baseline, evaluate
+from samq.evaluation.measure import compute_baseline, evaluate
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest
 
 
@@ -30,6 +30,8 @@ def main(arguments: list[str]) -> int:
             case BaselineRequest.SCHEMA:
                 compute_baseline(BaselineRequest.load(path), _report)
             case BenchmarkRequest.SCHEMA:
+                from samq.evaluation.benchmarks import benchmark  # takes a second, which the others need not wait
+
                 benchmark(BenchmarkRequest.load(path), _report)
             case _:
                 evaluate(EvaluationRequest.load(path), _report)

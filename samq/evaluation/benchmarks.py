@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,12 +22,15 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from samq.errors import SamqError
 from samq.evaluation.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
+from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
+from samq.evaluation.measure import Report, make_folder, write_table
 from samq.evaluation.sandbox import isolation
-from samq.evaluation.settings import BenchmarkSettings
+from samq.evaluation.settings import EVALUATION_NAME, BenchmarkRequest, BenchmarkSettings
 from samq.markdown import one_line
 from samq.progress import Progress, silent
-from samq.records import Metric
+from samq.records import Evaluation, Metric
+from samq.significance import ITEMS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +43,42 @@ _BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no mea
 class BenchmarkResults:
     """What a candidate did on its tasks.
 
-    `items` has a row for each item and metric: what was asked for (`benchmark`), the task of it, the item's number and
-    lm-eval's hash of its document, the metric's name without its path, its value, whether a higher one is better, and the
-    answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
+    `items` has a row for each item and metric: what was asked for (`benchmark`, as in the metrics' names), the task of it,
+    the item's number and lm-eval's hash of its document, the metric's name without its path, its value, whether a higher
+    one is better, and the answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
     """
 
     metrics: dict[str, Metric]
     missing: dict[str, str]  # `eval/TASK` -> why it was not measured
     items: pd.DataFrame
     environment: dict[str, str]
+
+
+def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
+    """Put the request's tasks to its candidate, and write `benchmarks.parquet` and, last, `evaluation.json`.
+
+    The evaluation has the benchmarks' metrics only. Raises SamqError if the candidate cannot be loaded.
+    """
+    make_folder(request.output)
+    settings = request.settings
+    with Model(request.gguf, gpu_layers=settings.gpu_layers) as model:
+        found = measure_benchmarks(
+            model,
+            request.benchmarks,
+            kv_type=settings.kv_type,
+            threads=settings.threads,
+            progress=partial(report, "benchmarks"),
+        )
+    write_table(found.items, request.output / ITEMS_NAME)
+    evaluation = Evaluation(
+        name=request.name,
+        sha256=request.sha256,
+        metrics=found.metrics,
+        missing=found.missing,
+        environment=found.environment,
+    )
+    evaluation.save(request.output / EVALUATION_NAME)
+    return evaluation
 
 
 def measure_benchmarks(
@@ -58,34 +89,31 @@ def measure_benchmarks(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> BenchmarkResults:
-    """Put the tasks of the settings to a model; see `run_benchmarks`."""
-    from samq.evaluation.harness import GgufLM
-
-    lm = GgufLM(model, context_tokens=settings.context_tokens, kv_type=kv_type, threads=threads)
-    return run_benchmarks(lm, settings, progress)
+    """Put the tasks of the settings to a model; see `run_benchmarks`. Progress is of the requests of one task."""
+    lm = GgufLM(model, context_tokens=settings.context_tokens, kv_type=kv_type, threads=threads, progress=progress)
+    return run_benchmarks(lm, settings)
 
 
-def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = silent) -> BenchmarkResults:
+def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
     """Put the tasks of the settings to an lm-eval model, one after another.
 
     Metrics are named `eval/TASK/METRIC`, with the filter after it where a task has several; a group that aggregates its
-    tasks is reported in their place. A task that fails is named in `missing` as `eval/TASK`. Raises SamqError if a
-    folder of tasks is missing or holds a malformed file.
+    tasks is reported in their place, and they are among the items only. A task that fails is named in `missing` as
+    `eval/TASK`. Raises SamqError if a folder of tasks is missing or holds a malformed file.
     """
     library = TaskLibrary(settings.task_folders)
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     environment = {"lm_eval": version("lm-eval")}
-    for done, name in enumerate(settings.tasks):
-        progress(done, len(settings.tasks))
+    for name in dict.fromkeys(settings.tasks):
         try:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
                 if benchmark.runs_code:
                     environment["code_isolation"] = isolation()
                 output = _run(lm, benchmark, settings)
-            metrics |= _metrics(output)
+            metrics |= _metrics(benchmark, output)
             rows += _items(benchmark, output)
         except SamqError as error:
             missing[f"{PREFIX}{_legal(name)}"] = str(error)
@@ -93,7 +121,6 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings, progress: Progress = sil
             logger.warning("%s failed", name, exc_info=True)
             reason = f"{type(error).__name__}: {one_line(str(error))}"
             missing[f"{PREFIX}{_legal(name)}"] = f"{name} failed in lm-eval ({reason}); its log has more"
-    progress(len(settings.tasks), len(settings.tasks))
     return BenchmarkResults(metrics, missing, pd.DataFrame(rows, columns=ITEM_COLUMNS), environment)
 
 
@@ -118,19 +145,17 @@ def _run(lm: LM, benchmark: Benchmark, settings: BenchmarkSettings) -> dict[str,
     return dict(output)
 
 
-def _metrics(output: Mapping[str, Any]) -> dict[str, Metric]:
-    """The figures of the groups that aggregate, or else of the tasks."""
+def _metrics(benchmark: Benchmark, output: Mapping[str, Any]) -> dict[str, Metric]:
+    """The figures of a group that aggregates those of its tasks, or else of each task."""
+    whole = output.get("groups", {}).get(benchmark.name)
     found: dict[str, Metric] = {}
-    for task, figures in (output.get("groups") or output["results"]).items():
-        names = _metric_names(figures)
-        for key, name in names.items():
-            metric, filter_name = key.split(",", 1)
-            value, error = figures[key], figures.get(f"{metric}_stderr,{filter_name}")
+    for task, figures in ({benchmark.name: whole} if whole else output["results"]).items():
+        for key, name in _metric_names(figures).items():
+            value, error = figures[key], figures.get(key.replace(",", "_stderr,", 1))
             if _is_number(value):
                 stderr = float(error) if _is_number(error) else None
-                found[f"{PREFIX}{_legal(task)}/{name}"] = Metric(
-                    value=float(value), stderr=stderr, n=figures["sample_len"]
-                )
+                metric = Metric(value=float(value), stderr=stderr, n=figures["sample_len"])
+                found[f"{PREFIX}{_legal(task)}/{name}"] = metric
     return found
 
 
@@ -156,7 +181,7 @@ def _items(benchmark: Benchmark, output: Mapping[str, Any]) -> Iterator[dict[str
             for metric in sample["metrics"]:
                 if _is_number(sample[metric]):
                     yield {
-                        "benchmark": benchmark.name if benchmark.pools_items else task,
+                        "benchmark": _legal(benchmark.name if benchmark.pools_items else task),
                         "task": task,
                         "item": sample["doc_id"],
                         "document": sample["doc_hash"],

@@ -20,9 +20,7 @@ from samq.evaluation.llama import Model, default_threads, system_info
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import (
     EVALUATION_NAME,
-    ITEMS_NAME,
     BaselineRequest,
-    BenchmarkRequest,
     EvaluationRequest,
     EvaluationSettings,
 )
@@ -34,7 +32,7 @@ Report = Callable[[str, int, int], None]  # (what is being measured, done, total
 
 def compute_baseline(request: BaselineRequest, report: Report) -> Baseline:
     """Write the full-precision model's logits, and `baseline.json`, into the request's output folder."""
-    _make(request.output)
+    make_folder(request.output)
     token_ids = read_tokens(request.tokens)
     with Model(request.gguf, gpu_layers=request.settings.gpu_layers) as model:
         chunks = _chunks(model, token_ids, request.settings)
@@ -51,7 +49,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     computes nonsense, raises SamqError.
     """
     settings = request.settings
-    _make(request.output)
+    make_folder(request.output)
     token_ids = read_tokens(request.tokens)
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
@@ -71,11 +69,11 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 partial(report, "fidelity"),
             )
             metrics |= found
-            _write(tokens, request.output / "divergence.parquet")
+            write_table(tokens, request.output / "divergence.parquet")
         if prompts := load_prompts()[: settings.json_prompts]:
             found, items = measure_json(model, prompts, settings, partial(report, "json"))
             metrics |= found
-            _write(items, request.output / "json.parquet")
+            write_table(items, request.output / "json.parquet")
         else:
             missing["json"] = "the settings ask for no JSON prompts"
         if settings.speed_requests:
@@ -101,48 +99,21 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     return evaluation
 
 
-def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
-    """Put the request's tasks to its GGUF, and write the answers into its output folder.
-
-    That gets `items.parquet` (a row an item and metric, see `samq.evaluation.benchmarks`) and, last, `evaluation.json`. A
-    task that cannot be run is named in `missing`; a candidate that cannot be loaded raises SamqError.
-    """
-    from samq.evaluation.benchmarks import measure_benchmarks  # lm-eval takes seconds to import
-
-    _make(request.output)
-    with Model(request.gguf, gpu_layers=request.gpu_layers) as model:
-        results = measure_benchmarks(
-            model,
-            request.settings,
-            kv_type=request.kv_type,
-            threads=request.threads,
-            progress=partial(report, "benchmarks"),
-        )
-    _write(results.items, request.output / ITEMS_NAME)
-    evaluation = Evaluation(
-        name=request.name,
-        sha256=request.sha256,
-        metrics=results.metrics,
-        missing=results.missing,
-        environment=results.environment,
-    )
-    evaluation.save(request.output / EVALUATION_NAME)
-    return evaluation
-
-
 def _chunks(model: Model, token_ids: NDArray[np.int32], settings: EvaluationSettings) -> NDArray[np.int32]:
     """The chunks of held-out tokens that are scored."""
     return cut_chunks(token_ids, settings.context_tokens, model.bos if model.adds_bos else None)[: settings.chunks]
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it; raises SamqError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SamqError(f"cannot make {folder}: {error.strerror}; choose a folder that can be written to") from error
 
 
-def _write(table: pd.DataFrame, path: Path) -> None:
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a parquet file; raises SamqError if that is not possible."""
     try:
         table.to_parquet(path, index=False)
     except OSError as error:

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from samq.records import Record
 
 EVALUATION_NAME = "evaluation.json"  # the record that a request leaves in its output folder
-ITEMS_NAME = "items.parquet"  # beside it: each benchmark item's metrics
 
 
 class EvaluationSettings(BaseModel):
@@ -110,15 +109,15 @@ class EvaluationRequest(Record):
 
 
 class BenchmarkRequest(Record):
-    """Put benchmark tasks to one candidate."""
+    """Put lm-eval's tasks to one candidate."""
 
     SCHEMA: ClassVar[str] = "samq.benchmark-request/1"
 
     name: str = Field(description="the candidate's name in reports")
     gguf: Path
     sha256: str = Field(description="SHA-256 of that file")
-    output: Path = Field(description="folder that gets evaluation.json and items.parquet")
-    settings: BenchmarkSettings
-    kv_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
-    threads: int | None = Field(default=None, ge=1)
-    gpu_layers: int | None = Field(default=None, ge=-1)
+    output: Path = Field(description="folder that gets evaluation.json and benchmarks.parquet")
+    benchmarks: BenchmarkSettings = BenchmarkSettings()
+    settings: EvaluationSettings = Field(
+        default=EvaluationSettings(), description="of these the type of the KV cache, threads and GPU layers count"
+    )
