@@ -98,13 +98,6 @@ def test_a_check_tells_what_can_be_run_and_why_the_rest_cannot():
         check_benchmarks(BenchmarkSettings(tasks=("samq_json", "samq_jsn")))
 
 
-def test_figures_depend_on_the_settings_that_shape_prompts_only():
-    digest = NO_CODE.scoring_digest()
-    assert digest == CODE.scoring_digest() == BenchmarkSettings(tasks=("mmlu",)).scoring_digest()
-    for changed in ({"few_shots": 1}, {"limit": 5}, {"chat_template": True}, {"seed": 1}, {"context_tokens": 512}):
-        assert BenchmarkSettings(**changed).scoring_digest() != digest
-
-
 def test_seeds_are_put_back():
     random.seed(5)
     np.random.seed(5)
