@@ -23,7 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings
-from samq.evaluation.tasks import FOLDER
+from samq.evaluation.tasks import FOLDER, judging
 from samq.markdown import one_line
 from samq.records import digest_of
 
@@ -45,7 +45,13 @@ class Benchmark:
     @property
     def runs_code(self) -> bool:
         """Whether a task of it runs what the model writes."""
-        return any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks.values())
+        return any(map(_runs_code, self.tasks.values()))
+
+    @property
+    def confines_code(self) -> bool:
+        """Whether all code of it is run by `samq.evaluation.sandbox`."""
+        judges = [task.get_config("process_results") for task in self.tasks.values() if _runs_code(task)]
+        return all(getattr(judge, "__module__", None) == judging.__name__ for judge in judges)
 
     @property
     def pools_items(self) -> bool:
@@ -198,6 +204,10 @@ def _read(path: Path) -> dict[str, Any]:
         return load_yaml(path, resolve_func=False)
     except Exception as error:  # of PyYAML, or of lm-eval about what it includes
         raise SamqError(f"{path} is no task file ({one_line(str(error))}); correct it") from error
+
+
+def _runs_code(task: Task) -> bool:
+    return bool(getattr(task, "UNSAFE_CODE", False))
 
 
 def _explained(name: str, error: Exception) -> SamqError:

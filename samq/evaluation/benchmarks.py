@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "eval/"
 ITEM_COLUMNS = ["benchmark", "task", "item", "document", "metric", "value", "higher_is_better", "answer"]
+_NOT_OURS = "the task's own: SAMQ does not run its code"
 _BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no means
 
 
@@ -111,7 +112,9 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
                 if benchmark.runs_code:
-                    environment["code_isolation"] = isolation()
+                    environment[f"code_isolation/{_legal(name)}"] = (
+                        isolation() if benchmark.confines_code else _NOT_OURS
+                    )
                 output = _run(lm, benchmark, settings)
             metrics |= _metrics(benchmark, output)
             rows += _items(benchmark, output)

@@ -75,7 +75,10 @@ class BenchmarkSettings(BaseModel):
     )
     limit: int | None = Field(default=None, ge=1, description="items of each task, from the first; None: all")
     chat_template: bool = Field(default=False, description="put items as turns of the model's chat template")
-    run_code: bool = Field(default=False, description="allow tasks that run the code that the model writes")
+    run_code: bool = Field(
+        default=False,
+        description="allow tasks that run the code that the model writes: SAMQ's confine it, lm-eval's own do not",
+    )
     seed: int | None = Field(default=None, ge=0, description="of the choice of examples; None: lm-eval's own seeds")
     context_tokens: int = Field(
         default=2048, ge=64, description="longest prompt with its answer; prompts lose their start"

@@ -99,6 +99,14 @@ def test_an_error_in_a_tasks_own_code_does_not_take_the_others_along(tmp_path, c
     assert "Traceback" in caplog.text and "eval/samq_truthfulqa_mc1/acc" in results.metrics
 
 
+def test_code_of_a_task_that_samq_does_not_confine_is_called_so(tmp_path):
+    (tmp_path / "utils.py").write_text("def judge(document, answers):\n    return {'acc': 1.0}\n")
+    write_task(tmp_path, more="process_results: !function utils.judge\nunsafe_code: true\n")
+    results = run(RuleLM(), "colours", task_folders=(tmp_path,), run_code=True)
+    assert "SAMQ does not run its code" in results.environment["code_isolation/colours"]
+    assert "run_code" in run(RuleLM(), "colours", task_folders=(tmp_path,)).missing["eval/colours"]
+
+
 def test_the_settings_shape_what_is_asked(tmp_path):
     write_task(tmp_path, more="fewshot_split: test\nfewshot_config: {sampler: first_n}\n")
 
