@@ -133,28 +133,23 @@ def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
         def fetch(file: str) -> Path:
             return Path(client.download_artifacts(run_id, held[file], folder))
 
-        tables = [pd.DataFrame(columns=_COLUMNS)]
-        if "json.parquet" in held:
-            tables.append(_json_items(pd.read_parquet(fetch("json.parquet"), columns=["id", "valid"])))
-        if "benchmarks.parquet" in held:
-            tables.append(pd.read_parquet(fetch("benchmarks.parquet"), columns=_COLUMNS))
-        return Measured(name, Evaluation.load(fetch("evaluation.json")), pd.concat(tables[1:] or tables))
+        answers = pd.read_parquet(fetch("json.parquet")) if "json.parquet" in held else None
+        benchmarks = pd.read_parquet(fetch("benchmarks.parquet")) if "benchmarks.parquet" in held else None
+        return Measured(name, Evaluation.load(fetch("evaluation.json")), items_of(answers, benchmarks))
 
 
-def _json_items(answers: pd.DataFrame) -> pd.DataFrame:
-    """The JSON prompts' answers (id, valid) as the benchmarks' table has items."""
-    benchmark, metric = JSON_ITEMS.split("/")
-    return pd.DataFrame(
-        {
-            "benchmark": benchmark,
-            "metric": metric,
-            "task": benchmark,
-            "item": answers["id"],
-            "document": answers["id"],
-            "value": answers["valid"].astype(float),
-            "higher_is_better": True,
-        }
-    )
+def items_of(answers: pd.DataFrame | None, benchmarks: pd.DataFrame | None) -> pd.DataFrame:
+    """One table of the JSON prompts' answers (id, valid) and the benchmarks' items (None: not measured)."""
+    tables = [] if benchmarks is None else [benchmarks[_COLUMNS]]
+    if answers is not None:
+        benchmark, metric = JSON_ITEMS.split("/")
+        named = {"benchmark": benchmark, "metric": metric, "task": benchmark, "higher_is_better": True}
+        tables.append(
+            pd.DataFrame(
+                {"item": answers["id"], "document": answers["id"], "value": answers["valid"].astype(float), **named}
+            )
+        )
+    return pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS, dtype=object)
 
 
 @contextmanager
