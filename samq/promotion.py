@@ -120,6 +120,7 @@ def _tag(client: MlflowClient, judgement: Judgement) -> None:
 
 
 def _in_words(gate: Gate) -> str:
-    """`fail: 0.120 nats (limit: at most 0.1 nats)`, with the reason if there is one."""
-    found = f"{gate.value or 'no value'} (limit: {gate.limit})" if gate.limit else ""
-    return ": ".join(part for part in (gate.verdict, found, gate.reason) if part)
+    """`fail: 0.120 nats (limit: at most 0.1 nats)`; a reason, if there is one, follows what was found."""
+    found = "; ".join(part for part in (gate.value, gate.reason) if part)
+    limit = f" (limit: {gate.limit})" if gate.verdict != "not applicable" else ""
+    return f"{gate.verdict}: {found}{limit}"
