@@ -3,20 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.allocation import ThresholdPolicy, resolve_threshold
 from samq.budget import BudgetPolicy
 from samq.budget_notation import read_budget
 from samq.cost import CostSettings
 from samq.datasets import DatasetSpec
-from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.formats import check_mixture, check_type
 from samq.ladder import DEFAULT_TYPES
 from samq.selection import Finalists, SelectionRule
 from samq.sensitivity import Labels
+from samq.settings_file import read_settings
 from samq.significance import MARGIN
 
 
@@ -174,20 +173,7 @@ class RequantizeParameters(Parameters):
 
 def load_parameters(path: Path) -> RequantizeParameters:
     """Read a YAML file; raises SamqError that names the field at fault."""
-    try:
-        fields: Any = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise SamqError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from error
-    except yaml.YAMLError as error:
-        raise SamqError(f"{path} is not YAML: {str(error).splitlines()[0]}; see deployments/parameters/") from error
-    try:
-        return RequantizeParameters.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise SamqError(
-            f"{path}: {where}: {first['msg']}; see deployments/parameters/ for annotated examples"
-        ) from error
+    return read_settings(path, RequantizeParameters, "deployments/parameters/")
 
 
 def read_parameters(path: str) -> dict[str, Any]:

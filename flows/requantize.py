@@ -147,7 +147,13 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     found = _benchmark(store, found, best, ggufs, asked, unavailable, parameters)
     results = list(found.values())
     best = next((result for result in results if best and result.name == best.name), None)
-    paired = compare_items(results, parameters.benchmarks.margin)
+    tracking = TrackingSettings(
+        tracking_uri=parameters.tracking.uri or mlflow_uri(),
+        experiment=parameters.tracking.experiment,
+        run_name=parameters.name,
+        registered_model=parameters.tracking.registered_model,
+    )
+    paired = compare_items(results, parameters.benchmarks.margin, tracking)
     budgets = [plan_name(budget) for budget in wanted.budgets if calibration.check_sequences]
     checked = {
         name: check.submit(
@@ -186,12 +192,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         parameters.cost,
     )
     tracked = track(
-        TrackingSettings(
-            tracking_uri=parameters.tracking.uri or mlflow_uri(),
-            experiment=parameters.tracking.experiment,
-            run_name=parameters.name,
-            registered_model=parameters.tracking.registered_model,
-        ),
+        tracking,
         source,
         calibration_set,
         heldout_text,

@@ -1,15 +1,19 @@
 """The benchmarks of a sweep: joined to the candidates that were asked, and compared item by item."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from samq.errors import SamqError
 from samq.evaluation.settings import EVALUATION_NAME
 from samq.records import Evaluation
 from samq.selection import Result
 from samq.significance import ITEMS_NAME, PairedComparison, compare_items
+
+logger = logging.getLogger(__name__)
 
 PRODUCTION = "production"  # what the model in production is called among the references
 
@@ -42,17 +46,27 @@ def compare_benchmarks(
 ) -> list[PairedComparison]:
     """Every quantized candidate that was asked against full precision, and against what is in production.
 
-    `production` are the items of the latter. Raises SamqError if two were asked other items of one benchmark.
+    `production` are the items of the latter; a benchmark that it was asked otherwise is left out, with a warning. Raises
+    SamqError if two candidates of the sweep were asked other items of one benchmark.
     """
     tables = {result.name: items_of(result) for result in results}
     full = next((result.name for result in results if result.plan.policy == "full"), None)
-    references = [(full, tables[full])] if full is not None else []
-    references += [(PRODUCTION, production)] if production is not None else []
-    return [
-        comparison
-        for result in results
-        if result.name != full and len(tables[result.name])
-        for reference, items in references
-        if len(items)
-        for comparison in compare_items(result.name, tables[result.name], reference, items, margin=margin)
-    ]
+    asked = [name for name, items in tables.items() if name != full and len(items)]
+    found: list[PairedComparison] = []
+    for name in asked:
+        if full is not None and len(tables[full]):
+            found += compare_items(name, tables[name], full, tables[full], margin=margin)
+        if production is not None and len(production):
+            found += _against_production(name, tables[name], production, margin)
+    return found
+
+
+def _against_production(
+    name: str, items: pd.DataFrame, production: pd.DataFrame, margin: float
+) -> Iterator[PairedComparison]:
+    for benchmark, mine in items.groupby("benchmark", sort=False):
+        theirs = production[production["benchmark"] == benchmark]
+        try:
+            yield from compare_items(name, mine, PRODUCTION, theirs, margin=margin)
+        except SamqError as error:  # tonight's settings are others than those of that night
+            logger.warning("%s is not compared with production on %s: %s", name, benchmark, error)

@@ -37,6 +37,7 @@ ModelArgument = Annotated[
 HfFolder = Annotated[Path | None, typer.Option(help="tokenizer and configuration for a GGUF without them")]
 Dataset = Annotated[str, typer.Option(help="humaneval, gsm8k, ..., a .jsonl/.parquet/.txt file, or a hub dataset's id")]
 Fields = Annotated[list[str] | None, typer.Option("--field", help="field(s) that hold the text, joined in order")]
+RegisteredModel = Annotated[str, typer.Argument(help="registered model")]
 FullGguf = Annotated[Path, typer.Option("--gguf", help="the full-precision GGUF")]
 Imatrix = Annotated[Path | None, typer.Option(help="importance matrix of llama-imatrix")]
 TIMEOUT_S = 6 * 3600.0
@@ -373,6 +374,71 @@ def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
 
 def _add_row(table: Table, kind: str, weights: int, size: int, count: int) -> None:
     table.add_row(kind, str(count), f"{weights:,}", f"{size / 1e6:.2f}", f"{8 * size / weights:.2f}")
+
+
+@app.command()
+def promote(
+    name: RegisteredModel,
+    version: Annotated[str | None, typer.Option(help="default: the one with the alias candidate")] = None,
+    policy: Annotated[Path, typer.Option(help="YAML file of the gates")] = PROJECT
+    / "deployments/promotion/policy.yaml",
+    force: Annotated[bool, typer.Option("--force", help="promote even if gates fail; needs --reason")] = False,
+    reason: Annotated[str, typer.Option(help="recorded with what is done")] = "",
+) -> None:
+    """Let a registered version serve if it passes the gates; exit code 3 if it does not, and nothing has moved."""
+    from samq.history import check_reason
+    from samq.promotion_policy import load_policy
+
+    gates = load_policy(policy)
+    reason = check_reason(reason, "--force") if force or reason else ""
+    _prepare_prefect()
+    with console.status("starting Prefect"):
+        from flows.promote import PromoteParameters, RefusedError
+        from flows.promote import promote as flow
+        from samq.gate_report import describe, gates_table
+
+        _require_prefect()
+    try:
+        promotion = flow(PromoteParameters(model=name, version=version, policy=gates, force=force, reason=reason))
+    except RefusedError as refused:
+        promotion = refused.promotion
+    console.print(gates_table(promotion.judgement.gates))
+    console.print(f"{name} {describe(promotion.event)}", markup=False, highlight=False, soft_wrap=True)
+    if promotion.event.action == "refused":
+        raise typer.Exit(3)
+
+
+@app.command()
+def rollback(
+    name: RegisteredModel,
+    reason: Annotated[str, typer.Option(help="recorded")],
+) -> None:
+    """Let the version serve that did before the one in production; again, and it is swapped back."""
+    from samq.gate_report import describe
+    from samq.home import mlflow_uri
+    from samq.promotion import rollback as swap
+    from samq.serving.registry import connect
+
+    event = swap(connect(mlflow_uri()), name, reason)
+    console.print(f"{name} {describe(event)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="registered model; default: all")] = None,
+    last: Annotated[int, typer.Option(min=1, help="how many versions and events")] = 10,
+) -> None:
+    """Which versions serve, and the last promotions, refusals and rollbacks."""
+    from samq.gate_report import history_table, status_table
+    from samq.history import history
+    from samq.home import mlflow_uri
+    from samq.serving.registry import aliases, connect, model_names, newest_versions
+
+    client = connect(mlflow_uri())
+    for model in [name] if name else model_names(client):
+        console.print(status_table(model, aliases(client, model), newest_versions(client, model, last)))
+        if events := history(client, model)[:last]:
+            console.print(history_table(events))
 
 
 @app.command()

@@ -4,7 +4,6 @@ Everything goes through a client of one tracking URI, so MLflow's global state (
 sweeps may be tracked from several threads. A run is FINISHED once all of it is logged, and FAILED if something went wrong.
 """
 
-import getpass
 import json
 import tempfile
 import time
@@ -42,7 +41,7 @@ from samq.prediction import predicted_and_measured
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
 from samq.report import results_table
 from samq.selection import Comparison, Failure, Result, by_size, pareto, rival_of
-from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
+from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder, user
 from samq.significance import ITEMS_NAME, PairedComparison
 
 _TAG_CHARACTERS = 8000  # MLflow's limit of a tag's value
@@ -272,11 +271,7 @@ def _run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str,
 
 
 def _create_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        user = "unknown"
-    who = {MLFLOW_USER: user, MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    who = {MLFLOW_USER: user(), MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
     return str(client.create_run(experiment_id, tags={**who, **tags}, run_name=name).info.run_id)
 
 

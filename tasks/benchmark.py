@@ -7,10 +7,13 @@ from prefect import task
 
 from samq.benchmarking import compare_benchmarks
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
+from samq.evidence import production_items
 from samq.quantizer import GGUF_NAME
 from samq.selection import Result
+from samq.serving.registry import connect
 from samq.significance import PairedComparison
 from samq.store import Artifact
+from samq.tracking import TrackingSettings
 from tasks.evaluate import measure_alone
 from tasks.stage import stage
 
@@ -55,6 +58,12 @@ def benchmark(
 
 
 @task(name="compare benchmarks")
-def compare_items(results: list[Result], margin: float) -> list[PairedComparison]:
-    """Paired comparisons with full precision, item by item. Not cached: they take a second."""
-    return compare_benchmarks(results, margin)
+def compare_items(results: list[Result], margin: float, tracking: TrackingSettings) -> list[PairedComparison]:
+    """Paired comparisons with full precision, and with what is in production under the sweep's name, item by item.
+
+    Not cached: production may be another tomorrow.
+    """
+    asked = any(result.benchmark_folders for result in results)
+    name = tracking.registered_model
+    production = production_items(connect(tracking.tracking_uri), name) if asked and name else None
+    return compare_benchmarks(results, margin, production)

@@ -68,9 +68,13 @@ def test_those_asked_are_compared_with_full_precision_and_with_production(result
     assert compare_benchmarks(results, 0.01) == [one for one in found if one.reference == "F16"]
 
 
-def test_other_items_of_a_benchmark_cannot_be_compared(results):
+def test_production_asked_otherwise_is_left_out_and_a_candidate_is_an_error(results, sweep, tmp_path, caplog):
+    found = compare_benchmarks(results, 0.01, table([1, 1, 1, 1], first=7))
+    assert found == compare_benchmarks(results, 0.01)
+    assert "not compared with production on samq_hellaswag" in caplog.text
+    other = asked(sweep.result("Q5_K_M"), [1, 1, 1, 1], tmp_path / "other", first=7)
     with pytest.raises(SamqError, match="not asked the same items of samq_hellaswag"):
-        compare_benchmarks(results, 0.01, table([1, 1, 1, 1], first=7))
+        compare_benchmarks([*results, other], 0.01)
 
 
 def test_mlflow_gets_the_differences_and_the_cost(results):
