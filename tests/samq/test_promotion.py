@@ -7,32 +7,24 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from samq.allocation import Target
 from samq.errors import SamqError
 from samq.history import MAX_REASON_CHARACTERS, history
 from samq.promotion import judge_version, promote, rollback
 from samq.promotion_lock import CLAIM, STALE_S, alone
 from samq.services import mlflow_page
 from samq.serving.registry import aliases, connect, find_version
-from tests.conftest import write_tiny_gguf
-from tests.samq.sweep import make_sweep
-from tests.samq.versions import NAME, POLICY, night, register_night
+from tests.samq.versions import NAME, POLICY, three_nights
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory, empty_database, toolchain):
-    """Three nights in MLflow: versions 1 and 2 answer as well as full precision does, and 3 does not."""
     folder = tmp_path_factory.mktemp("nights")
-    path = shutil.copy(empty_database, folder / "mlflow.db")
-    (folder / "sweep").mkdir()
-    sweep = make_sweep(folder / "sweep", layers=1, thresholds=(), stock=("Q4_K_M",), budgets=())
-    target = Target.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
-    for number, (mixture, valid) in enumerate((("Q4_K_M", 300), ("Q5_K_M", 300), ("Q6_K", 200)), 1):
-        results = night(sweep, target, folder / f"night-{number}", mixture, valid=valid)
-        assert register_night(f"sqlite:///{path}", sweep, results) == str(number)
+    path = Path(shutil.copy(empty_database, folder / "mlflow.db"))
+    three_nights(folder, path, toolchain)
     return path
 
 
