@@ -247,6 +247,7 @@ def test_every_policy_file_is_read(path):
         ("audit: true", "audits: true", "audit: Field required"),
         ("audit: true", "audit: true\nmax_kld: 1", "max_kld: Extra inputs are not permitted"),
         ("max_mean_kld_nats: 0.05", "max_mean_kld_nats: -1", "max_mean_kld_nats: Input should be greater than 0"),
+        ("    - mmlu/acc ", "    - mmlu ", "accuracy.benchmarks.1: String should match pattern"),
         ("  margin: 0.01", "  margin: 2", "accuracy.margin: Input should be less than 1"),
     ],
 )

@@ -16,7 +16,7 @@ from samq.history import MAX_REASON_CHARACTERS, history
 from samq.promotion import judge_version, promote, rollback
 from samq.promotion_lock import CLAIM, STALE_S, alone
 from samq.services import mlflow_page
-from samq.serving.registry import aliases, connect, find_version
+from samq.serving.registry import aliases, connect, find_version, notable_versions
 from tests.samq.versions import NAME, POLICY, three_nights
 
 
@@ -153,6 +153,12 @@ def test_history_outlives_a_deleted_version_and_a_tag_that_somebody_edited(clien
     client.delete_model_version(NAME, "1")
     client.set_registered_model_tag(NAME, "samq.event.0", "hello")
     assert [event.version for event in history(client, NAME)] == ["2", "1"]
+
+
+def test_an_old_version_in_production_is_among_the_notable_ones(client):
+    promote(client, judged(client, "1"))
+    assert [version.version for version in notable_versions(client, NAME, 1)] == [3, 1]
+    assert [version.version for version in notable_versions(client, NAME, 9)] == [3, 2, 1]
 
 
 def test_gate_tags_are_of_the_last_judgement_only(client):
