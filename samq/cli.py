@@ -443,11 +443,11 @@ def status(
     from samq.gate_report import history_table, status_table
     from samq.history import history
     from samq.home import mlflow_uri
-    from samq.serving.registry import aliases, connect, model_names, newest_versions
+    from samq.serving.registry import aliases, connect, model_names, notable_versions
 
     client = connect(mlflow_uri())
     for model in [name] if name else model_names(client):
-        console.print(status_table(model, aliases(client, model), newest_versions(client, model, last)))
+        console.print(status_table(model, aliases(client, model), notable_versions(client, model, last)))
         if events := history(client, model)[:last]:
             console.print(history_table(events))
 

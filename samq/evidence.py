@@ -21,6 +21,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from samq.errors import SamqError
 from samq.records import Evaluation, Plan
 from samq.serving.registry import PRODUCTION, RegisteredGguf, aliases, find_version, model_names
+from samq.significance import ITEMS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
             return Path(client.download_artifacts(run_id, held[file], folder))
 
         answers = pd.read_parquet(fetch("json.parquet")) if "json.parquet" in held else None
-        benchmarks = pd.read_parquet(fetch("benchmarks.parquet")) if "benchmarks.parquet" in held else None
+        benchmarks = pd.read_parquet(fetch(ITEMS_NAME)) if ITEMS_NAME in held else None
         return Measured(name, Evaluation.load(fetch("evaluation.json")), items_of(answers, benchmarks))
 
 

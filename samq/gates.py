@@ -131,7 +131,7 @@ def _json(evidence: Evidence, policy: JsonPolicy | None) -> Iterator[Gate]:
 def _non_inferior(items: str, metric: str, candidate: Measured, reference: Reference, margin: float) -> Gate:
     """No worse on the same items than a reference by more than a margin, relative to it, with 95 % confidence."""
     name = f"{items} against {reference.kind}"
-    limit = f"no loss over {100 * margin:g} % of {reference.name}"
+    limit = f"worse by less than {100 * margin:g} % of {reference.name}"
     if reference.measured is None:
         verdict: Verdict = "fail" if reference.expected else "not applicable"
         return Gate(name=name, limit=limit, verdict=verdict, reason=reference.reason)
@@ -146,11 +146,18 @@ def _non_inferior(items: str, metric: str, candidate: Measured, reference: Refer
         return Gate(name=name, limit=limit, verdict="fail", reason=str(error))
     return Gate(
         name=name,
-        value=f"{found.value:.3f} against {found.reference_value:.3f}: {found.difference:+.3f}, at worst {found.least:+.3f}",
-        limit=f"at worst {-found.margin:+.4f}, {100 * margin:g} % of {reference.name} (95 %)",
+        value=f"{found.value:.3f} against {found.reference_value:.3f}, {_at_worst(found.least)}",
+        limit=f"worse by less than {found.margin:.4f}, {100 * margin:g} % of {reference.name}",
         verdict="pass" if found.verdict == "non-inferior" else "fail",
         reason=_why_not(found),
     )
+
+
+def _at_worst(least: float | None) -> str:
+    """The difference in its worst case, one-sided and with 95 % confidence."""
+    if least is None:
+        return "one item alone"
+    return f"better by at least {least:.3f}" if least > 0 else f"worse by at most {-least:.3f}"
 
 
 def _why_not(found: PairedComparison) -> str:

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -36,12 +36,12 @@ def alone(client: MlflowClient, name: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    try:
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+    with ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+        yield
 
 
 @contextmanager

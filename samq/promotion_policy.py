@@ -1,6 +1,7 @@
 """The policy file of a promotion: what must hold of a version before its users get it."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,7 +16,7 @@ class _Policy(BaseModel):
 class AccuracyPolicy(_Policy):
     """What users ask of the model must not get worse."""
 
-    benchmarks: tuple[str, ...] = Field(
+    benchmarks: tuple[Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")], ...] = Field(
         min_length=1, description="TASK/METRIC, as in the metric eval/TASK/METRIC: hellaswag/acc_norm"
     )
     margin: float = Field(default=MARGIN, ge=0, lt=1, description="loss that counts as none, relative to the reference")

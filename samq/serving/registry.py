@@ -186,11 +186,14 @@ def model_names(client: MlflowClient) -> list[str]:
         return sorted(model.name for model in _registered_models(client))
 
 
-def newest_versions(client: MlflowClient, name: str, count: int) -> list[ModelVersion]:
-    """The newest versions of a registered model, the newest first."""
+def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelVersion]:
+    """The newest versions of a registered model, and those that an alias points at; the newest first."""
+    aliased = aliases(client, name).values()
     with answering(client, f"no model {name}"):
-        found = client.search_model_versions(f"name = '{name}'", max_results=count, order_by=["version_number DESC"])
-    return list(found)
+        newest = client.search_model_versions(f"name = '{name}'", max_results=count, order_by=["version_number DESC"])
+        known = {str(version.version): version for version in newest}
+        known |= {version: client.get_model_version(name, version) for version in aliased if version not in known}
+    return sorted(known.values(), key=lambda version: -int(version.version))
 
 
 def _registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:

@@ -176,8 +176,8 @@ def test_worse_answers_than_full_precisions_fail(evidence, results, items, chang
         dataclasses.replace(evidence, candidate=of(results[1], "version 2", **changes)), f"{items} against {FULL}"
     )
     assert (found.verdict, found.reason) == ("fail", "worse by more than the margin, with 95 % confidence")
-    assert found.value.startswith("0.500 against 0.750: -0.250, at worst -0.2")
-    assert found.limit.startswith("at worst -0.0375, 5 % of full precision")
+    assert found.value.startswith("0.500 against 0.750, worse by at most 0.2")
+    assert found.limit == "worse by less than 0.0375, 5 % of full precision"
 
 
 def test_a_candidate_as_good_as_full_precision_but_worse_than_production_fails(evidence, results):
@@ -192,6 +192,22 @@ def test_too_few_items_to_tell_fail_and_say_how_many_it_takes(evidence):
     found = gate(evidence, "json/valid against full precision", strict)
     assert found.verdict == "fail"
     assert re.fullmatch(r"400 items cannot show it; about [\d,]+ would be needed", found.reason)
+
+
+def test_a_single_item_shows_nothing(evidence):
+    one = evidence.candidate.items.groupby(["benchmark", "metric"]).head(1)
+    (full, _) = evidence.references
+    alone = dataclasses.replace(full, measured=dataclasses.replace(full.measured, items=one))
+    single = dataclasses.replace(with_candidate(evidence, items=one), references=(alone,))
+    found = gate(single, "json/valid against full precision")
+    assert (found.verdict, found.value) == ("fail", "1.000 against 1.000, worse by at most 0.730")
+
+
+def test_an_improvement_is_told_as_such(evidence, results):
+    better = dataclasses.replace(evidence, candidate=of(results[1], "version 2", valid=390))
+    found = gate(better, "json/valid against full precision")
+    assert found.verdict == "pass"
+    assert found.value.startswith("0.975 against 0.750, better by at least 0.1")
 
 
 def test_other_items_cannot_be_compared(evidence, results):
@@ -231,6 +247,7 @@ def test_every_policy_file_is_read(path):
         ("audit: true", "audits: true", "audit: Field required"),
         ("audit: true", "audit: true\nmax_kld: 1", "max_kld: Extra inputs are not permitted"),
         ("max_mean_kld_nats: 0.05", "max_mean_kld_nats: -1", "max_mean_kld_nats: Input should be greater than 0"),
+        ("    - mmlu/acc ", "    - mmlu ", "accuracy.benchmarks.1: String should match pattern"),
         ("  margin: 0.01", "  margin: 2", "accuracy.margin: Input should be less than 1"),
     ],
 )

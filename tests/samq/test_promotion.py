@@ -7,32 +7,24 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from samq.allocation import Target
 from samq.errors import SamqError
 from samq.history import MAX_REASON_CHARACTERS, history
 from samq.promotion import judge_version, promote, rollback
 from samq.promotion_lock import CLAIM, STALE_S, alone
 from samq.services import mlflow_page
-from samq.serving.registry import aliases, connect, find_version
-from tests.conftest import write_tiny_gguf
-from tests.samq.sweep import make_sweep
-from tests.samq.versions import NAME, POLICY, night, register_night
+from samq.serving.registry import aliases, connect, find_version, notable_versions
+from tests.samq.versions import NAME, POLICY, three_nights
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory, empty_database, toolchain):
-    """Three nights in MLflow: versions 1 and 2 answer as well as full precision does, and 3 does not."""
     folder = tmp_path_factory.mktemp("nights")
-    path = shutil.copy(empty_database, folder / "mlflow.db")
-    (folder / "sweep").mkdir()
-    sweep = make_sweep(folder / "sweep", layers=1, thresholds=(), stock=("Q4_K_M",), budgets=())
-    target = Target.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
-    for number, (mixture, valid) in enumerate((("Q4_K_M", 300), ("Q5_K_M", 300), ("Q6_K", 200)), 1):
-        results = night(sweep, target, folder / f"night-{number}", mixture, valid=valid)
-        assert register_night(f"sqlite:///{path}", sweep, results) == str(number)
+    path = Path(shutil.copy(empty_database, folder / "mlflow.db"))
+    three_nights(folder, path, toolchain)
     return path
 
 
@@ -68,7 +60,8 @@ def check_promotion(client):
     assert in_use(client) == ("2", "1")
     assert gate_tags(client, "2")[against_production].startswith("pass: 0.750 against 0.750")
     assert (
-        "(limit: at worst -0.0375, 5 % of production (version 1) (95 %))" in gate_tags(client, "2")[against_production]
+        "(limit: worse by less than 0.0375, 5 % of production (version 1))"
+        in gate_tags(client, "2")[against_production]
     )
 
     before = aliases(client, NAME)
@@ -160,6 +153,12 @@ def test_history_outlives_a_deleted_version_and_a_tag_that_somebody_edited(clien
     client.delete_model_version(NAME, "1")
     client.set_registered_model_tag(NAME, "samq.event.0", "hello")
     assert [event.version for event in history(client, NAME)] == ["2", "1"]
+
+
+def test_an_old_version_in_production_is_among_the_notable_ones(client):
+    promote(client, judged(client, "1"))
+    assert [version.version for version in notable_versions(client, NAME, 1)] == [3, 1]
+    assert [version.version for version in notable_versions(client, NAME, 9)] == [3, 2, 1]
 
 
 def test_gate_tags_are_of_the_last_judgement_only(client):

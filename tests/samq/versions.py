@@ -11,9 +11,11 @@ from samq.audit import as_is
 from samq.gguf_file import file_sha256
 from samq.promotion_policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.quantizer import quantize
+from samq.records import Toolchain
 from samq.selection import Result
 from samq.tracking import TrackingSettings, track_sweep
-from tests.samq.sweep import Sweep
+from tests.conftest import write_tiny_gguf
+from tests.samq.sweep import Sweep, make_sweep
 
 NAME = "llama"
 PROMPTS = 400
@@ -98,3 +100,13 @@ def register_night(uri: str, sweep: Sweep, results: list[Result]) -> str:
     )
     assert tracked.model_version
     return tracked.model_version
+
+
+def three_nights(folder: Path, database: Path, toolchain: Toolchain) -> None:
+    """Versions 1 and 2 answer as well as full precision does, and 3, which is the candidate, does not."""
+    (folder / "sweep").mkdir()
+    sweep = make_sweep(folder / "sweep", layers=1, thresholds=(), stock=("Q4_K_M",), budgets=())
+    target = Target.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
+    for number, (mixture, valid) in enumerate((("Q4_K_M", 300), ("Q5_K_M", 300), ("Q6_K", 200)), 1):
+        results = night(sweep, target, folder / f"night-{number}", mixture, valid=valid)
+        assert register_night(f"sqlite:///{database}", sweep, results) == str(number)
