@@ -16,6 +16,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from samq.evaluation.chat import ChatTemplate
 from samq.evaluation.llama import Model
 
 
@@ -73,11 +74,7 @@ def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
     if model.chat_template is None:
         lines = [f"{'Answer: ' if turn['role'] == 'assistant' else ''}{turn['content']}\n" for turn in turns]
         return model.tokenize("\n".join([*lines, "Answer:"]), add_special=True)
-    bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
-    text = _DatelessFormatter(model.chat_template, eos_token=eos, bos_token=bos)(messages=turns).prompt
-    if model.adds_bos:
-        text = text.removeprefix(bos)  # the tokenizer adds it
-    return model.tokenize(text, add_special=True, parse_special=True)
+    return ChatTemplate(model, _DatelessFormatter).tokenize(turns)
 
 
 def question(prompt: JsonPrompt) -> str:
