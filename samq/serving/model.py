@@ -46,6 +46,7 @@ class ServedModel:
         self.model = model
         self.chat = ChatTemplate(model) if model.chat_template else None
         self._context = context
+        self.reused_tokens = 0  # of the last prompt: those that were in the KV cache
         self._cached: list[int] = []  # tokens in the KV cache
         self._generating = threading.Lock()
         self._free = threading.Condition()
@@ -99,7 +100,7 @@ class ServedModel:
         (`in_use`), and close the iterator.
         """
         with self._generating, Sampler(self.model, sampling, self._context.tokens) as sampler:
-            position = self._reuse(prompt)
+            position = self.reused_tokens = self._reuse(prompt)
             pending = list(prompt[position:])
             while not stopped():
                 batch, pending = pending[:PHYSICAL_BATCH_TOKENS], pending[PHYSICAL_BATCH_TOKENS:]
