@@ -38,6 +38,7 @@ def schema_grammar(schema: dict[str, Any]) -> str:
             if count > _MOST_REPETITIONS:
                 raise _refused(f"it asks for {count} repetitions, and {_MOST_REPETITIONS} are allowed")
         grammar = json_schema_to_gbnf(text)
+        grammar.encode()  # a pattern can hold half a character
     except Refused:
         raise
     except Exception as error:  # the converter checks with assert, and indexes what may not be there
