@@ -50,11 +50,23 @@ def toolchain():
     return find_toolchain()
 
 
-def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=64, tied=False, seed=0) -> Path:
-    """A Llama without a tokenizer, with random weights: all that llama-quantize looks at."""
+def write_tiny_gguf(
+    path: Path,
+    *,
+    width=256,
+    hidden=512,
+    blocks=2,
+    vocabulary=64,
+    tied=False,
+    seed=0,
+    context=128,
+    spread=0.02,
+    add_tokenizer=lambda writer: None,
+) -> Path:
+    """A Llama with random weights, and without a tokenizer unless one is added: all that llama-quantize looks at."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
     writer.add_feed_forward_length(hidden)
@@ -62,11 +74,12 @@ def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=6
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
+    add_tokenizer(writer)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
     def add(name, *shape):
         dtype = np.float32 if len(shape) == 1 else np.float16
-        writer.add_tensor(name, random.normal(0, 0.02, shape).astype(dtype))
+        writer.add_tensor(name, random.normal(0, spread, shape).astype(dtype))
 
     add("token_embd.weight", vocabulary, width)
     for block in range(blocks):

@@ -139,12 +139,18 @@ class Model:
         as the tokens they name, and not as plain text.
         """
         data = text.encode()
-        tokens = np.empty(len(data) + 8, np.int32)  # no token is shorter than a byte, and few special ones are added
-        buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
-        count = api.llama_tokenize(self.vocab, data, len(data), buffer, len(tokens), add_special, parse_special)
-        if count < 0:
-            raise SamqError(f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces")
-        return tokens[:count].copy()
+        size = len(data) + 8  # few tokens are shorter than a byte, and few special ones are added
+        while True:
+            tokens = np.empty(size, np.int32)
+            buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
+            count = api.llama_tokenize(self.vocab, data, len(data), buffer, size, add_special, parse_special)
+            if count >= 0:
+                return tokens[:count].copy()
+            if -count <= size:
+                raise SamqError(
+                    f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces"
+                )
+            size = -count
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for, often no whole UTF-8 character; control tokens are empty."""

@@ -154,7 +154,9 @@ def _add_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
-            return answer(Refused(400, f"the body is not JSON: {first['ctx']['error']} at byte {where}", code="invalid_json"))
+            return answer(
+                Refused(400, f"the body is not JSON: {first['ctx']['error']} at byte {where}", code="invalid_json")
+            )
         message = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}; send a JSON object"
         return answer(Refused(400, message, code=first["type"], param=where or None))
 
@@ -173,7 +175,10 @@ def _check_model(engine: Engine, wanted: str | None) -> None:
     model = engine.model
     if wanted is not None and model and wanted != model.gguf.name:
         raise Refused(
-            404, f"there is no model {wanted} here; this server has {model.gguf.name}", code="model_not_found", param="model"
+            404,
+            f"there is no model {wanted} here; this server has {model.gguf.name}",
+            code="model_not_found",
+            param="model",
         )
 
 

@@ -2,7 +2,6 @@
 
 import hmac
 import json
-from typing import Any
 
 from prometheus_client import Counter
 from starlette.exceptions import HTTPException
@@ -56,7 +55,9 @@ class Gate:
         if self._key and scope["path"] not in _KEYLESS:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
-                raise Refused(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
+                raise Refused(
+                    401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
+                )
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > self._limit:
             raise _too_long(self._limit)
@@ -79,7 +80,7 @@ class Gate:
 async def send_refusal(refused: Refused, send: Send) -> None:
     """Answer a request with an error."""
     body = json.dumps(refused.body).encode()
-    headers: dict[str, Any] = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

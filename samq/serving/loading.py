@@ -108,7 +108,9 @@ def warm_up(served: ServedModel, settings: ServingSettings) -> None:
 
 
 def _insane(served: ServedModel, what: str) -> SamqError:
-    return SamqError(f"{served.gguf} does not answer the warm-up prompt sanely: {what}; evaluate it before promoting it")
+    return SamqError(
+        f"{served.gguf} does not answer the warm-up prompt sanely: {what}; evaluate it before promoting it"
+    )
 
 
 def _gpu_layers(settings: ServingSettings) -> int:
@@ -132,7 +134,9 @@ def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
     failure: SamqError | None = None
     for gpu_layers, tokens in attempts(wanted, context, min(context, settings.least_context_tokens)):
         if failure:
-            notes.append(f"{failure}; trying {gpu_layers} of {layers} layers on the GPU and a context of {tokens} tokens")
+            notes.append(
+                f"{failure}; trying {gpu_layers} of {layers} layers on the GPU and a context of {tokens} tokens"
+            )
             logger.warning("%s: out of memory: %s", gguf, notes[-1])
         with captured_log(errors_only=True) as log:
             try:

@@ -1,7 +1,7 @@
 """A model that is loaded and can answer: weights, a KV cache for one sequence, the chat template."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ class ServedModel:
 
     def generate(
         self, prompt: Sequence[int], sampling: Sampling, stopped: Callable[[], bool] = lambda: False
-    ) -> Iterator[Token]:
+    ) -> Generator[Token]:
         """Tokens that follow the prompt, without end: the caller stops at the end token, and before the context is full.
 
         `stopped` is asked between the batches of a long prompt, and ends the generation. The caller must use the model

@@ -46,9 +46,7 @@ class Refused(Exception):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
-        self._detail = ErrorDetail(
-            message=message, type=_TYPES.get(status, "server_error"), param=param, code=code
-        )
+        self._detail = ErrorDetail(message=message, type=_TYPES.get(status, "server_error"), param=param, code=code)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -19,7 +19,10 @@ class ShadowSettings(BaseModel):
     )
     tokens: int = Field(default=16, ge=1, description="tokens of each answer that are compared")
     least_agreement: float | None = Field(
-        default=None, ge=0, le=1, description="under this share of equal tokens the old model stays; None: only recorded"
+        default=None,
+        ge=0,
+        le=1,
+        description="under this share of equal tokens the old model stays; None: only recorded",
     )
 
 
@@ -91,9 +94,13 @@ def load_settings(path: Path | None, **given: Any) -> ServingSettings:
     if not isinstance(fields, dict):
         raise SamqError(f"{path} holds no settings; see deployments/serving.yaml")
     try:
-        return ServingSettings.model_validate(fields | {key: value for key, value in given.items() if value is not None})
+        return ServingSettings.model_validate(
+            fields | {key: value for key, value in given.items() if value is not None}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         what = first["msg"].removeprefix("Value error, ")
-        raise SamqError(f"{path or 'settings'}: {where + ': ' if where else ''}{what}; see deployments/serving.yaml") from error
+        raise SamqError(
+            f"{path or 'settings'}: {where + ': ' if where else ''}{what}; see deployments/serving.yaml"
+        ) from error

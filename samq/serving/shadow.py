@@ -41,7 +41,9 @@ def agreement(old: ServedModel, new: ServedModel, prompts: Sequence[Tokenize], t
         if first is None or second is None:
             continue
         longest = max(len(first), len(second))
-        same = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second))))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second)))
+        )
         shares.append(same / longest if longest else 1.0)
     return sum(shares) / len(shares) if shares else None
 

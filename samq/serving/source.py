@@ -47,7 +47,8 @@ def registry_source(name: str, alias: str, tracking_uri: str) -> Source:
     """The version of a registered model that an alias points at."""
 
     def look_up() -> ServedGguf:
-        from samq.serving.registry import connect, resolve  # MLflow takes seconds to import, and a file needs none of it
+        # Here, as MLflow takes seconds to import, and a file needs none of it.
+        from samq.serving.registry import connect, resolve
 
         found = resolve(connect(tracking_uri), name, alias)
         return ServedGguf(
