@@ -30,10 +30,10 @@ def schema_grammar(schema: dict[str, Any]) -> str:
 
     Raises Refused (400) for a schema that cannot be turned into a grammar of reasonable size.
     """
-    text = json.dumps(schema)
-    if len(text) > _MOST_SCHEMA_BYTES:
-        raise _refused(f"it has {len(text)} bytes, and {_MOST_SCHEMA_BYTES} are allowed")
     try:
+        text = json.dumps(schema)
+        if len(text) > _MOST_SCHEMA_BYTES:
+            raise _refused(f"it has {len(text)} bytes, and {_MOST_SCHEMA_BYTES} are allowed")
         for count in _repetitions(schema):
             if count > _MOST_REPETITIONS:
                 raise _refused(f"it asks for {count} repetitions, and {_MOST_REPETITIONS} are allowed")
@@ -52,7 +52,8 @@ def schema_grammar(schema: dict[str, Any]) -> str:
 def _repetitions(node: Any) -> Iterator[int]:
     """Every count that the converter would write out."""
     if isinstance(node, dict):
-        yield from (node[key] for key in _COUNTS if isinstance(node.get(key), int))
+        counts = (node[key] for key in _COUNTS if isinstance(node.get(key), int))
+        yield from map(abs, counts)  # the converter subtracts the least from the most
         if isinstance(pattern := node.get("pattern"), str):
             yield from (int(count[:9]) for count in re.findall(r"\d+", " ".join(re.findall(r"\{[^}]*", pattern))))
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
