@@ -62,8 +62,12 @@ def write_tiny_gguf(
     context=128,
     spread=0.02,
     add_tokenizer=lambda writer: None,
+    rare=(),
 ) -> Path:
-    """A Llama with random weights, and without a tokenizer unless one is added: all that llama-quantize looks at."""
+    """A Llama with random weights: all that llama-quantize looks at.
+
+    It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones.
+    """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(context)
@@ -94,7 +98,9 @@ def write_tiny_gguf(
         add(f"blk.{block}.ffn_down.weight", width, hidden)
     add("output_norm.weight", width)
     if not tied:
-        add("output.weight", vocabulary, width)
+        output = random.normal(0, spread, (vocabulary, width)).astype(np.float16)
+        output[list(rare)] = 0
+        writer.add_tensor("output.weight", output)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -36,6 +36,7 @@ def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, **shape
         spread=0.2,
         seed=seed,
         context=context,
+        rare=[2],  # an answer goes on until its limit
         add_tokenizer=lambda writer: add_byte_vocabulary(writer, template),
         **shape,
     )
