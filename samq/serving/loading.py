@@ -40,10 +40,8 @@ def load(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
     noted in the model's `loading`. Raises SamqError if the file is not what it should be, cannot be loaded, or does
     not answer sanely.
     """
-    if gguf.alias and (found := file_sha256(gguf.path)) != gguf.sha256:
-        raise SamqError(
-            f"{gguf.path} has the SHA-256 {found}, and the registry says {gguf.sha256}; register the file again"
-        )
+    if (found := file_sha256(gguf.path)) != gguf.sha256:
+        raise SamqError(f"{gguf.path} has the SHA-256 {found}, and not {gguf.sha256} as {gguf.name} has; put it back")
     served = _fit(gguf, settings)
     try:
         warm_up(served, settings)
@@ -54,9 +52,13 @@ def load(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
 
 
 def fits_beside(gguf: ServedGguf, settings: ServingSettings) -> bool:
-    """Whether the memory that is free now would hold this model too, by llama.cpp's own plan of it."""
+    """Whether the memory that is free now would hold this model too, by llama.cpp's own plan of it.
+
+    Raises SamqError if llama.cpp cannot read the file.
+    """
+    _, trained = _describe(gguf)
     planned = EvaluationSettings(
-        vram_context_tokens=settings.context_tokens,
+        vram_context_tokens=min(settings.context_tokens, trained),
         kv_type=settings.kv_type,
         threads=settings.threads,
         gpu_layers=settings.gpu_layers,
@@ -113,6 +115,12 @@ def _insane(served: ServedModel, what: str) -> SamqError:
     )
 
 
+def _describe(gguf: ServedGguf) -> tuple[int, int]:
+    """Layers, and the longest context that the model was trained for."""
+    with Model(gguf.path, gpu_layers=0, allocate=False) as model:
+        return model.layers + 1, model.trained_tokens  # llama.cpp counts the output as a layer
+
+
 def _gpu_layers(settings: ServingSettings) -> int:
     return default_gpu_layers() if settings.gpu_layers is None else settings.gpu_layers
 
@@ -123,8 +131,7 @@ def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
     if settings.kv_type == "Q4_0":
         notes.append(KV_Q4_WARNING)
         logger.warning("%s: %s", gguf, KV_Q4_WARNING)
-    with Model(gguf.path, gpu_layers=0, allocate=False) as model:
-        layers, trained = model.layers + 1, model.trained_tokens  # llama.cpp counts the output as a layer
+    layers, trained = _describe(gguf)
     context = min(settings.context_tokens, trained)
     if context < settings.context_tokens:
         notes.append(f"the context is {context} tokens, all that the model was trained for")

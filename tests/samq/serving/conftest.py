@@ -34,7 +34,7 @@ class Running:
     def ready(self):
         return self.client.get("/ready").json()
 
-    def metric(self, name, **labels):
+    def metric(self, name, /, **labels):
         """A sample's value now; 0 if there is none."""
         found = self.server.metrics.registry.get_sample_value(name, labels)
         return 0 if found is None else found
