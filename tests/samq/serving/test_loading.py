@@ -76,9 +76,9 @@ def test_a_four_bit_cache_is_warned_of(chat_gguf):
     served.close()
 
 
-def test_a_model_that_repeats_one_token_is_not_served(tmp_path):
-    gguf = write_chat_gguf(tmp_path / "tiny.gguf", spread=0)  # all logits are 0: the first token, always
-    with pytest.raises(SamqError, match=r"does not answer the warm-up prompt sanely: it says"):
+def test_a_model_that_says_nothing_is_not_served(tmp_path):
+    gguf = write_chat_gguf(tmp_path / "tiny.gguf", spread=0)  # all logits are 0: the first token, always, which is empty
+    with pytest.raises(SamqError, match=r"does not answer the warm-up prompt sanely: it says nothing"):
         load(FileSource(gguf)(), ServingSettings())
 
 
@@ -89,9 +89,9 @@ def test_a_model_without_a_vocabulary_is_not_served(tmp_path):
 
 
 def test_what_the_memory_cannot_hold_beside_does_not_fit(tmp_path):
-    vast = write_chat_gguf(tmp_path / "vast.gguf", context=2**31 - 1)  # 1 TiB of cache; nothing of it is allocated
+    vast = write_chat_gguf(tmp_path / "vast.gguf", context=2**21, blocks=256)  # 128 GiB of cache, not allocated
     gguf = FileSource(vast)()
-    assert not fits_beside(gguf, ServingSettings(context_tokens=2**31 - 1))
+    assert not fits_beside(gguf, ServingSettings(context_tokens=2**21))
     assert fits_beside(gguf, ServingSettings(context_tokens=512))
 
 

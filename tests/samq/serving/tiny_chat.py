@@ -27,16 +27,16 @@ def add_byte_vocabulary(writer, template):
         writer.add_chat_template(template)
 
 
-def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, **shape):
+def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=0.2, **shape):
     return write_tiny_gguf(
         path,
         width=128,
         hidden=128,
         vocabulary=260,
-        spread=0.2,
+        spread=spread,
         seed=seed,
         context=context,
-        rare=[2],  # an answer goes on until its limit
+        rare=[0, 1, 2],  # an answer is text, and goes on until its limit
         add_tokenizer=lambda writer: add_byte_vocabulary(writer, template),
         **shape,
     )
