@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -27,7 +27,8 @@ from samq.serving.source import Source
 from samq.serving.streams import Exchange
 from samq.serving.watch import Watcher
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or streamed"},
     400: {"model": ErrorBody, "description": "the request cannot be answered as it is; the message says why"},
     401: {"model": ErrorBody, "description": "the API key is missing or wrong"},
     404: {"model": ErrorBody, "description": "another model is served"},
@@ -55,6 +56,18 @@ class Server:
         self.engine.close()
 
 
+class _App(FastAPI):
+    """Describes itself without FastAPI's own 422, which no request gets."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description."""
+        described = super().openapi()
+        for operations in described["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return described
+
+
 def create_app(server: Server) -> FastAPI:
     """The application; its lifespan starts and ends the server's parts."""
 
@@ -64,7 +77,7 @@ def create_app(server: Server) -> FastAPI:
         yield
         server.close()
 
-    app = FastAPI(
+    app = _App(
         title="SAMQ", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
     )
     _add_completions(app, server)
@@ -84,7 +97,7 @@ def create_app(server: Server) -> FastAPI:
 def _add_completions(app: FastAPI, server: Server) -> None:
     engine, timeout_s = server.engine, server.settings.request_timeout_s
 
-    @app.post("/v1/completions", responses=_REFUSALS)
+    @app.post("/v1/completions", responses=_ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """Continue a prompt."""
         exchange = Exchange(engine, request, timeout_s)
@@ -98,7 +111,7 @@ def _add_completions(app: FastAPI, server: Server) -> None:
             usage=body.includes_usage,
         )
 
-    @app.post("/v1/chat/completions", responses=_REFUSALS)
+    @app.post("/v1/chat/completions", responses=_ANSWERS)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answer the last turn of a conversation."""
         exchange = Exchange(engine, request, timeout_s)
@@ -133,7 +146,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
         body = {"status": status, "problem": server.watcher.problem, **(_describe(model) if model else {})}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)

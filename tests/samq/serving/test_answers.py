@@ -191,9 +191,7 @@ def test_a_client_that_leaves_mid_stream_ends_the_work(served):
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as response:
         next(response.iter_bytes())
     served.wait(lambda: served.metric("llamacpp:requests_processing") == 0)
-    served.wait(
-        lambda: served.metric("samq_requests_total", endpoint="/v1/completions", status="499") == before + 1
-    )
+    served.wait(lambda: served.metric("samq_requests_total", endpoint="/v1/completions", status="499") == before + 1)
     assert served.complete().status_code == 200
 
 

@@ -28,12 +28,23 @@ def still_serves(served):
     assert served.complete(max_tokens=1).status_code == 200
 
 
+NOT_JSON_OBJECTS = [
+    b"",
+    b"{",
+    b"nonsense",
+    b'{"prompt": "a",}',
+    b'{"prompt": "\xff\xfe"}',
+    b"[" * 100_000,
+    b"null",
+    b"[]",
+    b"3",
+    b'"a"',
+    b'{"seed": 1' + b"0" * 5000 + b"}",
+]
+
+
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"nonsense", b'{"prompt": "a",}', b'{"prompt": "\xff\xfe"}', b"[" * 100_000, b"null", b"[]", b"3", b'"a"']
-    + [b'{"seed": 1' + b"0" * 5000 + b"}"],
-)  # fmt: skip
+@pytest.mark.parametrize("body", NOT_JSON_OBJECTS)
 def test_a_body_that_is_no_json_object(served, endpoint, body):
     refused(served.client.post(endpoint, content=body, headers=JSON), 400)
 
@@ -127,7 +138,9 @@ def test_tools_are_refused_and_not_ignored(served):
 def test_a_prompt_over_the_context_is_refused_with_the_numbers(served):
     error = refused(served.complete(prompt="x" * 9000), 400, "8192", "9001", "8 more")
     assert error["code"] == "context_length_exceeded"
-    refused(served.chat(messages=[{"role": "user", "content": "x" * 9000}], max_tokens=None), 400, "8192", "leaves none")
+    refused(
+        served.chat(messages=[{"role": "user", "content": "x" * 9000}], max_tokens=None), 400, "8192", "leaves none"
+    )
 
 
 def test_a_prompt_and_answer_over_the_context_are_refused_with_the_numbers(served):

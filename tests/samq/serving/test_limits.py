@@ -68,20 +68,25 @@ def test_the_time_limit_ends_an_answer(chat_gguf):
 
 def test_the_time_limit_counts_the_wait(chat_gguf):
     with running(FileSource(chat_gguf), request_timeout_s=0.5) as server:
-        with server.server.engine.model._generating:  # as a long batch in llama.cpp would, which cannot be interrupted
-            with ThreadPoolExecutor(1) as pool:
-                first = pool.submit(server.complete)
-                server.wait(lambda: server.metric("llamacpp:requests_processing") == 1)
-                response = server.complete()
-                assert refused(response, 503, "0.5 s in the queue")["code"] == "queue_timeout"
-                assert "retry-after" in response.headers
-                assert first.result().status_code == 504
+        # The worker hangs, as in a batch of llama.cpp, which cannot be interrupted.
+        with server.server.engine.model._generating, ThreadPoolExecutor(1) as pool:
+            first = pool.submit(server.complete)
+            server.wait(lambda: server.metric("llamacpp:requests_processing") == 1)
+            response = server.complete()
+            assert refused(response, 503, "0.5 s in the queue")["code"] == "queue_timeout"
+            assert "retry-after" in response.headers
+            assert first.result().status_code == 504
         server.wait(lambda: server.complete(max_tokens=1).status_code == 200)
 
 
 def test_only_who_has_the_key_may_ask(chat_gguf):
     with running(FileSource(chat_gguf), api_key="secret") as server:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}, {"authorization": "é"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic secret"},
+            {"authorization": "é"},
+        ):
             sent = {name: value.encode() for name, value in headers.items()}
             response = server.client.post("/v1/completions", json={"prompt": "hello"}, headers=sent)
             assert refused(response, 401)["code"] == "invalid_api_key"

@@ -77,7 +77,9 @@ def test_a_four_bit_cache_is_warned_of(chat_gguf):
 
 
 def test_a_model_that_says_nothing_is_not_served(tmp_path):
-    gguf = write_chat_gguf(tmp_path / "tiny.gguf", spread=0)  # all logits are 0: the first token, always, which is empty
+    gguf = write_chat_gguf(
+        tmp_path / "tiny.gguf", spread=0
+    )  # all logits are 0: the first token, always, which is empty
     with pytest.raises(SamqError, match=r"does not answer the warm-up prompt sanely: it says nothing"):
         load(FileSource(gguf)(), ServingSettings())
 

@@ -62,8 +62,9 @@ def test_another_file_takes_over_while_clients_stream_and_no_request_fails(file,
             server.wait(serves(server, gguf))
             before = server.metric("samq_requests_total", endpoint="/v1/completions", status="200")
             server.wait(
-                lambda before=before: server.metric("samq_requests_total", endpoint="/v1/completions", status="200")
-                > before + 16
+                lambda before=before: (
+                    server.metric("samq_requests_total", endpoint="/v1/completions", status="200") > before + 16
+                )
             )
         stop = True
         answers = [one.result() for one in clients]
@@ -78,7 +79,9 @@ def test_a_stream_is_finished_by_the_model_that_began_it(file, chat_gguf, other_
     body = {"prompt": "hello", "max_tokens": 3000, "temperature": 0}
     with running(FileSource(file)) as server:
         expected = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
-        with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60
+        ) as response:
             parts = response.iter_text()
             text = next(parts)
             put(other_gguf, file)

@@ -6,14 +6,21 @@ from samq.serving.settings import ServingSettings, is_loopback, load_settings
 
 @pytest.mark.parametrize(
     "host, loopback",
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("gpu.example", False)],
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("gpu.example", False),
+    ],
 )
 def test_which_addresses_are_this_machine(host, loopback):
     assert is_loopback(host) == loopback
 
 
 def test_other_machines_need_a_key_or_a_word_that_they_do_not():
-    with pytest.raises(SamqError, match="0.0.0.0 can be reached from other machines: set SAMQ_API_KEY"):
+    with pytest.raises(SamqError, match=r"0\.0\.0\.0 can be reached from other machines: set SAMQ_API_KEY"):
         load_settings(None, host="0.0.0.0")
     assert load_settings(None, host="0.0.0.0", api_key="secret").host == "0.0.0.0"
     assert load_settings(None, host="0.0.0.0", allow_without_key=True).api_key is None

@@ -53,8 +53,8 @@ def ready(client):
 
 @pytest.mark.e2e
 def test_after_sigterm_a_stream_is_finished_and_new_requests_are_refused(chat_gguf, tmp_path):
-    with process(chat_gguf, tmp_path) as (child, client):
-        with client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 8000}) as response:
+    with process(chat_gguf, tmp_path, drain_timeout_s=300) as (child, client):
+        with client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 2000}) as response:
             parts = response.iter_text()
             text = next(parts)
             child.send_signal(signal.SIGTERM)
