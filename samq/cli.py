@@ -62,14 +62,19 @@ def _start(version: Annotated[bool, typer.Option("--version", help="print the ve
 
 def _prepare_prefect() -> None:
     """Keep Prefect's data in the SAMQ folder unless the user has a server or home of their own, and the terminal calm."""
-    import logging
-
     make_folder(home(), advice="set SAMQ_HOME to a folder of your own")
     if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
         os.environ["PREFECT_HOME"] = str(home() / "prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    _log_to_terminal()
+
+
+def _log_to_terminal() -> None:
+    """Show what samq/ logs."""
+    import logging
+
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X")
     stages = logging.getLogger("samq")
     stages.addHandler(handler)
@@ -361,6 +366,27 @@ def lm_eval(context: typer.Context) -> None:
     from samq.evaluation.harness import run_command_line
 
     run_command_line(context.args)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a GGUF file, or models:/NAME@production of the registry")],
+    config: Annotated[Path | None, typer.Option(help="settings; see deployments/serving.yaml")] = None,
+    host: Annotated[str | None, typer.Option(help="default: this machine only")] = None,
+    port: Annotated[int | None, typer.Option(help="default: 8000")] = None,
+    allow_without_key: Annotated[
+        bool, typer.Option("--allow-without-key", help="let other machines in without SAMQ_API_KEY")
+    ] = False,
+) -> None:
+    """Answer OpenAI's API with a model, and follow its alias; SAMQ_API_KEY is the key that clients must send."""
+    _log_to_terminal()
+    from samq.serving.server import serve as run
+    from samq.serving.settings import load_settings
+    from samq.serving.source import find_source
+
+    key = os.environ.get("SAMQ_API_KEY") or None
+    settings = load_settings(config, host=host, port=port, api_key=key, allow_without_key=allow_without_key or None)
+    run(find_source(model), settings)
 
 
 @app.command()

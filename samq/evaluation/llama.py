@@ -1,8 +1,8 @@
 """llama.cpp in this process: a model, contexts on it, batches of tokens in, logits out.
 
-The layer under every measurement. It knows nothing about metrics, sampling or prompts; it uses the C API through
-llama_cpp's ctypes bindings, because only there several sequences share a batch and only the logits that are wanted
-are computed. Models and contexts are context managers: what llama.cpp allocated is freed at the end of the `with`.
+The layer under every measurement and under the server. It knows nothing about metrics or prompts; it uses the C API
+through llama_cpp's ctypes bindings, because only there several sequences share a batch and only the logits that are
+wanted are computed. Models and contexts are context managers: what llama.cpp allocated is freed at the end of the `with`.
 """
 
 import ctypes
@@ -97,12 +97,13 @@ class Model:
             raise SamqError(f"llama.cpp cannot load {path}: {_first(log())}; check the file with `samq inspect`")
         self.path = Path(path)
         self._model: Any = handle
-        self._vocab = api.llama_model_get_vocab(handle)
-        self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
-        self.adds_bos = bool(api.llama_vocab_get_add_bos(self._vocab))
+        self.vocab = api.llama_model_get_vocab(handle)
+        self.layers = api.llama_model_n_layer(handle)
+        self.vocab_size = api.llama_vocab_n_tokens(self.vocab)
+        self.adds_bos = bool(api.llama_vocab_get_add_bos(self.vocab))
         # where the file names none, llama.cpp takes a token of its own choice, which can be any word
-        self.bos = api.llama_vocab_bos(self._vocab) if self.adds_bos or self._names("bos") else None
-        self.eos = api.llama_vocab_eos(self._vocab) if self._names("eos") else None
+        self.bos = api.llama_vocab_bos(self.vocab) if self.adds_bos or self._names("bos") else None
+        self.eos = api.llama_vocab_eos(self.vocab) if self._names("eos") else None
         self.trained_tokens = api.llama_model_n_ctx_train(handle)  # the context length that it was trained for
         # what such a model keeps of a text is one state, which cannot be cut back to a part of the text
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
@@ -152,30 +153,36 @@ class Model:
         as the tokens they name, and not as plain text.
         """
         data = text.encode()
-        tokens = np.empty(len(data) + 8, np.int32)  # no token is shorter than a byte, and few special ones are added
-        buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
-        count = api.llama_tokenize(self._vocab, data, len(data), buffer, len(tokens), add_special, parse_special)
-        if count < 0:
-            raise SamqError(f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces")
-        return tokens[:count].copy()
+        size = len(data) + 8  # few tokens are shorter than a byte, and few special ones are added
+        while True:
+            tokens = np.empty(size, np.int32)
+            buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
+            count = api.llama_tokenize(self.vocab, data, len(data), buffer, size, add_special, parse_special)
+            if count >= 0:
+                return tokens[:count].copy()
+            if -count <= size:
+                raise SamqError(
+                    f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces"
+                )
+            size = -count
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for, often no whole UTF-8 character; control tokens are empty."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = api.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            count = api.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
 
     def token_text(self, token: int) -> str:
         """A token as the vocabulary spells it, such as `<|im_end|>`."""
-        return (api.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
+        return (api.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace")
 
     def is_end(self, token: int) -> bool:
         """Whether generation ends with this token."""
-        return bool(api.llama_vocab_is_eog(self._vocab, token))
+        return bool(api.llama_vocab_is_eog(self.vocab, token))
 
 
 class Context:
@@ -236,9 +243,12 @@ class Context:
         """Forget all sequences."""
         api.llama_memory_clear(self._memory, False)
 
-    def forget(self, sequence: int, start: int = 0) -> None:
-        """Forget a sequence from position `start` on, so that its place can be used again."""
-        api.llama_memory_seq_rm(self._memory, sequence, start, -1)
+    def forget(self, sequence: int, start: int = 0) -> bool:
+        """Forget one sequence from position `start` on, so that its place can be used again.
+
+        Returns whether that could be done: a recurrent state can only be forgotten as a whole.
+        """
+        return bool(api.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
     def copy(self, source: int, target: int, tokens: int = -1) -> None:
         """Make sequence `target` start with the first `tokens` of `source`; -1: with all of it."""
@@ -286,6 +296,10 @@ class Context:
             api.llama_synchronize(self._context)
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape)
+
+    def sample(self, sampler: Any) -> int:
+        """Let a llama.cpp sampler choose from the last logits of the last batch, and remember its choice."""
+        return int(api.llama_sampler_sample(sampler, self._context, -1))
 
 
 def _padded(tokens: int) -> int:
