@@ -351,6 +351,17 @@ def evaluate(
         export(made, out)
 
 
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command line on a GGUF: --model samq-gguf --model_args gguf=FILE --tasks hellaswag ..."""
+    from samq.evaluation.harness import run_command_line
+
+    run_command_line(context.args)
+
+
 @app.command()
 def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
     """Types, sizes, bits per weight and provenance of a GGUF."""

@@ -10,21 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from samq.evaluation.llama import Model
+from samq.evaluation.llama import Context, Model
+from samq.evaluation.prefixes import Tokens, common_length
 from samq.evaluation.sampling import Sampling, choose
 from samq.progress import Progress, silent
 
 _PARALLEL = 16  # measured on one core, 135M weights at Q4_K_M, 16 prompts: 1 at a time 20 s, 8: 15 s, 16: 13 s
+_WORTH_SHARING = 32  # tokens; fewer are evaluated again sooner than a cache is copied, or a batch run just for them
 _GREEDY = Sampling()
 
 
 @dataclass
 class _Sequence:
-    """One prompt on its way to an answer."""
+    """One prompt on its way to an answer; afterwards it stays in the cache until its place is needed."""
 
     index: int
+    prompt: Tokens
     position: int  # of the next token to be decoded
     tokens: list[int]  # to be decoded next: the prompt, afterwards the last token generated
     random: np.random.Generator
@@ -34,7 +36,7 @@ class _Sequence:
 
 def generate(
     model: Model,
-    prompts: Sequence[NDArray[np.int32]],
+    prompts: Sequence[Tokens],
     *,
     limit: int,
     finished: Callable[[str], bool],
@@ -45,36 +47,32 @@ def generate(
 ) -> list[str]:
     """Continue each prompt, by default with the most probable tokens.
 
-    An answer ends when the model ends it, when `finished(text so far)`, or at `limit` tokens. The tokens that all
-    prompts begin with are evaluated once. What is drawn for a prompt depends on the seed and on its place among the
-    prompts, not on what shares its batch.
+    An answer ends when the model ends it, when `finished(text so far)`, or at `limit` tokens. What a prompt begins with in
+    common with one that is in the cache is not evaluated again. What is drawn for a prompt depends on the seed and on its
+    place among the prompts, not on what shares its batch.
     """
-    shared = prompts[0][: _shared_length(prompts)]
     longest = max(len(prompt) for prompt in prompts) + limit
     parallel = min(_PARALLEL, len(prompts))
     answers = [""] * len(prompts)
     waiting = deque(enumerate(prompts))
-    free = deque(range(1, parallel + 1))  # sequence 0 keeps the shared beginning
-    active: dict[int, _Sequence] = {}
-    with model.context(longest, sequences=parallel + 1, kv_type=kv_type, threads=threads) as context:
-        if len(shared):
-            context.decode(shared, np.arange(len(shared)), 0, False)
-        while waiting or active:
+    held: dict[int, _Sequence] = {}  # what the cache holds
+    free = list(range(parallel))
+    with model.context(longest, sequences=parallel, kv_type=kv_type, threads=threads) as context:
+        while waiting or len(free) < parallel:
             while waiting and free:
                 index, prompt = waiting.popleft()
-                sequence = free.popleft()
-                context.forget(sequence)
-                if len(shared):
-                    context.copy(0, sequence)
+                place, known = _admit(context, prompt, held, free)
+                free.remove(place)
                 random = np.random.default_rng([sampling.seed, index])
-                active[sequence] = _Sequence(index, len(shared), prompt[len(shared) :].tolist(), random)
+                held[place] = _Sequence(index, prompt, known, prompt[known:].tolist(), random)
+            active = [(place, item) for place, item in sorted(held.items()) if place not in free]
             batch = [
-                (token, item.position + offset, sequence, offset == len(item.tokens) - 1)
-                for sequence, item in active.items()
+                (token, item.position + offset, place, offset == len(item.tokens) - 1)
+                for place, item in active
                 for offset, token in enumerate(item.tokens)
             ]
             logits = context.decode(*zip(*batch, strict=True))
-            for row, (sequence, item) in zip(logits, list(active.items()), strict=True):
+            for row, (place, item) in zip(logits, active, strict=True):
                 token = choose(row, sampling, item.random)
                 item.position += len(item.tokens)
                 item.tokens = [token]
@@ -83,15 +81,32 @@ def generate(
                 text = item.answer.decode(errors="ignore")  # a character may still lack its last bytes
                 if model.is_end(token) or item.generated == limit or finished(text):
                     answers[item.index] = item.answer.decode(errors="replace")
-                    del active[sequence]
-                    free.append(sequence)
-                    progress(len(prompts) - len(waiting) - len(active), len(prompts))
+                    free.append(place)
+                    progress(len(prompts) - len(waiting) - (parallel - len(free)), len(prompts))
     return answers
 
 
-def _shared_length(prompts: Sequence[NDArray[np.int32]]) -> int:
-    """How many tokens all prompts begin with, short of any prompt's last: each has to have one left to evaluate."""
-    shortest = min(len(prompt) for prompt in prompts) - 1
-    starts = np.array([prompt[:shortest] for prompt in prompts])
-    differs = (starts != starts[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
+def _admit(context: Context, prompt: Tokens, held: dict[int, _Sequence], free: Sequence[int]) -> tuple[int, int]:
+    """Choose a free place for a prompt and let it begin with what the cache holds of it; how many tokens that is."""
+    # the last token of a prompt is evaluated for each: its logits are wanted
+    common = {place: common_length(prompt[:-1], item.prompt[:-1]) for place, item in held.items()}
+    source = max(common, key=lambda place: (common[place], place in free), default=None)
+    if source is None or common[source] < _WORTH_SHARING:
+        context.forget(free[0])
+        return free[0], 0
+    item, known = held[source], common[source]
+    if known - item.position >= _WORTH_SHARING:  # it waits for its first batch itself
+        begin = item.position
+        context.decode(item.tokens[: known - begin], np.arange(begin, known), source, False)
+        item.tokens = item.tokens[known - begin :]
+        item.position = known
+    known = min(known, item.position)
+    if known < _WORTH_SHARING or (context.model.is_recurrent and known < item.position):
+        known = 0
+    place = source if source in free else free[0]
+    if place != source:
+        context.forget(place)
+        if known:
+            context.copy(source, place)
+    context.forget(place, known)
+    return place, known

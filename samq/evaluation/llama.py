@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 KV_TYPES = {"F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
 PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
+_BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
 _captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
 
 
@@ -36,7 +37,7 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
     for lowest, pieces in _captures:
         if level >= lowest:
             pieces.append(line)
-    if level in _LOG_LEVELS and line.strip():
+    if level in _LOG_LEVELS and line.strip() and _BEYOND_TRAINING not in line:
         logger.log(_LOG_LEVELS[level], line.strip())
 
 
@@ -86,7 +87,7 @@ class Model:
         """
         _start_backend()
         params = api.llama_model_default_params()
-        params.n_gpu_layers = default_gpu_layers() if gpu_layers is None else gpu_layers
+        params.n_gpu_layers = self.gpu_layers = default_gpu_layers() if gpu_layers is None else gpu_layers
         if not allocate:
             params.no_alloc = True
             params.load_mode = api.LLAMA_LOAD_MODE_NONE  # nothing can be memory-mapped that is not allocated
@@ -135,12 +136,14 @@ class Model:
         kv_type: str = "F16",
         threads: int | None = None,
         shared: bool = False,
+        flash_attention: bool = True,
     ) -> "Context":
         """A KV cache of `tokens` for each of `sequences`, and the buffers to compute with; see `Context`.
 
-        With `shared` it is `tokens` for all of them together: a token may then belong to several sequences.
+        With `shared` it is `tokens` for all of them together: a token may then belong to several sequences. Flash
+        attention is used where llama.cpp has it, unless it is forbidden; a quantized KV cache needs it.
         """
-        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads(), shared)
+        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads(), shared, flash_attention)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of `text`.
@@ -187,6 +190,7 @@ class Context:
         kv_type: str,
         threads: int,
         shared: bool,
+        flash_attention: bool,
     ) -> None:
         """Allocate it; `outputs` bounds how many tokens of a batch may ask for logits (None: all).
 
@@ -197,6 +201,8 @@ class Context:
         params = api.llama_context_default_params()
         params.n_ctx = params.n_batch = _padded(tokens) * (1 if shared else sequences)
         params.kv_unified = shared
+        if not flash_attention:
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_ubatch = PHYSICAL_BATCH_TOKENS
         params.n_seq_max = sequences
         params.n_outputs_max = outputs or 0

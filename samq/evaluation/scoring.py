@@ -16,7 +16,6 @@ from samq.evaluation.llama import PHYSICAL_BATCH_TOKENS, Context, Model
 from samq.evaluation.prefixes import Tokens, Tree, trees
 
 _MEMBERS = 64  # sequences of a batch; that of the batch before, which the cache keeps, comes on top
-_ROWS = 8  # positions whose softmax is computed at once: their logits then stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,9 @@ def score(
         kv_type=kv_type,
         threads=threads,
         shared=True,
+        # llama.cpp's for processors sums in F16 where it has fewer than 64 tokens: at 1300 tokens of context log-probabilities
+        # of a tiny model were 9 times as far from torch's as without it
+        flash_attention=model.gpu_layers != 0 or kv_type != "F16",
     ) as context:
         for tree in plan:
             yield from _score_tree(context, tree, inputs, requests)
@@ -144,10 +146,7 @@ def _evaluate(
 def _reduce(logits: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """For each row, the logarithm of the sum of the exponentials, and the index of the highest."""
     partition, best = np.empty(len(logits)), np.empty(len(logits), np.int64)
-    for start in range(0, len(logits), _ROWS):
-        rows = logits[start : start + _ROWS]
-        best[start : start + _ROWS] = rows.argmax(axis=1)
-        highest = rows.max(axis=1, keepdims=True)
-        total = np.exp(rows - highest).sum(axis=1, dtype=np.float64)
-        partition[start : start + _ROWS] = highest[:, 0] + np.log(total)
+    for index, row in enumerate(logits):  # one at a time: it stays in the processor's cache, which halves the time
+        best[index] = top = row.argmax()
+        partition[index] = row[top] + np.log(np.exp(row - row[top]).sum(dtype=np.float64))
     return partition, best

