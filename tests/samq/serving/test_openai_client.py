@@ -42,7 +42,12 @@ def test_a_question_is_answered(client, model):
 def test_a_stream_is_the_answer_in_pieces_and_ends_with_its_tokens(client, model):
     whole = client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=32)
     stream = client.chat.completions.create(
-        model=model, messages=QUESTION, temperature=0, max_tokens=32, stream=True, stream_options={"include_usage": True}
+        model=model,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=32,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     *chunks, last = stream
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
