@@ -8,6 +8,7 @@ wanted are computed. Models and contexts are context managers: what llama.cpp al
 import ctypes
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,13 +29,14 @@ PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shap
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
 _BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
 _captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
+_captures_lock = threading.Lock()
 
 
 @api.llama_log_callback
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
     """Send llama.cpp's warnings and errors to logging, and everything to whoever captures."""
     line = text.decode(errors="replace")
-    for lowest, pieces in _captures:
+    for lowest, pieces in tuple(_captures):
         if level >= lowest:
             pieces.append(line)
     if level in _LOG_LEVELS and line.strip() and _BEYOND_TRAINING not in line:
@@ -53,11 +55,13 @@ def captured_log(*, errors_only: bool = False) -> Iterator[Callable[[], list[str
     """Collect llama.cpp's log during the `with` block; call what is yielded for its lines so far."""
     pieces: list[str] = []
     capture = (max(_LOG_LEVELS) if errors_only else 0, pieces)
-    _captures.append(capture)
+    with _captures_lock:
+        _captures.append(capture)
     try:
         yield lambda: "".join(pieces).splitlines()
     finally:
-        _captures[:] = [other for other in _captures if other is not capture]
+        with _captures_lock:
+            _captures[:] = [other for other in _captures if other is not capture]
 
 
 def default_threads() -> int:

@@ -1,5 +1,6 @@
 """The HTTP application: OpenAI's endpoints over the engine, health, readiness, metrics."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -101,7 +102,7 @@ def _add_completions(app: FastAPI, server: Server) -> None:
         """Continue a prompt."""
         exchange = Exchange(engine, request, timeout_s)
         _check_model(engine, body.model)
-        work = _work(body, _tokenize_prompt(body), body.max_tokens, body.logprobs)
+        work = await asyncio.to_thread(_work, body, _tokenize_prompt(body), body.max_tokens, body.logprobs)
         server.recent.add(work.tokenize)
         return await exchange.answer(
             work,
@@ -115,7 +116,8 @@ def _add_completions(app: FastAPI, server: Server) -> None:
         """Answer the last turn of a conversation."""
         exchange = Exchange(engine, request, timeout_s)
         _check_model(engine, body.model)
-        work = _work(body, _tokenize_chat(body), body.limit, (body.top_logprobs or 0) if body.logprobs else None)
+        alternatives = (body.top_logprobs or 0) if body.logprobs else None
+        work = await asyncio.to_thread(_work, body, _tokenize_chat(body), body.limit, alternatives)
         server.recent.add(work.tokenize)
         return await exchange.answer(
             work, lambda model: ChatShape(model, body.logprobs), stream=body.stream, usage=body.includes_usage
@@ -200,6 +202,7 @@ def _work(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Work:
+    """In a thread: a schema's grammar can take a second."""
     return Work(
         tokenize=tokenize,
         sampling=body.sampling(random.getrandbits(32)),

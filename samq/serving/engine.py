@@ -111,10 +111,12 @@ class Engine:
     def prepare(self, work: Work, emit: Callable[[Event], None], *, stream: bool) -> Job:
         """Tokenize and check a request; takes milliseconds for long prompts, so not on the event loop.
 
-        Raises Refused: 400 for what the model cannot do, 503 while there is no model, or no more to come.
+        Raises Refused: 400 for what the model cannot do, 429 if the queue is full,
+        503 while there is no model, or when the server is shutting down.
         """
         with self._changed:
             self._refuse_if_unavailable()
+            self._refuse_if_full()
             assert self._model
             model = self._model
             model.acquire()
@@ -129,14 +131,7 @@ class Engine:
         with self._changed:
             if self._draining:
                 raise _shutting_down()
-            idle = self._running is None and not self._queue and self._model
-            if len(self._queue) >= self._queue_size and not idle:
-                raise Refused(
-                    429,
-                    f"{len(self._queue)} requests wait already, as many as may; try again later",
-                    code="queue_full",
-                    retry_after_s=self.retry_after_s(),
-                )
+            self._refuse_if_full()
             self._queue.append(job)
             self._changed.notify_all()
 
@@ -182,6 +177,16 @@ class Engine:
             raise _shutting_down()
         if not self._model:
             raise Refused(503, "no model is loaded; see /ready", code="model_not_loaded", retry_after_s=5)
+
+    def _refuse_if_full(self) -> None:
+        idle = self._running is None and not self._queue and self._model
+        if len(self._queue) >= self._queue_size and not idle:
+            raise Refused(
+                429,
+                f"{len(self._queue)} requests wait already, as many as may; try again later",
+                code="queue_full",
+                retry_after_s=self.retry_after_s(),
+            )
 
     def _work(self) -> None:
         while True:

@@ -1,12 +1,12 @@
 """`response_format` -> a grammar of llama.cpp (GBNF), which no answer can leave.
 
-The converter of llama-cpp-python writes repetitions out, and follows what a schema says without a limit, so a schema
-of a few bytes could take all memory: what it may ask for is bounded here first.
+The converter of llama-cpp-python writes repetitions out, so a schema of a few bytes could take all memory, and llama.cpp
+follows all ways at once in which a pattern can match, and cannot be interrupted: what a schema may ask for is bounded
+here first.
 """
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
@@ -14,9 +14,11 @@ from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 from samq.serving.refusal import Refused
 
 _MOST_REPETITIONS = 1000  # llama.cpp itself refuses more than 2000
+_MOST_PATTERN_ITEMS = 200  # written out; ^(a?){1000}$ takes llama.cpp 3 s a token, ^((a?){500}){500}$ no bearable time
 _MOST_SCHEMA_BYTES = 32 * 1024
 _MOST_GRAMMAR_BYTES = 256 * 1024
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
+_REGEX_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|\{(?P<count>[^}]*)\}|.", re.DOTALL)
 _PARAM = "response_format"
 
 
@@ -34,9 +36,7 @@ def schema_grammar(schema: dict[str, Any]) -> str:
         text = json.dumps(schema)
         if len(text) > _MOST_SCHEMA_BYTES:
             raise _refused(f"it has {len(text)} bytes, and {_MOST_SCHEMA_BYTES} are allowed")
-        for count in _repetitions(schema):
-            if count > _MOST_REPETITIONS:
-                raise _refused(f"it asks for {count} repetitions, and {_MOST_REPETITIONS} are allowed")
+        _check_repetitions(schema)
         grammar = json_schema_to_gbnf(text)
         grammar.encode()  # a pattern can hold half a character
     except Refused:
@@ -49,15 +49,36 @@ def schema_grammar(schema: dict[str, Any]) -> str:
     return grammar
 
 
-def _repetitions(node: Any) -> Iterator[int]:
-    """Every count that the converter would write out."""
+def _check_repetitions(node: Any) -> None:
+    """Raises Refused for more than a grammar can bear, wherever it stands in a schema."""
     if isinstance(node, dict):
-        counts = (node[key] for key in _COUNTS if isinstance(node.get(key), int))
-        yield from map(abs, counts)  # the converter subtracts the least from the most
-        if isinstance(pattern := node.get("pattern"), str):
-            yield from (int(count[:9]) for count in re.findall(r"\d+", " ".join(re.findall(r"\{[^}]*", pattern))))
+        for key in _COUNTS:
+            count = node.get(key)
+            if isinstance(count, int) and abs(count) > _MOST_REPETITIONS:
+                raise _refused(f"it asks for {count} repetitions, and {_MOST_REPETITIONS} are allowed")
+        if isinstance(pattern := node.get("pattern"), str) and (items := written_out(pattern)) > _MOST_PATTERN_ITEMS:
+            raise _refused(f"a pattern has {items} characters, written out, and {_MOST_PATTERN_ITEMS} are allowed")
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _repetitions(child)
+        _check_repetitions(child)
+
+
+def written_out(pattern: str) -> int:
+    """Characters and classes of a regular expression when its counted repetitions are written out, 9 digits at most."""
+    groups, last = [0], 0  # items of each open group; items of what a repetition would repeat
+    for token in _REGEX_TOKEN.finditer(pattern):
+        if token["count"] is not None:
+            more = last * (max(int(number[:9]) for number in re.findall(r"\d+", token["count"]) or ["1"]) - 1)
+            groups[-1] += more
+            last += more
+        elif token[0] == "(":
+            groups.append(0)
+        elif token[0] == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif token[0] not in "*+?|":
+            groups[-1] += 1
+            last = 1
+    return sum(groups)
 
 
 def _refused(reason: str) -> Refused:

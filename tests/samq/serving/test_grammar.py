@@ -1,6 +1,6 @@
 import pytest
 
-from samq.serving.grammar import schema_grammar
+from samq.serving.grammar import schema_grammar, written_out
 from samq.serving.refusal import Refused
 
 
@@ -21,7 +21,8 @@ def nested(depth):
     [
         ({"type": "array", "items": {"type": "null"}, "minItems": 10**9}, "asks for 1000000000 repetitions"),
         ({"type": "string", "maxLength": 10**7}, "asks for 10000000 repetitions"),
-        ({"type": "string", "pattern": "^a{1,99999}$"}, "asks for 99999 repetitions"),
+        ({"type": "string", "pattern": "^a{1,99999}$"}, "has 100001 characters, written out"),
+        ({"anyOf": [{"type": "string", "pattern": "^((a?){500}){500}$"}]}, "has 250002 characters, written out"),
         ({"type": "string", "pattern": "a"}, "makes no grammar"),  # not anchored
         ({"type": "string", "pattern": "^\ud800$"}, "makes no grammar"),
         ({"$ref": "https://example.com/schema.json"}, "makes no grammar"),
@@ -39,3 +40,23 @@ def test_a_schema_that_cannot_be_used_is_refused_with_the_reason(schema, reason)
         schema_grammar(schema)
     assert refused.value.status == 400
     assert refused.value.body["error"]["param"] == "response_format"
+
+
+@pytest.mark.parametrize(
+    "pattern, items",
+    [
+        ("^abc$", 5),
+        (r"^\d{4}-\d{2}-[0-9]{2}$", 12),
+        ("(ab){3}", 6),
+        ("((ab){3}c){2}", 14),
+        ("(a?|b*)+", 2),
+        ("a{2,5}", 5),
+        ("a{2,}", 2),
+        (r"[\]a]{2}\)", 3),
+        ("a{99999999999999999999}", 999_999_999),
+        ("))a{", 4),
+        ("", 0),
+    ],
+)
+def test_what_a_pattern_comes_to_when_written_out(pattern, items):
+    assert written_out(pattern) == items

