@@ -4,10 +4,9 @@ import ipaddress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from samq.errors import SamqError
+from samq.settings_file import read_settings
 
 
 class ShadowSettings(BaseModel):
@@ -81,26 +80,5 @@ def is_loopback(host: str) -> bool:
 
 
 def load_settings(path: Path | None, **given: Any) -> ServingSettings:
-    """The settings of a YAML file, those that are `given` (and not None) before them.
-
-    Raises SamqError that names the setting at fault.
-    """
-    try:
-        fields = (yaml.safe_load(path.read_text()) or {}) if path else {}
-    except OSError as error:
-        raise SamqError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SamqError(f"{path} is not YAML: {str(error).splitlines()[0]}; see deployments/serving.yaml") from error
-    if not isinstance(fields, dict):
-        raise SamqError(f"{path} holds no settings; see deployments/serving.yaml")
-    try:
-        return ServingSettings.model_validate(
-            fields | {key: value for key, value in given.items() if value is not None}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = first["msg"].removeprefix("Value error, ")
-        raise SamqError(
-            f"{path or 'settings'}: {where + ': ' if where else ''}{what}; see deployments/serving.yaml"
-        ) from error
+    """The settings of a YAML file, those that are `given` (and not None) before them; raises SamqError, see read_settings."""
+    return read_settings(path, ServingSettings, "deployments/serving.yaml", **given)
