@@ -64,12 +64,17 @@ class Job:
     work: Work
     emit: Callable[[Event], None]
     stream: bool  # whether parts of the answer are wanted as they come, or all of it at the end
-    model: ServedModel  # that the prompt was tokenized for
-    prompt: list[int]
-    limit: int  # of generated tokens
+    created: float = field(default_factory=time.monotonic)
+    model: ServedModel | None = None  # that the prompt was tokenized for; None: for none yet
+    prompt: list[int] = field(default_factory=list)
+    limit: int = 0  # of generated tokens
     started: bool = False
     cancelled: bool = False
-    created: float = field(default_factory=time.monotonic)
+
+    def fit(self, model: ServedModel) -> None:
+        """Tokenize the prompt for a model; raises Refused (400) for what that model cannot do."""
+        self.prompt, self.limit = _check(self.work, model)
+        self.model = model
 
 
 class Engine:
@@ -83,6 +88,7 @@ class Engine:
         self._changed = threading.Condition()
         self._model: ServedModel | None = None
         self._running: Job | None = None
+        self._between_models = False
         self._draining = False
         self._seconds_per_job = 1.0  # moving average
         metrics.processing.set_function(lambda: float(self._running is not None))
@@ -100,10 +106,14 @@ class Engine:
         """Whether no more requests are taken."""
         return self._draining
 
-    def exchange(self, new: ServedModel | None) -> ServedModel | None:
-        """Let another model, or none, answer from the next request on; returns the old one, for the caller to close."""
+    def exchange(self, new: ServedModel | None, *, more_to_come: bool = False) -> ServedModel | None:
+        """Let another model, or none, answer from the next request on; returns the old one, for the caller to close.
+
+        Without a model requests are refused, unless there is `more_to_come`: then they wait for it.
+        """
         with self._changed:
             old, self._model = self._model, new
+            self._between_models = more_to_come
             self._changed.notify_all()
         self._metrics.show_model(new.gguf if new else None)
         return old
@@ -111,20 +121,22 @@ class Engine:
     def prepare(self, work: Work, emit: Callable[[Event], None], *, stream: bool) -> Job:
         """Tokenize and check a request; takes milliseconds for long prompts, so not on the event loop.
 
-        Raises Refused: 400 for what the model cannot do, 429 if the queue is full,
-        503 while there is no model, or when the server is shutting down.
+        Raises Refused: 400 for what the model cannot do, 429 if the queue is full, 503 while there is no model, or
+        when the server is shutting down.
         """
+        job = Job(work, emit, stream)
         with self._changed:
             self._refuse_if_unavailable()
             self._refuse_if_full()
-            assert self._model
             model = self._model
+            if model is None:  # between two: the worker tokenizes
+                return job
             model.acquire()
         try:
-            prompt, limit = _check(work, model)
+            job.fit(model)
         finally:
             model.release()
-        return Job(work, emit, stream, model, prompt, limit)
+        return job
 
     def submit(self, job: Job) -> None:
         """Queue a prepared job. Raises Refused: 429 if the queue is full, 503 if the server is shutting down."""
@@ -148,10 +160,7 @@ class Engine:
         return min(max(1, math.ceil(self._seconds_per_job)), _MOST_RETRY_AFTER_S)
 
     def drain(self, timeout_s: float) -> None:
-        """Take no more requests, finish those that there are, and give up what is left after the time.
-
-        Returns when nothing is queued or at work.
-        """
+        """Take no more requests, wait until those that there are have finished, and give up what is left after the time."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
@@ -175,7 +184,7 @@ class Engine:
     def _refuse_if_unavailable(self) -> None:
         if self._draining:
             raise _shutting_down()
-        if not self._model:
+        if not (self._model or self._between_models):
             raise Refused(503, "no model is loaded; see /ready", code="model_not_loaded", retry_after_s=5)
 
     def _refuse_if_full(self) -> None:
@@ -215,7 +224,7 @@ class Engine:
     def _answer(self, job: Job, model: ServedModel) -> None:
         metrics, work = self._metrics, job.work
         if job.model is not model:  # replaced while the job waited
-            job.prompt, job.limit = _check(work, model)
+            job.fit(model)
         job.started = True
         began = latest = time.monotonic()
         metrics.queue_wait.observe(began - job.created)
