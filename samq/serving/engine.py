@@ -23,6 +23,7 @@ from samq.serving.text import TextAssembler
 logger = logging.getLogger(__name__)
 
 _MOST_RETRY_AFTER_S = 60
+_LEAST_DELTA_S = 0.02  # nobody reads faster, and every delta costs the event loop time that llama.cpp could use
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ class Engine:
                 metrics.predicted_tokens.inc()
                 metrics.kv_cache.set((len(job.prompt) + tokens) / model.loading.context_tokens)
                 logprob = token_logprob(model.model, token, work.logprobs) if work.logprobs is not None else None
-                if answer.add(model.model.piece(token.id), logprob):
+                if answer.add(model.model.piece(token.id), logprob, now):
                     reason = "stop"
                     break
                 if tokens == job.limit or job.cancelled:
@@ -262,23 +263,25 @@ class Engine:
 
 
 class _Answer:
-    """Turns tokens into deltas: one a token for a stream, else one at the end."""
+    """Turns tokens into deltas: for a stream as they come, though not more often than can be seen, else at the end."""
 
     def __init__(self, job: Job, model: ServedModel) -> None:
         self._job = job
         self._assembler = TextAssembler(job.work.stops)
+        self._given_out_at = -math.inf
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not given out yet
 
-    def add(self, piece: bytes, logprob: TokenLogprob | None) -> bool:
-        """Take a token; returns whether a stop sequence has appeared."""
+    def add(self, piece: bytes, logprob: TokenLogprob | None, now: float) -> bool:
+        """Take a token that came `now`; returns whether a stop sequence has appeared."""
         text = self._assembler.push(piece)
         if logprob and not (self._assembler.stopped and not text):
             self._logprobs.append(logprob)
         if text:
             self._text.append(text)
-            if self._job.stream:
+            if self._job.stream and now - self._given_out_at >= _LEAST_DELTA_S:
                 self._give_out()
+                self._given_out_at = now
         return self._assembler.stopped
 
     def end(self) -> None:
