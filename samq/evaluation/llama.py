@@ -290,20 +290,39 @@ class Context:
             seq_id=lists.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(api.llama_seq_id))),
             logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        status = api.llama_decode(self._context, batch)
-        if status == 1:
-            raise SamqError(f"a batch of {count} tokens does not fit into a context of {self.tokens}; use a longer one")
-        if status != 0:
-            raise SamqError(f"llama.cpp failed on a batch of {count} tokens of {self.model.path} (status {status})")
+        self._run(batch)
         shape = (int(outputs.sum()), self.model.vocab_size)
         if shape[0] == 0:
             api.llama_synchronize(self._context)
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape)
 
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to sequence 0, and compute the logits of the last: `decode` without its costs, for one sequence.
+
+        Raises SamqError if llama.cpp fails.
+        """
+        token_ids = (api.llama_token * len(tokens))(*tokens)
+        self._run(api.llama_batch_get_one(token_ids, len(tokens)))
+
+    def last_logits(self) -> NDArray[np.float32]:
+        """The logits (vocabulary,) of the last token that asked for them: a view, which the next batch overwrites."""
+        return np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, -1), (self.model.vocab_size,))
+
     def sample(self, sampler: Any) -> int:
         """Let a llama.cpp sampler choose from the last logits of the last batch, and remember its choice."""
         return int(api.llama_sampler_sample(sampler, self._context, -1))
+
+    def _run(self, batch: Any) -> None:
+        status = api.llama_decode(self._context, batch)
+        if status == 1:
+            raise SamqError(
+                f"a batch of {batch.n_tokens} tokens does not fit into a context of {self.tokens}; use a longer one"
+            )
+        if status != 0:
+            raise SamqError(
+                f"llama.cpp failed on a batch of {batch.n_tokens} tokens of {self.model.path} (status {status})"
+            )
 
 
 def _padded(tokens: int) -> int:

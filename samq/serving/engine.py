@@ -23,6 +23,7 @@ from samq.serving.text import TextAssembler
 logger = logging.getLogger(__name__)
 
 _MOST_RETRY_AFTER_S = 60
+_LEAST_DELTA_S = 0.02  # nobody reads faster, and every delta costs the event loop time that llama.cpp could use
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,17 @@ class Job:
     work: Work
     emit: Callable[[Event], None]
     stream: bool  # whether parts of the answer are wanted as they come, or all of it at the end
-    model: ServedModel  # that the prompt was tokenized for
-    prompt: list[int]
-    limit: int  # of generated tokens
+    created: float = field(default_factory=time.monotonic)
+    model: ServedModel | None = None  # that the prompt was tokenized for; None: for none yet
+    prompt: list[int] = field(default_factory=list)
+    limit: int = 0  # of generated tokens
     started: bool = False
     cancelled: bool = False
-    created: float = field(default_factory=time.monotonic)
+
+    def fit(self, model: ServedModel) -> None:
+        """Tokenize the prompt for a model; raises Refused (400) for what that model cannot do."""
+        self.prompt, self.limit = _check(self.work, model)
+        self.model = model
 
 
 class Engine:
@@ -83,6 +89,7 @@ class Engine:
         self._changed = threading.Condition()
         self._model: ServedModel | None = None
         self._running: Job | None = None
+        self._between_models = False
         self._draining = False
         self._seconds_per_job = 1.0  # moving average
         metrics.processing.set_function(lambda: float(self._running is not None))
@@ -100,10 +107,14 @@ class Engine:
         """Whether no more requests are taken."""
         return self._draining
 
-    def exchange(self, new: ServedModel | None) -> ServedModel | None:
-        """Let another model, or none, answer from the next request on; returns the old one, for the caller to close."""
+    def exchange(self, new: ServedModel | None, *, more_to_come: bool = False) -> ServedModel | None:
+        """Let another model, or none, answer from the next request on; returns the old one, for the caller to close.
+
+        Without a model requests are refused, unless there is `more_to_come`: then they wait for it.
+        """
         with self._changed:
             old, self._model = self._model, new
+            self._between_models = more_to_come
             self._changed.notify_all()
         self._metrics.show_model(new.gguf if new else None)
         return old
@@ -111,20 +122,22 @@ class Engine:
     def prepare(self, work: Work, emit: Callable[[Event], None], *, stream: bool) -> Job:
         """Tokenize and check a request; takes milliseconds for long prompts, so not on the event loop.
 
-        Raises Refused: 400 for what the model cannot do, 429 if the queue is full,
-        503 while there is no model, or when the server is shutting down.
+        Raises Refused: 400 for what the model cannot do, 429 if the queue is full, 503 while there is no model, or
+        when the server is shutting down.
         """
+        job = Job(work, emit, stream)
         with self._changed:
             self._refuse_if_unavailable()
             self._refuse_if_full()
-            assert self._model
             model = self._model
+            if model is None:  # between two: the worker tokenizes
+                return job
             model.acquire()
         try:
-            prompt, limit = _check(work, model)
+            job.fit(model)
         finally:
             model.release()
-        return Job(work, emit, stream, model, prompt, limit)
+        return job
 
     def submit(self, job: Job) -> None:
         """Queue a prepared job. Raises Refused: 429 if the queue is full, 503 if the server is shutting down."""
@@ -148,10 +161,7 @@ class Engine:
         return min(max(1, math.ceil(self._seconds_per_job)), _MOST_RETRY_AFTER_S)
 
     def drain(self, timeout_s: float) -> None:
-        """Take no more requests, finish those that there are, and give up what is left after the time.
-
-        Returns when nothing is queued or at work.
-        """
+        """Take no more requests, wait until those that there are have finished, and give up what is left after the time."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
@@ -175,7 +185,7 @@ class Engine:
     def _refuse_if_unavailable(self) -> None:
         if self._draining:
             raise _shutting_down()
-        if not self._model:
+        if not (self._model or self._between_models):
             raise Refused(503, "no model is loaded; see /ready", code="model_not_loaded", retry_after_s=5)
 
     def _refuse_if_full(self) -> None:
@@ -215,7 +225,7 @@ class Engine:
     def _answer(self, job: Job, model: ServedModel) -> None:
         metrics, work = self._metrics, job.work
         if job.model is not model:  # replaced while the job waited
-            job.prompt, job.limit = _check(work, model)
+            job.fit(model)
         job.started = True
         began = latest = time.monotonic()
         metrics.queue_wait.observe(began - job.created)
@@ -238,7 +248,7 @@ class Engine:
                 metrics.predicted_tokens.inc()
                 metrics.kv_cache.set((len(job.prompt) + tokens) / model.loading.context_tokens)
                 logprob = token_logprob(model.model, token, work.logprobs) if work.logprobs is not None else None
-                if answer.add(model.model.piece(token.id), logprob):
+                if answer.add(model.model.piece(token.id), logprob, now):
                     reason = "stop"
                     break
                 if tokens == job.limit or job.cancelled:
@@ -253,23 +263,25 @@ class Engine:
 
 
 class _Answer:
-    """Turns tokens into deltas: one a token for a stream, else one at the end."""
+    """Turns tokens into deltas: for a stream as they come, though not more often than can be seen, else at the end."""
 
     def __init__(self, job: Job, model: ServedModel) -> None:
         self._job = job
         self._assembler = TextAssembler(job.work.stops)
+        self._given_out_at = -math.inf
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not given out yet
 
-    def add(self, piece: bytes, logprob: TokenLogprob | None) -> bool:
-        """Take a token; returns whether a stop sequence has appeared."""
+    def add(self, piece: bytes, logprob: TokenLogprob | None, now: float) -> bool:
+        """Take a token that came `now`; returns whether a stop sequence has appeared."""
         text = self._assembler.push(piece)
         if logprob and not (self._assembler.stopped and not text):
             self._logprobs.append(logprob)
         if text:
             self._text.append(text)
-            if self._job.stream:
+            if self._job.stream and now - self._given_out_at >= _LEAST_DELTA_S:
                 self._give_out()
+                self._given_out_at = now
         return self._assembler.stopped
 
     def end(self) -> None:

@@ -27,10 +27,15 @@ class Loading:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, and the logits (vocabulary,) that it was drawn from: a view, until the next token."""
+    """A token that was drawn, and the context that it was drawn from: as it was then until the next token is."""
 
     id: int
-    logits: NDArray[np.float32]
+    context: Context
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """What the token was drawn from, (vocabulary,)."""
+        return self.context.last_logits()
 
 
 class ServedModel:
@@ -99,26 +104,22 @@ class ServedModel:
         (`in_use`), and close the iterator.
         """
         with self._generating, Sampler(self.model, sampling, self._context.tokens) as sampler:
-            position = self.reused_tokens = self._reuse(prompt)
-            pending = list(prompt[position:])
+            self.reused_tokens = self._reuse(prompt)
+            pending = list(prompt[self.reused_tokens :])
             while not stopped():
                 batch, pending = pending[:PHYSICAL_BATCH_TOKENS], pending[PHYSICAL_BATCH_TOKENS:]
-                logits = self._decode(batch, position, wanted=not pending)
-                position += len(batch)
+                self._extend(batch)
                 if not pending:
-                    token = sampler.sample(self._context, logits)
-                    yield Token(token, logits)
+                    token = sampler.sample(self._context)
+                    yield Token(token, self._context)
                     pending = [token]
 
-    def _decode(self, batch: list[int], position: int, *, wanted: bool) -> NDArray[np.float32]:
-        """Append a batch to the cache; returns the logits (vocabulary,) of its last token if they are wanted."""
+    def _extend(self, batch: list[int]) -> None:
+        """Append a batch to the cache."""
         cached, self._cached = self._cached, []  # should llama.cpp fail, nothing is known of the cache
-        outputs = np.zeros(len(batch), np.int8)
-        outputs[-1] = wanted
-        logits = self._context.decode(batch, np.arange(position, position + len(batch)), 0, outputs)
+        self._context.extend(batch)
         cached.extend(batch)
         self._cached = cached
-        return logits[0] if wanted else logits
 
     def _reuse(self, prompt: Sequence[int]) -> int:
         """Keep what the cache and the prompt begin with; returns how many tokens. The last one is always evaluated."""

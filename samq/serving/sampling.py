@@ -50,13 +50,14 @@ class Sampler:
         if self._grammar:
             api.llama_sampler_free(self._grammar)
 
-    def sample(self, context: Context, logits: NDArray[np.float32]) -> int:
-        """The next token, given the context's last logits (vocabulary,).
+    def sample(self, context: Context) -> int:
+        """The next token, given the context's last logits.
 
         Raises Refused (400) if the grammar allows no token of the vocabulary: llama.cpp would end the process.
         """
         if not self._grammar:
             return context.sample(self._chain)
+        logits = context.last_logits()
         # As llama.cpp's own programs do: the choice is mostly allowed, and a look at one token is cheap.
         token = self._choose(_candidates(logits))
         if not self._allows(token):

@@ -64,7 +64,11 @@ def registry_source(name: str, alias: str, tracking_uri: str) -> Source:
 
 
 class FileSource:
-    """A file, which may be replaced by another (by renaming, not by writing into what is served)."""
+    """A file, which may be replaced by another: by renaming, as llama.cpp reads from the file while it serves.
+
+    Unlike a registry's versions, the old content is gone then: where memory does not suffice for both models, nothing
+    is left to go back to.
+    """
 
     def __init__(self, path: Path) -> None:
         """Nothing is read yet."""

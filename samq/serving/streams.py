@@ -45,6 +45,7 @@ class Exchange:
         self._job = job
         try:
             first = await self._first()
+            assert job.model, "it has answered"
             words = shape(job.model.gguf.name)
             if not stream:
                 delta = first if isinstance(first, Delta) else Delta("")

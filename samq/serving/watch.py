@@ -98,7 +98,7 @@ class Watcher:
             new = load(wanted, self._settings)
             try:
                 self._compare(serving, new)
-            except BaseException:
+            except Exception:
                 new.close()
                 raise
             self._engine.exchange(new)
@@ -111,13 +111,17 @@ class Watcher:
         logger.warning("%s does not fit beside %s, which is freed first; requests wait", wanted, serving.gguf)
         if self._settings.shadow.prompts:
             logger.warning("the shadow check is left out: it needs both models at once")
-        self._engine.exchange(None)
+        self._engine.exchange(None, more_to_come=True)
         serving.close()
         try:
             self._engine.exchange(load(wanted, self._settings))
-        except BaseException:
+        except Exception as failure:
             logger.warning("%s cannot be loaded; %s is loaded again", wanted, serving.gguf)
-            self._engine.exchange(load(serving.gguf, self._settings))
+            try:
+                self._engine.exchange(load(serving.gguf, self._settings))
+            except Exception as loss:
+                self._engine.exchange(None)
+                raise SamqError(f"{failure}; and {serving.gguf} cannot be loaded again: {loss}") from failure
             raise
 
     def _compare(self, serving: ServedModel, new: ServedModel) -> None:

@@ -148,13 +148,30 @@ def test_before_there_is_a_model_the_server_lives_and_is_not_ready(tmp_path, cha
         assert server.complete().status_code == 200
 
 
-def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it(file, other_gguf, monkeypatch):
+def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it(file, other_gguf, monkeypatch, tmp_path):
     """That memory is short is the one thing that is not real here."""
     monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
     with running(FileSource(file)) as server:
         put(other_gguf, file)
         server.wait(serves(server, other_gguf))
         assert server.complete().status_code == 200
+
+        put(write_silent_gguf(tmp_path / "bad.gguf"), file)  # and with it, the old content of the file is gone
+        server.wait(lambda: server.ready()["problem"])
+        assert "not all finite" in server.ready()["problem"] and "cannot be loaded again" in server.ready()["problem"]
+        assert server.client.get("/ready").status_code == 503
+        put(other_gguf, file)
+        server.wait(serves(server, other_gguf))
+
+
+def test_a_request_that_comes_between_two_models_waits_for_the_next(file):
+    with running(FileSource(file), poll_interval_s=3600) as server, ThreadPoolExecutor(1) as pool:
+        model = server.server.engine.exchange(None, more_to_come=True)
+        answer = pool.submit(server.complete)
+        server.wait(lambda: server.metric("llamacpp:requests_deferred") == 1)
+        assert server.client.get("/ready").status_code == 503
+        server.server.engine.exchange(model)
+        assert answer.result().json()["usage"]["prompt_tokens"] == 6
 
 
 @pytest.fixture
