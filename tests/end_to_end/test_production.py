@@ -20,7 +20,7 @@ from flows.requantize import requantize
 from samq.services import mlflow_page
 from tests.end_to_end.conftest import SMALL
 
-pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
 
 CLIENTS = 8
 POLICY = {
