@@ -25,7 +25,6 @@ from scipy.stats import t as student
 from samq.comparison import CONFIDENCE, RESAMPLES
 from samq.errors import SamqError
 from samq.records import Metric, Record
-from samq.selection import Result
 
 ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
 MARGIN = 0.01  # the founding goal: no more than 1 % worse
@@ -71,24 +70,6 @@ class PairedComparison(Record):
     def metric_name(self) -> str:
         """The metric's name in an evaluation."""
         return f"eval/{self.benchmark}/{self.metric}"
-
-
-def compare_benchmarks(
-    results: Sequence[Result], reference: Result, *, margin: float = MARGIN
-) -> list[PairedComparison]:
-    """Every other candidate against the reference, from the tables of items beside their evaluations.
-
-    Who was asked nothing has no such table, and is left out. Raises SamqError as `compare_items`.
-    """
-    tables = {one.name: pd.read_parquet(path) for one in results if (path := one.folder / ITEMS_NAME).is_file()}
-    theirs = tables.pop(reference.name, None)
-    if theirs is None:
-        return []
-    return [
-        comparison
-        for name, ours in tables.items()
-        for comparison in compare_items(name, ours, reference.name, theirs, margin=margin)
-    ]
 
 
 def compare_items(
