@@ -62,19 +62,14 @@ def _start(version: Annotated[bool, typer.Option("--version", help="print the ve
 
 def _prepare_prefect() -> None:
     """Keep Prefect's data in the SAMQ folder unless the user has a server or home of their own, and the terminal calm."""
+    import logging
+
     make_folder(home(), advice="set SAMQ_HOME to a folder of your own")
     if not any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")):
         os.environ["PREFECT_HOME"] = str(home() / "prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    _log_to_terminal()
-
-
-def _log_to_terminal() -> None:
-    """Show what samq/ logs."""
-    import logging
-
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X")
     stages = logging.getLogger("samq")
     stages.addHandler(handler)
@@ -379,12 +374,16 @@ def serve(
     ] = False,
 ) -> None:
     """Answer OpenAI's API with a model, and follow its alias; SAMQ_API_KEY is the key that clients must send."""
-    _log_to_terminal()
+    import logging
+
     from samq.serving.server import serve as run
     from samq.serving.settings import load_settings
     from samq.serving.source import find_source
 
     key = os.environ.get("SAMQ_API_KEY") or None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("samq", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.INFO)
     settings = load_settings(config, host=host, port=port, api_key=key, allow_without_key=allow_without_key or None)
     run(find_source(model), settings)
 

@@ -253,7 +253,7 @@ class Engine:
                     break
                 if tokens == job.limit or job.cancelled:
                     break
-        cached = model.reused_tokens
+            cached = model.reused_tokens
         metrics.cached_tokens.inc(cached)
         if not job.cancelled:
             answer.end()
