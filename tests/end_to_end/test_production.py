@@ -184,7 +184,7 @@ def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(sweeps, environm
     uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment['SAMQ_HOME']}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
     before = client.get_registered_model("small").aliases
-    other = next(version for version, _ in sweeps if version != before.get("production"))
+    other = next(version for version, _ in sweeps if version != str(before.get("production")))
     strict = tmp_path / "strict.yaml"
     strict.write_text(yaml.safe_dump({**POLICY, "max_mean_kld_nats": 1e-9}))
     said = samq(environment, "promote", "small", "--version", other, "--policy", strict, code=3)
