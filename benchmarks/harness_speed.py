@@ -122,9 +122,9 @@ def answer(lm: LM, items: Sequence[Sequence[Instance]]) -> list[Any]:
 
 
 def best_batch_size(lm: HFLM, items: Sequence[Sequence[Instance]], sizes: Sequence[int]) -> int:
-    """The size with which the first items take least time; the first run warms up."""
+    """The size with which the first items take least time; the first run, and the only one for one size, warms up."""
     seconds = {}
-    for size in (sizes[0], *sizes):
+    for size in (sizes[0], *(sizes if len(sizes) > 1 else ())):
         lm.batch_size_per_gpu = size
         seconds[size] = timed(partial(answer, lm, items[:TRIED_ITEMS]))[1]
     return min(seconds, key=lambda size: seconds[size])

@@ -48,7 +48,7 @@ class GgufLM(TemplateLM):
         context_tokens: what a prompt and its answer may have together; None: what the model was trained for.
         add_bos_token: whether texts start with BOS; None: as the GGUF says.
         prefix_token_id: what stands before a text without context; None: BOS, or EOS where there is none.
-        kv_type: F16, Q8_0 or Q4_0, the type of the KV cache.
+        kv_type: F32, F16, Q8_0 or Q4_0, the type of the KV cache.
         threads: threads of llama.cpp; None: one a physical core.
         progress: told how many requests of a call are done; None: a bar on the terminal.
 

@@ -24,7 +24,7 @@ from samq.errors import SamqError
 
 logger = logging.getLogger(__name__)
 
-KV_TYPES = {"F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
+KV_TYPES = {"F32": api.GGML_TYPE_F32, "F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
 PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
 _BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
@@ -141,14 +141,12 @@ class Model:
         kv_type: str = "F16",
         threads: int | None = None,
         shared: bool = False,
-        flash_attention: bool = True,
     ) -> "Context":
         """A KV cache of `tokens` for each of `sequences`, and the buffers to compute with; see `Context`.
 
-        With `shared` it is `tokens` for all of them together: a token may then belong to several sequences. Flash
-        attention is used where llama.cpp has it, unless it is forbidden; a quantized KV cache needs it.
+        With `shared` it is `tokens` for all of them together: a token may then belong to several sequences.
         """
-        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads(), shared, flash_attention)
+        return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads(), shared)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of `text`.
@@ -201,7 +199,6 @@ class Context:
         kv_type: str,
         threads: int,
         shared: bool,
-        flash_attention: bool,
     ) -> None:
         """Allocate it; `outputs` bounds how many tokens of a batch may ask for logits (None: all).
 
@@ -212,13 +209,13 @@ class Context:
         params = api.llama_context_default_params()
         params.n_ctx = params.n_batch = _padded(tokens) * (1 if shared else sequences)
         params.kv_unified = shared
-        if not flash_attention:
-            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_ubatch = PHYSICAL_BATCH_TOKENS
         params.n_seq_max = sequences
         params.n_outputs_max = outputs or 0
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
+        if kv_type == "F32":  # flash attention would round it to F16
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with captured_log(errors_only=True) as log:
             handle = api.llama_init_from_model(model._model, params)
         if not handle:

@@ -69,9 +69,6 @@ def score(
         kv_type=kv_type,
         threads=threads,
         shared=True,
-        # llama.cpp's for processors sums in F16 where it has fewer than 64 tokens: at 1300 tokens of context log-probabilities
-        # of a tiny model were 9 times as far from torch's as without it
-        flash_attention=model.gpu_layers != 0 or kv_type != "F16",
     ) as context:
         for tree in plan:
             yield from _score_tree(context, tree, inputs, requests)
