@@ -428,7 +428,6 @@ def promote(
 
     gates = load_policy(policy)
     reason = check_reason(reason, "--force") if force or reason else ""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one a file of a few kB
     _prepare_prefect()
     with console.status("starting Prefect"):
         from flows.promote import PromoteParameters, RefusedError
