@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -146,7 +146,7 @@ def check_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[
     library = TaskLibrary(settings.task_folders)
     digests, missing = {}, {}
     for name in settings.tasks:
-        with seeded(settings.seed):
+        with seeded(settings.seed), quiet():
             try:
                 digests[name] = library.open(name, settings).digest()
             except UnavailableError as error:
@@ -169,17 +169,17 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's remarks, which are for its authors (its errors stay), and the progress bars of datasets."""
+    """Without lm-eval's remarks about a task, which are for its author, and the bars of `datasets`; errors stay."""
     log = logging.getLogger("lm_eval")
-    level, bars = log.level, not are_progress_bars_disabled()
+    level, bars = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
-        if bars:
-            enable_progress_bars()
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 @contextmanager
