@@ -2,7 +2,8 @@
 
 At least 3 times as fast for multiple choice (HellaSwag) and twice for generation (GSM8K, five shots), F16 against float32.
 Both get the same requests of the same tasks, on the demo's model, one after the other in one run. `hf` gets the batch size
-that is best for it on the first items. What others do on the machine meanwhile disturbs seconds, and CPU seconds less.
+that is best for it on the first items. What others do on the machine meanwhile disturbs seconds; `--threads 1` compares CPU
+seconds, which waiting threads add nothing to then.
 """
 
 import argparse
@@ -44,16 +45,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of hf; float32 comes first")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16], help="for hf to choose from")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="of both")
     parser.add_argument("--seed", type=int, default=0, help="which items, if not all")
     parser.add_argument("--work", type=Path, default=Path(".samq/harness_speed"), help="where the GGUFs are kept")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    torch.set_num_threads(arguments.threads)
     made = make_ggufs(arguments.work)
     requests = {name: task_requests(name, arguments.limit, arguments.seed) for name in arguments.tasks}
     rows: list[dict[str, Any]] = []
     print(
-        f"{'task':15} {'model':20} {'batch':>5} {'items/s':>8} {'seconds':>8} {'CPU s':>8} {'times hf':>9} {'same answers':>13}"
+        f"{'task':15} {'model':20} {'batch':>5} {'items/s':>8} {'seconds':>8} {'CPU s':>8} {'times hf':>9} {'by CPU':>7} {'same answers':>13}"
     )
     for dtype in arguments.dtypes:
         network, tokenizer = load_model(describe_source(made["F16"]), dtype, device="cpu")
@@ -63,7 +66,7 @@ def main() -> None:
             rows.append(measure(name, f"hf {dtype}", lm, asked, rows, batch_size=lm.batch_size_per_gpu))
     for kind, gguf in made.items():
         with Model(gguf) as model:
-            lm = GgufLM(model, progress=silent)
+            lm = GgufLM(model, threads=arguments.threads, progress=silent)
             for name, asked in requests.items():
                 rows.append(measure(name, f"samq-gguf {kind}", lm, asked, rows))
     for name in requests:
@@ -76,7 +79,7 @@ def main() -> None:
             "rows": rows,
             "limit": arguments.limit,
             "seed": arguments.seed,
-            "threads": {"llama.cpp": default_threads(), "torch": torch.get_num_threads()},
+            "threads": arguments.threads,
             "cpu": system_info(),
             "versions": {name: version(name) for name in ("llama-cpp-python", "lm-eval", "torch", "transformers")}
             | {"python": platform.python_version(), "llama.cpp build": find_toolchain().build},
@@ -157,6 +160,7 @@ def measure(
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "times_hf": first["seconds"] / seconds if first else 1.0,
+        "times_hf_cpu": first["cpu_seconds"] / cpu_seconds if first else 1.0,
         "same_answers": sum(map(str.__eq__, map(str, answers), map(str, first["answers"]))) / len(items)
         if first
         else 1.0,
@@ -164,7 +168,7 @@ def measure(
     }
     print(
         f"{name:15} {model:20} {batch_size or '-':>5} {row['items_per_s']:8.2f} {seconds:8.1f} {cpu_seconds:8.1f} "
-        f"{row['times_hf']:9.2f} {100 * row['same_answers']:12.0f}%",
+        f"{row['times_hf']:9.2f} {row['times_hf_cpu']:7.2f} {100 * row['same_answers']:12.0f}%",
         flush=True,
     )
     return row
