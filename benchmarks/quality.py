@@ -122,12 +122,14 @@ def main() -> None:
     spearman = float(predicted.rank().corr(measured.rank()))
     print(f"rank correlation of predicted and measured KL over {len(points)} plans: {spearman:.4f} (limit 0.97)")
     seeds = [other_seed(arguments, store, bench, prices, klds, seed) for seed in range(1, arguments.seeds + 1)]
+    repeats = [same_bytes(arguments, store, bench, prices, number) for number in range(1, arguments.repeats + 1)]
     if arguments.json:
         result = {
             "mixtures": rows,
             "spearman": spearman,
             "plans": [{"name": name, "predicted": cost, "measured": kld} for cost, kld, name in points],
             "seeds": seeds,
+            "repeats": repeats,
             "calibration_tokens": sensitivity.tokens,
             "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
             "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "transformers", "numpy")}
@@ -150,11 +152,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="*", type=float, default=[3.6, 4.0, 4.3, 5.2, 6.0], help="further budgets")
     parser.add_argument("--samples", type=int, default=192, help="calibration sequences")
     parser.add_argument("--sequence-tokens", type=int, default=256)
-    parser.add_argument("--imatrix-characters", type=int, default=250_000, help="calibration text for llama-imatrix")
     parser.add_argument("--chunks", type=int, default=64, help="held-out chunks of 512 tokens, the second half scored")
     parser.add_argument("--seed", type=int, default=0, help="which sequences, and the labels drawn on them")
     parser.add_argument("--seeds", type=int, default=0, help="other seeds to compare with")
+    parser.add_argument("--repeats", type=int, default=0, help="runs with the same seed that must give the same bytes")
     return parser.parse_args()
+
+
+def hf_folder(arguments: argparse.Namespace) -> Path | None:
+    """Where the configuration and the tokenizer come from; None: the GGUF."""
+    folder = arguments.folder or arguments.gguf.parent
+    return folder if (folder / "config.json").is_file() else None
 
 
 def stage(store: Store, name: str, key: Sequence[str | int], make: Callable[[Path], object]) -> Artifact:
@@ -172,7 +180,7 @@ def stage(store: Store, name: str, key: Sequence[str | int], make: Callable[[Pat
 def open_target(arguments: argparse.Namespace, store: Store) -> tuple[Target, Artifact]:
     """The GGUF that is planned for, and the importance matrix of the calibration text."""
     toolchain, sha256 = find_toolchain(), file_sha256(arguments.gguf)
-    text = arguments.calibration.read_text()[: arguments.imatrix_characters]
+    text = arguments.calibration.read_text()
     matrix = stage(
         store,
         "imatrix",
@@ -197,15 +205,17 @@ def rung(target: Target, name: str, folder: Path) -> None:
 
 
 def price(
-    arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, seed: int
+    arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, seed: int, repeat: int = 0
 ) -> tuple[SensitivityMap, PriceTable]:
-    """Sensitivities on random sequences of the calibration text, with labels drawn from the model; and prices."""
+    """Sensitivities on random sequences of the calibration text, with labels drawn from the model; and prices.
+
+    Each `repeat` is measured anew.
+    """
     key: list[str | int] = [target.sha256, file_sha256(arguments.calibration)]
-    key += [arguments.samples, arguments.sequence_tokens, seed]
+    key += [arguments.samples, arguments.sequence_tokens, seed, *([repeat] if repeat else [])]
 
     def calibrate(folder: Path) -> None:
-        hf_folder = arguments.folder or arguments.gguf.parent
-        source = describe_source(arguments.gguf, hf_folder=hf_folder if (hf_folder / "config.json").is_file() else None)
+        source = describe_source(arguments.gguf, hf_folder=hf_folder(arguments))
         model, tokenizer = load_model(source)
         spec = DatasetSpec(name=str(arguments.calibration), seed=seed)
         calibration, tokens = tokenize(
@@ -283,6 +293,28 @@ def other_seed(
         row[mixture] = {"relative_kld": relative, "changed_tensors": changed}
         print(f"seed {seed} {mixture}: mean KLD {relative:+.1%}, {changed:.0%} of the tensors have another type")
     return row
+
+
+def same_bytes(
+    arguments: argparse.Namespace, store: Store, bench: Bench, prices: PriceTable, repeat: int
+) -> dict[str, str]:
+    """Calibrate once more with the same seed; mixture -> SHA-256 of the plan's GGUF, which must be that of the first."""
+    _, again = price(arguments, store, bench.target, bench.ladder, arguments.seed, repeat)
+    digests = {}
+    for mixture in MIXTURES:
+        budget = Budget(f"size-of:{mixture}", stock_plan(bench.target, mixture).tensor_bytes)
+        plans = [budget_plan(bench.target, table, budget, BudgetPolicy()) for table in (prices, again)]
+        ggufs = []
+        for plan in plans:
+            gguf = bench.work / "candidate.gguf"
+            write_assembled(bench.ladder, plan, gguf, {"samq.plan": plan.digest()})
+            ggufs.append(file_sha256(gguf))
+            gguf.unlink()
+        if plans[0] != plans[1] or ggufs[0] != ggufs[1]:
+            raise SystemExit(f"repeat {repeat}: the plan or the GGUF at the bytes of {mixture} is another one")
+        digests[mixture] = ggufs[1]
+    print(f"repeat {repeat}: the same plans and the same bytes")
+    return digests
 
 
 def show(row: dict) -> None:

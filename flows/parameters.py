@@ -3,18 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.allocation import ThresholdPolicy, resolve_threshold
-from samq.budget import BudgetPolicy, check_budget, mixture_of
+from samq.budget import BudgetPolicy
+from samq.budget_notation import read_budget
+from samq.cost import CostSettings
 from samq.datasets import DatasetSpec
-from samq.errors import SamqError
-from samq.evaluation.settings import EvaluationSettings
+from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.formats import check_mixture, check_type
 from samq.ladder import DEFAULT_TYPES
-from samq.selection import SelectionRule
+from samq.selection import Finalists, SelectionRule
 from samq.sensitivity import Labels
+from samq.settings_file import read_settings
+from samq.significance import MARGIN
 
 
 class Parameters(BaseModel):
@@ -59,9 +61,16 @@ class CalibrationParameters(Parameters):
         "error is what it is",
     )
     check_sequences: int = Field(
-        default=8, ge=0, description="last sequences, kept apart to check the prediction on; 0: no check"
+        default=8, ge=0, description="last sequences, kept apart to check the prediction on, two at least; 0: no check"
     )
     imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
+
+    @field_validator("check_sequences")
+    @classmethod
+    def _enough_to_check(cls, sequences: int) -> int:
+        if sequences == 1:
+            raise ValueError("one sequence has no standard error; give 0, or 2 and more")
+        return sequences
 
 
 class CandidateParameters(Parameters):
@@ -99,7 +108,9 @@ class CandidateParameters(Parameters):
     @field_validator("budgets")
     @classmethod
     def _readable_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_budget(budget) for budget in budgets)
+        for budget in budgets:
+            read_budget(budget)
+        return budgets
 
     @field_validator("thresholds")
     @classmethod
@@ -111,8 +122,29 @@ class CandidateParameters(Parameters):
     @property
     def mixtures(self) -> tuple[str, ...]:
         """The stock candidates: those asked for, and those whose size a budget is."""
-        sizes = (mixture_of(budget) for budget in self.budgets)
+        sizes = (read_budget(budget).mixture for budget in self.budgets)
         return tuple(dict.fromkeys((*self.stock, *(mixture for mixture in sizes if mixture))))
+
+
+class BenchmarkParameters(BenchmarkSettings):
+    """lm-eval's tasks, and which candidates they are put to."""
+
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="names of tasks or groups: SAMQ's own, that need no network (samq_hellaswag, samq_gsm8k, "
+        "samq_truthfulqa_mc1, samq_humaneval, samq_json), lm-eval's (mmlu, gsm8k, ...), or .yaml files",
+    )
+    candidates: Finalists = Field(
+        default="front",
+        description="front: the Pareto front of bytes and KL, with the best and the stock mixture of its size; best: those "
+        "two; all: every candidate; full precision is always among them",
+    )
+    margin: float = Field(default=MARGIN, ge=0, description="largest relative loss that counts as none: 0.01 is 1 %")
+
+    @property
+    def settings(self) -> BenchmarkSettings:
+        """What a task is put with, whomever it is put to."""
+        return BenchmarkSettings(**self.model_dump(include=set(BenchmarkSettings.model_fields)))
 
 
 class TrackingParameters(Parameters):
@@ -132,27 +164,16 @@ class RequantizeParameters(Parameters):
     heldout: DatasetSpec = Field(description="text that fidelity is measured on; must not overlap the calibration's")
     candidates: CandidateParameters = CandidateParameters()
     evaluation: EvaluationSettings = EvaluationSettings()
+    benchmarks: BenchmarkParameters = BenchmarkParameters()
     selection: SelectionRule = SelectionRule()
+    cost: CostSettings | None = Field(default=None, description="what a GPU costs, for the report's cost sheet")
     tracking: TrackingParameters = TrackingParameters()
     timeout_s: float = Field(default=6 * 3600, gt=0, description="limit of each program that llama.cpp runs")
 
 
 def load_parameters(path: Path) -> RequantizeParameters:
     """Read a YAML file; raises SamqError that names the field at fault."""
-    try:
-        fields: Any = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise SamqError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from error
-    except yaml.YAMLError as error:
-        raise SamqError(f"{path} is not YAML: {str(error).splitlines()[0]}; see deployments/parameters/") from error
-    try:
-        return RequantizeParameters.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise SamqError(
-            f"{path}: {where}: {first['msg']}; see deployments/parameters/ for annotated examples"
-        ) from error
+    return read_settings(path, RequantizeParameters, "deployments/parameters/")
 
 
 def read_parameters(path: str) -> dict[str, Any]:

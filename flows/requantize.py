@@ -1,7 +1,7 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
 model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> assemble x N -> evaluate x N
-             -> compare, check, report, track, register
+             -> compare, choose, benchmark the finalists, check, report, track, register
 """
 
 import logging
@@ -15,24 +15,28 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq import __version__
-from samq.budget import plan_name
+from samq.audit import as_is
+from samq.benchmarking import with_benchmarks
+from samq.budget_notation import plan_name
 from samq.datasets import require_disjoint
 from samq.errors import SamqError
+from samq.evaluation.settings import EVALUATION_NAME
 from samq.gguf_file import read_tensors
 from samq.home import mlflow_uri, store_folder
 from samq.ladder import rungs_of
 from samq.prices import plan_cost, predicted_cost, sequences_wanted
-from samq.quantizer import GGUF_NAME, as_is
+from samq.quantizer import GGUF_NAME
 from samq.records import CalibrationSet, Evaluation, ModelSource, PriceTable, QuantizedModel, SensitivityMap, Toolchain
-from samq.selection import Failure, Result, choose
+from samq.selection import Failure, Result, choose, finalists
 from samq.store import Artifact
 from samq.toolchain import find_toolchain
 from samq.tracking import TrackedSweep, TrackingSettings
+from tasks.benchmark import benchmark, compare_items, find_benchmarks
 from tasks.calibrate import MAP_NAME, calibrate
 from tasks.check import check, load_check
 from tasks.compare import compare
 from tasks.convert import convert
-from tasks.evaluate import EVALUATION_NAME, baseline, evaluate
+from tasks.evaluate import baseline, evaluate
 from tasks.imatrix import imatrix
 from tasks.ladder import choose_rungs, rung
 from tasks.plan import choose_thresholds, load_plan, plan_budget, plan_stock, plan_threshold
@@ -85,6 +89,8 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     chunks = heldout(store, full, heldout_text)
     base = baseline(store, full, chunks, parameters.evaluation, limit)
 
+    asked, unavailable = find_benchmarks(parameters.benchmarks.settings) if parameters.benchmarks.tasks else ({}, {})
+
     failures: list[Failure] = []
     stock = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in (FULL, *wanted.mixtures)}
     plans = _finished("plan", stock, failures)
@@ -135,9 +141,19 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures)
         raise SamqError(f"the baseline or every candidate failed ({reasons}); see the logs of this run")
     table = load_prices(prices)
-    results = [_result(plans[name], ggufs[name], made, table) for name, made in measured.items()]
-    comparisons = compare(results)
-    best = choose(results, parameters.selection, comparisons)
+    found = {name: _result(plans[name], ggufs[name], made, table) for name, made in measured.items()}
+    comparisons = compare(list(found.values()))
+    best = choose(list(found.values()), parameters.selection, comparisons)
+    found = _benchmark(store, found, best, ggufs, asked, unavailable, parameters)
+    results = list(found.values())
+    best = next((result for result in results if best and result.name == best.name), None)
+    tracking = TrackingSettings(
+        tracking_uri=parameters.tracking.uri or mlflow_uri(),
+        experiment=parameters.tracking.experiment,
+        run_name=parameters.name,
+        registered_model=parameters.tracking.registered_model,
+    )
+    paired = compare_items(results, parameters.benchmarks.margin, tracking)
     budgets = [plan_name(budget) for budget in wanted.budgets if calibration.check_sequences]
     checked = {
         name: check.submit(
@@ -161,14 +177,22 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     checks = [load_check(made) for made in _finished("check", checked, failures).values()]
 
     rule = parameters.selection
-    markdown = report(source, calibration_set, heldout_text, tools, results, failures, best, rule, comparisons, checks)
+    markdown = report(
+        source,
+        calibration_set,
+        heldout_text,
+        tools,
+        results,
+        failures,
+        best,
+        rule,
+        comparisons,
+        checks,
+        paired,
+        parameters.cost,
+    )
     tracked = track(
-        TrackingSettings(
-            tracking_uri=parameters.tracking.uri or mlflow_uri(),
-            experiment=parameters.tracking.experiment,
-            run_name=parameters.name,
-            registered_model=parameters.tracking.registered_model,
-        ),
+        tracking,
         source,
         calibration_set,
         heldout_text,
@@ -180,6 +204,8 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         markdown,
         comparisons,
         checks,
+        paired,
+        parameters.cost,
         parameters.model_dump(mode="json"),
         {"prefect.flow_run": flow_run.get_id() or ""},
     )
@@ -235,10 +261,52 @@ def _calibrate(
         }
         table = load_prices(prices)
         costs = [plan_cost(table, load_plan(plan).types) for plan in _finished("plan", plans, []).values()]
-        needed = sequences_wanted(costs, calibration.precision)
-        if needed <= count or available - count < 2:  # one sequence alone has no standard error
+        wanted_count = sequences_wanted(costs, calibration.precision, measured=count, available=available)
+        if wanted_count == count:
             return sensitivities, prices
-        count = min(available, max(needed, count + 2))
+        count = wanted_count
+
+
+def _benchmark(
+    store: Path,
+    results: dict[str, Result],
+    best: Result | None,
+    ggufs: dict[str, Artifact],
+    tasks: dict[str, str],
+    unavailable: dict[str, str],
+    parameters: RequantizeParameters,
+) -> dict[str, Result]:
+    """The results, those of the finalists with their benchmarks; a task that fails on one is missing there."""
+    wanted, evaluation = parameters.benchmarks, parameters.evaluation
+    chosen = finalists(list(results.values()), best, wanted.candidates) if wanted.tasks else []
+    asked = {
+        (name, task): benchmark.submit(
+            store,
+            result.name,
+            ggufs[name],
+            task,
+            digest,
+            wanted.settings,
+            evaluation.kv_type,
+            evaluation.threads,
+            evaluation.gpu_layers,
+            parameters.timeout_s,
+        )
+        for name, result in results.items()
+        if result.name in chosen
+        for task, digest in tasks.items()
+    }
+    wait(list(asked.values()))
+    answers = {key: future.result(raise_on_failure=False) for key, future in asked.items()}
+    joined = dict(results)
+    for name, result in results.items():
+        if result.name in chosen:
+            mine = {task: answer for (other, task), answer in answers.items() if other == name}
+            folders = [answer.folder for answer in mine.values() if isinstance(answer, Artifact)]
+            failed = {task: str(answer) for task, answer in mine.items() if not isinstance(answer, Artifact)}
+            missing = {f"eval/{task}": why for task, why in {**unavailable, **failed}.items()}
+            joined[name] = with_benchmarks(result, folders, missing)
+    return joined
 
 
 def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Toolchain) -> dict[str, str]:

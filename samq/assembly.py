@@ -9,7 +9,6 @@ llama.cpp's ggml/src/gguf.cpp does.
 import errno
 import mmap
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from samq.audit import accept, provenance_metadata, require_space
 from samq.errors import SamqError
 from samq.formats import tensor_bytes
-from samq.gguf_file import file_sha256
 from samq.ladder import Ladder
 from samq.progress import Progress, silent
-from samq.quantizer import GGUF_NAME, audit
+from samq.quantizer import GGUF_NAME
 from samq.records import Plan, QuantizedModel
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT; llama-quantize writes no other
@@ -60,28 +59,10 @@ def assemble(
     Raises SamqError when the ladder lacks a tensor in the plan's type or the disk is too full, ToolError when what was
     written is not the plan.
     """
-    free = shutil.disk_usage(folder).free
-    if free < plan.tensor_bytes:
-        raise SamqError(
-            f"{folder} has {free:,} bytes free and {plan.name} needs {plan.tensor_bytes:,}; free some or move the store"
-        )
-    metadata = {"samq.plan": plan.digest(), "samq.policy": plan.policy}
-    metadata |= {f"samq.{key}": value for key, value in provenance.items()}
-    target, partial = folder / GGUF_NAME, folder / f"{GGUF_NAME}.partial"
+    require_space(folder, plan, plan.tensor_bytes)
+    metadata, partial = provenance_metadata(plan, provenance), folder / f"{GGUF_NAME}.partial"
     write_assembled(ladder, plan, partial, metadata, progress)
-    actual = audit(partial, plan)
-    os.replace(partial, target)
-    return QuantizedModel(
-        name=plan.name,
-        file=target.name,
-        sha256=file_sha256(target),
-        file_bytes=target.stat().st_size,
-        tensor_bytes=plan.tensor_bytes,
-        bits_per_weight=plan.bits_per_weight,
-        plan_digest=plan.digest(),
-        types=actual,
-        metadata=metadata,
-    )
+    return accept(partial, plan, metadata)
 
 
 def write_assembled(

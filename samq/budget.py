@@ -5,7 +5,6 @@ are left out first: they are in no best plan.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,32 +14,20 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.allocation import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
+from samq.budget_notation import plan_name, read_budget
 from samq.errors import SamqError
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
-from samq.formats import bits_per_weight, check_mixture, check_type
+from samq.formats import bits_per_weight, check_type
 from samq.prices import plan_cost
 from samq.records import Plan, Price, PriceTable
 
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
 
-_UNITS = (
-    {"": 1, "B": 1}
-    | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
-    | {f"{p}{end}": 1024**i for i, p in enumerate("KMGT", 1) for end in ("iB", "")}
-)
 _BISECTIONS = 100  # of the price of a byte: to the last bit of a float64, nearly
 _MOST_STATES = 2**20  # of the dynamic programming; beyond, the plan is reported with its gap
 _NOTHING_NATS = 1e-7  # bytes spent on less in a tensor are wasted: llama.cpp's own rounding of activations costs 1e-4
 _METADATA_BYTES = 16 * 1024  # provenance, importance matrix's values and padding, beside the source's own metadata
-_SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]?(?:iB|B)?)"
-_BITS = r"(\d+(?:\.\d+)?)\s*bpw"
-_SIZE_OF = r"size-of:(\w+)"
-_VRAM = rf"vram:{_SIZE}@(\d+)(?:/(F16|Q8_0|Q4_0))?"
-_FORMS = (_SIZE, _BITS, _SIZE_OF, _VRAM)
-_EXAMPLES = (
-    "a size such as 1500MiB, 4.5bpw, size-of:Q4_K_M, or vram:24GiB@8192 (or @8192/Q8_0, with the KV cache's type)"
-)
 
 
 class BudgetPolicy(BaseModel):
@@ -78,20 +65,6 @@ class Solution:
     gap: float
 
 
-def check_budget(text: str) -> str:
-    """The budget as it is given, if it is one; raises SamqError otherwise."""
-    if not any(re.fullmatch(form, text) for form in _FORMS):
-        raise SamqError(f"{text!r} is not a budget; give {_EXAMPLES}")
-    mixture_of(text)
-    return text
-
-
-def mixture_of(text: str) -> str | None:
-    """The stock mixture whose size a budget is; None for other budgets. Raises SamqError for an unknown mixture."""
-    match = re.fullmatch(_SIZE_OF, text)
-    return check_mixture(match[1]) if match else None
-
-
 def parse_budget(text: str, target: Target) -> Budget:
     """What a budget as a person writes it comes to, in bytes of tensors.
 
@@ -99,31 +72,24 @@ def parse_budget(text: str, target: Target) -> Budget:
     llama-quantize's mixture has on this model, and `vram:24GiB@8192` leaves room for KV cache and compute buffers at that
     context length. Raises SamqError for anything else.
     """
-    check_budget(text)
-    if size := re.fullmatch(_SIZE, text):
-        overhead = target.gguf.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
-        return Budget(text, _bytes(*size.groups()) - overhead - _METADATA_BYTES)
-    if bits := re.fullmatch(_BITS, text):
-        weights = sum(tensor.weights for tensor in target.tensors.values())
-        return Budget(text, math.floor(float(bits[1]) * weights / 8))
-    if mixture := mixture_of(text):
-        return Budget(text, stock_plan(target, mixture).tensor_bytes)
-    vram = re.fullmatch(_VRAM, text)
-    assert vram, "checked above"
-    settings = EvaluationSettings.model_validate({"vram_context_tokens": vram[3], "kv_type": vram[4] or "F16"})
-    memory = predict_memory(target.gguf, settings)
-    rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
-    free = frozenset() if target.tied else frozenset({EMBEDDING})
-    return Budget(text, _bytes(vram[1], vram[2]) - math.ceil(rest), free)
-
-
-def _bytes(number: str, unit: str) -> int:
-    return math.floor(float(number) * _UNITS[unit])
-
-
-def plan_name(budget: str) -> str:
-    """What the plan of a budget is called: `samq-Q4_K_M` for size-of:Q4_K_M, `samq-4.5bpw`."""
-    return "samq-" + re.sub(r"[^\w.]+", "-", budget.removeprefix("size-of:"))
+    written = read_budget(text)
+    match written.form:
+        case "size":
+            overhead = target.gguf.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
+            return Budget(text, written.bytes - overhead - _METADATA_BYTES)
+        case "bits":
+            weights = sum(tensor.weights for tensor in target.tensors.values())
+            return Budget(text, math.floor(written.bits_per_weight * weights / 8))
+        case "mixture":
+            return Budget(text, stock_plan(target, written.mixture).tensor_bytes)
+        case "vram":
+            settings = EvaluationSettings.model_validate(
+                {"vram_context_tokens": written.context_tokens, "kv_type": written.kv_type}
+            )
+            memory = predict_memory(target.gguf, settings)
+            rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
+            free = frozenset() if target.tied else frozenset({EMBEDDING})
+            return Budget(text, written.bytes - math.ceil(rest), free)
 
 
 def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
@@ -155,7 +121,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
         "budget",
         parameters,
         solution.types,
-        mixture=mixture_of(budget.text) or "Q4_K_M",
+        mixture=read_budget(budget.text).mixture or "Q4_K_M",
     )
     return plan.model_copy(
         update={

@@ -37,6 +37,7 @@ ModelArgument = Annotated[
 HfFolder = Annotated[Path | None, typer.Option(help="tokenizer and configuration for a GGUF without them")]
 Dataset = Annotated[str, typer.Option(help="humaneval, gsm8k, ..., a .jsonl/.parquet/.txt file, or a hub dataset's id")]
 Fields = Annotated[list[str] | None, typer.Option("--field", help="field(s) that hold the text, joined in order")]
+RegisteredModel = Annotated[str, typer.Argument(help="registered model")]
 FullGguf = Annotated[Path, typer.Option("--gguf", help="the full-precision GGUF")]
 Imatrix = Annotated[Path | None, typer.Option(help="importance matrix of llama-imatrix")]
 TIMEOUT_S = 6 * 3600.0
@@ -69,6 +70,7 @@ def _prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%X")
     stages = logging.getLogger("samq")
     stages.addHandler(handler)
@@ -215,7 +217,8 @@ def plan(
 def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, imatrix: Path | None) -> "Plan":
     """The plan of a budget, printed; the ladder and its prices are kept in the store."""
     _prepare_prefect()
-    from samq.budget import BudgetPolicy, check_budget
+    from samq.budget import BudgetPolicy
+    from samq.budget_notation import read_budget
     from samq.description import describe_plan
     from samq.ladder import DEFAULT_TYPES
     from samq.quantizer import GGUF_NAME, IMATRIX_NAME
@@ -225,7 +228,7 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
     from tasks.plan import load_plan, plan_budget
     from tasks.price import price
 
-    check_budget(budget)
+    read_budget(budget)  # refuses what is none, before the work
     store, tools = store_folder(), find_toolchain()
     full = _adopt({GGUF_NAME: gguf})
     matrix = _adopt({IMATRIX_NAME: imatrix}) if imatrix else None
@@ -317,13 +320,12 @@ def evaluate(
     """Measure fidelity to full precision, JSON compliance, speed and memory of one GGUF."""
     _prepare_prefect()
     from samq.datasets import DatasetSpec, load_texts
-    from samq.evaluation.settings import EvaluationSettings
+    from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
     from samq.model import describe_source
     from samq.quantizer import GGUF_NAME
     from samq.records import Evaluation, TextSet
     from samq.toolchain import find_toolchain
     from tasks.convert import convert
-    from tasks.evaluate import EVALUATION_NAME
     from tasks.evaluate import baseline as baseline_stage
     from tasks.evaluate import evaluate as evaluate_stage
     from tasks.text import heldout
@@ -363,6 +365,31 @@ def lm_eval(context: typer.Context) -> None:
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a GGUF file, or models:/NAME@production of the registry")],
+    config: Annotated[Path | None, typer.Option(help="settings; see deployments/serving.yaml")] = None,
+    host: Annotated[str | None, typer.Option(help="default: this machine only")] = None,
+    port: Annotated[int | None, typer.Option(help="default: 8000")] = None,
+    allow_without_key: Annotated[
+        bool, typer.Option("--allow-without-key", help="let other machines in without SAMQ_API_KEY")
+    ] = False,
+) -> None:
+    """Answer OpenAI's API with a model, and follow its alias; SAMQ_API_KEY is the key that clients must send."""
+    import logging
+
+    from samq.serving.server import serve as run
+    from samq.serving.settings import load_settings
+    from samq.serving.source import find_source
+
+    key = os.environ.get("SAMQ_API_KEY") or None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("samq", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    settings = load_settings(config, host=host, port=port, api_key=key, allow_without_key=allow_without_key or None)
+    run(find_source(model), settings)
+
+
+@app.command()
 def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
     """Types, sizes, bits per weight and provenance of a GGUF."""
     from samq.gguf_file import file_sha256, read_metadata, read_tensors
@@ -384,6 +411,84 @@ def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
 
 def _add_row(table: Table, kind: str, weights: int, size: int, count: int) -> None:
     table.add_row(kind, str(count), f"{weights:,}", f"{size / 1e6:.2f}", f"{8 * size / weights:.2f}")
+
+
+@app.command()
+def promote(
+    name: RegisteredModel,
+    version: Annotated[str | None, typer.Option(help="default: the one with the alias candidate")] = None,
+    policy: Annotated[Path, typer.Option(help="YAML file of the gates")] = PROJECT
+    / "deployments/promotion/policy.yaml",
+    force: Annotated[bool, typer.Option("--force", help="promote even if gates fail; needs --reason")] = False,
+    reason: Annotated[str, typer.Option(help="recorded with what is done")] = "",
+) -> None:
+    """Let a registered version serve if it passes the gates; exit code 3 if it does not, and nothing has moved."""
+    from samq.history import check_reason
+    from samq.promotion_policy import load_policy
+
+    gates = load_policy(policy)
+    reason = check_reason(reason, "--force") if force or reason else ""
+    _prepare_prefect()
+    with console.status("starting Prefect"):
+        from flows.promote import PromoteParameters, RefusedError
+        from flows.promote import promote as flow
+        from samq.gate_report import describe, gates_table
+
+        _require_prefect()
+    try:
+        promotion = flow(PromoteParameters(model=name, version=version, policy=gates, force=force, reason=reason))
+    except RefusedError as refused:
+        promotion = refused.promotion
+    console.print(gates_table(promotion.judgement.gates))
+    console.print(f"{name} {describe(promotion.event)}", markup=False, highlight=False, soft_wrap=True)
+    if promotion.event.action == "refused":
+        raise typer.Exit(3)
+
+
+@app.command()
+def rollback(
+    name: RegisteredModel,
+    reason: Annotated[str, typer.Option(help="recorded")],
+) -> None:
+    """Let the version serve that did before the one in production; again, and it is swapped back."""
+    from samq.gate_report import describe
+    from samq.home import mlflow_uri
+    from samq.promotion import rollback as swap
+    from samq.serving.registry import connect
+
+    event = swap(connect(mlflow_uri()), name, reason)
+    console.print(f"{name} {describe(event)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="registered model; default: all")] = None,
+    last: Annotated[int, typer.Option(min=1, help="how many versions and events")] = 10,
+) -> None:
+    """Which versions serve, and the last promotions, refusals and rollbacks."""
+    from samq.gate_report import history_table, status_table
+    from samq.history import history
+    from samq.home import mlflow_uri
+    from samq.serving.registry import aliases, connect, model_names, notable_versions
+
+    client = connect(mlflow_uri())
+    for model in [name] if name else model_names(client):
+        console.print(status_table(model, aliases(client, model), notable_versions(client, model, last)))
+        if events := history(client, model)[:last]:
+            console.print(history_table(events))
+
+
+@app.command()
+def prune(
+    older_than_days: Annotated[float, typer.Option(min=0, help="remove what no run used for so long")],
+) -> None:
+    """Free disk: remove what the store holds and no run used lately; GGUFs that an alias points at stay."""
+    from samq.home import mlflow_uri
+    from samq.serving.registry import aliased_files, connect
+    from samq.store import Store
+
+    freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))
+    console.print(f"{freed / 1e6:,.1f} MB freed in {store_folder()}", highlight=False, soft_wrap=True)
 
 
 @app.command()

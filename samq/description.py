@@ -1,9 +1,9 @@
 """Plans in words."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
+from samq.budget_notation import read_budget
 from samq.formats import bits_per_weight
 from samq.records import Plan
 
@@ -39,22 +39,11 @@ def _describe_budget_plan(plan: Plan) -> str:
     least = [f"{what} at least {plan.parameters[key]}" for key, what in guards.items() if plan.parameters.get(key)]
     guarded = f"; {', '.join(least)}" if least else ""
     gap = f"; the best may be {100 * plan.solver_gap:.1f} % lower" if plan.solver_gap else ""
+    budget = read_budget(str(plan.parameters["budget"]))
     return (
-        f"Least predicted KL within {_budget_in_words(plan)}: {predicted} nats per token at {plan.bits_per_weight:.2f} "
+        f"Least predicted KL within {budget.in_words}: {predicted} nats per token at {plan.bits_per_weight:.2f} "
         f"bits per weight, with {_list(kinds)}{guarded}{gap}."
     )
-
-
-def _budget_in_words(plan: Plan) -> str:
-    text = str(plan.parameters["budget"])
-    if mixture := re.fullmatch(r"size-of:(\w+)", text):
-        return f"the bytes of {mixture[1].upper()}"
-    if bits := re.fullmatch(r"([\d.]+)\s*bpw", text):
-        return f"{bits[1]} bits per weight"
-    if vram := re.fullmatch(r"vram:(.+)@(\d+)(?:/(\w+))?", text):
-        cache = f" and a KV cache in {vram[3]}" if vram[3] else ""
-        return f"{vram[1]} of VRAM at a context of {vram[2]} tokens{cache}"
-    return text
 
 
 def _list(words: Sequence[str]) -> str:

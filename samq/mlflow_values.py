@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samq import __version__
+from samq.benchmarking import PRODUCTION
+from samq.cost import CostSettings, cost_metrics
 from samq.errors import SamqError
 from samq.records import CalibrationSet, ModelSource, Plan, TextSet, Toolchain
 from samq.report import kept_tensors
 from samq.selection import Comparison, Result, rival_of
+from samq.significance import PairedComparison, delta_metrics
 
 # What a policy may have been asked for.
 _ASKED = tuple("budget output_guard embedding_guard least_type threshold quantile keep base grouping".split())
@@ -59,6 +62,24 @@ def metrics_of(
         values[legal_metric_name(name)] = metric.value
         values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def benchmark_metrics(
+    result: Result, comparisons: Sequence[PairedComparison], cost: CostSettings | None
+) -> dict[str, float]:
+    """A candidate's differences on benchmarks from full precision and from production, and what serving it costs."""
+    values: dict[str, float] = {}
+    mine = [one for one in comparisons if one.candidate == result.name]
+    for against, references in (("f16", False), (PRODUCTION, True)):
+        for name, metric in delta_metrics(
+            [one for one in mine if (one.reference == PRODUCTION) is references], against
+        ).items():
+            values[legal_metric_name(name)] = metric.value
+            if metric.stderr is not None:
+                values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
+    if cost:
+        values |= {name: metric.value for name, metric in cost_metrics(result.evaluation, cost).items()}
+    return values
 
 
 def _against_rival(

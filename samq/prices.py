@@ -90,17 +90,20 @@ def ratio_stderr(costs: NDArray[np.float64], tokens: NDArray[np.int64]) -> float
     return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / total)
 
 
-def sequences_wanted(costs: Iterable[Metric], precision: float) -> int:
-    """How many calibration sequences bring the relative standard error of every cost down to `precision`.
+def sequences_wanted(costs: Iterable[Metric], precision: float, *, measured: int, available: int) -> int:
+    """How many calibration sequences to measure in all, for the relative standard error of every cost to be `precision`.
 
     The error of a mean falls with the square root of their number; a tenth more guards against bad luck in its estimate.
+    `measured` if that is enough, or fewer than two are left: one alone has no standard error.
     """
-    wanted = 0
+    wanted = measured
     for cost in costs:
         relative = (cost.stderr or 0.0) / cost.value if cost.value else 0.0
-        count = cost.n or 0
-        wanted = max(wanted, count if relative <= precision else math.ceil(1.1 * count * (relative / precision) ** 2))
-    return wanted
+        if relative > precision:
+            wanted = max(wanted, math.ceil(1.1 * (cost.n or 0) * (relative / precision) ** 2))
+    if wanted == measured or available - measured < 2:
+        return measured
+    return min(available, max(wanted, measured + 2))
 
 
 def predicted_cost(prices: PriceTable, plan: Plan) -> Metric | None:

@@ -1,4 +1,4 @@
-"""llama.cpp's programs as functions: convert, importance matrix, types of a mixture, quantize; and the audit after.
+"""llama.cpp's programs as functions: convert, importance matrix, types of a mixture, quantize.
 
 Every program runs in its own process group with a time limit, inside the folder of its output and with file names
 relative to it: llama.cpp writes the names it was given into the GGUF, and a name that said where this machine keeps
@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from samq.audit import accept, provenance_metadata, require_space
 from samq.errors import SamqError, ToolError
 from samq.formats import check_mixture, tensor_bytes
-from samq.gguf_file import TensorInfo, file_sha256, read_metadata, read_tensors
+from samq.gguf_file import TensorInfo, read_tensors
 from samq.process import run
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
@@ -220,20 +221,11 @@ def quantize(
     """
     if imatrix and not imatrix.is_file():
         raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
-    needed = int(1.02 * plan.tensor_bytes) + 64 * 2**20
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SamqError(
-            f"{folder} has {free:,} bytes free and {plan.name} needs {needed:,}; free some or move the store"
-        )
-    target, partial = folder / GGUF_NAME, folder / f"{GGUF_NAME}.partial"
+    require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
+    partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
     types_file.write_text("".join(f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in plan.types.items()))
-    metadata = {
-        "samq.plan": plan.digest(),
-        "samq.policy": plan.policy,
-    }
-    metadata |= {f"samq.{key}": value for key, value in provenance.items()}
+    metadata = provenance_metadata(plan, provenance)
     command: list[str | Path] = [
         program(toolchain, "llama-quantize"),
         "--allow-requantize",
@@ -261,59 +253,7 @@ def quantize(
         on_line=on_line,
     )
     (folder / IMATRIX_NAME).unlink(missing_ok=True)
-    actual = audit(partial, plan)
-    os.replace(partial, target)
-    return QuantizedModel(
-        name=plan.name,
-        file=target.name,
-        sha256=file_sha256(target),
-        file_bytes=target.stat().st_size,
-        tensor_bytes=plan.tensor_bytes,
-        bits_per_weight=plan.bits_per_weight,
-        plan_digest=plan.digest(),
-        types=actual,
-        metadata=metadata,
-    )
-
-
-def as_is(gguf: Path, sha256: str, plan: Plan) -> QuantizedModel:
-    """Describe a file that is its own plan: the full-precision baseline."""
-    return QuantizedModel(
-        name=plan.name,
-        file=gguf.name,
-        sha256=sha256,
-        file_bytes=gguf.stat().st_size,
-        tensor_bytes=plan.tensor_bytes,
-        bits_per_weight=plan.bits_per_weight,
-        plan_digest=plan.digest(),
-        types=audit(gguf, plan),
-        metadata={},
-    )
-
-
-def audit(gguf: Path, plan: Plan) -> dict[str, str]:
-    """Read a GGUF back: every tensor's type and the bytes of all must be the plan's, or ToolError says what drifted."""
-    tensors = read_tensors(gguf)
-    if missing := plan.types.keys() - tensors.keys():
-        raise ToolError(
-            f"{gguf.name} lacks {len(missing)} tensors of plan {plan.name}, {min(missing)} first; rebuild it"
-        )
-    drifted = {name: kind for name, kind in plan.types.items() if tensors[name].type != kind}
-    if drifted:
-        name = min(drifted)
-        raise ToolError(
-            f"{len(drifted)} tensors of {gguf.name} drifted from plan {plan.name}, {name} first: "
-            f"{tensors[name].type} instead of {drifted[name]}; the plan must name only types that llama-quantize keeps"
-        )
-    size = sum(tensor.bytes for tensor in tensors.values())
-    if size != plan.tensor_bytes:
-        raise ToolError(
-            f"{gguf.name} holds {size:,} tensor bytes and plan {plan.name} says {plan.tensor_bytes:,}; plan it again"
-        )
-    recorded = read_metadata(gguf).get("samq.plan", plan.digest())
-    if recorded != plan.digest():
-        raise ToolError(f"{gguf.name} was made from plan {recorded[:12]}, not from {plan.digest()[:12]}; rebuild it")
-    return {name: tensor.type for name, tensor in tensors.items()}
+    return accept(partial, plan, metadata)
 
 
 def planned_bytes(tensors: dict[str, TensorInfo], types: dict[str, str]) -> int:

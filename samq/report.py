@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from samq import __version__, markdown
+from samq.cost import CostSettings
 from samq.description import describe_plan, substitution_counts, type_counts
 from samq.prediction import prediction_section
 from samq.records import CalibrationSet, Evaluation, ModelSource, Plan, PredictionCheck, TextSet, Toolchain
+from samq.scorecard import benchmark_section, scorecard_section
 from samq.selection import (
     BY_SENSITIVITY,
     KLD,
@@ -32,6 +34,7 @@ from samq.selection import (
     percent,
     stock,
 )
+from samq.significance import PairedComparison
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ def markdown_report(
     rule: SelectionRule,
     comparisons: Sequence[Comparison] = (),
     checks: Sequence[PredictionCheck] = (),
+    benchmarks: Sequence[PairedComparison] = (),
+    cost: CostSettings | None = None,
 ) -> str:
     """The whole story of a sweep: the choice, the table, what fell out and why, what it was made from."""
     ordered = by_size(results)
@@ -174,6 +179,8 @@ def markdown_report(
         _markdown_figures(ordered, best),
         f"{_LEGEND}. Bold: the best figure of the quantized. ±: one standard error. JSON: 95 % Wilson interval.",
         *_same_bytes_section(results, comparisons),
+        *scorecard_section(results, best, rule.reference, benchmarks, cost),
+        *benchmark_section(results, benchmarks),
     ]
     why_not = [(r.name, exclusion(r, results, rule, comparisons)) for r in ordered if r.plan.policy != "full"]
     ineligible = [[name, why] for name, why in why_not if why]

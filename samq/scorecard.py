@@ -183,7 +183,7 @@ def benchmark_section(results: Sequence[Result], comparisons: Sequence[PairedCom
     full = next((result for result in asked if result.plan.policy == "full"), None)
     evaluations = [result.evaluation for result in asked]
     names = dict.fromkeys(name for one in evaluations for name in one.metrics if name.startswith("eval/"))
-    rows = [_eval_row(*name.removeprefix("eval/").split("/", 1), evaluations) for name in names]
+    rows = [_eval_row(name.split("/", 2)[1], name.split("/", 2)[2], evaluations) for name in names]
     table = [[row.heading, *(_against_full(row, one, full, comparisons) for one in asked)] for row in rows]
     parts = ["## Benchmarks", markdown.table(["", *(result.name for result in asked)], table), _VERDICTS]
     undecided = [c for c in comparisons if c.verdict == "undecided" and c.items_needed]

@@ -13,11 +13,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from samq.budget_notation import read_budget
 from samq.records import Evaluation, Metric, Plan, QuantizedModel
 
 KLD = "fidelity/mean_kld_nats"
 VRAM = "memory/predicted_vram_bytes"
 MB = 1e6
+Finalists = Literal["front", "best", "all"]
 BY_SENSITIVITY = ("threshold", "budget")  # the policies that are SAMQ's own
 # Two files are of one size if they differ by no more than this share. A budget plan leaves up to a tensor's step of its
 # budget idle, and the metadata of two files differ by kilobytes: less than this even for a model of some 20 MB.
@@ -35,6 +37,7 @@ class Result:
     gguf: Path
     folder: Path  # of the evaluation: evaluation.json and the parquet files
     predicted: Metric | None = None  # KL by the price table, nats per token; None where the plan's types have no price
+    benchmark_folders: tuple[Path, ...] = ()  # a task each: evaluation.json and benchmarks.parquet
 
     @property
     def name(self) -> str:
@@ -197,12 +200,11 @@ def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
     Those of about its size, and those whose budget its size was: they may have found nothing worth its last bytes.
     """
     plans = [result for result in by_size(results) if result.plan.policy in BY_SENSITIVITY]
-    budget = f"size-of:{mixture.name}".lower()
     return [
         one
         for one in no_larger(plans, mixture)
         if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE)
-        or str(one.plan.parameters.get("budget")).lower() == budget
+        or (one.plan.policy == "budget" and read_budget(str(one.plan.parameters["budget"])).mixture == mixture.name)
     ]
 
 
@@ -218,6 +220,18 @@ def choose(results: Sequence[Result], rule: SelectionRule, comparisons: Sequence
     """The candidate with the lowest mean KLD of those that the rule allows, the smaller of equals; None if none is."""
     allowed = [result for result in results if exclusion(result, results, rule, comparisons) is None]
     return min(allowed, key=lambda result: (result.kld.value if result.kld else math.inf, result.bytes), default=None)
+
+
+def finalists(results: Sequence[Result], best: Result | None, which: Finalists) -> list[str]:
+    """Names of the candidates that benchmarks are worth their time for: full precision first, then by size.
+
+    Nobody else on the Pareto front of bytes and KL could be chosen for a better trade of the two.
+    """
+    rival = rival_of(best, results) if best else None
+    chosen = {result.name for result in (best, rival) if result}
+    if which == "front":
+        chosen |= set(pareto(results))
+    return [one.name for one in by_size(results) if which == "all" or one.plan.policy == "full" or one.name in chosen]
 
 
 def describe_rule(rule: SelectionRule) -> str:

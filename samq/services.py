@@ -46,7 +46,8 @@ def prefect_page(port: int) -> Iterator[str]:
         yield own.rstrip("/").removesuffix("/api")
         return
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with _service("Prefect", command, port, "/api/health") as address:
+    own_api = f"http://127.0.0.1:{port}/api"  # else the page asks at Prefect's usual port, whatever --port says
+    with _service("Prefect", command, port, "/api/health", PREFECT_SERVER_UI_API_URL=own_api) as address:
         yield address
 
 

@@ -25,7 +25,6 @@ from scipy.stats import t as student
 from samq.comparison import CONFIDENCE, RESAMPLES
 from samq.errors import SamqError
 from samq.records import Metric, Record
-from samq.selection import Result
 
 ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
 MARGIN = 0.01  # the founding goal: no more than 1 % worse
@@ -49,13 +48,17 @@ class PairedComparison(Record):
     reference_value: float
     difference: float = Field(description="candidate - reference")
     stderr: float | None = Field(description="of the difference, paired; None for a single item")
-    low: float = Field(description="lower end of the difference's 95 % confidence interval")
-    high: float
+    low: float | None = Field(
+        description="lower end of the difference's 95 % confidence interval; None: one item has no such end"
+    )
+    high: float | None
     p: float = Field(description="two-sided p value of no difference: McNemar's exact test, or a paired bootstrap")
     test: Literal["McNemar", "bootstrap"]
     higher_is_better: bool
     margin: float = Field(description="largest loss that counts as none, in the metric's unit")
-    least: float = Field(description="the difference at its worst, 95 % one-sided; in the metric's direction of better")
+    least: float | None = Field(
+        description="the difference at its worst, 95 % one-sided; in the metric's direction of better"
+    )
     verdict: Verdict = Field(
         description="non-inferior: the whole one-sided 95 % interval is within the margin; inferior: all of it beyond"
     )
@@ -67,24 +70,6 @@ class PairedComparison(Record):
     def metric_name(self) -> str:
         """The metric's name in an evaluation."""
         return f"eval/{self.benchmark}/{self.metric}"
-
-
-def compare_benchmarks(
-    results: Sequence[Result], reference: Result, *, margin: float = MARGIN
-) -> list[PairedComparison]:
-    """Every other candidate against the reference, from the tables of items beside their evaluations.
-
-    Who was asked nothing has no such table, and is left out. Raises SamqError as `compare_items`.
-    """
-    tables = {one.name: pd.read_parquet(path) for one in results if (path := one.folder / ITEMS_NAME).is_file()}
-    theirs = tables.pop(reference.name, None)
-    if theirs is None:
-        return []
-    return [
-        comparison
-        for name, ours in tables.items()
-        for comparison in compare_items(name, ours, reference.name, theirs, margin=margin)
-    ]
 
 
 def compare_items(
@@ -166,16 +151,20 @@ def compare_values(
         reference_value=float(theirs.mean()),
         difference=float(differences.mean()),
         stderr=stderr,
-        low=low,
-        high=high,
+        low=_finite(low),
+        high=_finite(high),
         p=p,
         test="McNemar" if binary else "bootstrap",
         higher_is_better=higher_is_better,
         margin=allowed,
-        least=worst,
+        least=_finite(worst),
         verdict=verdict,
         items_needed=items_needed(gains, allowed),
     )
+
+
+def _finite(end: float) -> float | None:
+    return end if math.isfinite(end) else None
 
 
 def delta_metrics(comparisons: Sequence[PairedComparison], against: str) -> dict[str, Metric]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -157,15 +157,16 @@ class Store:
         for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
             yield Artifact.load(manifest).model_copy(update={"folder": manifest.parent})
 
-    def prune(self, older_than_days: float) -> int:
+    def prune(self, older_than_days: float, keep: Collection[Path] = ()) -> int:
         """Remove artifacts not used, and logs of failures not written, for so many days; return the artifacts' bytes.
 
-        What is needed again is made again.
+        What is needed again is made again; artifacts with a file among `keep`, which others refer to, stay.
         """
+        kept = {path.resolve().parent for path in keep}
         freed = 0
         latest = time.time() - older_than_days * 86400
         for artifact in self.artifacts():
-            if (artifact.folder / MANIFEST).stat().st_mtime < latest:
+            if (artifact.folder / MANIFEST).stat().st_mtime < latest and artifact.folder.resolve() not in kept:
                 freed += sum(entry.bytes for entry in artifact.files.values())
                 shutil.rmtree(artifact.folder)
         for folder in self._temporary.iterdir():

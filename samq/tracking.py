@@ -4,12 +4,13 @@ Everything goes through a client of one tracking URI, so MLflow's global state (
 sweeps may be tracked from several threads. A run is FINISHED once all of it is logged, and FAILED if something went wrong.
 """
 
-import getpass
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -28,16 +29,20 @@ from mlflow.utils.mlflow_tags import (
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq import __version__, mlflow_view
+from samq.benchmarking import items_of
+from samq.cost import CostSettings
 from samq.description import describe_plan
 from samq.errors import SamqError
+from samq.evaluation.settings import EVALUATION_NAME
 from samq.figures import pareto_figure, prediction_figure
 from samq.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
-from samq.mlflow_values import common_params, flatten, metrics_of, params_of
+from samq.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
 from samq.prediction import predicted_and_measured
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
 from samq.report import results_table
 from samq.selection import Comparison, Failure, Result, by_size, pareto, rival_of
-from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder
+from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder, user
+from samq.significance import ITEMS_NAME, PairedComparison
 
 _TAG_CHARACTERS = 8000  # MLflow's limit of a tag's value
 _DIGEST_CHARACTERS = 12  # of a dataset's digest: what MLflow's table has room for; a parameter has it all
@@ -125,6 +130,8 @@ def track_sweep(
     tags: Mapping[str, str],
     comparisons: Sequence[Comparison] = (),
     checks: Sequence[PredictionCheck] = (),
+    benchmarks: Sequence[PairedComparison] = (),
+    cost: CostSettings | None = None,
 ) -> TrackedSweep:
     """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
@@ -151,12 +158,18 @@ def track_sweep(
             for name, figure in _figures(sensitivity, results, best, comparisons).items():
                 client.log_figure(parent, figure, f"figures/{name}.png")
             client.log_dict(parent, sensitivity.model_dump(mode="json"), "sensitivity-map.json")
+            if benchmarks:
+                rows = [one.model_dump(mode="json") for one in benchmarks]
+                client.log_dict(parent, {"comparisons": rows}, "benchmark-comparisons.json")
             if checks:
                 client.log_dict(parent, {c.plan: c.model_dump(mode="json") for c in checks}, "prediction-checks.json")
             for failure in failures:
                 _log_failure(client, experiment_id, parent, failure, common)
             front = pareto(results)
-            values = {result.name: metrics_of(result, results, comparisons) for result in results}
+            values = {
+                result.name: metrics_of(result, results, comparisons) | benchmark_metrics(result, benchmarks, cost)
+                for result in results
+            }
             for result in reversed(by_size(results)):  # MLflow lists the newest first
                 child_tags = {MLFLOW_PARENT_RUN_ID: parent, "samq.verdict": _verdict(result, best, front)}
                 if rival := rival_of(result, results):
@@ -258,11 +271,7 @@ def _run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str,
 
 
 def _create_run(client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        user = "unknown"
-    who = {MLFLOW_USER: user, MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
+    who = {MLFLOW_USER: user(), MLFLOW_SOURCE_NAME: f"samq {__version__}", MLFLOW_SOURCE_TYPE: "LOCAL"}
     return str(client.create_run(experiment_id, tags={**who, **tags}, run_name=name).info.run_id)
 
 
@@ -295,8 +304,14 @@ def _log_result(
     client.log_dict(run_id, result.plan.model_dump(mode="json"), "plan.json")
     client.log_figure(run_id, types_heatmap(result.plan), "types.png")
     for path in sorted(result.folder.iterdir()):
-        if path.name == "evaluation.json" or path.suffix == ".parquet":
+        if path.suffix == ".parquet":
             client.log_artifact(run_id, str(path), "evaluation")
+    with tempfile.TemporaryDirectory() as folder:
+        joined = result.evaluation.save(Path(folder) / EVALUATION_NAME)  # with the benchmarks
+        client.log_artifact(run_id, str(joined), "evaluation")
+        if result.benchmark_folders:
+            items_of(result).to_parquet(Path(folder) / ITEMS_NAME, index=False)
+            client.log_artifact(run_id, str(Path(folder) / ITEMS_NAME), "evaluation")
 
 
 def _log_failure(

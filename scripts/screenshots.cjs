@@ -11,7 +11,7 @@ const { tmpdir } = require("node:os");
 const { join } = require("node:path");
 const { chromium } = require("playwright-core");
 
-const AXES = ["plan/threshold", "memory/file_bytes", "fidelity/mean_kld_nats", "json/valid_percent", "speed/latency_p99_ms"];
+const AXES = ["plan/threshold", "plan/budget_bytes", "memory/file_bytes", "fidelity/mean_kld_nats", "json/valid_percent", "speed/latency_p99_ms"];
 const MODELS = "workflowType=machine_learning";
 const [folder, mlflow, prefect] = process.argv.slice(2);
 
@@ -54,11 +54,12 @@ async function main() {
   const home = `${mlflow}/#/experiments/${experiment}`;
   const view = `${home}/runs?${MODELS}&viewStateShareKey=samq-latest-sweep`;
 
-  await picture("mlflow-runs", view, "threshold-");
+  await picture("mlflow-runs", view, "samq-");
   await picture("mlflow-charts", `${view}&compareRunsMode=CHART`, "Parallel Coordinates");
   await picture("mlflow-report", `${home}/runs/${parent}?${MODELS}`, "lowest mean KLD", () => page.getByText("Show more").click());
-  await picture("mlflow-pareto", `${home}/runs/${parent}/artifacts/figures/pareto.png?${MODELS}`, "Path:");
-  await picture("mlflow-sensitivity", `${home}/runs/${parent}/artifacts/figures/sensitivity.png?${MODELS}`, "Path:");
+  for (const figure of ["pareto", "sensitivity", "prediction", "budgets"]) {
+    await picture(`mlflow-${figure}`, `${home}/runs/${parent}/artifacts/figures/${figure}.png?${MODELS}`, "Path:");
+  }
 
   const ids = encodeURIComponent(JSON.stringify(candidates.map((run) => run.info.run_id)));
   const compare = `${mlflow}/#/compare-runs?runs=${ids}&experiments=${encodeURIComponent(JSON.stringify([experiment]))}&${MODELS}`;

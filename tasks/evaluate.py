@@ -8,15 +8,13 @@ import re
 import sys
 from pathlib import Path
 
-from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
 from samq.process import run
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.store import Artifact
 from tasks.stage import stage
 from tasks.text import HELDOUT_NAME
-
-EVALUATION_NAME = "evaluation.json"
 
 
 @stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",))
@@ -29,7 +27,7 @@ def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: Evaluati
         output=folder,
         settings=settings,
     )
-    _measure(request, folder, "baseline logits", timeout_s)
+    measure_alone(request, folder, "baseline logits", timeout_s)
 
 
 @stage("evaluate", version=2, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
@@ -52,10 +50,12 @@ def evaluate(
         output=folder,
         settings=settings,
     )
-    _measure(request, folder, f"evaluate {name}", timeout_s)
+    measure_alone(request, folder, f"evaluate {name}", timeout_s)
 
 
-def _measure(request: BaselineRequest | EvaluationRequest, folder: Path, what: str, timeout_s: float) -> None:
+def measure_alone(
+    request: BaselineRequest | EvaluationRequest | BenchmarkRequest, folder: Path, what: str, timeout_s: float
+) -> None:
     """Run samq.evaluation on the request, alone among all measurements of this store: latencies are compared."""
     path = request.save(folder / "request.log")  # it names this machine's paths, so it is no part of the content
     with open(folder.parent / "measuring", "w") as lock, bar(what) as progress:

@@ -3,9 +3,11 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from samq.cost import CostSettings
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, TextSet, Toolchain
 from samq.report import markdown_report, results_table
 from samq.selection import Comparison, Failure, Result, SelectionRule
+from samq.significance import PairedComparison
 
 
 @task(name="report")
@@ -20,10 +22,23 @@ def report(
     rule: SelectionRule,
     comparisons: list[Comparison],
     checks: list[PredictionCheck],
+    benchmarks: list[PairedComparison],
+    cost: CostSettings | None,
 ) -> str:
     """Write the report (Markdown), and keep it and its table as artifacts of the flow run."""
     markdown = markdown_report(
-        source, calibration, heldout, toolchain, results, failures, best, rule, comparisons, checks
+        source,
+        calibration,
+        heldout,
+        toolchain,
+        results,
+        failures,
+        best,
+        rule,
+        comparisons,
+        checks,
+        benchmarks,
+        cost,
     )
     create_markdown_artifact(markdown, key="requantize-report", description=f"Sweep of {source.name}")
     table = results_table(results, failures).astype(object)

@@ -39,7 +39,7 @@ def identity(value: Any) -> Any:
         case Record() | Artifact():
             return value.digest()
         case BaseModel():
-            return value.model_dump(mode="json")
+            return value.model_dump(mode="json", exclude=set(getattr(value, "NOT_IDENTITY", ())))
         case None | bool() | int() | float() | str():
             return value
         case list() | tuple():

@@ -4,9 +4,11 @@ from typing import Any
 
 from prefect import task
 
+from samq.cost import CostSettings
 from samq.progress import bar
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
 from samq.selection import Comparison, Failure, Result
+from samq.significance import PairedComparison
 from samq.tracking import TrackedSweep, TrackingSettings, track_sweep
 
 
@@ -24,6 +26,8 @@ def track(
     report: str,
     comparisons: list[Comparison],
     checks: list[PredictionCheck],
+    benchmarks: list[PairedComparison],
+    cost: CostSettings | None,
     parameters: dict[str, Any],
     tags: dict[str, str],
 ) -> TrackedSweep:
@@ -42,6 +46,8 @@ def track(
             report=report,
             comparisons=comparisons,
             checks=checks,
+            benchmarks=benchmarks,
+            cost=cost,
             parameters=parameters,
             tags=tags,
         )

@@ -50,11 +50,27 @@ def toolchain():
     return find_toolchain()
 
 
-def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=64, tied=False, seed=0) -> Path:
-    """A Llama without a tokenizer, with random weights: all that llama-quantize looks at."""
+def write_tiny_gguf(
+    path: Path,
+    *,
+    width=256,
+    hidden=512,
+    blocks=2,
+    vocabulary=64,
+    tied=False,
+    seed=0,
+    context=128,
+    spread=0.02,
+    add_tokenizer=lambda writer: None,
+    rare=(),
+) -> Path:
+    """A Llama with random weights: all that llama-quantize looks at.
+
+    It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones.
+    """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
     writer.add_feed_forward_length(hidden)
@@ -62,11 +78,12 @@ def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=6
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
+    add_tokenizer(writer)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
     def add(name, *shape):
         dtype = np.float32 if len(shape) == 1 else np.float16
-        writer.add_tensor(name, random.normal(0, 0.02, shape).astype(dtype))
+        writer.add_tensor(name, random.normal(0, spread, shape).astype(dtype))
 
     add("token_embd.weight", vocabulary, width)
     for block in range(blocks):
@@ -81,7 +98,9 @@ def write_tiny_gguf(path: Path, *, width=256, hidden=512, blocks=2, vocabulary=6
         add(f"blk.{block}.ffn_down.weight", width, hidden)
     add("output_norm.weight", width)
     if not tied:
-        add("output.weight", vocabulary, width)
+        output = random.normal(0, spread, (vocabulary, width)).astype(np.float16)
+        output[list(rare)] = 0
+        writer.add_tensor("output.weight", output)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig
 from prefect.utilities.importtools import import_object
+from prefect.utilities.templating import apply_values
 
 from flows.parameters import CandidateParameters, RequantizeParameters, load_parameters, read_parameters
-from flows.requantize import requantize
 from samq.errors import SamqError
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +44,11 @@ def test_a_key_that_prefect_would_drop_is_found():
 def test_every_entry_point_is_a_flow_that_takes_the_deployments_parameters(deployment, monkeypatch):
     monkeypatch.chdir(ROOT)
     flow = import_object(deployment["entrypoint"])
-    assert flow.name == requantize.name
+    assert flow.name == Path(deployment["entrypoint"].partition(":")[0]).stem
     (step,) = deployment["build"]
-    arguments = {key: value for key, value in step["flows.parameters.read_parameters"].items() if key != "id"}
-    flow.validate_parameters(read_parameters(**arguments))
+    ((function, arguments),) = step.items()
+    outputs = import_object(function)(**{key: value for key, value in arguments.items() if key != "id"})
+    flow.validate_parameters(apply_values(deployment["parameters"], {arguments["id"]: outputs}))
 
 
 def test_nightly_runs_once_a_night_in_a_time_zone_and_one_at_a_time():

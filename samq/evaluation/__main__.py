@@ -1,4 +1,4 @@
-"""`python -m samq.evaluation REQUEST.json`: carry out a BaselineRequest or an EvaluationRequest.
+"""`python -m samq.evaluation REQUEST.json`: carry out a BaselineRequest, an EvaluationRequest or a BenchmarkRequest.
 
 Prints `progress: WHAT DONE/TOTAL` lines. Exits with 2, and one sentence as the last line, on an error that a person can
 act on.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from samq.errors import SamqError
 from samq.evaluation.measure import compute_baseline, evaluate
-from samq.evaluation.settings import BaselineRequest, EvaluationRequest
+from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest
 
 
 def _report(what: str, done: int, total: int) -> None:
@@ -26,10 +26,15 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     path = Path(arguments[0])
     try:
-        if _schema(path) == BaselineRequest.SCHEMA:
-            compute_baseline(BaselineRequest.load(path), _report)
-        else:
-            evaluate(EvaluationRequest.load(path), _report)
+        match _schema(path):
+            case BaselineRequest.SCHEMA:
+                compute_baseline(BaselineRequest.load(path), _report)
+            case BenchmarkRequest.SCHEMA:
+                from samq.evaluation.benchmarks import benchmark  # takes a second, which the others need not wait
+
+                benchmark(BenchmarkRequest.load(path), _report)
+            case _:
+                evaluate(EvaluationRequest.load(path), _report)
     except SamqError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

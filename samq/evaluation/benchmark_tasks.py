@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings
-from samq.evaluation.tasks import FOLDER
+from samq.evaluation.tasks import FOLDER, judging
 from samq.markdown import one_line
 from samq.records import digest_of
 
@@ -45,7 +45,13 @@ class Benchmark:
     @property
     def runs_code(self) -> bool:
         """Whether a task of it runs what the model writes."""
-        return any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks.values())
+        return any(map(_runs_code, self.tasks.values()))
+
+    @property
+    def confines_code(self) -> bool:
+        """Whether all code of it is run by `samq.evaluation.sandbox`."""
+        judges = [task.get_config("process_results") for task in self.tasks.values() if _runs_code(task)]
+        return all(getattr(judge, "__module__", None) == judging.__name__ for judge in judges)
 
     @property
     def pools_items(self) -> bool:
@@ -74,13 +80,8 @@ class TaskLibrary:
                 raise SamqError(f"there is no folder of tasks at {folder}; check task_folders")
             for path in sorted(folder.glob("**/*.yaml")):
                 _read(path)
-        self._folders = folders
-        self._own = TaskManager(include_defaults=False, include_path=FOLDER)
-
-    @cached_property
-    def _all(self) -> TaskManager:
-        """With lm-eval's own, some 14,000 files: six seconds."""
-        return TaskManager(include_path=[FOLDER, *self._folders])
+        self._folders = [FOLDER, *folders]
+        self._near = TaskManager(include_defaults=False, include_path=self._folders)
 
     def open(self, name: str, settings: BenchmarkSettings) -> Benchmark:
         """Open a task, a group, a tag or a task file, with its data.
@@ -88,17 +89,10 @@ class TaskLibrary:
         Raises SamqError if there is none of that name, its file is malformed, its data cannot be had, or it runs code
         and the settings do not allow that.
         """
-        manager = self._own if name in self._own.task_index and not self._folders else self._all
         is_file = name.endswith((".yaml", ".yml"))
-        if is_file:
-            config = _read(Path(name))
-            if not isinstance(config.get("task", config.get("group")), str):
-                raise SamqError(f"{name} names no task; give it a line `task: NAME`")
-        elif name not in manager.task_index:
-            raise SamqError(f"there is no task {name!r}; {_nearest(name, manager.all_tasks)}")
         with quiet(), code_allowed(settings.run_code):
             try:
-                found = manager.load([name])
+                found = self._manager(name, is_file).load([name])
             except SamqError:
                 raise
             except Exception as error:  # a task is a program of its author's
@@ -107,6 +101,41 @@ class TaskLibrary:
         if benchmark.runs_code and not settings.run_code:
             raise SamqError(f"{name} runs code that the model writes; allow it with run_code, or leave it out")
         return benchmark
+
+    def _manager(self, name: str, is_file: bool) -> TaskManager:
+        """Who can open it. lm-eval's own tasks, 14,000 files, are looked through only if need be: it takes six seconds."""
+        if is_file:
+            config = _read(Path(name))
+            if not isinstance(config.get("group", config.get("task")), str):
+                raise SamqError(f"{name} names no task; give it a line `task: NAME`")
+        else:
+            entry = self._near.task_index.get(name)
+            config = (entry.cfg if entry else None) or {"group": name, "task": [name]}  # a tag, or an unknown name
+        if "group" not in config or self._are_near(config.get("task") or []):
+            return self._near
+        manager = _lm_evals() if self._folders == [FOLDER] else TaskManager(include_path=self._folders)
+        if not is_file and name not in manager.task_index:
+            raise SamqError(f"there is no task {name!r}; {_nearest(name, manager.all_tasks)}")
+        return manager
+
+    def _are_near(self, members: Sequence[Any]) -> bool:
+        """Whether all members of a group are known without lm-eval's own tasks."""
+        for member in members:
+            name = member.get("group", member.get("task")) if isinstance(member, Mapping) else member
+            entry = self._near.task_index.get(name)
+            if (
+                entry is None
+                or entry.cfg is None
+                or ("group" in entry.cfg and not self._are_near(entry.cfg.get("task") or []))
+            ):
+                return False
+        return True
+
+
+@lru_cache
+def _lm_evals() -> TaskManager:
+    """SAMQ's tasks and lm-eval's own."""
+    return TaskManager(include_path=FOLDER)
 
 
 def check_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[str, str]]:
@@ -117,7 +146,7 @@ def check_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[
     library = TaskLibrary(settings.task_folders)
     digests, missing = {}, {}
     for name in settings.tasks:
-        with seeded(settings.seed):
+        with seeded(settings.seed), quiet():
             try:
                 digests[name] = library.open(name, settings).digest()
             except UnavailableError as error:
@@ -177,11 +206,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise SamqError(f"{path} is no task file ({one_line(str(error))}); correct it") from error
 
 
+def _runs_code(task: Task) -> bool:
+    return bool(getattr(task, "UNSAFE_CODE", False))
+
+
 def _explained(name: str, error: Exception) -> SamqError:
     """What a person can do about an error that opening a task raised."""
     reason = f"{type(error).__name__}: {one_line(str(error))}"
-    if isinstance(error, ImportError) and error.name:
-        return UnavailableError(f"{name} needs the Python package {error.name}; install it")
+    cause = error.__cause__ or error
+    if isinstance(cause, ImportError) and cause.name:
+        return UnavailableError(f"{name} needs the Python package {cause.name}; install it")
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HUB:
         return UnavailableError(
             f"the data of {name} cannot be had ({reason}); connect to the network, check its file, or choose a task that "
@@ -196,8 +230,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _describe(task: Task) -> dict[str, Any]:
-    """A task's configuration and all its documents."""
+    """A task's configuration and all its documents, wherever these came from."""
     config = _plain(task.dump_config())
+    config.pop("dataset_kwargs", None)
     config.get("metadata", {}).pop("config_source", None)
     examples = task.sampler.df if hasattr(task, "sampler") else []
     return {

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -23,16 +24,19 @@ from samq.errors import SamqError
 from samq.evaluation.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
+from samq.evaluation.measure import Report, make_folder, write_table
 from samq.evaluation.sandbox import isolation
-from samq.evaluation.settings import BenchmarkSettings
+from samq.evaluation.settings import EVALUATION_NAME, BenchmarkRequest, BenchmarkSettings
 from samq.markdown import one_line
 from samq.progress import Progress, silent
-from samq.records import Metric
+from samq.records import Evaluation, Metric
+from samq.significance import ITEMS_NAME
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "eval/"
 ITEM_COLUMNS = ["benchmark", "task", "item", "document", "metric", "value", "higher_is_better", "answer"]
+_NOT_OURS = "the task's own: SAMQ does not run its code"
 _BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no means
 
 
@@ -49,6 +53,33 @@ class BenchmarkResults:
     missing: dict[str, str]  # `eval/TASK` -> why it was not measured
     items: pd.DataFrame
     environment: dict[str, str]
+
+
+def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
+    """Put the request's tasks to its candidate, and write `benchmarks.parquet` and, last, `evaluation.json`.
+
+    The evaluation has the benchmarks' metrics only. Raises SamqError if the candidate cannot be loaded.
+    """
+    make_folder(request.output)
+    settings = request.settings
+    with Model(request.gguf, gpu_layers=settings.gpu_layers) as model:
+        found = measure_benchmarks(
+            model,
+            request.benchmarks,
+            kv_type=settings.kv_type,
+            threads=settings.threads,
+            progress=partial(report, "benchmarks"),
+        )
+    write_table(found.items, request.output / ITEMS_NAME)
+    evaluation = Evaluation(
+        name=request.name,
+        sha256=request.sha256,
+        metrics=found.metrics,
+        missing=found.missing,
+        environment=found.environment,
+    )
+    evaluation.save(request.output / EVALUATION_NAME)
+    return evaluation
 
 
 def measure_benchmarks(
@@ -76,12 +107,14 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
     missing: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     environment = {"lm_eval": version("lm-eval")}
-    for name in settings.tasks:
+    for name in dict.fromkeys(settings.tasks):
         try:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
                 if benchmark.runs_code:
-                    environment["code_isolation"] = isolation()
+                    environment[f"code_isolation/{_legal(name)}"] = (
+                        isolation() if benchmark.confines_code else _NOT_OURS
+                    )
                 output = _run(lm, benchmark, settings)
             metrics |= _metrics(benchmark, output)
             rows += _items(benchmark, output)

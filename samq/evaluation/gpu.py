@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says about this process: its peak of GPU memory, and the GPUs' names."""
+"""What NVIDIA's driver says: the GPU memory of this process, what is free, and the GPUs' names."""
 
 import os
 from threading import Event, Thread
@@ -57,6 +57,18 @@ class MemoryPeak:
 def names() -> list[str]:
     """Names of the NVIDIA GPUs; empty without NVML."""
     return [pynvml.nvmlDeviceGetName(device) for device in _devices()]
+
+
+def used_bytes() -> int | None:
+    """GPU memory that this process holds now, over all GPUs; None without NVML."""
+    devices = _devices()
+    return sum(_used_by(device, os.getpid()) for device in devices) if devices else None
+
+
+def free_bytes() -> int | None:
+    """GPU memory that nobody holds now, over all GPUs; None without NVML."""
+    devices = _devices()
+    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).free) for device in devices) if devices else None
 
 
 def _devices() -> list[Any]:

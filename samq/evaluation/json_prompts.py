@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq.evaluation.chat import render_chat
+from samq.evaluation.chat import tokenize_chat
 from samq.evaluation.llama import Model
 
 
@@ -72,10 +72,7 @@ def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
     if model.chat_template is None:
         lines = [f"{'Answer: ' if turn['role'] == 'assistant' else ''}{turn['content']}\n" for turn in turns]
         return model.tokenize("\n".join([*lines, "Answer:"]), add_special=True)
-    text = render_chat(model, turns)
-    if model.adds_bos and model.bos is not None:
-        text = text.removeprefix(model.token_text(model.bos))  # the tokenizer adds it
-    return model.tokenize(text, add_special=True, parse_special=True)
+    return tokenize_chat(model, turns)
 
 
 def question(prompt: JsonPrompt) -> str:

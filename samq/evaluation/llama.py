@@ -1,13 +1,14 @@
 """llama.cpp in this process: a model, contexts on it, batches of tokens in, logits out.
 
-The layer under every measurement. It knows nothing about metrics, sampling or prompts; it uses the C API through
-llama_cpp's ctypes bindings, because only there several sequences share a batch and only the logits that are wanted
-are computed. Models and contexts are context managers: what llama.cpp allocated is freed at the end of the `with`.
+The layer under every measurement and under the server. It knows nothing about metrics or prompts; it uses the C API
+through llama_cpp's ctypes bindings, because only there several sequences share a batch and only the logits that are
+wanted are computed. Models and contexts are context managers: what llama.cpp allocated is freed at the end of the `with`.
 """
 
 import ctypes
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,13 +29,14 @@ PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shap
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
 _BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
 _captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
+_captures_lock = threading.Lock()
 
 
 @api.llama_log_callback
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
     """Send llama.cpp's warnings and errors to logging, and everything to whoever captures."""
     line = text.decode(errors="replace")
-    for lowest, pieces in _captures:
+    for lowest, pieces in tuple(_captures):
         if level >= lowest:
             pieces.append(line)
     if level in _LOG_LEVELS and line.strip() and _BEYOND_TRAINING not in line:
@@ -53,11 +55,13 @@ def captured_log(*, errors_only: bool = False) -> Iterator[Callable[[], list[str
     """Collect llama.cpp's log during the `with` block; call what is yielded for its lines so far."""
     pieces: list[str] = []
     capture = (max(_LOG_LEVELS) if errors_only else 0, pieces)
-    _captures.append(capture)
+    with _captures_lock:
+        _captures.append(capture)
     try:
         yield lambda: "".join(pieces).splitlines()
     finally:
-        _captures[:] = [other for other in _captures if other is not capture]
+        with _captures_lock:
+            _captures[:] = [other for other in _captures if other is not capture]
 
 
 def default_threads() -> int:
@@ -97,12 +101,13 @@ class Model:
             raise SamqError(f"llama.cpp cannot load {path}: {_first(log())}; check the file with `samq inspect`")
         self.path = Path(path)
         self._model: Any = handle
-        self._vocab = api.llama_model_get_vocab(handle)
-        self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
-        self.adds_bos = bool(api.llama_vocab_get_add_bos(self._vocab))
+        self.vocab = api.llama_model_get_vocab(handle)
+        self.layers = api.llama_model_n_layer(handle)
+        self.vocab_size = api.llama_vocab_n_tokens(self.vocab)
+        self.adds_bos = bool(api.llama_vocab_get_add_bos(self.vocab))
         # where the file names none, llama.cpp takes a token of its own choice, which can be any word
-        self.bos = api.llama_vocab_bos(self._vocab) if self.adds_bos or self._names("bos") else None
-        self.eos = api.llama_vocab_eos(self._vocab) if self._names("eos") else None
+        self.bos = api.llama_vocab_bos(self.vocab) if self.adds_bos or self._names("bos") else None
+        self.eos = api.llama_vocab_eos(self.vocab) if self._names("eos") else None
         self.trained_tokens = api.llama_model_n_ctx_train(handle)  # the context length that it was trained for
         # what such a model keeps of a text is one state, which cannot be cut back to a part of the text
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
@@ -150,30 +155,36 @@ class Model:
         as the tokens they name, and not as plain text.
         """
         data = text.encode()
-        tokens = np.empty(len(data) + 8, np.int32)  # no token is shorter than a byte, and few special ones are added
-        buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
-        count = api.llama_tokenize(self._vocab, data, len(data), buffer, len(tokens), add_special, parse_special)
-        if count < 0:
-            raise SamqError(f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces")
-        return tokens[:count].copy()
+        size = len(data) + 8  # few tokens are shorter than a byte, and few special ones are added
+        while True:
+            tokens = np.empty(size, np.int32)
+            buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
+            count = api.llama_tokenize(self.vocab, data, len(data), buffer, size, add_special, parse_special)
+            if count >= 0:
+                return tokens[:count].copy()
+            if -count <= size:
+                raise SamqError(
+                    f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces"
+                )
+            size = -count
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for, often no whole UTF-8 character; control tokens are empty."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = api.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            count = api.llama_token_to_piece(self.vocab, token, buffer, size, 0, False)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
 
     def token_text(self, token: int) -> str:
         """A token as the vocabulary spells it, such as `<|im_end|>`."""
-        return (api.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
+        return (api.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace")
 
     def is_end(self, token: int) -> bool:
         """Whether generation ends with this token."""
-        return bool(api.llama_vocab_is_eog(self._vocab, token))
+        return bool(api.llama_vocab_is_eog(self.vocab, token))
 
 
 class Context:
@@ -233,9 +244,12 @@ class Context:
         """Forget all sequences."""
         api.llama_memory_clear(self._memory, False)
 
-    def forget(self, sequence: int, start: int = 0) -> None:
-        """Forget a sequence from position `start` on, so that its place can be used again."""
-        api.llama_memory_seq_rm(self._memory, sequence, start, -1)
+    def forget(self, sequence: int, start: int = 0) -> bool:
+        """Forget one sequence from position `start` on, so that its place can be used again.
+
+        Returns whether that could be done: a recurrent state can only be forgotten as a whole.
+        """
+        return bool(api.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
     def copy(self, source: int, target: int, tokens: int = -1) -> None:
         """Make sequence `target` start with the first `tokens` of `source`; -1: with all of it."""
@@ -273,16 +287,39 @@ class Context:
             seq_id=lists.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(api.llama_seq_id))),
             logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        status = api.llama_decode(self._context, batch)
-        if status == 1:
-            raise SamqError(f"a batch of {count} tokens does not fit into a context of {self.tokens}; use a longer one")
-        if status != 0:
-            raise SamqError(f"llama.cpp failed on a batch of {count} tokens of {self.model.path} (status {status})")
+        self._run(batch)
         shape = (int(outputs.sum()), self.model.vocab_size)
         if shape[0] == 0:
             api.llama_synchronize(self._context)
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens to sequence 0, and compute the logits of the last: `decode` without its costs, for one sequence.
+
+        Raises SamqError if llama.cpp fails.
+        """
+        token_ids = (api.llama_token * len(tokens))(*tokens)
+        self._run(api.llama_batch_get_one(token_ids, len(tokens)))
+
+    def last_logits(self) -> NDArray[np.float32]:
+        """The logits (vocabulary,) of the last token that asked for them: a view, which the next batch overwrites."""
+        return np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, -1), (self.model.vocab_size,))
+
+    def sample(self, sampler: Any) -> int:
+        """Let a llama.cpp sampler choose from the last logits of the last batch, and remember its choice."""
+        return int(api.llama_sampler_sample(sampler, self._context, -1))
+
+    def _run(self, batch: Any) -> None:
+        status = api.llama_decode(self._context, batch)
+        if status == 1:
+            raise SamqError(
+                f"a batch of {batch.n_tokens} tokens does not fit into a context of {self.tokens}; use a longer one"
+            )
+        if status != 0:
+            raise SamqError(
+                f"llama.cpp failed on a batch of {batch.n_tokens} tokens of {self.model.path} (status {status})"
+            )
 
 
 def _padded(tokens: int) -> int:

@@ -18,7 +18,12 @@ from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
 from samq.evaluation.llama import Model, default_threads, system_info
 from samq.evaluation.memory import predict_memory
-from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.evaluation.settings import (
+    EVALUATION_NAME,
+    BaselineRequest,
+    EvaluationRequest,
+    EvaluationSettings,
+)
 from samq.evaluation.speed import measure_speed
 from samq.records import Evaluation, Metric
 
@@ -27,7 +32,7 @@ Report = Callable[[str, int, int], None]  # (what is being measured, done, total
 
 def compute_baseline(request: BaselineRequest, report: Report) -> Baseline:
     """Write the full-precision model's logits, and `baseline.json`, into the request's output folder."""
-    _make(request.output)
+    make_folder(request.output)
     token_ids = read_tokens(request.tokens)
     with Model(request.gguf, gpu_layers=request.settings.gpu_layers) as model:
         chunks = _chunks(model, token_ids, request.settings)
@@ -44,7 +49,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     computes nonsense, raises SamqError.
     """
     settings = request.settings
-    _make(request.output)
+    make_folder(request.output)
     token_ids = read_tokens(request.tokens)
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
@@ -64,11 +69,11 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 partial(report, "fidelity"),
             )
             metrics |= found
-            _write(tokens, request.output / "divergence.parquet")
+            write_table(tokens, request.output / "divergence.parquet")
         if prompts := load_prompts()[: settings.json_prompts]:
             found, items = measure_json(model, prompts, settings, partial(report, "json"))
             metrics |= found
-            _write(items, request.output / "json.parquet")
+            write_table(items, request.output / "json.parquet")
         else:
             missing["json"] = "the settings ask for no JSON prompts"
         if settings.speed_requests:
@@ -90,7 +95,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     evaluation = Evaluation(
         name=request.name, sha256=request.sha256, metrics=metrics, missing=missing, environment=environment
     )
-    evaluation.save(request.output / "evaluation.json")
+    evaluation.save(request.output / EVALUATION_NAME)
     return evaluation
 
 
@@ -99,14 +104,16 @@ def _chunks(model: Model, token_ids: NDArray[np.int32], settings: EvaluationSett
     return cut_chunks(token_ids, settings.context_tokens, model.bos if model.adds_bos else None)[: settings.chunks]
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it; raises SamqError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SamqError(f"cannot make {folder}: {error.strerror}; choose a folder that can be written to") from error
 
 
-def _write(table: pd.DataFrame, path: Path) -> None:
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a parquet file; raises SamqError if that is not possible."""
     try:
         table.to_parquet(path, index=False)
     except OSError as error:

@@ -9,6 +9,7 @@ do. Only the standard library is imported, so that starting takes milliseconds.
 import os
 import resource
 import sys
+from collections.abc import Callable
 
 
 def main(channel: int, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
@@ -46,7 +47,7 @@ def _confine() -> list[str]:
     return confinement.confine(os.getcwd())
 
 
-def _receive(channel: int, read=os.read) -> bytes:  # type: ignore[no-untyped-def]
+def _receive(channel: int, read: Callable[[int, int], bytes] = os.read) -> bytes:
     """One message: its length in 8 bytes, and its bytes."""
 
     def exactly(count: int) -> bytes:

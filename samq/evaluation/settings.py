@@ -5,7 +5,9 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from samq.records import Record, digest_of
+from samq.records import Record
+
+EVALUATION_NAME = "evaluation.json"  # the record that a request leaves in its output folder
 
 
 class EvaluationSettings(BaseModel):
@@ -60,7 +62,8 @@ class BenchmarkSettings(BaseModel):
     """Which lm-eval tasks candidates are asked, and how: the same for all that are compared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    NOT_SCORING: ClassVar[frozenset[str]] = frozenset({"tasks", "task_folders", "run_code"})
+    # A task is identified by what it holds, not by its name or where it lies.
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"tasks", "task_folders", "run_code"})
 
     tasks: tuple[str, ...] = Field(
         default=("samq_hellaswag", "samq_gsm8k", "samq_truthfulqa_mc1"),
@@ -72,15 +75,14 @@ class BenchmarkSettings(BaseModel):
     )
     limit: int | None = Field(default=None, ge=1, description="items of each task, from the first; None: all")
     chat_template: bool = Field(default=False, description="put items as turns of the model's chat template")
-    run_code: bool = Field(default=False, description="allow tasks that run the code that the model writes")
+    run_code: bool = Field(
+        default=False,
+        description="allow tasks that run the code that the model writes: SAMQ's confine it, lm-eval's own do not",
+    )
     seed: int | None = Field(default=None, ge=0, description="of the choice of examples; None: lm-eval's own seeds")
     context_tokens: int = Field(
         default=2048, ge=64, description="longest prompt with its answer; prompts lose their start"
     )
-
-    def scoring_digest(self) -> str:
-        """SHA-256 (hex) of what a task's figures depend on, apart from the task and the model."""
-        return digest_of(self.model_dump(mode="json", exclude=set(self.NOT_SCORING)))
 
 
 class BaselineRequest(Record):
@@ -107,3 +109,18 @@ class EvaluationRequest(Record):
     baseline: Path | None = Field(default=None, description="folder of a baseline; None: fidelity is not measured")
     output: Path = Field(description="folder that gets evaluation.json and the per-item parquet files")
     settings: EvaluationSettings = EvaluationSettings()
+
+
+class BenchmarkRequest(Record):
+    """Put lm-eval's tasks to one candidate."""
+
+    SCHEMA: ClassVar[str] = "samq.benchmark-request/1"
+
+    name: str = Field(description="the candidate's name in reports")
+    gguf: Path
+    sha256: str = Field(description="SHA-256 of that file")
+    output: Path = Field(description="folder that gets evaluation.json and benchmarks.parquet")
+    benchmarks: BenchmarkSettings = BenchmarkSettings()
+    settings: EvaluationSettings = Field(
+        default=EvaluationSettings(), description="of these the type of the KV cache, threads and GPU layers count"
+    )

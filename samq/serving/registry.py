@@ -5,16 +5,18 @@ how large (`size_bytes`), and its metrics are those of the candidate's run. Noth
 """
 
 import fcntl
+import getpass
 import json
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Run
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
@@ -25,6 +27,8 @@ from samq.report import COLUMNS
 from samq.selection import MB
 
 CANDIDATE = "candidate"
+PRODUCTION = "production"
+PREVIOUS = "previous"
 HELDOUT = "heldout"  # context of the dataset that fidelity is measured on, among a run's inputs
 
 
@@ -43,12 +47,11 @@ class RegisteredGguf:
     @property
     def path(self) -> Path:
         """The GGUF on this machine; raises SamqError if it lies elsewhere."""
-        parts = urlsplit(self.uri)
-        if parts.scheme != "file":
+        if urlsplit(self.uri).scheme != "file":
             raise SamqError(
                 f"version {self.version} of {self.name} lies at {self.uri}, not on this machine; copy it here"
             )
-        return Path(unquote(parts.path))
+        return _local(self.uri)
 
 
 def connect(tracking_uri: str) -> MlflowClient:
@@ -112,24 +115,53 @@ def register(
 
 def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE) -> RegisteredGguf:
     """The version that an alias points at; raises SamqError if there is none, or it is not one that SAMQ registered."""
-    try:
+    with answering(client, f"no model {name} with the alias {alias}"):
         version = client.get_model_version_by_alias(name, alias)
+    return _described(version, f"move the alias {alias} to one it did")
+
+
+def find_version(client: MlflowClient, name: str, version: str) -> RegisteredGguf:
+    """A version by its number; raises SamqError if there is none, or it is not one that SAMQ registered."""
+    with answering(client, f"no version {version} of a model {name}"):
+        return _described(client.get_model_version(name, version), "name one it did")
+
+
+def aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    """Alias -> version of a registered model; raises SamqError if there is no such model."""
+    with answering(client, f"no model {name}"):
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+
+@contextmanager
+def answering(client: MlflowClient, absent: str) -> Iterator[None]:
+    """What MLflow refuses, as one sentence: that it has `absent` (such as "no model x"), or why it cannot be used."""
+    try:
+        yield
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            reason = str(error).splitlines()[0]
-            raise SamqError(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
-        raise SamqError(
-            f"MLflow at {client.tracking_uri} has no model {name} with the alias {alias}; register one first"
-        ) from error
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise SamqError(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
+        reason = str(error).splitlines()[0]
+        raise SamqError(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
+
+
+def user() -> str:
+    """Who does what MLflow is told of."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return "unknown"
+
+
+def _described(version: ModelVersion, advice: str) -> RegisteredGguf:
+    """What the tags of a version say; raises SamqError if SAMQ did not write them."""
     tags = version.tags
     missing = [tag for tag in ("gguf_uri", "sha256", "size_bytes", "plan_digest") if tag not in tags]
     if missing:
         raise SamqError(
-            f"version {version.version} of {name} has no tag {missing[0]}, so SAMQ did not register it; "
-            f"move the alias {alias} to one it did"
+            f"version {version.version} of {version.name} has no tag {missing[0]}, so SAMQ did not register it; {advice}"
         )
     return RegisteredGguf(
-        name=name,
+        name=version.name,
         version=str(version.version),
         uri=tags["gguf_uri"],
         sha256=tags["sha256"],
@@ -139,10 +171,47 @@ def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE) -> Register
     )
 
 
+def aliased_files(client: MlflowClient) -> list[Path]:
+    """The GGUFs on this machine that an alias of any registered model points at: what is served, or may be again."""
+    uris = []
+    for model in _registered_models(client):
+        for version in sorted(set(model.aliases.values())):
+            uris.append(client.get_model_version(model.name, version).tags.get("gguf_uri", ""))
+    return [_local(uri) for uri in uris if urlsplit(uri).scheme == "file"]
+
+
+def model_names(client: MlflowClient) -> list[str]:
+    """The registered models, in the order of their names."""
+    with answering(client, "no registered models"):
+        return sorted(model.name for model in _registered_models(client))
+
+
+def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelVersion]:
+    """The newest versions of a registered model, and those that an alias points at; the newest first."""
+    aliased = aliases(client, name).values()
+    with answering(client, f"no model {name}"):
+        newest = client.search_model_versions(f"name = '{name}'", max_results=count, order_by=["version_number DESC"])
+        known = {str(version.version): version for version in newest}
+        known |= {version: client.get_model_version(name, version) for version in aliased if version not in known}
+    return sorted(known.values(), key=lambda version: -int(version.version))
+
+
+def _registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
+    page = None
+    while page != "":
+        found = client.search_registered_models(page_token=page)
+        yield from found
+        page = found.token or ""
+
+
+def _local(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path))
+
+
 def _create_registered_model(client: MlflowClient, name: str) -> None:
     description = (
         "GGUFs that SAMQ built and measured. Each version points at a file; its tags say where it lies and its SHA-256. "
-        f"The alias `{CANDIDATE}` marks the best of the last sweep."
+        f"The alias `{CANDIDATE}` marks the best of the last sweep, `{PRODUCTION}` what is served, `{PREVIOUS}` what was."
     )
     try:
         client.create_registered_model(name, description=description)

@@ -13,6 +13,7 @@ SMALL = {
     "heldout": {"name": "humaneval", "start": 100, "samples": 10},
     "candidates": {"proposed_thresholds": 1, "ladder": ["Q4_0", "Q5_1", "Q8_0"]},
     "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},
+    "benchmarks": {"tasks": ["samq_hellaswag"], "limit": 2, "candidates": "best"},
     "tracking": {"experiment": "small", "registered_model": "small"},
 }
 

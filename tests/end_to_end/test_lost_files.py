@@ -11,7 +11,7 @@ from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
-STAGES = "convert tokenize heldout imatrix baseline plan rung calibrate price check assemble evaluate".split()
+STAGES = "convert tokenize heldout imatrix baseline plan rung calibrate price check assemble evaluate benchmark".split()
 
 
 @pytest.fixture

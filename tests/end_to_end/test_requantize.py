@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from uuid import UUID
 
+import pandas as pd
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -22,6 +23,7 @@ from flows.requantize import requantize
 from samq.errors import SamqError
 from samq.gguf_file import read_metadata
 from samq.selection import KLD
+from samq.significance import ITEMS_NAME
 from samq.store import Store
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
@@ -71,6 +73,33 @@ def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(sweep, h
         result.name for result in sweep.results
     }
     assert names >= {"convert SmolLM2-135M-Instruct.Q4_1 to F16", "plan Q4_K_M", "ladder Q8_0", "evaluate Q4_K_M"}
+
+
+def test_the_finalists_are_put_to_the_benchmarks_item_by_item(sweep, home):
+    client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    asked = {result.name for result in sweep.results if "eval/samq_hellaswag/acc" in result.evaluation.metrics}
+    assert {"F16", sweep.best.name} <= asked and len(asked) < len(sweep.results)
+    run_id = sweep.tracked.child_run_ids[sweep.best.name]
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics["eval/samq_hellaswag/acc"] == sweep.best.evaluation.metrics["eval/samq_hellaswag/acc"].value
+    assert "eval/samq_hellaswag/acc_delta_vs_f16" in metrics
+    names = [file.path for file in client.list_artifacts(run_id, "evaluation")]
+    table = pd.read_parquet(client.download_artifacts(run_id, f"evaluation/{ITEMS_NAME}"))
+    assert f"evaluation/{ITEMS_NAME}" in names
+    assert set(table["benchmark"]) == {"samq_hellaswag"} and len(table) == 4  # two items, acc and acc_norm
+    assert "## Benchmarks" in sweep.markdown
+
+
+def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_missing(sweep, home):
+    before = artifacts(home)
+    unknown = {**SMALL, "benchmarks": {"tasks": ["samq_hellaswagg"]}}
+    with pytest.raises(SamqError, match="there is no task 'samq_hellaswagg'; nearest are samq_hellaswag"):
+        requantize(RequantizeParameters.model_validate(unknown))
+    assert rebuilt(before, artifacts(home)) == []
+    offline = {**SMALL, "benchmarks": {**SMALL["benchmarks"], "tasks": ["samq_hellaswag", "mmlu"]}}
+    made = requantize(RequantizeParameters.model_validate(offline))
+    assert rebuilt(before, artifacts(home)) == []
+    assert "the data of mmlu cannot be had" in made.best.evaluation.missing["eval/mmlu"]
 
 
 def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, home):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def started_by(folder):
         except OSError:
             continue  # it has ended, or is another user's
     return found
+
+
+def test_prefects_page_asks_the_server_that_it_came_from(up):
+    _, prefect = up
+    with urllib.request.urlopen(f"{prefect}/ui-settings") as answer:
+        assert json.load(answer)["api_url"] == f"{prefect}/api"
 
 
 @pytest.fixture

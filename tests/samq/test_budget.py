@@ -116,7 +116,7 @@ def test_budgets_are_read_as_they_are_written(target):
 
 def test_an_impossible_budget_says_what_is_possible(target, prices):
     with pytest.raises(SamqError, match=r"the smallest plan has [\d,]+ \(2\.\d\d bits per weight\)"):
-        budget_plan(target, prices, Budget("tiny", 1000), BudgetPolicy())
+        budget_plan(target, prices, Budget("1000B", 1000), BudgetPolicy())
 
 
 def test_bytes_that_would_save_next_to_nothing_are_left_unspent(target, prices):
@@ -142,7 +142,7 @@ def test_guards_are_least_types(target, prices):
 
 
 def test_what_a_budget_does_not_count_costs_nothing(target, prices):
-    budget = Budget("vram", parse_budget("3bpw", target).tensor_bytes, frozenset({"token_embd.weight"}))
+    budget = Budget("vram:1GiB@512", parse_budget("3bpw", target).tensor_bytes, frozenset({"token_embd.weight"}))
     plan = budget_plan(target, prices, budget, BudgetPolicy())
     assert plan.types["token_embd.weight"] == "F16"
     assert plan.tensor_bytes - target.tensors["token_embd.weight"].bytes <= budget.tensor_bytes

@@ -96,9 +96,19 @@ def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
 
 def test_more_sequences_are_wanted_until_the_least_known_cost_is_known():
     known, unsure = Metric(value=1.0, stderr=0.05, n=20), Metric(value=2.0, stderr=0.4, n=20)
-    assert sequences_wanted([known], precision=0.1) == 20
-    assert (
-        sequences_wanted([known, unsure], precision=0.1) == 88
-    )  # twice the error takes four times as many, and a tenth
-    assert sequences_wanted([Metric(value=0.0, stderr=0.0, n=20)], precision=0.1) == 20
-    assert sequences_wanted([], precision=0.1) == 0
+    enough = {"precision": 0.1, "measured": 20, "available": 1000}
+    assert sequences_wanted([known], **enough) == 20
+    # twice the error takes four times as many, and a tenth
+    assert sequences_wanted([known, unsure], **enough) == 88
+    assert sequences_wanted([Metric(value=0.0, stderr=0.0, n=20)], **enough) == 20
+    assert sequences_wanted([], **enough) == 20
+
+
+@pytest.mark.parametrize(
+    ("error", "available", "count"),
+    [(0.4, 50, 50), (0.4, 22, 22), (0.4, 21, 20), (0.4, 20, 20), (0.2001, 1000, 23), (0.19, 1000, 20)],
+)
+def test_sequences_come_two_at_least_at_a_time_and_no_more_than_there_are(error, available, count):
+    cost = Metric(value=2.0, stderr=error, n=20)
+    assert sequences_wanted([cost], precision=0.1, measured=20, available=available) == count
+    assert sequences_wanted([Metric(value=2.0, stderr=0.2001, n=2)], precision=0.1, measured=2, available=99) == 4

@@ -6,7 +6,7 @@ from samq.allocation import Target, full_plan, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.formats import TYPES, fallback
 from samq.gguf_file import file_sha256, read_metadata, read_tensors, read_weights
-from samq.quantizer import audit, convert, mixture_types, planned_bytes, quantizable_tensors, quantize
+from samq.quantizer import convert, mixture_types, planned_bytes, quantizable_tensors, quantize
 from samq.records import ModelSource
 from tests.conftest import write_tiny_gguf
 
@@ -69,23 +69,6 @@ def test_a_plan_of_full_precision_changes_no_weight(target, tmp_path):
     make(target, full_plan(target), tmp_path / "out")
     for name in target.tensors:
         assert (read_weights(tmp_path / "out" / "model.gguf", name) == read_weights(target.gguf, name)).all()
-
-
-def test_the_audit_finds_a_drifted_type_and_another_plans_file(target, tmp_path):
-    plan = stock_plan(target, "Q4_K_M")
-    make(target, plan, tmp_path / "out")
-    gguf = tmp_path / "out" / "model.gguf"
-    drifted = plan.model_copy(update={"types": {**plan.types, "blk.1.attn_k.weight": "Q6_K"}})
-    with pytest.raises(
-        ToolError, match=r"1 tensors of model\.gguf drifted .*blk\.1\.attn_k\.weight first: Q4_K instead of Q6_K"
-    ):
-        audit(gguf, drifted)
-    with pytest.raises(ToolError, match="tensor bytes and plan"):
-        audit(gguf, plan.model_copy(update={"tensor_bytes": 1}))
-    with pytest.raises(ToolError, match="was made from plan"):
-        audit(gguf, plan.model_copy(update={"name": "other"}))
-    with pytest.raises(ToolError, match="lacks 1 tensors"):
-        audit(gguf, plan.model_copy(update={"types": {**plan.types, "blk.9.attn_k.weight": "Q6_K"}}))
 
 
 def test_a_type_that_needs_an_importance_matrix_fails_with_the_programs_words(target, tmp_path):

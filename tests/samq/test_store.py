@@ -118,6 +118,15 @@ def test_prune_removes_what_was_not_used(store):
     assert store.find("stage", artifact.key) is None
 
 
+def test_prune_leaves_what_others_refer_to(store):
+    kept, other = publish(store), publish(store, "other")
+    for artifact in (kept, other):
+        os.utime(artifact.folder / MANIFEST, (0, 0))
+    store.prune(older_than_days=1, keep=[kept.path(next(iter(kept.files)))])
+    assert store.find("stage", kept.key) == kept
+    assert store.find("stage", other.key) is None
+
+
 def test_of_failed_work_the_logs_stay_until_they_are_old(store):
     with pytest.raises(ZeroDivisionError), store.publish("stage", "k") as folder:
         (folder / "half.gguf").write_text("half")

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from samq import __version__
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError, ToolError
+from samq.evaluation.settings import BenchmarkSettings
 from samq.model import describe_source
 from samq.process import run as run_program
 from samq.records import ModelSource, TextSet, Toolchain
@@ -215,3 +216,10 @@ def test_keys_of_different_stages_differ():
     one, other = ContentCache(stage="one"), ContentCache(stage="other")
     assert one.artifact_key(inputs) != other.artifact_key(inputs)
     assert one.artifact_key(inputs) == one.artifact_key({**inputs, "store": "/elsewhere", "timeout_s": 6})
+
+
+def test_a_benchmarks_identity_is_what_shapes_its_prompts():
+    plain = identity(BenchmarkSettings())
+    assert plain == identity(BenchmarkSettings(tasks=("mmlu",), task_folders=(Path("/elsewhere"),), run_code=True))
+    for changed in ({"few_shots": 1}, {"limit": 5}, {"chat_template": True}, {"seed": 1}, {"context_tokens": 512}):
+        assert identity(BenchmarkSettings(**changed)) != plain

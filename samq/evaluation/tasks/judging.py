@@ -15,6 +15,11 @@ def humaneval(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, 
     return {"pass@1": float(run_tests(document["prompt"] + answers[0], tests).passed)}
 
 
+def humaneval_instruct(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+    """`pass@1` of a completion inside a code fence, of which what follows the fence is no part."""
+    return humaneval(document, [answers[0].partition("```")[0]])
+
+
 def json_answer(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
     """What `samq.evaluation.json_compliance` says of an answer."""
     verdict = judge(_json_prompts()[document["id"]], answers[0])

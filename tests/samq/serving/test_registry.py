@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
-from samq.serving.registry import connect, register, resolve
+from samq.serving.registry import aliased_files, connect, register, resolve
 
 
 def candidate_run(client):
@@ -67,6 +67,17 @@ def check_registration(client, sweep, tmp_path):
 
 def test_registration_in_sqlite(sweep, mlflow_uri, tmp_path):
     check_registration(connect(mlflow_uri), sweep, tmp_path)
+
+
+def test_files_that_an_alias_points_at_are_known_and_no_others(sweep, mlflow_uri):
+    client = connect(mlflow_uri)
+    register_result(client, sweep.result("threshold-0.2"))
+    latest = sweep.result("threshold-0.4")
+    register_result(client, latest)
+    client.create_registered_model("of somebody else")
+    client.create_model_version("of somebody else", source="/elsewhere", run_id=None)
+    client.set_registered_model_alias("of somebody else", "candidate", "1")
+    assert aliased_files(client) == [latest.gguf]
 
 
 @pytest.fixture

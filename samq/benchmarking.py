@@ -1,0 +1,72 @@
+"""The benchmarks of a sweep: joined to the candidates that were asked, and compared item by item."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from samq.errors import SamqError
+from samq.evaluation.settings import EVALUATION_NAME
+from samq.records import Evaluation
+from samq.selection import Result
+from samq.significance import ITEMS_NAME, PairedComparison, compare_items
+
+logger = logging.getLogger(__name__)
+
+PRODUCTION = "production"  # what the model in production is called among the references
+
+
+def with_benchmarks(result: Result, folders: Sequence[Path], missing: Mapping[str, str]) -> Result:
+    """The result with what was measured in the benchmarks' folders, and the tasks that were not, with the reason."""
+    made = [Evaluation.load(folder / EVALUATION_NAME) for folder in folders]
+    evaluation = result.evaluation
+    for one in made:
+        evaluation = evaluation.model_copy(
+            update={
+                "metrics": evaluation.metrics | one.metrics,
+                "missing": evaluation.missing | one.missing,
+                "environment": evaluation.environment | one.environment,
+            }
+        )
+    evaluation = evaluation.model_copy(update={"missing": {**evaluation.missing, **missing}})
+    return replace(result, evaluation=evaluation, benchmark_folders=tuple(folders))
+
+
+def items_of(result: Result) -> pd.DataFrame:
+    """All benchmark items of a candidate, see `samq.evaluation.benchmarks`; empty if it was asked none."""
+    tables = [pd.read_parquet(folder / ITEMS_NAME) for folder in result.benchmark_folders]
+    tables = [table for table in tables if len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def compare_benchmarks(
+    results: Sequence[Result], margin: float, production: pd.DataFrame | None = None
+) -> list[PairedComparison]:
+    """Every quantized candidate that was asked against full precision, and against what is in production.
+
+    `production` are the items of the latter; a benchmark that it was asked otherwise is left out, with a warning. Raises
+    SamqError if two candidates of the sweep were asked other items of one benchmark.
+    """
+    tables = {result.name: items_of(result) for result in results}
+    full = next((result.name for result in results if result.plan.policy == "full"), None)
+    asked = [name for name, items in tables.items() if name != full and len(items)]
+    found: list[PairedComparison] = []
+    for name in asked:
+        if full is not None and len(tables[full]):
+            found += compare_items(name, tables[name], full, tables[full], margin=margin)
+        if production is not None and len(production):
+            found += _against_production(name, tables[name], production, margin)
+    return found
+
+
+def _against_production(
+    name: str, items: pd.DataFrame, production: pd.DataFrame, margin: float
+) -> Iterator[PairedComparison]:
+    for benchmark, mine in items.groupby("benchmark", sort=False):
+        theirs = production[production["benchmark"] == benchmark]
+        try:
+            yield from compare_items(name, mine, PRODUCTION, theirs, margin=margin)
+        except SamqError as error:  # tonight's settings are others than those of that night
+            logger.warning("%s is not compared with production on %s: %s", name, benchmark, error)

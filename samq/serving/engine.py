@@ -1,0 +1,319 @@
+"""The inference worker: one thread that answers queued requests, one after the other.
+
+It knows nothing about HTTP. A job's events go to a callback, which is called in the worker's thread.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from samq.errors import SamqError
+from samq.serving.logprobs import TokenLogprob, token_logprob
+from samq.serving.metrics import Metrics
+from samq.serving.model import ServedModel
+from samq.serving.refusal import Refused
+from samq.serving.sampling import Sampling, check_grammar
+from samq.serving.text import TextAssembler
+
+logger = logging.getLogger(__name__)
+
+_MOST_RETRY_AFTER_S = 60
+_LEAST_DELTA_S = 0.02  # nobody reads faster, and every delta costs the event loop time that llama.cpp could use
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be generated, whatever model does it."""
+
+    tokenize: Callable[[ServedModel], list[int]]  # raises Refused
+    sampling: Sampling
+    max_tokens: int | None = None  # None: as many as the context has room for
+    stops: Sequence[str] = ()
+    logprobs: int | None = None  # alternatives to each token; None: no log probabilities at all
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More of the answer."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of the answer."""
+
+    reason: str  # stop: the model ended, or a stop sequence appeared; length: max_tokens
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+Event = Delta | Finished | Refused
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the queue or at work."""
+
+    work: Work
+    emit: Callable[[Event], None]
+    stream: bool  # whether parts of the answer are wanted as they come, or all of it at the end
+    created: float = field(default_factory=time.monotonic)
+    model: ServedModel | None = None  # that the prompt was tokenized for; None: for none yet
+    prompt: list[int] = field(default_factory=list)
+    limit: int = 0  # of generated tokens
+    started: bool = False
+    cancelled: bool = False
+
+    def fit(self, model: ServedModel) -> None:
+        """Tokenize the prompt for a model; raises Refused (400) for what that model cannot do."""
+        self.prompt, self.limit = _check(self.work, model)
+        self.model = model
+
+
+class Engine:
+    """The queue, the worker, and the model that serves."""
+
+    def __init__(self, queue_size: int, metrics: Metrics) -> None:
+        """Starts the worker, which waits for a model."""
+        self._queue_size = queue_size
+        self._metrics = metrics
+        self._queue: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._model: ServedModel | None = None
+        self._running: Job | None = None
+        self._between_models = False
+        self._draining = False
+        self._seconds_per_job = 1.0  # moving average
+        metrics.processing.set_function(lambda: float(self._running is not None))
+        metrics.deferred.set_function(lambda: float(len(self._queue)))
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._thread.start()
+
+    @property
+    def model(self) -> ServedModel | None:
+        """What serves now; it may be replaced at any time."""
+        return self._model
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._draining
+
+    def exchange(self, new: ServedModel | None, *, more_to_come: bool = False) -> ServedModel | None:
+        """Let another model, or none, answer from the next request on; returns the old one, for the caller to close.
+
+        Without a model requests are refused, unless there is `more_to_come`: then they wait for it.
+        """
+        with self._changed:
+            old, self._model = self._model, new
+            self._between_models = more_to_come
+            self._changed.notify_all()
+        self._metrics.show_model(new.gguf if new else None)
+        return old
+
+    def prepare(self, work: Work, emit: Callable[[Event], None], *, stream: bool) -> Job:
+        """Tokenize and check a request; takes milliseconds for long prompts, so not on the event loop.
+
+        Raises Refused: 400 for what the model cannot do, 429 if the queue is full, 503 while there is no model, or
+        when the server is shutting down.
+        """
+        job = Job(work, emit, stream)
+        with self._changed:
+            self._refuse_if_unavailable()
+            self._refuse_if_full()
+            model = self._model
+            if model is None:  # between two: the worker tokenizes
+                return job
+            model.acquire()
+        try:
+            job.fit(model)
+        finally:
+            model.release()
+        return job
+
+    def submit(self, job: Job) -> None:
+        """Queue a prepared job. Raises Refused: 429 if the queue is full, 503 if the server is shutting down."""
+        with self._changed:
+            if self._draining:
+                raise _shutting_down()
+            self._refuse_if_full()
+            self._queue.append(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """Give up a job, wherever it is; nothing happens if it is done."""
+        with self._changed:
+            job.cancelled = True
+            if job in self._queue:
+                self._queue.remove(job)
+                self._changed.notify_all()
+
+    def retry_after_s(self) -> int:
+        """Seconds until a place in the queue is likely to be free."""
+        return min(max(1, math.ceil(self._seconds_per_job)), _MOST_RETRY_AFTER_S)
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no more requests, wait until those that there are have finished, and give up what is left after the time."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: not self._queue and not self._running, timeout_s)
+            left = [*self._queue, *([self._running] if self._running else [])]
+            self._queue.clear()
+            self._changed.notify_all()
+            for job in left:
+                job.cancelled = True
+                job.emit(_shutting_down())
+        if not done:
+            logger.warning("%d requests were not finished within %g s and are given up", len(left), timeout_s)
+
+    def close(self) -> None:
+        """End the worker, and free the model; requests that are left are given up."""
+        self.drain(0)
+        self._thread.join()
+        if old := self.exchange(None):
+            old.close()
+
+    def _refuse_if_unavailable(self) -> None:
+        if self._draining:
+            raise _shutting_down()
+        if not (self._model or self._between_models):
+            raise Refused(503, "no model is loaded; see /ready", code="model_not_loaded", retry_after_s=5)
+
+    def _refuse_if_full(self) -> None:
+        idle = self._running is None and not self._queue and self._model
+        if len(self._queue) >= self._queue_size and not idle:
+            raise Refused(
+                429,
+                f"{len(self._queue)} requests wait already, as many as may; try again later",
+                code="queue_full",
+                retry_after_s=self.retry_after_s(),
+            )
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._running = None
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._draining if not self._queue else bool(self._model))
+                if not self._queue:
+                    return
+                job, model = self._queue.popleft(), self._model
+                assert model
+                self._running = job
+                model.acquire()
+            try:
+                self._answer(job, model)
+            except Refused as refused:
+                job.emit(refused)
+            except Exception as error:
+                logger.exception("a request failed")
+                reason = str(error) if isinstance(error, SamqError) else "see the server's log"
+                job.emit(Refused(500, f"the model could not answer: {reason}", code="inference_failed"))
+            finally:
+                model.release()
+                self._metrics.kv_cache.set(0)
+
+    def _answer(self, job: Job, model: ServedModel) -> None:
+        metrics, work = self._metrics, job.work
+        if job.model is not model:  # replaced while the job waited
+            job.fit(model)
+        job.started = True
+        began = latest = time.monotonic()
+        metrics.queue_wait.observe(began - job.created)
+        metrics.prompt_tokens.inc(len(job.prompt))
+        answer = _Answer(job, model)
+        tokens = 0
+        reason = "length"
+        with closing(model.generate(job.prompt, work.sampling, lambda: job.cancelled)) as generated:
+            for token in generated:
+                now = time.monotonic()
+                if tokens:
+                    metrics.inter_token.observe(now - latest)
+                else:
+                    metrics.first_token.observe(now - job.created)
+                latest = now
+                if model.model.is_end(token.id):
+                    reason = "stop"
+                    break
+                tokens += 1
+                metrics.predicted_tokens.inc()
+                metrics.kv_cache.set((len(job.prompt) + tokens) / model.loading.context_tokens)
+                logprob = token_logprob(model.model, token, work.logprobs) if work.logprobs is not None else None
+                if answer.add(model.model.piece(token.id), logprob, now):
+                    reason = "stop"
+                    break
+                if tokens == job.limit or job.cancelled:
+                    break
+            cached = model.reused_tokens
+        metrics.cached_tokens.inc(cached)
+        if not job.cancelled:
+            answer.end()
+            metrics.end_to_end.observe(time.monotonic() - job.created)
+            self._seconds_per_job += 0.2 * (time.monotonic() - began - self._seconds_per_job)
+            job.emit(Finished(reason, len(job.prompt), cached, tokens))
+
+
+class _Answer:
+    """Turns tokens into deltas: for a stream as they come, though not more often than can be seen, else at the end."""
+
+    def __init__(self, job: Job, model: ServedModel) -> None:
+        self._job = job
+        self._assembler = TextAssembler(job.work.stops)
+        self._given_out_at = -math.inf
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not given out yet
+
+    def add(self, piece: bytes, logprob: TokenLogprob | None, now: float) -> bool:
+        """Take a token that came `now`; returns whether a stop sequence has appeared."""
+        text = self._assembler.push(piece)
+        if logprob and not (self._assembler.stopped and not text):
+            self._logprobs.append(logprob)
+        if text:
+            self._text.append(text)
+            if self._job.stream and now - self._given_out_at >= _LEAST_DELTA_S:
+                self._give_out()
+                self._given_out_at = now
+        return self._assembler.stopped
+
+    def end(self) -> None:
+        """Give out what is left."""
+        if text := self._assembler.finish():
+            self._text.append(text)
+        if self._text or self._logprobs:
+            self._give_out()
+
+    def _give_out(self) -> None:
+        self._job.emit(Delta("".join(self._text), tuple(self._logprobs)))
+        self._text, self._logprobs = [], []
+
+
+def _shutting_down() -> Refused:
+    return Refused(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
+
+
+def _check(work: Work, model: ServedModel) -> tuple[list[int], int]:
+    """The prompt's tokens, and how many may follow; raises Refused (400, with the numbers) if there is no room."""
+    prompt, room = work.tokenize(model), model.loading.context_tokens
+    if not prompt:
+        raise Refused(400, "the prompt has no tokens; send some text", code="empty_prompt", param="prompt")
+    wanted = work.max_tokens or 1
+    if len(prompt) + wanted > room:
+        asked = f"max_tokens asks for {work.max_tokens} more" if work.max_tokens else "that leaves none for an answer"
+        raise Refused(
+            400,
+            f"the context is {room} tokens, the prompt has {len(prompt)}, and {asked}; shorten one of them",
+            code="context_length_exceeded",
+            param="max_tokens" if work.max_tokens and len(prompt) < room else "prompt",
+        )
+    if work.sampling.grammar:
+        check_grammar(model.model, work.sampling.grammar)
+    return prompt, work.max_tokens or room - len(prompt)

@@ -1,0 +1,64 @@
+"""Running the application: the socket, and a shutdown that lets requests finish."""
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from samq.serving.app import Server, create_app
+from samq.serving.settings import ServingSettings
+from samq.serving.source import Source
+
+logger = logging.getLogger(__name__)
+
+_LAST_BYTES_S = 5  # for what is finished to reach its clients
+
+
+def serve(source: Source, settings: ServingSettings) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests at work then have `drain_timeout_s` to finish, and new ones get 503."""
+    server = Server(source, settings)
+    config = uvicorn.Config(
+        create_app(server),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES_S,
+    )
+    _DrainingServer(config, server).run()
+
+
+class _DrainingServer(uvicorn.Server):
+    """Uvicorn closes its socket at the first signal; this one answers on, with 503, until what is at work has finished."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; a second ends the server at once."""
+        if self._draining or self._loop is None:
+            self.should_exit = True
+            self.force_exit = True
+        else:
+            logger.info("%s: finishing what is at work, at most %g s", signal.Signals(sig).name, self._patience_s)
+            self._draining = self._loop.create_task(self._drain())
+            self._loop.call_soon_threadsafe(lambda: None)  # a handler runs between two bytecodes: wake the loop
+
+    @property
+    def _patience_s(self) -> float:
+        return self._server.settings.drain_timeout_s
+
+    async def _drain(self) -> None:
+        await asyncio.to_thread(self._server.engine.drain, self._patience_s)
+        self.should_exit = True

@@ -1,0 +1,163 @@
+"""From the worker's events to the body of an HTTP answer: whole, or as server-sent events."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from samq.serving.answers import Shape
+from samq.serving.engine import Delta, Engine, Event, Finished, Job, Work
+from samq.serving.gate import STATUS
+from samq.serving.refusal import Refused
+
+logger = logging.getLogger(__name__)
+
+_DONE = b"data: [DONE]\n\n"
+_CLIENT_LEFT = 499  # nginx's number; nobody receives it
+
+
+class Exchange:
+    """One request at the worker: its events, its deadline, and the client who may leave."""
+
+    def __init__(self, engine: Engine, request: Request, timeout_s: float) -> None:
+        """The time runs from here."""
+        self._engine = engine
+        self._request = request
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout_s
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._job: Job | None = None
+
+    async def answer(self, work: Work, shape: Callable[[str], Shape], *, stream: bool, usage: bool) -> Response:
+        """Queue the work, and return the answer; raises Refused.
+
+        A stream begins with its first text, so that what goes wrong before has a status of its own.
+        """
+        job = await asyncio.to_thread(self._engine.prepare, work, self._emit, stream=stream)
+        self._engine.submit(job)
+        self._job = job
+        try:
+            first = await self._first()
+            assert job.model, "it has answered"
+            words = shape(job.model.gguf.name)
+            if not stream:
+                delta = first if isinstance(first, Delta) else Delta("")
+                finished = first if isinstance(first, Finished) else await self._next()
+                assert isinstance(finished, Finished)
+                return JSONResponse(words.whole(delta, finished))
+        except BaseException:
+            self._engine.cancel(job)
+            raise
+        return _EventStream(self._stream(first, words, usage))
+
+    def _emit(self, event: Event) -> None:
+        """Called by the worker."""
+        with suppress(RuntimeError):  # the loop has ended, and nobody listens
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def _first(self) -> Event:
+        """The first event; raises Refused if it is one, and if the client leaves."""
+        waiting = asyncio.create_task(self._next())
+        leaving = asyncio.create_task(self._client_leaves())
+        try:
+            await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise Refused(_CLIENT_LEFT, "the client left")
+            return waiting.result()
+        finally:
+            for task in (waiting, leaving):
+                task.cancel()
+            await asyncio.gather(waiting, leaving, return_exceptions=True)
+
+    async def _client_leaves(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def _next(self) -> Event:
+        """The next event; raises Refused if it is one, and when the time is over."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                event = await self._events.get()
+        except TimeoutError:
+            raise self._too_late() from None
+        if isinstance(event, Refused):
+            raise event
+        return event
+
+    def _too_late(self) -> Refused:
+        if self._job and not self._job.started:
+            return Refused(
+                503,
+                f"the request waited {self._timeout_s:g} s in the queue, as long as it may; try again later",
+                code="queue_timeout",
+                retry_after_s=self._engine.retry_after_s(),
+            )
+        return Refused(
+            504,
+            f"the answer took longer than {self._timeout_s:g} s, the limit of this server; ask for fewer tokens",
+            code="request_timeout",
+        )
+
+    def _merge(self, delta: Delta) -> tuple[Delta, Event | None]:
+        """The delta and those that are there already, as one; and the event after them, if that is there too."""
+        deltas = [delta]
+        following: Event | None = None
+        while following is None and not self._events.empty():
+            event = self._events.get_nowait()
+            if isinstance(event, Delta):
+                deltas.append(event)
+            else:
+                following = event
+        text = "".join(one.text for one in deltas)
+        return Delta(text, tuple(token for one in deltas for token in one.logprobs)), following
+
+    async def _stream(self, event: Event, shape: Shape, usage: bool) -> AsyncGenerator[bytes]:
+        """Server-sent events; an error after the first is one of them, and ends the stream."""
+        assert self._job
+        ended = False
+        try:
+            while isinstance(event, Delta):
+                delta, following = self._merge(event)
+                yield b"".join(map(_sse, shape.chunks(delta)))
+                event = following or await self._next()
+            if isinstance(event, Refused):
+                raise event
+            tail = _sse(shape.last(event))
+            if usage:
+                tail += _sse(shape.usage(event))
+            ended = True
+            yield tail + _DONE
+        except Refused as refused:
+            ended = True
+            self._request.scope[STATUS] = refused.status
+            logger.warning("a stream was broken off: %s", refused)
+            yield _sse(refused.body) + _DONE
+        finally:
+            if not ended:
+                self._request.scope[STATUS] = _CLIENT_LEFT
+            self._engine.cancel(self._job)
+
+
+class _EventStream(StreamingResponse):
+    """Closes the generator whatever happens: a client may leave while a chunk is on its way to it."""
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+
+
+def _sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

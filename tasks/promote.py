@@ -1,0 +1,30 @@
+"""Tasks: a registered version held against the gates, and the aliases moved if they let it through."""
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+
+from samq.gate_report import markdown_gates
+from samq.history import Event
+from samq.progress import bar
+from samq.promotion import Judgement, judge_version, promote
+from samq.promotion_policy import PromotionPolicy
+from samq.serving.registry import connect, find_version, resolve
+
+
+@task(name="judge", task_run_name="judge {model}")
+def judge(tracking_uri: str, model: str, version: str | None, alias: str, policy: PromotionPolicy) -> Judgement:
+    """Hold a version, or the one that an alias points at, against the policy. Not cached: production changes."""
+    client = connect(tracking_uri)
+    found = find_version(client, model, version) if version else resolve(client, model, alias)
+    with bar(f"judge {model} version {found.version}"):
+        return judge_version(client, found, policy)
+
+
+@task(name="move", task_run_name="move {judgement.version.name}")
+def move(tracking_uri: str, judgement: Judgement, force: bool, reason: str) -> Event:
+    """Promote or refuse the judged version, and keep the gate report as an artifact of the flow run."""
+    event = promote(connect(tracking_uri), judgement, force=force, reason=reason)
+    create_markdown_artifact(
+        markdown_gates(judgement, event), key="promote-gates", description=f"Gates of {judgement.version.name}"
+    )
+    return event

@@ -1,0 +1,193 @@
+"""From a sweep to users and back: promote, serve, promote another while clients stream, roll back; over both registries."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from flows.parameters import RequantizeParameters
+from flows.requantize import requantize
+from samq.services import mlflow_page
+from tests.end_to_end.conftest import SMALL
+
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
+
+CLIENTS = 8
+POLICY = {
+    "accuracy": None,
+    "json_answers": None,
+    "max_mean_kld_nats": 0.5,
+    "max_predicted_vram_bytes": 10**9,
+    "max_latency_p99_ms": 60_000,
+    "audit": True,
+    "provenance": ["plan", "policy", "version", "model", "model_sha256", "calibration", "llama_cpp"],
+}
+SERVING = {"context_tokens": 512, "poll_interval_s": 0.3, "queue_size": 64, "request_timeout_s": 300, "kv_type": "F16"}
+
+
+@pytest.fixture(scope="module")
+def sweeps(home, sweep_and_artifacts):
+    """Two sweeps whose best candidates are versions 1 and 2 of the model `small`: (version, sha256) each."""
+    first, _ = sweep_and_artifacts
+    plain = {"stock": ["Q4_K_M"], "budgets": [], "proposed_thresholds": 0}
+    second = requantize(RequantizeParameters.model_validate({**SMALL, "candidates": plain}))
+    made = [(one.tracked.model_version, one.best.model.sha256) for one in (first, second)]
+    assert made[0][1] != made[1][1]
+    return made
+
+
+@pytest.fixture(params=["SQLite", "REST"])
+def environment(request, home, monkeypatch):
+    """For the commands: MLflow's database itself, or its server."""
+    environment = {**os.environ, "SAMQ_HOME": str(home)}
+    if request.param == "SQLite":
+        yield environment
+    else:
+        with mlflow_page(free_port()) as address:
+            yield {**environment, "MLFLOW_TRACKING_URI": address}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def samq(environment, *arguments, code=0):
+    """Run a command to its end; returns what it printed."""
+    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def serve(environment, tmp_path):
+    """Start `samq serve` on the alias `production`; gives its address."""
+    started = []
+
+    def start():
+        config, log = tmp_path / "serving.yaml", tmp_path / "serve.log"
+        config.write_text(yaml.safe_dump({**SERVING, "port": free_port()}))
+        address = f"http://127.0.0.1:{yaml.safe_load(config.read_text())['port']}"
+        command = [sys.executable, "-m", "samq.cli", "serve", "models:/small@production", "--config", str(config)]
+        with log.open("wb") as output:
+            root = Path(__file__).parents[2]
+            child = subprocess.Popen(command, env=environment, cwd=root, stdout=output, stderr=output)
+        started.append(child)
+        wait(lambda: is_ready(address), lambda: (child.poll(), log.read_text()))
+        return address
+
+    yield start
+    for child in started:
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
+
+
+def is_ready(address):
+    try:
+        return httpx.get(f"{address}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def served_sha256(address):
+    return httpx.get(f"{address}/ready").json()["model"]["sha256"]
+
+
+def wait(condition, state, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, state()
+        time.sleep(0.05)
+
+
+class Streaming:
+    """Clients that stream one answer after another; what failed, and how many answers came whole."""
+
+    def __init__(self, address):
+        self.failed, self.answers = [], 0
+        self._address, self._ended, self._lock = address, threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._stream, args=(number,)) for number in range(CLIENTS)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _stream(self, number):
+        client = openai.OpenAI(base_url=f"{self._address}/v1", api_key="none needed", max_retries=0, timeout=300)
+        while not self._ended.is_set():
+            try:
+                stream = client.chat.completions.create(
+                    model="small",
+                    messages=[{"role": "user", "content": f"Count from {number} to ten."}],
+                    max_tokens=12,
+                    stream=True,
+                )
+                reasons = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]
+                assert reasons[-1] in ("length", "stop"), reasons
+            except Exception as error:
+                self.failed.append(repr(error))
+                return
+            with self._lock:
+                self.answers += 1
+
+
+def test_promoted_versions_reach_the_running_server_without_a_failed_request_and_go_back(
+    sweeps, environment, serve, tmp_path
+):
+    (first, first_sha256), (second, second_sha256) = sweeps
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(yaml.safe_dump(POLICY))
+    samq(environment, "promote", "small", "--version", first, "--policy", policy)
+    address = serve()
+    assert served_sha256(address) == first_sha256
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none needed", max_retries=0)
+    asked = {"model": "small", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    before = client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content
+    assert before
+
+    with Streaming(address) as streaming:
+        wait(lambda: streaming.answers > CLIENTS or streaming.failed, lambda: streaming.answers)
+        samq(environment, "promote", "small", "--version", second, "--policy", policy)
+        wait(lambda: served_sha256(address) == second_sha256, lambda: httpx.get(f"{address}/ready").text)
+        swapped = streaming.answers
+        wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
+        samq(environment, "rollback", "small", "--reason", "the end-to-end test goes back")
+        wait(lambda: served_sha256(address) == first_sha256, lambda: httpx.get(f"{address}/ready").text)
+        swapped = streaming.answers
+        wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
+    assert streaming.failed == []
+    assert client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content == before
+    history = samq(environment, "status", "small")
+    assert "the end-to-end test goes back" in history and "rolled back" in history
+
+
+def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(sweeps, environment, tmp_path):
+    uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment['SAMQ_HOME']}/mlflow.db"
+    client = MlflowClient(tracking_uri=uri)
+    before = client.get_registered_model("small").aliases
+    other = next(version for version, _ in sweeps if version != str(before.get("production")))
+    strict = tmp_path / "strict.yaml"
+    strict.write_text(yaml.safe_dump({**POLICY, "max_mean_kld_nats": 1e-9}))
+    said = samq(environment, "promote", "small", "--version", other, "--policy", strict, code=3)
+    assert "mean KLD" in said and "fail" in said
+    assert client.get_registered_model("small").aliases == before
+    samq(environment, "promote", "small", "--version", other, "--policy", strict, "--force", code=2)

@@ -1,0 +1,111 @@
+"""The promotion flow and its commands, on a real registry: exit codes, the report on the flow run's page, a rollback."""
+
+import shutil
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.states import State
+from pydantic import ValidationError
+
+from flows.promote import PromoteParameters, Promotion, RefusedError
+from flows.promote import promote as flow
+from samq.serving.registry import aliases, connect
+from tests.command_line import refused, samq
+from tests.samq.versions import NAME, POLICY, three_nights
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def home_of_nights(tmp_path_factory, toolchain):
+    home = tmp_path_factory.mktemp("home")
+    connect(f"sqlite:///{home / 'mlflow.db'}")
+    three_nights(home, home / "mlflow.db", toolchain)
+    return home
+
+
+@pytest.fixture
+def home(home_of_nights, samq_home):
+    samq_home.mkdir()
+    shutil.copy(home_of_nights / "mlflow.db", samq_home)
+    return samq_home
+
+
+@pytest.fixture
+def policy(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(yaml.safe_dump(POLICY.model_dump(mode="json")))
+    return path
+
+
+def in_use(home):
+    found = aliases(connect(f"sqlite:///{home / 'mlflow.db'}"), NAME)
+    return found.get("production"), found.get("previous")
+
+
+def run(**parameters) -> State:
+    return flow(PromoteParameters(model=NAME, policy=POLICY, **parameters), return_state=True)
+
+
+def reports():
+    with get_client(sync_client=True) as client:
+        return [artifact.data for artifact in client.read_artifacts() if artifact.key == "promote-gates"]
+
+
+def test_a_promotion_is_a_flow_run_with_the_gate_report(prefect_home, home):
+    state = run(version="1", reason="the first")
+    assert state.is_completed()
+    assert isinstance(state.result(), Promotion)
+    assert in_use(home) == ("1", None)
+    (report,) = [text for text in reports() if text.startswith("# llama: version 1 is in production\n")]
+    assert "reason: the first" in report
+    assert "| ✓ pass | mean KLD |" in report
+    assert "| – not applicable | json/valid against production |" in report
+
+
+def test_a_refusal_is_a_failed_run_that_names_the_gates(prefect_home, home):
+    state = run()
+    assert state.is_failed()
+    assert "llama version 3 is refused: json/valid against full precision failed" in state.message
+    with pytest.raises(RefusedError) as error:
+        state.result()
+    assert error.value.promotion.event.failed == ("json/valid against full precision",)
+    assert in_use(home) == (None, None)
+    assert any(text.startswith("# llama: version 3 is refused") for text in reports())
+
+
+def test_force_without_a_reason_is_no_run_at_all():
+    with pytest.raises(ValidationError, match="force needs a reason"):
+        PromoteParameters(model=NAME, policy=POLICY, force=True, reason=" ")
+
+
+def test_the_commands_promote_refuse_roll_back_and_tell(home, policy):
+    def promote(*arguments):
+        return samq("promote", NAME, "--policy", policy, *arguments, home=home)
+
+    assert refused(promote("--force"), "--force needs a reason, which is recorded; give one with --reason")
+    assert refused(samq("rollback", NAME, "--reason", "x", home=home), "has no version before the one in production")
+    done = promote("--version", "1")
+    assert done.returncode == 0, done.stderr
+    assert "llama version 1 is in production" in done.stderr
+
+    done = promote()
+    assert done.returncode == 3, done.stderr
+    assert "llama version 3 is refused: json/valid against full precision, json/valid against production" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert in_use(home) == ("1", None)
+
+    done = promote("--force", "--reason", "an old promise")
+    assert done.returncode == 0, done.stderr
+    assert in_use(home) == ("3", "1")
+    done = samq("rollback", NAME, "--reason", "it talks nonsense", home=home)
+    assert done.returncode == 0, done.stderr
+    assert "llama version 1 is in production again in place of version 3" in done.stderr
+    assert in_use(home) == ("1", "3")
+
+    told = samq("status", home=home).stderr
+    for words in ("production", "previous, candidate", "rolled back", "it talks nonsense", "forced", "an old promise"):
+        assert words in told or ", ".join(reversed(words.split(", "))) in told, words
+    assert refused(samq("status", "nothing", home=home), "has no model nothing; register one first")
+    assert refused(promote("--version", "9"), "has no version 9 of a model llama")

@@ -1,0 +1,110 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samq.errors import SamqError
+from samq.serving.loading import KV_Q4_WARNING, attempts, fits_beside, load
+from samq.serving.settings import ServingSettings
+from samq.serving.source import FileSource, find_source
+from tests.conftest import write_tiny_gguf
+from tests.samq.serving.tiny_chat import write_chat_gguf
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_layers_leave_the_gpu_before_the_context_is_shortened():
+    steps = list(attempts(10, 4096, 1000))
+    layers = [layers for layers, context in steps if context == 4096]
+    assert layers[0] == 10 and layers[-1] == 0 and layers == sorted(set(layers), reverse=True)
+    assert steps[len(layers) :] == [(0, 2048), (0, 1024), (0, 1000)]
+    assert list(attempts(0, 512, 512)) == [(0, 512)]
+
+
+# An address space that this process may not outgrow: llama.cpp's allocation fails as it would on a full machine.
+SCARCE = """
+import json, logging, resource, sys
+from samq.serving.loading import load
+from samq.serving.settings import ServingSettings
+from samq.serving.source import FileSource
+
+source = FileSource(__import__("pathlib").Path(sys.argv[1]))
+settings = ServingSettings(context_tokens=2**20, least_context_tokens=int(sys.argv[2]), warmup_tokens=8, threads=1)
+load(source(), ServingSettings(context_tokens=1024, warmup_tokens=8, threads=1)).close()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)
+served = load(source(), settings)
+print(json.dumps({"context": served.loading.context_tokens, "notes": served.loading.notes}))
+served.close()
+"""
+
+
+def load_with_little_memory(gguf, least):
+    command = [sys.executable, "-c", SCARCE, str(gguf), str(least)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space")
+def test_when_memory_does_not_suffice_the_context_is_shortened_step_by_step(tmp_path):
+    gguf = write_chat_gguf(tmp_path / "tiny.gguf", context=2**20)  # 512 bytes a token: 512 MiB in all
+    done = load_with_little_memory(gguf, 512)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    halvings = len(found["notes"])
+    assert halvings >= 1
+    assert found["context"] == 2**20 >> halvings
+    assert all("cannot make a context of" in note for note in found["notes"])
+    assert f"a context of {2**19} tokens" in found["notes"][0]
+
+    done = load_with_little_memory(gguf, 2**20)
+    assert "does not fit into memory even with a context of 1048576 tokens" in done.stderr
+
+
+def test_the_context_is_no_longer_than_the_model_was_trained_for(tmp_path):
+    gguf = write_chat_gguf(tmp_path / "tiny.gguf", context=256)
+    served = load(FileSource(gguf)(), ServingSettings(context_tokens=4096))
+    assert served.loading.context_tokens == 256
+    assert served.loading.notes == ("the context is 256 tokens, all that the model was trained for",)
+    served.close()
+
+
+def test_a_four_bit_cache_is_warned_of(chat_gguf):
+    served = load(FileSource(chat_gguf)(), ServingSettings(kv_type="Q4_0", context_tokens=512))
+    assert served.loading.notes == (KV_Q4_WARNING,)
+    served.close()
+
+
+def test_a_model_that_says_nothing_is_not_served(tmp_path):
+    gguf = write_chat_gguf(
+        tmp_path / "tiny.gguf", spread=0
+    )  # all logits are 0: the first token, always, which is empty
+    with pytest.raises(SamqError, match=r"does not answer the warm-up prompt sanely: it says nothing"):
+        load(FileSource(gguf)(), ServingSettings())
+
+
+def test_a_model_without_a_vocabulary_is_not_served(tmp_path):
+    gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(SamqError):
+        load(FileSource(gguf)(), ServingSettings())
+
+
+def test_what_the_memory_cannot_hold_beside_does_not_fit(tmp_path):
+    vast = write_chat_gguf(tmp_path / "vast.gguf", context=2**21, blocks=256)  # 128 GiB of cache, not allocated
+    gguf = FileSource(vast)()
+    assert not fits_beside(gguf, ServingSettings(context_tokens=2**21))
+    assert fits_beside(gguf, ServingSettings(context_tokens=512))
+
+
+@pytest.mark.parametrize(
+    "target, reason",
+    [
+        ("nowhere.gguf", "there is no file nowhere.gguf; give a GGUF file, or models:/NAME@production"),
+        ("models:/llama", "names no model by its alias; write models:/NAME@production"),
+        ("models:/llama/3", "names no model by its alias"),
+    ],
+)
+def test_a_target_that_is_none_is_one_sentence(target, reason):
+    with pytest.raises(SamqError, match=reason):
+        find_source(target)

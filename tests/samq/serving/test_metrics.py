@@ -1,0 +1,65 @@
+"""What /metrics says, against what has happened."""
+
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from samq.gguf_file import file_sha256
+from samq.serving.source import FileSource
+from tests.samq.serving.conftest import running
+
+
+@pytest.fixture
+def server(chat_gguf):
+    with running(FileSource(chat_gguf)) as made:
+        yield made
+
+
+def samples(server):
+    response = server.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(response.text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_tokens_requests_and_latencies_are_counted(server):
+    for _ in range(3):
+        server.complete(max_tokens=5, prompt="hello")
+    server.complete(max_tokens=0)
+    server.client.get("/v1/somewhere/else")
+    found = samples(server)
+    assert found["llamacpp:prompt_tokens_total", ()] == 18
+    assert found["llamacpp:tokens_predicted_total", ()] == 15
+    assert found["samq_cached_prompt_tokens_total", ()] == 10 + found["samq_cached_prompt_tokens_total", ()] % 5
+    assert found["llamacpp:requests_processing", ()] == found["llamacpp:requests_deferred", ()] == 0
+    assert found["llamacpp:kv_cache_usage_ratio", ()] == 0
+    by_status = {labels: value for (name, labels), value in found.items() if name == "samq_requests_total"}
+    assert by_status[("endpoint", "/v1/completions"), ("status", "200")] == 3
+    assert by_status[("endpoint", "/v1/completions"), ("status", "400")] == 1
+    assert by_status[("endpoint", "other"), ("status", "404")] == 1, "paths of strangers make no series"
+    for name, count in {
+        "samq_request_queue_time_seconds": 3,
+        "samq_time_to_first_token_seconds": 3,
+        "samq_e2e_request_latency_seconds": 3,
+        "samq_inter_token_latency_seconds": 12,
+    }.items():
+        assert found[f"{name}_count", ()] == count
+        assert (f"{name}_bucket", (("le", "0.1"),)) in found, "100 ms is the alert's limit"
+    assert found["process_resident_memory_bytes", ()] > 1e7
+
+
+def test_the_model_is_shown_with_all_that_names_it(server, chat_gguf):
+    text = server.client.get("/metrics").text
+    (line,) = re.findall(r"^samq_model_info\{.*$", text, re.MULTILINE)
+    assert f'sha256="{file_sha256(chat_gguf)}"' in line and 'name="tiny"' in line and line.endswith(" 1.0")
+    assert 'samq_model_reloads_total{result="success"} 1.0' in text
+    assert 'samq_model_reloads_total{result="failure"} 0.0' in text
+
+
+def test_the_cache_of_a_request_at_work_is_shown(server):
+    body = {"prompt": "x" * 4000, "max_tokens": 4000, "temperature": 0, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        parts = response.iter_bytes()
+        next(parts)
+        assert 0.48 < server.metric("llamacpp:kv_cache_usage_ratio") < 1

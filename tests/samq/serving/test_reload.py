@@ -1,0 +1,229 @@
+"""The model changes under a running server."""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from samq.gguf_file import file_sha256
+from samq.serving.registry import connect
+from samq.serving.source import FileSource, registry_source
+from tests.conftest import write_tiny_gguf
+from tests.samq.serving.conftest import running
+from tests.samq.serving.test_answers import events
+from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
+
+
+def put(source, target):
+    """Replace a file as a whole, as `samq quantize` does."""
+    copy = shutil.copy(source, target.with_suffix(".new"))
+    os.replace(copy, target)
+
+
+def write_silent_gguf(path):
+    """A model whose weights are not numbers."""
+    return write_tiny_gguf(
+        path, vocabulary=260, spread=np.nan, add_tokenizer=lambda writer: add_byte_vocabulary(writer, None)
+    )
+
+
+def serves(server, gguf):
+    return lambda: server.ready().get("model", {}).get("sha256") == file_sha256(gguf)
+
+
+@pytest.fixture
+def file(tmp_path, chat_gguf):
+    put(chat_gguf, tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+def test_another_file_takes_over_while_clients_stream_and_no_request_fails(file, chat_gguf, other_gguf):
+    stop = False
+
+    def client(number):
+        answers = []
+        while not stop:
+            body = {"prompt": f"client {number}", "max_tokens": 30, "temperature": 0, "stream": True}
+            response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            assert response.status_code == 200
+            *chunks, last = events(response)
+            assert last["choices"][0]["finish_reason"] == "length"
+            answers.append("".join(chunk["choices"][0]["text"] for chunk in chunks))
+        return answers
+
+    with running(FileSource(file), queue_size=64) as server, ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        for gguf in (other_gguf, chat_gguf, other_gguf):
+            put(gguf, file)
+            server.wait(serves(server, gguf))
+            before = server.metric("samq_requests_total", endpoint="/v1/completions", status="200")
+            server.wait(
+                lambda before=before: (
+                    server.metric("samq_requests_total", endpoint="/v1/completions", status="200") > before + 16
+                )
+            )
+        stop = True
+        answers = [one.result() for one in clients]
+        assert all(len(set(of_one)) == 2 for of_one in answers), "each answer is wholly of one model or the other"
+        assert server.metric("samq_model_reloads_total", result="success") == 4
+        info = {"name": "tiny", "version": "", "alias": "", "sha256": file_sha256(other_gguf), "plan": ""}
+        assert server.metric("samq_model_info", **info) == 1
+        assert server.client.get("/metrics").text.count("samq_model_info{") == 1, "the old model is not shown any more"
+
+
+def test_a_stream_is_finished_by_the_model_that_began_it(file, chat_gguf, other_gguf):
+    body = {"prompt": "hello", "max_tokens": 3000, "temperature": 0}
+    with running(FileSource(file)) as server:
+        expected = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60
+        ) as response:
+            parts = response.iter_text()
+            text = next(parts)
+            put(other_gguf, file)
+            server.wait(serves(server, other_gguf))
+            assert server.metric("llamacpp:requests_processing") == 1, "the test must swap within the stream"
+            text += "".join(parts)
+        lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line][:-1]
+        assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == expected
+
+
+@pytest.mark.parametrize(
+    "write, reason",
+    [
+        (lambda path: path.write_bytes(b"GGUF" + bytes(1000)), "bad GGUF version"),
+        (lambda path: path.write_bytes(b""), "failed to read magic"),
+        (write_silent_gguf, "not all finite"),
+        (lambda path: write_chat_gguf(path, context=16), "does not fit into a context of 16"),
+    ],
+)
+def test_what_cannot_serve_leaves_the_old_model_at_work(file, tmp_path, other_gguf, write, reason):
+    with running(FileSource(file)) as server:
+        sha256 = server.ready()["model"]["sha256"]
+        write(tmp_path / "bad.gguf")
+        put(tmp_path / "bad.gguf", file)
+        server.wait(lambda: server.metric("samq_model_reloads_total", result="failure") == 1)
+        server.wait(lambda: server.ready()["problem"])
+        ready = server.ready()
+        assert ready["model"]["sha256"] == sha256
+        assert reason in ready["problem"] and "keeps serving" in ready["problem"]
+        assert server.metric("samq_model_reload_failed") == 1
+        assert server.complete().status_code == 200
+
+        polls = server.server.watcher
+        polls.check(), polls.check()
+        assert server.metric("samq_model_reloads_total", result="failure") == 1, "it is not tried again and again"
+
+        put(other_gguf, file)
+        server.wait(serves(server, other_gguf))
+        server.wait(lambda: server.metric("samq_model_reload_failed") == 0)
+        assert server.ready()["problem"] is None
+
+
+def test_a_file_that_is_gone_is_told_and_the_model_serves_on(file):
+    with running(FileSource(file)) as server:
+        file.unlink()
+        server.wait(lambda: server.ready()["problem"])
+        assert "put the GGUF back" in server.ready()["problem"]
+        assert server.metric("samq_model_lookup_failures_total") >= 1
+        assert server.complete().status_code == 200
+
+
+def test_before_there_is_a_model_the_server_lives_and_is_not_ready(tmp_path, chat_gguf):
+    file = tmp_path / "tiny.gguf"
+    with running(FileSource(file), wait=False) as server:
+        server.wait(lambda: server.ready()["problem"])
+        assert server.client.get("/health").status_code == 200
+        assert server.client.get("/ready").status_code == 503
+        response = server.complete()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_not_loaded")
+        assert "retry-after" in response.headers
+        assert server.client.get("/v1/models").json()["data"] == []
+        put(chat_gguf, file)
+        server.wait(serves(server, chat_gguf))
+        assert server.complete().status_code == 200
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it(file, other_gguf, monkeypatch, tmp_path):
+    """That memory is short is the one thing that is not real here."""
+    monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
+    with running(FileSource(file)) as server:
+        put(other_gguf, file)
+        server.wait(serves(server, other_gguf))
+        assert server.complete().status_code == 200
+
+        put(write_silent_gguf(tmp_path / "bad.gguf"), file)  # and with it, the old content of the file is gone
+        server.wait(lambda: server.ready()["problem"])
+        assert "not all finite" in server.ready()["problem"] and "cannot be loaded again" in server.ready()["problem"]
+        assert server.client.get("/ready").status_code == 503
+        put(other_gguf, file)
+        server.wait(serves(server, other_gguf))
+
+
+def test_a_request_that_comes_between_two_models_waits_for_the_next(file):
+    with running(FileSource(file), poll_interval_s=3600) as server, ThreadPoolExecutor(1) as pool:
+        model = server.server.engine.exchange(None, more_to_come=True)
+        answer = pool.submit(server.complete)
+        server.wait(lambda: server.metric("llamacpp:requests_deferred") == 1)
+        assert server.client.get("/ready").status_code == 503
+        server.server.engine.exchange(model)
+        assert answer.result().json()["usage"]["prompt_tokens"] == 6
+
+
+@pytest.fixture
+def registered(mlflow_uri, chat_gguf, other_gguf, tmp_path):
+    """A registered model with two versions, the first in production."""
+    client = connect(mlflow_uri)
+    client.create_registered_model("tiny-llama")
+    for number, gguf in enumerate((chat_gguf, other_gguf, write_silent_gguf(tmp_path / "bad.gguf")), 1):
+        tags = {
+            "gguf_uri": gguf.as_uri(),
+            "sha256": file_sha256(gguf),
+            "size_bytes": str(gguf.stat().st_size),
+            "plan_digest": f"plan-{number}",
+        }
+        client.create_model_version("tiny-llama", source=gguf.as_uri(), tags=tags)
+    client.set_registered_model_alias("tiny-llama", "production", "1")
+    return client
+
+
+def test_the_alias_is_followed_to_another_version_and_back(registered, mlflow_uri, chat_gguf, other_gguf):
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        assert server.ready()["model"] == {
+            "name": "tiny-llama",
+            "version": "1",
+            "alias": "production",
+            "sha256": file_sha256(chat_gguf),
+            "plan": "plan-1",
+        }
+        assert server.complete(model="tiny-llama").status_code == 200
+        registered.set_registered_model_alias("tiny-llama", "production", "2")
+        server.wait(serves(server, other_gguf))
+        registered.set_registered_model_alias("tiny-llama", "production", "1")
+        server.wait(serves(server, chat_gguf))
+        assert server.metric("samq_model_reload_failed") == 0
+
+
+def test_without_room_for_both_a_broken_version_gives_way_to_the_old_one_again(registered, mlflow_uri, monkeypatch):
+    """That memory is short is the one thing that is not real here."""
+    monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        registered.set_registered_model_alias("tiny-llama", "production", "3")
+        server.wait(lambda: server.metric("samq_model_reload_failed") == 1)
+        server.wait(lambda: server.client.get("/ready").status_code == 200)
+        assert server.ready()["model"]["version"] == "1"
+        assert "version 3" in server.ready()["problem"]
+        assert server.complete().status_code == 200
+
+
+def test_a_file_that_is_not_what_was_registered_is_not_served(registered, mlflow_uri, tmp_path, chat_gguf, other_gguf):
+    moved = shutil.copy(other_gguf, tmp_path / "changed.gguf")
+    registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", moved.as_uri())
+    with running(registry_source("tiny-llama", "production", mlflow_uri), wait=False) as server:
+        server.wait(lambda: server.ready()["problem"])
+        assert f"and not {file_sha256(chat_gguf)} as tiny-llama has" in server.ready()["problem"]
+        assert server.client.get("/ready").status_code == 503

@@ -1,0 +1,97 @@
+"""`samq serve` as a process of its own, from start to SIGTERM."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.command_line import refused, samq
+from tests.samq.serving.test_answers import events
+
+ROOT = Path(__file__).parents[3]
+BODY = {"prompt": "hello", "temperature": 0, "stream": True}
+
+
+@contextmanager
+def process(gguf, tmp_path, **settings):
+    """Yields the child and a client of it, when it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "serving.yaml"
+    config.write_text("".join(f"{name}: {value}\n" for name, value in {"context_tokens": 8192, **settings}.items()))
+    command = [sys.executable, "-m", "samq.cli", "serve", str(gguf), "--config", str(config), "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "SAMQ_HOME": str(tmp_path / "home")}
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + 120
+            while not ready(client):
+                assert child.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            yield child, client
+    finally:
+        child.kill()
+        child.wait()
+
+
+def ready(client):
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.e2e
+def test_after_sigterm_a_stream_is_finished_and_new_requests_are_refused(chat_gguf, tmp_path):
+    with process(chat_gguf, tmp_path, drain_timeout_s=300) as (child, client):
+        with client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 2000}) as response:
+            parts = response.iter_text()
+            text = next(parts)
+            child.send_signal(signal.SIGTERM)
+            while (ready_now := httpx.get(f"{client.base_url}/ready")).status_code == 200:
+                time.sleep(0.01)
+            assert ready_now.json()["status"] == "shutting down"
+            refusal = httpx.post(f"{client.base_url}/v1/completions", json={"prompt": "hello"})
+            assert refusal.status_code == 503
+            assert refusal.json()["error"]["code"] == "shutting_down"
+            assert httpx.get(f"{client.base_url}/health").status_code == 200
+            text += "".join(parts)
+        assert '"finish_reason":"length"' in text and text.endswith("data: [DONE]\n\n")
+        assert child.wait(30) == 0, (tmp_path / "log").read_text()
+
+
+@pytest.mark.e2e
+def test_what_takes_longer_than_the_drain_is_told_so(chat_gguf, tmp_path):
+    with process(chat_gguf, tmp_path, drain_timeout_s=0.1) as (child, client):
+        with client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 8000}) as response:
+            parts = response.iter_text()
+            text = next(parts)
+            child.send_signal(signal.SIGTERM)
+            text += "".join(parts)
+        assert '"code":"shutting_down"' in text and text.endswith("data: [DONE]\n\n")
+        assert child.wait(30) == 0, (tmp_path / "log").read_text()
+
+
+@pytest.mark.e2e
+def test_an_idle_server_ends_at_once(chat_gguf, tmp_path):
+    with process(chat_gguf, tmp_path) as (child, client):
+        assert len(events(client.post("/v1/completions", json=BODY))) > 1
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_what_cannot_be_served_is_one_sentence(tmp_path):
+    refused(samq("serve", "nowhere.gguf", home=tmp_path), "there is no file nowhere.gguf")
+    done = samq("serve", "nowhere.gguf", "--host", "0.0.0.0", home=tmp_path)
+    refused(done, "can be reached from other machines: set SAMQ_API_KEY")

@@ -1,0 +1,131 @@
+"""The containers, as far as files can tell: no image is built here."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow.server.security_utils import is_allowed_host_header
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "deployments" / "docker"
+COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+DOCKERFILE = (FOLDER / "Dockerfile").read_text()
+IGNORE = (FOLDER / "Dockerfile.dockerignore").read_text().splitlines()
+PROMETHEUS = yaml.safe_load((ROOT / "deployments" / "monitoring" / "prometheus.yaml").read_text())
+
+
+def built():
+    return {name: service["build"] for name, service in SERVICES.items() if "build" in service}
+
+
+def mounts():
+    """(service, source, target) of every volume."""
+    return [(name, *one.split(":")[:2]) for name, service in SERVICES.items() for one in service["volumes"]]
+
+
+def copied():
+    """What the Dockerfile takes from the repository."""
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    return {source for line in lines for source in line.split()}
+
+
+def test_the_dockerfile_copies_what_the_repository_has_and_the_builder_is_sent():
+    assert copied()
+    for source in copied():
+        assert (ROOT / source).exists(), source
+        assert any(f"!{sent}" in IGNORE for sent in (source, source.split("/")[0])), f"{source} is ignored"
+
+
+def test_the_builder_is_sent_nothing_that_is_not_copied():
+    sent = {line.removeprefix("!") for line in IGNORE if line.startswith("!")}
+    assert sent <= {part for source in copied() for part in (source, source.split("/")[0])}
+
+
+def test_every_image_that_is_built_is_a_stage_of_the_dockerfile():
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE))
+    assert {build["target"] for build in built().values()} <= stages
+    for build in built().values():
+        assert (FOLDER / build["context"]).resolve() == ROOT
+        assert ROOT / build["dockerfile"] == FOLDER / "Dockerfile"
+
+
+def test_images_of_others_are_pinned():
+    images = [service["image"] for name, service in SERVICES.items() if name not in built()]
+    images += re.findall(r"^FROM (\S+:\S+) AS", DOCKERFILE, re.MULTILINE)
+    assert all(re.search(r":v?\d+", image) for image in images), images
+
+
+def test_every_volume_is_declared_and_every_file_that_is_mounted_is_there():
+    named = {source for _, source, _ in mounts() if not source.startswith(".")}
+    assert named == set(COMPOSE["volumes"])
+    files = [source for _, source, _ in mounts() if source.startswith(".")]
+    assert files
+    assert all((FOLDER / source).is_file() for source in files), files
+
+
+def test_the_server_finds_ggufs_where_the_worker_made_them_and_cannot_change_them():
+    assert "samq:/data" in SERVICES["worker"]["volumes"]
+    assert "samq:/data:ro" in SERVICES["server"]["volumes"]
+    assert "SAMQ_HOME=/data" in DOCKERFILE
+
+
+def test_only_the_server_which_asks_for_a_key_is_reachable_from_other_machines():
+    open_ports = [
+        name for name, service in SERVICES.items() for port in service.get("ports", []) if port.count(":") < 2
+    ]
+    assert open_ports == ["server"]
+    assert SERVICES["server"]["environment"]["SAMQ_API_KEY"].startswith("${SAMQ_API_KEY:?")
+    assert all(
+        port.startswith("127.0.0.1:")
+        for name in SERVICES
+        if name != "server"
+        for port in SERVICES[name].get("ports", [])
+    )
+
+
+def test_no_password_is_written_down():
+    secrets = re.findall(r"\$\{(\w*(?:KEY|PASSWORD)\w*)(.*?)\}", (FOLDER / "compose.yaml").read_text())
+    assert {name for name, _ in secrets} == {"SAMQ_API_KEY", "POSTGRES_PASSWORD", "GRAFANA_PASSWORD"}
+    assert all(rest.startswith(":?") for _, rest in secrets), "each must be given"
+
+
+def test_a_service_that_others_wait_for_says_when_it_is_healthy():
+    awaited = {other for service in SERVICES.values() for other in service.get("depends_on", {})}
+    assert awaited <= {name for name, service in SERVICES.items() if "healthcheck" in service}
+
+
+def test_services_name_each_other_by_the_ports_they_listen_at():
+    (target,) = PROMETHEUS["scrape_configs"][0]["static_configs"][0]["targets"]
+    sources = yaml.safe_load((ROOT / "deployments/monitoring/grafana/datasources.yaml").read_text())["datasources"]
+    urls = [f"http://{target}", *(source["url"] for source in sources)]
+    urls += [
+        url for service in SERVICES.values() for url in map(str, service.get("environment", {}).values())
+        if re.match(r"http://(?!127)", url)
+    ]  # fmt: skip
+    assert len(urls) == 5
+    for name, port in (re.match(r"http://(\w+):(\d+)", url).groups() for url in urls):
+        assert any(one.endswith(f":{port}") for one in SERVICES[name]["ports"]), f"{name} does not listen at {port}"
+
+
+def test_mlflow_lets_the_other_services_and_a_browser_here_in():
+    (option,) = [one for one in SERVICES["mlflow"]["command"] if one.startswith("--allowed-hosts=")]
+    allowed = option.removeprefix("--allowed-hosts=").split(",")
+    for host in ("mlflow:5000", "127.0.0.1:5000", "localhost:5000"):
+        assert is_allowed_host_header(allowed, host)
+    assert not is_allowed_host_header(allowed, "elsewhere.example:5000")
+
+
+def test_docker_compose_accepts_the_file():
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    ):
+        pytest.skip("docker's compose plugin is not installed")
+    secrets = dict.fromkeys(("SAMQ_API_KEY", "POSTGRES_PASSWORD", "GRAFANA_PASSWORD"), "secret")
+    command = ["docker", "compose", "-f", str(FOLDER / "compose.yaml"), "config", "--quiet"]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/usr/local/bin", **secrets}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
