@@ -30,7 +30,7 @@ def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: Evaluati
     measure_alone(request, folder, "baseline logits", timeout_s)
 
 
-@stage("evaluate", version=2, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
+@stage("evaluate", version=3, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
 def evaluate(
     folder: Path,
     name: str,
