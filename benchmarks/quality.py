@@ -152,6 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="*", type=float, default=[3.6, 4.0, 4.3, 5.2, 6.0], help="further budgets")
     parser.add_argument("--samples", type=int, default=192, help="calibration sequences")
     parser.add_argument("--sequence-tokens", type=int, default=256)
+    parser.add_argument("--imatrix-characters", type=int, default=250_000, help="calibration text for llama-imatrix")
     parser.add_argument("--chunks", type=int, default=64, help="held-out chunks of 512 tokens, the second half scored")
     parser.add_argument("--seed", type=int, default=0, help="which sequences, and the labels drawn on them")
     parser.add_argument("--seeds", type=int, default=0, help="other seeds to compare with")
@@ -180,7 +181,7 @@ def stage(store: Store, name: str, key: Sequence[str | int], make: Callable[[Pat
 def open_target(arguments: argparse.Namespace, store: Store) -> tuple[Target, Artifact]:
     """The GGUF that is planned for, and the importance matrix of the calibration text."""
     toolchain, sha256 = find_toolchain(), file_sha256(arguments.gguf)
-    text = arguments.calibration.read_text()
+    text = arguments.calibration.read_text()[: arguments.imatrix_characters]
     matrix = stage(
         store,
         "imatrix",
