@@ -89,8 +89,13 @@ def convert(
             env={"NO_LOCAL_GGUF": "1"} if not (toolchain.converter.parent / "gguf-py").is_dir() else None,
         )
     except ToolError as error:
-        unsupported = re.search(r"Model (\S+) is not supported", log.read_text(errors="replace"))
-        if unsupported:
+        said = log.read_text(errors="replace")
+        if "BPE pre-tokenizer was not recognized" in said:
+            raise SamqError(
+                f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model where it does, and "
+                "give the GGUF with the folder as hf_folder"
+            ) from error
+        if unsupported := re.search(r"Model (\S+) is not supported", said):
             raise SamqError(
                 f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
             ) from error
@@ -120,7 +125,10 @@ def measure_imatrix(
     threads: int | None = None,
     timeout_s: float = 6 * 3600,
 ) -> Path:
-    """Run llama-imatrix over `text` (the output tensor included) and return the importance matrix's path."""
+    """Run llama-imatrix over `text` and return the importance matrix's path.
+
+    The output tensor is included where it has weights of its own; of one tied to the embedding llama-imatrix keeps none.
+    """
     (folder / "calibration.txt").write_text(text)
     command: list[str | Path] = [
         program(toolchain, "llama-imatrix"),

@@ -12,7 +12,7 @@ from samq.records import Plan, SensitivityMap, TensorSensitivity
 from samq.sensitivity import save_fisher
 from tests.command_line import refused, samq
 from tests.conftest import write_tiny_gguf
-from tests.tiny_models import save_folder, tiny_llama
+from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama
 
 DEMO = Path(__file__).parents[2] / "deployments" / "parameters" / "demo.yaml"
 
@@ -180,6 +180,11 @@ def edit_config(model, **fields):
     config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
 
 
+def give_unknown_tokenizer(model):
+    byte_tokenizer().save_pretrained(model)
+    edit_config(model, vocab_size=512)
+
+
 def cut_short(model):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -197,10 +202,21 @@ def cut_short(model):
             lambda model: edit_config(model, architectures=["CTRLLMHeadModel"], model_type="ctrl"),
             "llama.cpp's converter does not support CTRLLMHeadModel (model)",
         ),
+        (
+            give_unknown_tokenizer,
+            "llama.cpp's converter does not know the tokenizer of model; convert the model where it",
+        ),
         (cut_short, "model.safetensors has 74316 bytes where its header promises 74416"),
         (lambda model: None, "has no field 'text'; name some of its fields: body"),
     ],
-    ids=["no config", "unknown to transformers", "unknown to llama.cpp", "truncated safetensors", "no such field"],
+    ids=[
+        "no config",
+        "unknown to transformers",
+        "unknown to llama.cpp",
+        "unknown tokenizer",
+        "truncated safetensors",
+        "no such field",
+    ],
 )
 def test_what_cannot_be_calibrated_is_refused(tmp_path, model, spoil, message):
     spoil(model)
