@@ -20,17 +20,14 @@ PRODUCTION = "production"  # what the model in production is called among the re
 
 def with_benchmarks(result: Result, folders: Sequence[Path], missing: Mapping[str, str]) -> Result:
     """The result with what was measured in the benchmarks' folders, and the tasks that were not, with the reason."""
-    made = [Evaluation.load(folder / EVALUATION_NAME) for folder in folders]
-    evaluation = result.evaluation
-    for one in made:
-        evaluation = evaluation.model_copy(
-            update={
-                "metrics": evaluation.metrics | one.metrics,
-                "missing": evaluation.missing | one.missing,
-                "environment": evaluation.environment | one.environment,
-            }
-        )
-    evaluation = evaluation.model_copy(update={"missing": {**evaluation.missing, **missing}})
+    parts = [result.evaluation, *(Evaluation.load(folder / EVALUATION_NAME) for folder in folders)]
+    evaluation = result.evaluation.model_copy(
+        update={
+            "metrics": {name: metric for part in parts for name, metric in part.metrics.items()},
+            "missing": {what: why for part in parts for what, why in part.missing.items()} | dict(missing),
+            "environment": {key: value for part in parts for key, value in part.environment.items()},
+        }
+    )
     return replace(result, evaluation=evaluation, benchmark_folders=tuple(folders))
 
 

@@ -171,8 +171,4 @@ def _why_not(found: PairedComparison) -> str:
 
 
 def _why_missing(evaluation: Evaluation, metric: str) -> str:
-    """Why a metric was not measured, as the evaluation says it of the metric itself or of what it belongs to."""
-    parts = metric.split("/")
-    names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    reasons = [evaluation.missing[name] for name in names if name in evaluation.missing]
-    return reasons[0] if reasons else "its evaluation does not say why; run the sweep again"
+    return evaluation.why_missing(metric) or "its evaluation does not say why; run the sweep again"

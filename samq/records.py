@@ -303,3 +303,9 @@ class Evaluation(Record):
     metrics: dict[str, Metric]
     missing: dict[str, str] = Field(default={}, description="what was not measured, and why")
     environment: dict[str, str] = {}
+
+    def why_missing(self, metric: str) -> str | None:
+        """Why a metric was not measured, as `missing` says it of the metric or of what it belongs to; None if it does not."""
+        parts = metric.split("/")
+        names = ("/".join(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((self.missing[name] for name in names if name in self.missing), None)

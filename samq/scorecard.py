@@ -164,12 +164,8 @@ def _gaps(rows: Sequence[_Row], shown: Sequence[Result]) -> Iterable[str]:
 
 
 def why_missing(evaluation: Evaluation, metric: str) -> str:
-    """Why an evaluation lacks a metric, as it says itself of the metric or of what it belongs to."""
-    parts = metric.split("/")
-    for length in range(len(parts), 0, -1):
-        if reason := evaluation.missing.get("/".join(parts[:length])):
-            return reason
-    return "not asked" if parts[0] == "eval" else "not measured"
+    """Why an evaluation lacks a metric; benchmarks that nobody asked for are no failure."""
+    return evaluation.why_missing(metric) or ("not asked" if metric.startswith("eval/") else "not measured")
 
 
 def benchmark_section(results: Sequence[Result], comparisons: Sequence[PairedComparison]) -> list[str]:

@@ -98,7 +98,7 @@ class Model:
         with captured_log(errors_only=True) as log:
             handle = api.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
-            raise SamqError(f"llama.cpp cannot load {path}: {_first(log())}; check the file with `samq inspect`")
+            raise SamqError(f"llama.cpp cannot load {path}: {first_error(log())}; check the file with `samq inspect`")
         self.path = Path(path)
         self._model: Any = handle
         self.vocab = api.llama_model_get_vocab(handle)
@@ -221,7 +221,7 @@ class Context:
         if not handle:
             raise SamqError(
                 f"llama.cpp cannot make a context of {tokens} tokens for {sequences} sequences on {model.path.name}: "
-                f"{_first(log())}; use a shorter context"
+                f"{first_error(log())}; use a shorter context"
             )
         self._context: Any = handle
         self._memory = api.llama_get_memory(handle)
@@ -327,6 +327,6 @@ def _padded(tokens: int) -> int:
     return -(-tokens // 256) * 256
 
 
-def _first(errors: Sequence[str]) -> str:
+def first_error(errors: Sequence[str]) -> str:
     """The first error of a failed call: those after it only say that the call failed."""
     return errors[0].strip() if errors else "no reason given"

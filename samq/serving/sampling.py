@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from samq.evaluation.llama import Context, Model, captured_log
+from samq.evaluation.llama import Context, Model, captured_log, first_error
 from samq.serving.refusal import Refused
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
@@ -101,9 +101,11 @@ def _make_grammar(model: Model, grammar: str) -> Any:
     with captured_log(errors_only=True) as log:
         made = api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
     if not made:
-        reason = log()[0].strip() if log() else "no reason given"
         raise Refused(
-            400, f"llama.cpp cannot use the response format: {reason}", code="invalid_grammar", param="response_format"
+            400,
+            f"llama.cpp cannot use the response format: {first_error(log())}",
+            code="invalid_grammar",
+            param="response_format",
         )
     return made
 
