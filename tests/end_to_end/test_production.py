@@ -22,6 +22,7 @@ from tests.end_to_end.conftest import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
 
+MODEL = "served"  # registered apart from the shared sweep's: what is promoted here is no other test's affair
 CLIENTS = 8
 POLICY = {
     "accuracy": None,
@@ -36,12 +37,13 @@ SERVING = {"context_tokens": 512, "poll_interval_s": 0.3, "queue_size": 64, "req
 
 
 @pytest.fixture(scope="module")
-def sweeps(home, sweep_and_artifacts):
-    """Two sweeps whose best candidates are versions 1 and 2 of the model `small`: (version, sha256) each."""
-    first, _ = sweep_and_artifacts
+def sweeps(home, prefect_home):
+    """Two sweeps whose best candidates are versions 1 and 2 of the model: (version, sha256) each."""
+    tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}}
     plain = {"stock": ["Q4_K_M"], "budgets": [], "proposed_thresholds": 0}
-    second = requantize(RequantizeParameters.model_validate({**SMALL, "candidates": plain}))
-    made = [(one.tracked.model_version, one.best.model.sha256) for one in (first, second)]
+    asked = [tracked, {**tracked, "candidates": plain}]
+    swept = [requantize(RequantizeParameters.model_validate(parameters)) for parameters in asked]
+    made = [(one.tracked.model_version, one.best.model.sha256) for one in swept]
     assert made[0][1] != made[1][1]
     return made
 
@@ -81,7 +83,7 @@ def serve(environment, tmp_path):
         config, log = tmp_path / "serving.yaml", tmp_path / "serve.log"
         config.write_text(yaml.safe_dump({**SERVING, "port": free_port()}))
         address = f"http://127.0.0.1:{yaml.safe_load(config.read_text())['port']}"
-        command = [sys.executable, "-m", "samq.cli", "serve", "models:/small@production", "--config", str(config)]
+        command = [sys.executable, "-m", "samq.cli", "serve", f"models:/{MODEL}@production", "--config", str(config)]
         with log.open("wb") as output:
             root = Path(__file__).parents[2]
             child = subprocess.Popen(command, env=environment, cwd=root, stdout=output, stderr=output)
@@ -136,7 +138,7 @@ class Streaming:
         while not self._ended.is_set():
             try:
                 stream = client.chat.completions.create(
-                    model="small",
+                    model=MODEL,
                     messages=[{"role": "user", "content": f"Count from {number} to ten."}],
                     max_tokens=12,
                     stream=True,
@@ -156,38 +158,38 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
     (first, first_sha256), (second, second_sha256) = sweeps
     policy = tmp_path / "policy.yaml"
     policy.write_text(yaml.safe_dump(POLICY))
-    samq(environment, "promote", "small", "--version", first, "--policy", policy)
+    samq(environment, "promote", MODEL, "--version", first, "--policy", policy)
     address = serve()
     assert served_sha256(address) == first_sha256
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none needed", max_retries=0)
-    asked = {"model": "small", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     before = client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content
     assert before
 
     with Streaming(address) as streaming:
         wait(lambda: streaming.answers > CLIENTS or streaming.failed, lambda: streaming.answers)
-        samq(environment, "promote", "small", "--version", second, "--policy", policy)
+        samq(environment, "promote", MODEL, "--version", second, "--policy", policy)
         wait(lambda: served_sha256(address) == second_sha256, lambda: httpx.get(f"{address}/ready").text)
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
-        samq(environment, "rollback", "small", "--reason", "the end-to-end test goes back")
+        samq(environment, "rollback", MODEL, "--reason", "the end-to-end test goes back")
         wait(lambda: served_sha256(address) == first_sha256, lambda: httpx.get(f"{address}/ready").text)
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
     assert streaming.failed == []
     assert client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content == before
-    history = samq(environment, "status", "small")
+    history = samq(environment, "status", MODEL)
     assert "the end-to-end test goes back" in history and "rolled back" in history
 
 
 def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(sweeps, environment, tmp_path):
     uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment['SAMQ_HOME']}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
-    before = client.get_registered_model("small").aliases
+    before = client.get_registered_model(MODEL).aliases
     other = next(version for version, _ in sweeps if version != str(before.get("production")))
     strict = tmp_path / "strict.yaml"
     strict.write_text(yaml.safe_dump({**POLICY, "max_mean_kld_nats": 1e-9}))
-    said = samq(environment, "promote", "small", "--version", other, "--policy", strict, code=3)
+    said = samq(environment, "promote", MODEL, "--version", other, "--policy", strict, code=3)
     assert "mean KLD" in said and "fail" in said
-    assert client.get_registered_model("small").aliases == before
-    samq(environment, "promote", "small", "--version", other, "--policy", strict, "--force", code=2)
+    assert client.get_registered_model(MODEL).aliases == before
+    samq(environment, "promote", MODEL, "--version", other, "--policy", strict, "--force", code=2)
