@@ -14,7 +14,6 @@ import quality
 import torch
 
 from samq.allocation import stock_plan
-from samq.assembly import write_assembled
 from samq.budget import Budget, BudgetPolicy, budget_plan
 from samq.ladder import rung_names
 from samq.model import describe_source, load_model
@@ -29,8 +28,9 @@ def main() -> None:
     target, matrix = quality.open_target(arguments, store)
     names = rung_names(target.quantizable.values(), arguments.types, imatrix=True)
     ladder = quality.make_ladder(store, target, matrix, names)
-    _, prices = quality.price(arguments, store, target, ladder, arguments.seed)
-    bench = quality.open_bench(arguments, store, target, ladder)
+    grams = quality.measure_grams(arguments, store, target)
+    *_, prices = quality.price(arguments, store, target, ladder, grams, arguments.seed)
+    bench = quality.open_bench(arguments, store, target, ladder, grams)
     first = bench.settings.first_scored
     exact = torch_logits(arguments.gguf, quality.hf_folder(arguments), bench.chunks, first)
     rows = []
@@ -39,8 +39,7 @@ def main() -> None:
         plan = budget_plan(target, prices, Budget(f"size-of:{mixture}", stock.tensor_bytes), BudgetPolicy())
         row: dict[str, object] = {"mixture": mixture}
         for name, candidate in (("stock", stock), ("samq", plan)):
-            gguf = arguments.work / "candidate.gguf"
-            write_assembled(ladder, candidate, gguf, {})
+            gguf = bench.write(candidate)
             logits = torch_logits(gguf, quality.hf_folder(arguments), bench.chunks, first)
             gguf.unlink()
             row[f"{name}_llama_cpp"] = float(bench.measure(candidate)["kld"].mean())

@@ -30,8 +30,9 @@ def main() -> None:
     target, matrix = quality.open_target(arguments, store)
     types = (*DEFAULT_TYPES, *FURTHER)
     ladder = quality.make_ladder(store, target, matrix, types)
-    _, prices = quality.price(arguments, store, target, ladder, arguments.seed)
-    bench = quality.open_bench(arguments, store, target, ladder)
+    grams = quality.measure_grams(arguments, store, target)
+    _, prices, _ = quality.price(arguments, store, target, ladder, grams, arguments.seed)
+    bench = quality.open_bench(arguments, store, target, ladder, grams)
     rows = []
     for name in types:
         plan = uniform_plan(target, name)

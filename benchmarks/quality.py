@@ -1,16 +1,17 @@
 """Claim: at the bytes of llama-quantize's mixtures, with the same importance matrix, SAMQ's plans are closer to F16.
 
-For each mixture: the mixture itself, the plan of least predicted KL with no more bytes, and the best threshold plan with
-no more bytes, each assembled from one ladder and compared with the F16 model on held-out text. Uniform plans are
-measured too, so that the rank correlation of predicted and measured KL is over all families. Everything heavy is kept
-in --work and used again when its inputs have not changed.
+For each mixture: the mixture itself, the plan of least predicted KL with no more bytes, rounded to the nearest values and
+with compensated rounding, and the best threshold plan with no more bytes, each assembled from one ladder and compared with
+the F16 model on held-out text. `samq` in the JSON is the compensated plan, `samq_nearest` what allocation alone reaches.
+Uniform plans are measured too, so that the rank correlation of predicted and measured KL is over all families.
+Everything heavy is kept in --work and used again when its inputs have not changed.
 """
 
 import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +22,19 @@ import pandas as pd
 from samq.allocation import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
 from samq.assembly import write_assembled
 from samq.budget import Budget, BudgetPolicy, budget_plan
-from samq.calibration import tokenize
+from samq.calibration import TokenBatch, tokenize
 from samq.comparison import compare
+from samq.compensation import compensate, compensated_prices
 from samq.datasets import DatasetSpec, load_texts
 from samq.evaluation.baseline import cut_chunks, write_baseline
 from samq.evaluation.divergence import measure_divergence
 from samq.evaluation.llama import Model
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf_file import file_sha256, gguf_names, read_metadata
+from samq.gram import GramMatrices, measure_gram
 from samq.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, uniform_plan
 from samq.layout import row_orders, weights_of
-from samq.model import describe_source, load_model
+from samq.model import describe_source, load_model, load_tokenizer
 from samq.prices import plan_cost, price_table
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME, IMATRIX_NAME, measure_imatrix
@@ -50,6 +53,7 @@ class Bench:
 
     target: Target
     ladder: Ladder
+    grams: Path
     chunks: np.ndarray
     baseline: Path
     settings: EvaluationSettings
@@ -57,17 +61,33 @@ class Bench:
 
     def measure(self, plan: Plan) -> pd.DataFrame:
         """The scored held-out tokens of the plan's GGUF: a row for each, with its chunk and its kld."""
-        key = digest_of([plan.types, self.target.sha256, plan.imatrix_sha256, str(self.baseline)])
+        key = digest_of(
+            [plan.types, self.target.sha256, plan.imatrix_sha256, str(self.baseline), *self._rounding(plan)]
+        )
         kept = self.work / "measured" / f"{key}.parquet"
         if not kept.is_file():
             kept.parent.mkdir(exist_ok=True)
-            gguf = self.work / "candidate.gguf"
-            write_assembled(self.ladder, plan, gguf, {})
+            gguf = self.write(plan)
             with Model(gguf) as model, bar(f"measure {plan.name}") as progress:
                 _, scored = measure_divergence(model, self.chunks, self.baseline, self.settings, progress)
             scored.to_parquet(kept)
             gguf.unlink()
         return pd.read_parquet(kept)
+
+    def write(self, plan: Plan) -> Path:
+        """The plan's GGUF, in the work folder until the next one."""
+        gguf, nearest = self.work / "candidate.gguf", self.work / "nearest.gguf"
+        if plan.rounding == "nearest":
+            write_assembled(self.ladder, plan, gguf, {"samq.plan": plan.digest()})
+        else:
+            write_assembled(self.ladder, plan, nearest, {"samq.plan": plan.digest()})
+            compensate(self.target.gguf, nearest, GramMatrices(self.grams), gguf)
+            nearest.unlink()
+        return gguf
+
+    def _rounding(self, plan: Plan) -> list[str]:
+        """What its bytes depend on beside the plan's types."""
+        return [] if plan.rounding == "nearest" else [plan.rounding, file_sha256(self.grams)]
 
 
 def main() -> None:
@@ -79,15 +99,17 @@ def main() -> None:
     toolchain = target.toolchain
     names = rung_names(target.quantizable.values(), arguments.types, imatrix=True)
     ladder = make_ladder(store, target, matrix, names)
-    sensitivity, prices = price(arguments, store, target, ladder, arguments.seed)
-    bench = open_bench(arguments, store, target, ladder)
+    grams = measure_grams(arguments, store, target)
+    sensitivity, nearest, prices = price(arguments, store, target, ladder, grams, arguments.seed)
+    bench = open_bench(arguments, store, target, ladder, grams)
 
     rows, points, klds = [], [], {}
     for mixture in MIXTURES:
         stock = stock_plan(target, mixture)
-        plan = budget_plan(target, prices, Budget(f"size-of:{mixture}", stock.tensor_bytes), BudgetPolicy())
-        founding = best_threshold_plan(target, sensitivity, prices, stock.tensor_bytes)
-        scored = {name: bench.measure(p) for name, p in (("stock", stock), ("samq", plan))}
+        budget = Budget(f"size-of:{mixture}", stock.tensor_bytes)
+        plan, allocated = (budget_plan(target, table, budget, BudgetPolicy()) for table in (prices, nearest))
+        founding = best_threshold_plan(target, sensitivity, nearest, stock.tensor_bytes)
+        scored = {name: bench.measure(p) for name, p in (("stock", stock), ("samq", plan), ("samq_nearest", allocated))}
         kld = {name: float(table["kld"].mean()) for name, table in scored.items()}
         paired = compare(plan.name, scored["samq"], mixture, scored["stock"], seed=arguments.seed)
         p999 = {name: float(table["kld"].quantile(0.999)) for name, table in scored.items()}
@@ -98,6 +120,7 @@ def main() -> None:
                 "bytes": stock.tensor_bytes,
                 "kld_stock": kld["stock"],
                 "kld_samq": kld["samq"],
+                "kld_samq_nearest": kld["samq_nearest"],
                 "reduction": paired.reduction,
                 "ci_low": paired.low,
                 "ci_high": paired.high,
@@ -108,12 +131,13 @@ def main() -> None:
             }
         )
         klds[mixture] = kld["samq"]
-        points += [(plan_cost(prices, p.types).value, float(bench.measure(p)["kld"].mean()), p.name)
-                   for p in (stock, plan, founding) if p]  # fmt: skip
+        tables = {"nearest": nearest, "compensated": prices}
+        points += [(plan_cost(tables[p.rounding], p.types).value, float(bench.measure(p)["kld"].mean()), p.name)
+                   for p in (stock, plan, allocated, founding) if p]  # fmt: skip
         show(rows[-1])
     for name in ladder.rungs:
         plan = uniform_plan(target, name)
-        points.append((plan_cost(prices, plan.types).value, float(bench.measure(plan)["kld"].mean()), plan.name))
+        points.append((plan_cost(nearest, plan.types).value, float(bench.measure(plan)["kld"].mean()), plan.name))
     for bits in arguments.bits:
         weights = sum(tensor.weights for tensor in target.tensors.values())
         plan = budget_plan(target, prices, Budget(f"{bits}bpw", int(bits * weights / 8)), BudgetPolicy())
@@ -127,6 +151,7 @@ def main() -> None:
         result = {
             "mixtures": rows,
             "spearman": spearman,
+            "gram_tokens": gram_tokens(arguments)[1],
             "plans": [{"name": name, "predicted": cost, "measured": kld} for cost, kld, name in points],
             "seeds": seeds,
             "repeats": repeats,
@@ -205,12 +230,34 @@ def rung(target: Target, name: str, folder: Path) -> None:
     make_rung(target, name, folder, provenance={})
 
 
+def gram_tokens(arguments: argparse.Namespace) -> tuple[TokenBatch, int]:
+    """The importance matrix's text in sequences, and how many tokens they have."""
+    tokenizer = load_tokenizer(describe_source(arguments.gguf, hf_folder=hf_folder(arguments)))
+    text, spec = arguments.calibration.read_text()[: arguments.imatrix_characters], DatasetSpec(name="imatrix")
+    made, tokens = tokenize([text], tokenizer, spec=spec, sequence_tokens=arguments.sequence_tokens, packing=True)
+    return tokens, made.tokens
+
+
+def measure_grams(arguments: argparse.Namespace, store: Store, target: Target, repeat: int = 0) -> Path:
+    """Gram matrices of the importance matrix's text; each `repeat` is measured anew."""
+    tokens, _ = gram_tokens(arguments)
+
+    def measure(folder: Path) -> None:
+        model, _ = load_model(describe_source(arguments.gguf, hf_folder=hf_folder(arguments)))
+        names = gguf_names(read_metadata(arguments.gguf))
+        with bar("gram") as progress:
+            measure_gram(model, tokens, folder / "gram.safetensors", names=names, batch_size=4, progress=progress)
+
+    key = [target.sha256, tokens.digest(), *([repeat] if repeat else [])]
+    return stage(store, "gram", key, measure).path("gram.safetensors")
+
+
 def price(
-    arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, seed: int, repeat: int = 0
-) -> tuple[SensitivityMap, PriceTable]:
+    arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, grams: Path, seed: int, repeat: int = 0
+) -> tuple[SensitivityMap, PriceTable, PriceTable]:
     """Sensitivities on random sequences of the calibration text, with labels drawn from the model; and prices.
 
-    Each `repeat` is measured anew.
+    The prices are of nearest and of compensated rounding. Each `repeat` is measured anew.
     """
     key: list[str | int] = [target.sha256, file_sha256(arguments.calibration)]
     key += [arguments.samples, arguments.sequence_tokens, seed, *([repeat] if repeat else [])]
@@ -245,10 +292,10 @@ def price(
     prices = price_table(
         ladder, target.quantizable, sensitivity, load_fisher(made.path("fisher.safetensors")), gguf_sha256=target.sha256
     )
-    return sensitivity, prices
+    return sensitivity, prices, compensated_prices(prices, GramMatrices(grams))
 
 
-def open_bench(arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder) -> Bench:
+def open_bench(arguments: argparse.Namespace, store: Store, target: Target, ladder: Ladder, grams: Path) -> Bench:
     """Cut the held-out text and compute the F16 model's logits on it."""
     settings = EvaluationSettings(chunks=arguments.chunks)
     with Model(arguments.gguf) as model:
@@ -258,7 +305,7 @@ def open_bench(arguments: argparse.Namespace, store: Store, target: Target, ladd
         baseline = stage(
             store, "baseline", key, lambda folder: write_baseline(model, target.sha256, chunks, settings, folder)
         )
-    return Bench(target, ladder, chunks, baseline.folder, settings, arguments.work)
+    return Bench(target, ladder, grams, chunks, baseline.folder, settings, arguments.work)
 
 
 def best_threshold_plan(target: Target, sensitivity: SensitivityMap, prices: PriceTable, limit: int) -> Plan | None:
@@ -284,7 +331,7 @@ def other_seed(
     arguments: argparse.Namespace, store: Store, bench: Bench, prices: PriceTable, klds: dict[str, float], seed: int
 ) -> dict[str, object]:
     """How another seed's plans differ: mean KLD relative to the first seed's, and the share of tensors of another type."""
-    _, others = price(arguments, store, bench.target, bench.ladder, seed)
+    *_, others = price(arguments, store, bench.target, bench.ladder, bench.grams, seed)
     row: dict[str, object] = {"seed": seed}
     for mixture, kld in klds.items():
         budget = Budget(f"size-of:{mixture}", stock_plan(bench.target, mixture).tensor_bytes)
@@ -300,15 +347,15 @@ def same_bytes(
     arguments: argparse.Namespace, store: Store, bench: Bench, prices: PriceTable, repeat: int
 ) -> dict[str, str]:
     """Calibrate once more with the same seed; mixture -> SHA-256 of the plan's GGUF, which must be that of the first."""
-    _, again = price(arguments, store, bench.target, bench.ladder, arguments.seed, repeat)
+    grams = measure_grams(arguments, store, bench.target, repeat)
+    *_, again = price(arguments, store, bench.target, bench.ladder, grams, arguments.seed, repeat)
     digests = {}
     for mixture in MIXTURES:
         budget = Budget(f"size-of:{mixture}", stock_plan(bench.target, mixture).tensor_bytes)
         plans = [budget_plan(bench.target, table, budget, BudgetPolicy()) for table in (prices, again)]
         ggufs = []
-        for plan in plans:
-            gguf = bench.work / "candidate.gguf"
-            write_assembled(bench.ladder, plan, gguf, {"samq.plan": plan.digest()})
+        for plan, measured in zip(plans, (bench.grams, grams), strict=True):
+            gguf = replace(bench, grams=measured).write(plan)
             ggufs.append(file_sha256(gguf))
             gguf.unlink()
         if plans[0] != plans[1] or ggufs[0] != ggufs[1]:
@@ -323,7 +370,8 @@ def show(row: dict) -> None:
     founding = f"{row['kld_threshold']:.6f}" if row["kld_threshold"] is not None else "none fits"
     print(
         f"{row['mixture']:7} {row['bytes']:>13,} B  KLD {row['kld_stock']:.6f} -> {row['kld_samq']:.6f} "
-        f"({-row['reduction']:+.1%}, 95 % {-row['ci_high']:+.1%} .. {-row['ci_low']:+.1%})  "
+        f"({-row['reduction']:+.1%}, 95 % {-row['ci_high']:+.1%} .. {-row['ci_low']:+.1%}; "
+        f"nearest {row['kld_samq_nearest'] / row['kld_stock'] - 1:+.1%})  "
         f"p99.9 {row['p999_stock']:.4f} -> {row['p999_samq']:.4f}  threshold {founding}  predicted {row['predicted']:.6f}",
         flush=True,
     )

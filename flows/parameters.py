@@ -13,6 +13,7 @@ from samq.datasets import DatasetSpec
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.formats import check_mixture, check_type
 from samq.ladder import DEFAULT_TYPES
+from samq.records import Rounding
 from samq.selection import Finalists, SelectionRule
 from samq.sensitivity import Labels
 from samq.settings_file import read_settings
@@ -84,6 +85,11 @@ class CandidateParameters(Parameters):
     )
     budget_policy: BudgetPolicy = BudgetPolicy()
     ladder: tuple[str, ...] = Field(default=DEFAULT_TYPES, description="types that budgets choose from")
+    rounding: Rounding = Field(
+        default="compensated",
+        description="of the budgets' plans: compensated (GPTQ on llama-quantize's own scales: errors of a row's weights make "
+        "up for each other, at the same bytes), or nearest (the bytes that llama-quantize writes)",
+    )
     thresholds: tuple[float | str, ...] = Field(
         default=(), description="scores above which a block keeps its bits: 0.35, or a quantile of the scores: q0.75"
     )
@@ -118,6 +124,11 @@ class CandidateParameters(Parameters):
         for threshold in thresholds:
             resolve_threshold(threshold, {"any": 0.0})
         return thresholds
+
+    @property
+    def compensated(self) -> bool:
+        """Whether there are plans whose rounding errors make up for each other."""
+        return bool(self.budgets) and self.rounding == "compensated"
 
     @property
     def mixtures(self) -> tuple[str, ...]:

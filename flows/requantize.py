@@ -1,7 +1,7 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
 model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> assemble x N -> evaluate x N
-             -> compare, choose, benchmark the finalists, check, report, track, register
+             (those of budgets: compensate) -> compare, choose, benchmark the finalists, check, report, track, register
 """
 
 import logging
@@ -26,7 +26,16 @@ from samq.home import mlflow_uri, store_folder
 from samq.ladder import rungs_of
 from samq.prices import plan_cost, predicted_cost, sequences_wanted
 from samq.quantizer import GGUF_NAME
-from samq.records import CalibrationSet, Evaluation, ModelSource, PriceTable, QuantizedModel, SensitivityMap, Toolchain
+from samq.records import (
+    CalibrationSet,
+    Evaluation,
+    ModelSource,
+    PriceTable,
+    QuantizedModel,
+    Rounding,
+    SensitivityMap,
+    Toolchain,
+)
 from samq.selection import Failure, Result, choose, finalists
 from samq.store import Artifact
 from samq.toolchain import find_toolchain
@@ -35,6 +44,7 @@ from tasks.benchmark import benchmark, compare_items, find_benchmarks
 from tasks.calibrate import MAP_NAME, calibrate
 from tasks.check import check, load_check
 from tasks.compare import compare
+from tasks.compensate import compensate, gram, price_compensated
 from tasks.convert import convert
 from tasks.evaluate import baseline, evaluate
 from tasks.imatrix import imatrix
@@ -100,7 +110,15 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         "ladder", {name: rung.submit(store, name, full, matrix, tools, limit) for name in names}, failures
     )
 
-    sensitivities, prices = _calibrate(store, source, full, tokens, matrix, rungs, model, calibration, wanted, tools)
+    available = CalibrationSet.load(tokens.path(SET_NAME)).samples - calibration.check_sequences
+    grams = (
+        gram(store, source, full, tokens, available, calibration.batch_size, model.dtype, model.device)
+        if wanted.compensated
+        else None
+    )
+    sensitivities, prices, budget_prices = _calibrate(
+        store, source, full, tokens, available, matrix, rungs, grams, model, calibration, wanted, tools
+    )
     sensitivity = SensitivityMap.load(sensitivities.path(MAP_NAME))
     thresholds = [*wanted.thresholds]
     if wanted.proposed_thresholds:
@@ -112,7 +130,9 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
             for cut in thresholds
         }
         | {
-            plan_name(budget): plan_budget.submit(store, full, matrix, prices, budget, wanted.budget_policy, tools)
+            plan_name(budget): plan_budget.submit(
+                store, full, matrix, budget_prices, budget, wanted.budget_policy, tools
+            )
             for budget in wanted.budgets
         },
         failures,
@@ -129,6 +149,14 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
 
     ggufs = {FULL: full} if FULL in plans else {}
     ggufs |= _finished("quantize", {name: build(name, plan) for name, plan in plans.items() if name != FULL}, failures)
+    if grams:
+        rounded = {name: gguf for name, gguf in ggufs.items() if load_plan(plans[name]).rounding == "compensated"}
+        again = {
+            name: compensate.submit(store, name, full, plans[name], gguf, grams, model.device)
+            for name, gguf in rounded.items()
+        }
+        ggufs = {name: gguf for name, gguf in ggufs.items() if name not in rounded}
+        ggufs |= _finished("compensate", again, failures)
     measured = _finished(
         "evaluate",
         {
@@ -140,8 +168,8 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     if FULL not in measured or len(measured) == 1:
         reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures)
         raise SamqError(f"the baseline or every candidate failed ({reasons}); see the logs of this run")
-    table = load_prices(prices)
-    found = {name: _result(plans[name], ggufs[name], made, table) for name, made in measured.items()}
+    tables = {table.rounding: table for table in map(load_prices, (prices, budget_prices))}
+    found = {name: _result(plans[name], ggufs[name], made, tables) for name, made in measured.items()}
     comparisons = compare(list(found.values()))
     best = choose(list(found.values()), parameters.selection, comparisons)
     found = _benchmark(store, found, best, ggufs, asked, unavailable, parameters)
@@ -164,7 +192,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
             tokens,
             calibration.check_sequences,
             plans[name],
-            prices,
+            budget_prices,
             ggufs[name],
             calibration.batch_size,
             model.dtype,
@@ -229,15 +257,16 @@ def _calibrate(
     source: ModelSource,
     full: Artifact,
     tokens: Artifact,
+    available: int,
     matrix: Artifact | None,
     rungs: dict[str, Artifact],
+    grams: Artifact | None,
     model: ModelParameters,
     calibration: CalibrationParameters,
     wanted: CandidateParameters,
     tools: Toolchain,
-) -> tuple[Artifact, Artifact]:
-    """Sensitivities and prices, on as many sequences as it takes to know what the budgets' plans cost."""
-    available = CalibrationSet.load(tokens.path(SET_NAME)).samples - calibration.check_sequences
+) -> tuple[Artifact, Artifact, Artifact]:
+    """Sensitivities, prices, and prices as the budgets' plans round, on as many sequences as it takes to know these plans."""
     count = min(calibration.first_sequences, available) if wanted.budgets else available
     sensitivities: Artifact | None = None
     while True:
@@ -255,15 +284,16 @@ def _calibrate(
             calibration.seed,
         )
         prices = price(store, full, rungs, sensitivities, matrix, tools)
+        budget_prices = price_compensated(store, prices, grams, model.device) if grams else prices
         plans = {
-            budget: plan_budget.submit(store, full, matrix, prices, budget, wanted.budget_policy, tools)
+            budget: plan_budget.submit(store, full, matrix, budget_prices, budget, wanted.budget_policy, tools)
             for budget in wanted.budgets
         }
-        table = load_prices(prices)
+        table = load_prices(budget_prices)
         costs = [plan_cost(table, load_plan(plan).types) for plan in _finished("plan", plans, []).values()]
         wanted_count = sequences_wanted(costs, calibration.precision, measured=count, available=available)
         if wanted_count == count:
-            return sensitivities, prices
+            return sensitivities, prices, budget_prices
         count = wanted_count
 
 
@@ -320,12 +350,12 @@ def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Too
     }
 
 
-def _result(planned: Artifact, gguf: Artifact, measured: Artifact, prices: PriceTable) -> Result:
+def _result(planned: Artifact, gguf: Artifact, measured: Artifact, prices: dict[Rounding, PriceTable]) -> Result:
     plan, path = load_plan(planned), gguf.path(GGUF_NAME)
     if plan.policy == "full":
         model = as_is(path, gguf.files[GGUF_NAME].sha256, plan)
     else:
         model = QuantizedModel.load(gguf.path(MODEL_NAME))
     evaluation = Evaluation.load(measured.path(EVALUATION_NAME))
-    predicted = predicted_cost(prices, plan)
+    predicted = predicted_cost(prices[plan.rounding], plan)
     return Result(plan, model, evaluation, path, measured.folder, predicted)

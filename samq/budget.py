@@ -126,6 +126,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
     return plan.model_copy(
         update={
             "map_digest": prices.map_digest,
+            "rounding": prices.rounding,
             "predicted_kl_nats": predicted.value,
             "predicted_kl_stderr": predicted.stderr,
             "solver_gap": solution.gap,

@@ -303,6 +303,64 @@ def quantize(
 
 
 @app.command()
+def compensate(
+    quantized: Annotated[Path, typer.Argument(help="the quantized GGUF, of llama-quantize or anyone")],
+    gguf: FullGguf,
+    out: Annotated[Path, typer.Option(help="the GGUF to write")],
+    dataset: Dataset = "humaneval",
+    samples: Annotated[int | None, typer.Option(min=1, help="how many samples; default: all")] = None,
+    field: Fields = None,
+    split: str | None = None,
+    sequence_tokens: Annotated[int, typer.Option(min=2)] = 512,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: str = "float32",
+    device: str = "auto",
+    packing: Annotated[bool, typer.Option(help="cut long text into many sequences instead of one a sample")] = False,
+    seed: int = 0,
+    hf_folder: HfFolder = None,
+) -> None:
+    """Round a GGUF's weights anew so that errors make up for each other (GPTQ): the same size and types, nearer to F16."""
+    _prepare_prefect()
+    from samq import compensation
+    from samq.datasets import DatasetSpec, load_texts
+    from samq.gguf_file import file_sha256
+    from samq.gram import GramMatrices
+    from samq.model import compute_device, describe_source
+    from samq.quantizer import GGUF_NAME
+    from samq.records import CalibrationSet, TextSet
+    from tasks.compensate import GRAM_NAME, gram
+    from tasks.text import SET_NAME, tokenize
+
+    check_file(out)
+    spec = DatasetSpec(name=dataset, samples=samples, fields=tuple(field or ()), split=split, seed=seed)
+    source = describe_source(gguf, hf_folder=hf_folder)
+    text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+    store, full = store_folder(), _adopt({GGUF_NAME: gguf})
+    tokens = tokenize.fn(store, source, text, spec, sequence_tokens, packing)
+    count = CalibrationSet.load(tokens.path(SET_NAME)).samples
+    grams = gram.fn(store, source, full, tokens, count, batch_size, dtype, device)
+    with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
+        done = compensation.compensate(
+            gguf,
+            quantized,
+            GramMatrices(grams.path(GRAM_NAME)),
+            work / GGUF_NAME,
+            device=compute_device(device),
+            progress=progress,
+        )
+        os.replace(work / GGUF_NAME, out)
+    if not done.tensors:
+        raise SamqError(f"{quantized} has no tensor whose rounding can be compensated; {out} is a copy of it")
+    ratios = sorted(error.ratio for error in done.tensors.values())
+    console.print(
+        f"{len(ratios)} tensors: {100 * ratios[len(ratios) // 2]:.0f} % of their layers' output error is left (median; "
+        f"{100 * ratios[0]:.0f} to {100 * ratios[-1]:.0f} %)\n{out}\nsha256 {file_sha256(out)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def evaluate(
     gguf: Annotated[Path, typer.Argument(help="the GGUF to measure")],
     baseline: Annotated[Path, typer.Option(help="the full-precision GGUF it is compared with")],

@@ -39,10 +39,11 @@ def _describe_budget_plan(plan: Plan) -> str:
     least = [f"{what} at least {plan.parameters[key]}" for key, what in guards.items() if plan.parameters.get(key)]
     guarded = f"; {', '.join(least)}" if least else ""
     gap = f"; the best may be {100 * plan.solver_gap:.1f} % lower" if plan.solver_gap else ""
+    rounding = "; rounding errors make up for each other" if plan.rounding == "compensated" else ""
     budget = read_budget(str(plan.parameters["budget"]))
     return (
         f"Least predicted KL within {budget.in_words}: {predicted} nats per token at {plan.bits_per_weight:.2f} "
-        f"bits per weight, with {_list(kinds)}{guarded}{gap}."
+        f"bits per weight, with {_list(kinds)}{guarded}{gap}{rounding}."
     )
 
 

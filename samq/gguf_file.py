@@ -93,9 +93,14 @@ def read_rows(tensor: ReaderTensor, rows: slice | NDArray[np.intp]) -> NDArray[n
     data = tensor.data.reshape(-1, tensor.data.shape[-1])[rows]
     if data.dtype in (np.float16, np.float32):
         return data.astype(np.float32)
-    data = np.ascontiguousarray(data)
-    values = np.empty((len(data), int(tensor.shape[0])), np.float32)
-    _to_float(tensor.tensor_type)(data.ctypes.data, values.ctypes.data, values.size)
+    return to_float(tensor.tensor_type, data, int(tensor.shape[0]))
+
+
+def to_float(kind: GGMLQuantizationType, blocks: NDArray[np.uint8], row_length: int) -> NDArray[np.float32]:
+    """Blocks (rows, bytes of a row) of a quantized type dequantized by llama.cpp, (rows, row length)."""
+    blocks = np.ascontiguousarray(blocks)
+    values = np.empty((len(blocks), row_length), np.float32)
+    _dequantization(kind)(blocks.ctypes.data, values.ctypes.data, values.size)
     return values
 
 
@@ -113,7 +118,7 @@ class _TypeTraits(ctypes.Structure):
 
 
 @lru_cache
-def _to_float(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
+def _dequantization(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
     """ggml's dequantization of a type: (blocks, float32 values, number of values)."""
     import llama_cpp  # here, as most readers of a GGUF need none of it
 

@@ -115,6 +115,7 @@ def params_of(plan: Plan) -> dict[str, str]:
     asked = {key: plan.parameters.get(key) for key in _ASKED}
     return {
         "policy": plan.policy,
+        "rounding": plan.rounding,
         **{key: "" if value is None else str(value) for key, value in asked.items()},
         "mixture": plan.mixture,
     }

@@ -239,6 +239,11 @@ def load_model(
     return model, load_tokenizer(source)
 
 
+def compute_device(device: str) -> str:
+    """The torch device for work that is no model's: of `auto` the first GPU, or the CPU where there is none."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
     """The folder to load from, and what names the GGUF in it to transformers."""
     if source.gguf is not None:

@@ -67,7 +67,7 @@ def prediction_section(results: Sequence[Result], checks: Sequence[PredictionChe
     if checks:
         parts += [
             "### On other samples",
-            _CHECKED,
+            " ".join([_CHECKED, *([_COMPENSATED] if any(map(_compensated, checks)) else [])]),
             _check_table(results, checks),
             bullets(_judgement(check) for check in checks if check.predicted.value > FLOOR_NATS),
         ]
@@ -78,6 +78,10 @@ _CHECKED = (
     "A plan is chosen by the price table, from the calibration's samples. Here its rounding errors are priced again on "
     "samples that did not choose it: weight by weight, as the table does; with the terms between the weights of a tensor, "
     "which the table leaves out; and with those between tensors. Nats per token, ± one standard error."
+)
+_COMPENSATED = (
+    "Compensated rounding makes single errors larger so that together they do less: weight by weight such a plan looks "
+    "worse than it is, and its price, which counts on that, is to be compared with the cost within tensors."
 )
 
 
@@ -109,12 +113,17 @@ def _judgement(check: PredictionCheck) -> str:
     """What the figures of a check say, in words."""
     if check.predicted.value <= 0 or check.additive.value <= 0:
         return f"**{check.plan}** rounds nothing."
-    fits_its_own = check.additive.value > check.predicted.value and _differ(check.additive, check.predicted)
+    found = check.by_tensor if _compensated(check) else check.additive  # the terms that the price has
+    fits_its_own = found.value > check.predicted.value and _differ(found, check.predicted)
     return (
-        f"**{check.plan}**: on other samples it costs {_change(check.additive, check.predicted)} against the table; the "
-        f"terms that the table leaves out change that by {_change(check.joint, check.additive)}."
+        f"**{check.plan}**: on other samples it costs {_change(found, check.predicted)} against the table; the "
+        f"terms that the table leaves out change that by {_change(check.joint, found)}."
         + (" The plan fits the samples that chose it: calibrate on more." if fits_its_own else "")
     )
+
+
+def _compensated(check: PredictionCheck) -> bool:
+    return check.rounding == "compensated"
 
 
 def _change(new: Metric, old: Metric) -> str:

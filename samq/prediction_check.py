@@ -88,6 +88,7 @@ def check_prediction(
     return PredictionCheck(
         plan=plan.name,
         plan_digest=plan.digest(),
+        rounding=plan.rounding,
         samples=len(tokens),
         tokens=int(label_tokens.sum()),
         predicted=predicted,

@@ -197,6 +197,10 @@ class Substitution(BaseModel):
     reason: str
 
 
+# nearest: every weight at the nearest value of its block, as llama-quantize writes it; compensated: samq.compensation.
+Rounding = Literal["nearest", "compensated"]
+
+
 class Plan(Record):
     """Every quantizable GGUF tensor -> ggml type, explicitly, with what it is predicted to cost."""
 
@@ -211,6 +215,7 @@ class Plan(Record):
         default="Q4_K_M",
         description="llama-quantize's file type, the name that general.file_type gets",
     )
+    rounding: Rounding = "nearest"
     tensor_bytes: int = Field(description="bytes of all tensors, unquantized ones included")
     weights: int = Field(description="number of weights in all tensors")
     predicted_kl_nats: float | None = Field(default=None, description="predicted mean KL to F16, nats per token")
@@ -224,6 +229,27 @@ class Plan(Record):
     def bits_per_weight(self) -> float:
         """Bits per weight over all tensors, as llama-quantize prints it (BPW)."""
         return 8 * self.tensor_bytes / self.weights
+
+
+class OutputError(BaseModel):
+    """What a tensor's rounding does to its layer's output, mean over calibration tokens of the squared error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    nearest: float = Field(description="with every weight at the nearest value, as llama-quantize writes it")
+    compensated: float = Field(description="with errors that make up for each other")
+
+    @property
+    def ratio(self) -> float:
+        """What is left of the error; 1 where there was none."""
+        return self.compensated / self.nearest if self.nearest else 1.0
+
+
+class Compensation(Record):
+    """What compensated rounding did to a GGUF; tensors that are not here are as llama-quantize wrote them."""
+
+    SCHEMA: ClassVar[str] = "samq.compensation/1"
+
+    tensors: dict[str, OutputError]
 
 
 class Price(BaseModel):
@@ -252,6 +278,7 @@ class PriceTable(Record):
     gguf_sha256: str = Field(description="the full-precision GGUF whose tensors are priced")
     map_digest: str
     imatrix_sha256: str | None
+    rounding: Rounding = "nearest"
     sequence_tokens: tuple[int, ...] = Field(description="label tokens of each calibration sequence")
     tensors: dict[str, TensorPrices]
 
@@ -269,6 +296,7 @@ class PredictionCheck(Record):
 
     plan: str = Field(description="the plan's name")
     plan_digest: str
+    rounding: Rounding = "nearest"
     samples: int
     tokens: int = Field(description="label tokens of the samples")
     predicted: Metric = Field(description="what the price table says, from the samples that chose the plan")

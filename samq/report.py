@@ -103,15 +103,17 @@ def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.
     """One row a candidate, full precision first, then by size; the failed ones last.
 
     Columns carry their units; each metric is followed by its standard error (`± ...`) where one is known. What was not
-    measured is NaN. Columns that say something of one policy only (threshold, kept tensors, budget), standard errors and
-    the predicted KL are left out where no candidate has them.
+    measured is NaN. Columns that say something of some candidates only (rounding, threshold, kept tensors, budget), standard
+    errors and the predicted KL are left out where no candidate has them.
     """
     front = pareto(results)
+    compensated = any(result.plan.rounding == "compensated" for result in results)
     rows: list[dict[str, str | float | int | bool | None]] = []
     for result in by_size(results):
         row: dict[str, str | float | int | bool | None] = {
             "candidate": result.name,
             "policy": result.plan.policy,
+            "rounding": result.plan.rounding if compensated else None,
             "budget": result.plan.parameters.get("budget"),
             "threshold": result.plan.parameters.get("threshold"),
             "kept tensors": kept_tensors(result.plan),
@@ -129,8 +131,8 @@ def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.
         rows.append(row | {"status": "measured"})
     rows += [{"candidate": f.name, "status": f"failed in {f.stage}: {markdown.one_line(f.reason)}"} for f in failures]
     metrics = [heading for column in COLUMNS for heading in (column.heading, f"± {column.heading}")]
-    optional = ["budget", "threshold", "kept tensors", PREDICTED, f"± {PREDICTED}", *metrics[1::2]]
-    fixed = ["candidate", "policy", "budget", "threshold", "kept tensors", "size (MB)", "bits per weight"]
+    optional = ["rounding", "budget", "threshold", "kept tensors", PREDICTED, f"± {PREDICTED}", *metrics[1::2]]
+    fixed = ["candidate", "policy", "rounding", "budget", "threshold", "kept tensors", "size (MB)", "bits per weight"]
     after_kld = [*metrics[:2], PREDICTED, f"± {PREDICTED}", *metrics[2:]]
     table = pd.DataFrame(rows, columns=[*fixed, *after_kld, "Pareto", "status"])
     return table.drop(columns=[name for name in optional if table[name].isna().all()])

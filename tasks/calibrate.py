@@ -64,12 +64,16 @@ def calibrate(
 def open_model(
     source: ModelSource, full: Artifact, dtype: str, device: str
 ) -> tuple[PreTrainedModel, Callable[[str], str | None], dict[str, np.ndarray]]:
-    """The model in torch, its GGUF names, and the row orders of `full`.
+    """The model in torch, its GGUF names, and the row orders of `full`."""
+    model, names = load_full(source, full, dtype, device)
+    return model, names, row_orders(weights_of(model, names), full.path(GGUF_NAME))
 
-    A GGUF source's weights come from the full-precision GGUF made of it.
-    """
+
+def load_full(
+    source: ModelSource, full: Artifact, dtype: str, device: str
+) -> tuple[PreTrainedModel, Callable[[str], str | None]]:
+    """The model in torch, and its GGUF names; a GGUF source's weights come from the full-precision GGUF made of it."""
     gguf = full.path(GGUF_NAME)
     weights = source.model_copy(update={"gguf": gguf}) if source.gguf else source
     model, _ = load_model(weights, dtype=dtype, device=device)
-    names = gguf_names(read_metadata(gguf))
-    return model, names, row_orders(weights_of(model, names), gguf)
+    return model, gguf_names(read_metadata(gguf))

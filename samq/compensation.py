@@ -1,0 +1,189 @@
+"""Compensated rounding: the same types and scales as llama-quantize's, with weights rounded so that errors cancel out.
+
+llama-quantize rounds every weight to the nearest value of its block. What a layer's output suffers depends on how its
+inputs vary together (samq.gram): here the columns of a weight matrix are rounded one after another, and what each
+rounding did to the output is made up for by the columns still to come (GPTQ: Frantar et al. 2023, arXiv:2210.17323;
+the columns with the largest inputs first). Only codes change (samq.codes): size, types and scales stay, and llama.cpp
+reads the file as any other.
+"""
+
+import shutil
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from gguf import ReaderTensor
+from numpy.typing import NDArray
+
+from samq.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
+from samq.errors import SamqError
+from samq.gguf_file import open_gguf, read_rows, read_tensors, to_float
+from samq.gram import GramMatrices
+from samq.progress import Progress, silent
+from samq.records import Compensation, OutputError, PriceTable
+
+_DAMPING = 0.01  # (GPTQ's own) of the diagonal's mean, added to it: what the text does not tell about other texts
+_BAND = 128  # columns rounded before the rest hear of it
+_SLAB_WEIGHTS = 2**24  # weights rounded at a time
+
+
+def compensate(
+    full: Path,
+    quantized: Path,
+    grams: GramMatrices,
+    output: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Compensation:
+    """Write `quantized` to `output` with its codes rounded anew, and say what that did to the layers' outputs.
+
+    A row whose output would not come nearer keeps its codes. So do tensors whose type has no codes of single weights,
+    whose input was not measured, or that hold the weights exactly.
+
+    Args:
+        full: the full-precision GGUF.
+        quantized: what llama-quantize made of it.
+        grams: of the same model's inputs.
+        output: file to write.
+        device: torch's, to compute on.
+        progress: told of tensors done.
+
+    Raises:
+        SamqError: the files do not hold the same tensors, or the output cannot be written.
+    """
+    originals = {tensor.name: tensor for tensor in open_gguf(full).tensors}
+    shapes = [{tensor.name: tensor.shape for tensor in read_tensors(path).values()} for path in (full, quantized)]
+    if shapes[0] != shapes[1]:
+        raise SamqError(f"{quantized} and {full} do not hold the same tensors; give the GGUF that it was made from")
+    wanted = [
+        tensor
+        for tensor in open_gguf(quantized).tensors
+        if tensor.tensor_type.name in TYPES_WITH_CODES
+        and tensor.name in grams
+        and originals[tensor.name].tensor_type != tensor.tensor_type
+    ]
+    wanted.sort(key=lambda tensor: grams.source[tensor.name])
+    errors: dict[str, OutputError] = {}
+    try:
+        shutil.copyfile(quantized, output)
+        with open(output, "r+b") as file:
+            source, compensator = "", None
+            for done, tensor in enumerate(wanted):
+                progress(done, len(wanted))
+                if compensator is None or grams.source[tensor.name] != source:
+                    source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
+                error = _compensate_tensor(originals[tensor.name], tensor, compensator, file)
+                if error.nearest:
+                    errors[tensor.name] = error
+            progress(len(wanted), len(wanted))
+    except OSError as error:
+        raise SamqError(f"cannot write {output}: {error.strerror}; choose a folder that can be written to") from error
+    return Compensation(tensors=dict(sorted(errors.items())))
+
+
+def _compensate_tensor(
+    original: ReaderTensor, quantized: ReaderTensor, compensator: "Compensator", file: IO[bytes]
+) -> OutputError:
+    """Write the tensor's rows to the file where they lie; returns their errors before and after."""
+    kind, row_length = quantized.tensor_type, int(quantized.shape[0])
+    stored = quantized.data.reshape(-1, quantized.data.shape[-1])
+    slab = max(1, _SLAB_WEIGHTS // row_length)
+    before = after = 0.0
+    for first in range(0, len(stored), slab):
+        rows = slice(first, first + slab)
+        nearest, weights = np.array(stored[rows]), read_rows(original, rows)
+        if not (to_float(kind, nearest, row_length) - weights).any():
+            continue
+        blocks = write_codes(kind.name, nearest, compensator.codes(weights, read_grid(kind.name, nearest)))
+        errors = [compensator.output_error(to_float(kind, data, row_length) - weights) for data in (nearest, blocks)]
+        worse = errors[1] >= errors[0]
+        blocks[worse] = nearest[worse]
+        before += float(errors[0].sum())
+        after += float(np.minimum(*errors).sum())
+        file.seek(int(quantized.data_offset) + first * stored.shape[1])
+        file.write(blocks.tobytes())
+    return OutputError(nearest=before, compensated=after)
+
+
+def compensated_prices(
+    prices: PriceTable, grams: GramMatrices, *, device: str = "cpu", progress: Progress = silent
+) -> PriceTable:
+    """The prices with compensated rounding, before anything has been rounded.
+
+    What is left of a layer's output error when errors of equal size are made up for column by column is the variance of
+    each input that the inputs after it do not tell, against all of its variance: the same for every type.
+    """
+    shares: dict[str, float] = {}
+    tensors = {}
+    for done, (name, tensor) in enumerate(prices.tensors.items()):
+        progress(done, len(prices.tensors))
+        if name in grams:
+            source = grams.source[name]
+            if source not in shares:
+                shares[source] = Compensator(grams[name].to(device)).share_left
+            kinds = {
+                kind: price.model_copy(update={"kl_nats": price.kl_nats * shares[source]})
+                if kind in TYPES_WITH_CODES
+                else price
+                for kind, price in tensor.types.items()
+            }
+            tensors[name] = tensor.model_copy(update={"types": kinds})
+        else:
+            tensors[name] = tensor
+    progress(len(prices.tensors), len(prices.tensors))
+    return prices.model_copy(update={"tensors": tensors, "rounding": "compensated"})
+
+
+class Compensator:
+    """How rows that take one input are rounded: the order of their columns, and what an error passes on to the others.
+
+    With H the damped Gram matrix and U the upper Cholesky factor of its inverse, an error e of column j is best made up
+    for by taking e U[j, k] / U[j, j] from the columns k after it (Frantar et al., section 3).
+    """
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        self._gram = gram
+        damped = gram.double()
+        damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
+        self._order = torch.argsort(damped.diagonal(), descending=True, stable=True)
+        damped = damped[self._order][:, self._order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor = torch.linalg.cholesky(inverse, upper=True)
+        self._factor = factor.float()
+        # 1 / U[j, j]^2 is the variance of input j that those after it do not tell.
+        self.share_left = float((factor.diagonal() ** -2).sum() / damped.diagonal().sum())
+
+    def codes(self, weights: NDArray[np.float32], grid: Grid) -> NDArray[np.uint8]:
+        """The codes for weights (rows, row length) on the grid of their blocks."""
+        # Turned, so that a column lies in one piece.
+        left, scale, offset = (
+            torch.from_numpy(part).to(self._gram.device).t()[self._order] for part in (weights, grid.scale, grid.offset)
+        )
+        scale[scale == 0] = 1  # a block of one value: any code says it
+        levels = torch.from_numpy(grid.levels).to(self._gram.device)
+        between = (levels[1:] + levels[:-1]) / 2
+        chosen = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+        columns = len(left)
+        for first in range(0, columns, _BAND):
+            band = range(first, min(first + _BAND, columns))
+            errors = torch.empty(len(band), left.shape[1], device=left.device)
+            for index, column in enumerate(band):
+                wanted = left[column]
+                code = torch.bucketize((wanted - offset[column]) / scale[column], between)
+                rounded = levels[code].mul_(scale[column]).add_(offset[column])
+                errors[index] = (wanted - rounded).div_(self._factor[column, column])
+                left[column + 1 : band.stop].addr_(
+                    self._factor[column, column + 1 : band.stop], errors[index], alpha=-1
+                )
+                chosen[column] = code
+            left[band.stop :].addmm_(self._factor[first : band.stop, band.stop :].t(), errors, alpha=-1)
+        codes = torch.empty_like(chosen)
+        codes[self._order] = chosen
+        return (codes.t() + grid.first).contiguous().cpu().numpy()
+
+    def output_error(self, error: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Mean square over tokens of what an error of the weights (rows, row length) does to each row's output."""
+        change = torch.from_numpy(error).to(self._gram.device)
+        return ((change @ self._gram) * change).sum(1, dtype=torch.float64).cpu().numpy()

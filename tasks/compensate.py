@@ -1,0 +1,80 @@
+"""Stages of compensated rounding: Gram matrices, what the ladder's types cost with it, and the GGUFs rounded anew."""
+
+from pathlib import Path
+
+from samq import audit, compensation
+from samq.calibration import TokenBatch
+from samq.gguf_file import read_metadata
+from samq.gram import GramMatrices, measure_gram
+from samq.model import compute_device
+from samq.progress import bar
+from samq.quantizer import GGUF_NAME
+from samq.records import ModelSource
+from samq.store import Artifact
+from tasks.calibrate import load_full
+from tasks.plan import load_plan
+from tasks.price import PRICES_NAME, load_prices
+from tasks.quantize import MODEL_NAME
+from tasks.stage import stage
+from tasks.text import TOKENS_NAME
+
+GRAM_NAME, COMPENSATION_NAME = "gram.safetensors", "compensation.json"
+
+
+@stage("gram", version=1, run_name="gram {source.name}", packages=("torch", "transformers"), retries=1)
+def gram(
+    folder: Path,
+    source: ModelSource,
+    full: Artifact,
+    tokens: Artifact,
+    count: int,
+    batch_size: int,
+    dtype: str,
+    device: str,
+) -> None:
+    """`gram.safetensors`: how the inputs of every linear layer vary together, on the first `count` sequences."""
+    model, names = load_full(source, full, dtype, device)
+    with bar(f"gram {source.name}") as progress:
+        measure_gram(
+            model,
+            TokenBatch.load(tokens.path(TOKENS_NAME)).part(0, count),
+            folder / GRAM_NAME,
+            names=names,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+
+@stage("price", version=2, run_name="price compensated rounding", packages=("torch",))
+def price_compensated(folder: Path, prices: Artifact, grams: Artifact, device: str) -> None:
+    """`prices.json`: the price table as it is with compensated rounding."""
+    with bar("price compensated rounding") as progress:
+        table = compensation.compensated_prices(
+            load_prices(prices),
+            GramMatrices(grams.path(GRAM_NAME)),
+            device=compute_device(device),
+            progress=progress,
+        )
+    table.save(folder / PRICES_NAME)
+
+
+@stage("compensate", version=1, run_name="compensate {name}", packages=("torch", "llama-cpp-python"))
+def compensate(
+    folder: Path, name: str, full: Artifact, plan: Artifact, rounded: Artifact, grams: Artifact, device: str
+) -> None:
+    """The files of `quantize`, every tensor's errors made up for where that is possible, and `compensation.json`."""
+    wanted, nearest = load_plan(plan), rounded.path(GGUF_NAME)
+    audit.require_space(folder, wanted, nearest.stat().st_size)
+    partial = folder / f"{GGUF_NAME}.partial"
+    with bar(f"compensate {name}") as progress:
+        done = compensation.compensate(
+            full.path(GGUF_NAME),
+            nearest,
+            GramMatrices(grams.path(GRAM_NAME)),
+            partial,
+            device=compute_device(device),
+            progress=progress,
+        )
+    done.save(folder / COMPENSATION_NAME)
+    metadata = {key: str(value) for key, value in read_metadata(nearest).items() if key.startswith("samq.")}
+    audit.accept(partial, wanted, metadata).save(folder / MODEL_NAME)
