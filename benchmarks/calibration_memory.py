@@ -39,7 +39,13 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int) -> di
     if rounds:
         model, tokenizer = load_model(describe_source(gguf), device="cpu")
         spec = DatasetSpec(name="humaneval", samples=samples)
-        _, tokens = tokenize(load_texts(spec), tokenizer, spec=spec, sequence_tokens=sequence_tokens)
+        _, tokens = tokenize(
+            load_texts(spec),
+            lambda text: tokenizer(text)["input_ids"],
+            bos=None,
+            spec=spec,
+            sequence_tokens=sequence_tokens,
+        )
         names = gguf_names(read_metadata(gguf))
         orders = row_orders(weights_of(model, names), gguf)
         result["weights"] = sum(parameter.numel() for parameter in model.parameters())

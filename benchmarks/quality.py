@@ -34,11 +34,11 @@ from samq.gguf_file import file_sha256, gguf_names, read_metadata
 from samq.gram import GramMatrices, measure_gram
 from samq.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, uniform_plan
 from samq.layout import row_orders, weights_of
-from samq.model import describe_source, load_model, load_tokenizer
+from samq.model import describe_source, load_model
 from samq.prices import plan_cost, price_table
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME, IMATRIX_NAME, measure_imatrix
-from samq.records import Plan, PriceTable, SensitivityMap, digest_of
+from samq.records import CalibrationSet, Plan, PriceTable, SensitivityMap, digest_of
 from samq.sensitivity import load_fisher, measure_sensitivity, save_fisher
 from samq.store import Artifact, Store
 from samq.toolchain import find_toolchain
@@ -232,10 +232,24 @@ def rung(target: Target, name: str, folder: Path) -> None:
 
 def gram_tokens(arguments: argparse.Namespace) -> tuple[TokenBatch, int]:
     """The importance matrix's text in sequences, and how many tokens they have."""
-    tokenizer = load_tokenizer(describe_source(arguments.gguf, hf_folder=hf_folder(arguments)))
-    text, spec = arguments.calibration.read_text()[: arguments.imatrix_characters], DatasetSpec(name="imatrix")
-    made, tokens = tokenize([text], tokenizer, spec=spec, sequence_tokens=arguments.sequence_tokens, packing=True)
+    text = arguments.calibration.read_text()[: arguments.imatrix_characters]
+    made, tokens = sequences(arguments, [text], DatasetSpec(name="imatrix"))
     return tokens, made.tokens
+
+
+def sequences(
+    arguments: argparse.Namespace, texts: Sequence[str], spec: DatasetSpec
+) -> tuple[CalibrationSet, TokenBatch]:
+    """Texts cut into sequences of the GGUF's own tokens."""
+    with Model(arguments.gguf, allocate=False) as model:
+        return tokenize(
+            texts,
+            lambda text: model.tokenize(text, add_special=True).tolist(),
+            bos=model.bos if model.adds_bos else None,
+            spec=spec,
+            sequence_tokens=arguments.sequence_tokens,
+            packing=True,
+        )
 
 
 def measure_grams(arguments: argparse.Namespace, store: Store, target: Target, repeat: int = 0) -> Path:
@@ -264,11 +278,9 @@ def price(
 
     def calibrate(folder: Path) -> None:
         source = describe_source(arguments.gguf, hf_folder=hf_folder(arguments))
-        model, tokenizer = load_model(source)
+        model, _ = load_model(source)
         spec = DatasetSpec(name=str(arguments.calibration), seed=seed)
-        calibration, tokens = tokenize(
-            load_texts(spec), tokenizer, spec=spec, sequence_tokens=arguments.sequence_tokens, packing=True
-        )
+        calibration, tokens = sequences(arguments, load_texts(spec), spec)
         names = gguf_names(read_metadata(arguments.gguf))
         with bar(f"calibrate, seed {seed}") as progress:
             sensitivity, fisher = measure_sensitivity(

@@ -94,7 +94,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     source = find_model(model.source, model.revision, model.hf_folder)
     text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
     full = convert(store, source, tools, model.precision, limit)
-    tokens = tokenize(store, source, text, calibration.dataset, calibration.sequence_tokens, calibration.packing)
+    tokens = tokenize(store, full, text, calibration.dataset, calibration.sequence_tokens, calibration.packing)
     matrix = imatrix(store, full, text, calibration.sequence_tokens, tools, limit) if calibration.imatrix else None
     chunks = heldout(store, full, heldout_text)
     base = baseline(store, full, chunks, parameters.evaluation, limit)

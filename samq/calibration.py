@@ -4,14 +4,13 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from samq.datasets import DatasetSpec
 from samq.errors import SamqError
@@ -80,17 +79,18 @@ class TokenBatch:
 
 def tokenize(
     texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[str], Sequence[int]],
     *,
+    bos: int | None,
     spec: DatasetSpec,
     sequence_tokens: int,
     packing: bool = False,
 ) -> tuple[CalibrationSet, TokenBatch]:
     """Cut texts into sequences of 2 to `sequence_tokens` tokens.
 
-    Every sequence starts with BOS where the tokenizer puts one before a text. Without `packing` a text is one
-    sequence, cut at `sequence_tokens`. With it a long text goes on in further sequences of that length, and what is
-    left at its end is dropped. Texts of a single token are left out.
+    `encode` gives a text's token ids, with what the model wants before a text; where that is `bos`, every sequence starts
+    with it. Without `packing` a text is one sequence, cut at `sequence_tokens`. With it a long text goes on in further
+    sequences of that length, and what is left at its end is dropped. Texts of a single token are left out.
 
     Raises:
         SamqError: no sequence came out.
@@ -99,9 +99,8 @@ def tokenize(
         raise SamqError(f"sequences of {sequence_tokens} tokens hold nothing to predict; ask for 2 or more")
     sequences: list[list[int]] = []
     for text in texts:
-        # Quietly: a text longer than the model's context is cut below.
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        sequences += [part for part in _cut(ids, tokenizer.bos_token_id, sequence_tokens, packing) if len(part) > 1]
+        parts = _cut(list(encode(text)), bos, sequence_tokens, packing)
+        sequences += [part for part in parts if len(part) > 1]
     if packing:
         order = np.random.default_rng(spec.seed).permutation(len(sequences))
         sequences = [sequences[index] for index in order]

@@ -165,7 +165,7 @@ def calibrate(
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
     # A stage's function without Prefect: the same store, the same keys, no server.
     full = convert.fn(store_folder(), source, find_toolchain(), "F16", TIMEOUT_S)
-    tokens = tokenize.fn(store_folder(), source, text, spec, sequence_tokens, packing)
+    tokens = tokenize.fn(store_folder(), full, text, spec, sequence_tokens, packing)
     count = CalibrationSet.load(tokens.path(SET_NAME)).samples
     made = calibrate_stage.fn(
         store_folder(), source, full, tokens, count, None, batch_size, dtype, device, labels, seed
@@ -336,7 +336,7 @@ def compensate(
     source = describe_source(gguf, hf_folder=hf_folder)
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
     store, full = store_folder(), _adopt({GGUF_NAME: gguf})
-    tokens = tokenize.fn(store, source, text, spec, sequence_tokens, packing)
+    tokens = tokenize.fn(store, full, text, spec, sequence_tokens, packing)
     count = CalibrationSet.load(tokens.path(SET_NAME)).samples
     grams = gram.fn(store, source, full, tokens, count, batch_size, dtype, device)
     with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:

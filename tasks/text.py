@@ -8,10 +8,9 @@ from samq import calibration
 from samq.calibration import TokenBatch
 from samq.datasets import DatasetSpec, load_texts
 from samq.evaluation.llama import Model
-from samq.model import load_tokenizer
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
-from samq.records import ModelSource, TextSet
+from samq.records import TextSet
 from samq.store import Artifact
 from tasks.stage import stage
 
@@ -24,14 +23,19 @@ def load_text(spec: DatasetSpec) -> TextSet:
     return TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
 
 
-@stage("tokenize", version=1, run_name="tokenize {texts.dataset}", packages=("transformers", "tokenizers"))
+@stage("tokenize", version=2, run_name="tokenize {texts.dataset}", packages=("llama-cpp-python",))
 def tokenize(
-    folder: Path, source: ModelSource, texts: TextSet, spec: DatasetSpec, sequence_tokens: int, packing: bool
+    folder: Path, full: Artifact, texts: TextSet, spec: DatasetSpec, sequence_tokens: int, packing: bool
 ) -> None:
-    """`tokens.npz` and `calibration-set.json`: the sequences that gradients are taken on."""
-    with bar(f"tokenize {texts.dataset}"):
+    """`tokens.npz` and `calibration-set.json`: the sequences that gradients are taken on, by the GGUF's own tokenizer."""
+    with bar(f"tokenize {texts.dataset}"), Model(full.path(GGUF_NAME), allocate=False) as model:
         calibration_set, tokens = calibration.tokenize(
-            texts.texts, load_tokenizer(source), spec=spec, sequence_tokens=sequence_tokens, packing=packing
+            texts.texts,
+            lambda text: model.tokenize(text, add_special=True).tolist(),
+            bos=model.bos if model.adds_bos else None,
+            spec=spec,
+            sequence_tokens=sequence_tokens,
+            packing=packing,
         )
     tokens.save(folder / TOKENS_NAME)
     calibration_set.save(folder / SET_NAME)

@@ -11,7 +11,9 @@ from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
-STAGES = "convert tokenize heldout imatrix baseline plan rung calibrate price check assemble evaluate benchmark".split()
+STAGES = (
+    "convert tokenize heldout imatrix baseline plan rung gram calibrate price check assemble compensate evaluate benchmark"
+).split()
 
 
 @pytest.fixture

@@ -16,32 +16,36 @@ def words(*numbers):
     return " ".join(f"w{number}" for number in numbers)
 
 
+def by(tokenizer):
+    return {"encode": lambda text: tokenizer(text)["input_ids"], "bos": tokenizer.bos_token_id}
+
+
 def sequences(tokens):
     return [tokens.sequence(index).tolist() for index in range(len(tokens))]
 
 
 def test_a_text_is_one_sequence_cut_at_the_limit():
     texts = [words(*range(1, 9)), words(5, 6)]
-    _, tokens = tokenize(texts, tiny_tokenizer(), spec=SPEC, sequence_tokens=5)
+    _, tokens = tokenize(texts, **by(tiny_tokenizer()), spec=SPEC, sequence_tokens=5)
     assert sequences(tokens) == [[0, 1, 2, 3, 4], [0, 5, 6]]
     assert tokens.ids.dtype == tokens.lengths.dtype == np.int32
 
 
 def test_packing_goes_on_in_sequences_that_each_start_with_bos():
     texts = [words(*range(1, 11)), words(5, 6)]
-    _, tokens = tokenize(texts, tiny_tokenizer(), spec=SPEC, sequence_tokens=5, packing=True)
+    _, tokens = tokenize(texts, **by(tiny_tokenizer()), spec=SPEC, sequence_tokens=5, packing=True)
     assert sorted(sequences(tokens)) == [[0, 1, 2, 3, 4], [0, 5, 6], [0, 5, 6, 7, 8]]  # 9 and 10 are left over
 
 
 def test_without_bos_packing_loses_nothing_between_sequences():
     tokenizer = tiny_tokenizer(bos=False)
-    _, tokens = tokenize([words(*range(1, 9))], tokenizer, spec=SPEC, sequence_tokens=4, packing=True)
+    _, tokens = tokenize([words(*range(1, 9))], **by(tokenizer), spec=SPEC, sequence_tokens=4, packing=True)
     assert sorted(sequences(tokens)) == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_the_record_says_what_was_used():
     texts = [words(1, 2, 3), words(4), words(5, 6)]
-    record, tokens = tokenize(texts, tiny_tokenizer(bos=False), spec=SPEC, sequence_tokens=8)
+    record, tokens = tokenize(texts, **by(tiny_tokenizer(bos=False)), spec=SPEC, sequence_tokens=8)
     assert sequences(tokens) == [[1, 2, 3], [5, 6]]  # a single token predicts nothing
     assert (record.dataset, record.fields, record.seed) == ("texts", ("body",), 3)
     assert (record.samples, record.tokens, record.sequence_tokens) == (2, 5, 8)
@@ -53,7 +57,7 @@ def test_packed_sequences_are_shuffled_by_the_seed_so_that_the_first_are_of_all_
 
     def starts(seed):
         spec = SPEC.model_copy(update={"seed": seed})
-        _, tokens = tokenize(texts, tokenizer, spec=spec, sequence_tokens=4, packing=True)
+        _, tokens = tokenize(texts, **by(tokenizer), spec=spec, sequence_tokens=4, packing=True)
         return tokens.ids[:, 1].tolist()
 
     assert starts(0) == starts(0) != starts(1)
@@ -63,9 +67,9 @@ def test_packed_sequences_are_shuffled_by_the_seed_so_that_the_first_are_of_all_
 
 def test_nothing_to_predict_is_refused():
     with pytest.raises(SamqError, match="gives no sequence of 2 to 8 tokens"):
-        tokenize([words(1)], tiny_tokenizer(bos=False), spec=SPEC, sequence_tokens=8)
+        tokenize([words(1)], **by(tiny_tokenizer(bos=False)), spec=SPEC, sequence_tokens=8)
     with pytest.raises(SamqError, match="sequences of 1 tokens hold nothing to predict"):
-        tokenize([words(1, 2)], tiny_tokenizer(), spec=SPEC, sequence_tokens=1)
+        tokenize([words(1, 2)], **by(tiny_tokenizer()), spec=SPEC, sequence_tokens=1)
 
 
 def test_saved_tokens_are_the_same_bytes_at_any_time(tmp_path, monkeypatch):
