@@ -12,6 +12,7 @@ from samq.cost import CostSettings
 from samq.datasets import DatasetSpec
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.formats import check_mixture, check_type
+from samq.gram import GRAM_TOKENS
 from samq.ladder import DEFAULT_TYPES
 from samq.records import Rounding
 from samq.selection import Finalists, SelectionRule
@@ -63,6 +64,11 @@ class CalibrationParameters(Parameters):
     )
     check_sequences: int = Field(
         default=8, ge=0, description="last sequences, kept apart to check the prediction on, two at least; 0: no check"
+    )
+    gram_tokens: int = Field(
+        default=GRAM_TOKENS,
+        ge=1,
+        description="tokens that Gram matrices, for compensated rounding, are measured on; more bring little",
     )
     imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
 

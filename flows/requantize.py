@@ -112,7 +112,17 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
 
     available = CalibrationSet.load(tokens.path(SET_NAME)).samples - calibration.check_sequences
     grams = (
-        gram(store, source, full, tokens, available, calibration.batch_size, model.dtype, model.device)
+        gram(
+            store,
+            source,
+            full,
+            tokens,
+            available,
+            calibration.gram_tokens,
+            calibration.batch_size,
+            model.dtype,
+            model.device,
+        )
         if wanted.compensated
         else None
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from samq.calibration import TokenBatch, batches
 from samq.errors import SamqError
+from samq.gpu_memory import needs_gpu_memory
 from samq.gradients import SampleGradients
 from samq.layout import Weight
 from samq.progress import Progress, silent
@@ -86,13 +87,11 @@ def backpropagate(
                 device: torch.zeros(len(weights), len(lengths), numbers, dtype=torch.float64, device=device)
                 for device in devices
             }
-            try:
+            with needs_gpu_memory(
+                f"a pass over {len(lengths)} sequences of up to {max(lengths)} tokens",
+                "use a smaller batch size or shorter sequences",
+            ):
                 losses[here] = _backward(model, gradients, ids, mask, targets if labels == "text" else None, streams)
-            except torch.OutOfMemoryError as error:
-                raise SamqError(
-                    f"the GPU's memory does not hold a pass over {len(lengths)} sequences of up to {max(lengths)} tokens; "
-                    "use a smaller batch size or shorter sequences"
-                ) from error
             _check_losses(losses[here], weights, first_sequence + done, text)
             reduced[:, here] = np.sum([part.cpu().numpy() for part in batch.values()], axis=0)
             _check_reduced(reduced[:, here], weights, first_sequence + done, text)

@@ -324,7 +324,7 @@ def compensate(
     from samq import compensation
     from samq.datasets import DatasetSpec, load_texts
     from samq.gguf_file import file_sha256
-    from samq.gram import GramMatrices
+    from samq.gram import GRAM_TOKENS, GramMatrices
     from samq.model import compute_device, describe_source
     from samq.quantizer import GGUF_NAME
     from samq.records import CalibrationSet, TextSet
@@ -338,7 +338,7 @@ def compensate(
     store, full = store_folder(), _adopt({GGUF_NAME: gguf})
     tokens = tokenize.fn(store, full, text, spec, sequence_tokens, packing)
     count = CalibrationSet.load(tokens.path(SET_NAME)).samples
-    grams = gram.fn(store, source, full, tokens, count, batch_size, dtype, device)
+    grams = gram.fn(store, source, full, tokens, count, GRAM_TOKENS, batch_size, dtype, device)
     with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
         done = compensation.compensate(
             gguf,

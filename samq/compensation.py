@@ -8,6 +8,7 @@ reads the file as any other.
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from samq.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
 from samq.errors import SamqError
 from samq.gguf_file import open_gguf, read_rows, read_tensors, to_float
 from samq.gram import GramMatrices
+from samq.prices import rounding_error
 from samq.progress import Progress, silent
 from samq.records import Compensation, OutputError, PriceTable
 
@@ -72,11 +74,11 @@ def compensate(
             source, compensator = "", None
             for done, tensor in enumerate(wanted):
                 progress(done, len(wanted))
+                if _is_exact(originals[tensor.name], tensor):
+                    continue
                 if compensator is None or grams.source[tensor.name] != source:
                     source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
-                error = _compensate_tensor(originals[tensor.name], tensor, compensator, file)
-                if error.nearest:
-                    errors[tensor.name] = error
+                errors[tensor.name] = _compensate_tensor(originals[tensor.name], tensor, compensator, file)
             progress(len(wanted), len(wanted))
     except OSError as error:
         raise SamqError(f"cannot write {output}: {error.strerror}; choose a folder that can be written to") from error
@@ -89,22 +91,31 @@ def _compensate_tensor(
     """Write the tensor's rows to the file where they lie; returns their errors before and after."""
     kind, row_length = quantized.tensor_type, int(quantized.shape[0])
     stored = quantized.data.reshape(-1, quantized.data.shape[-1])
-    slab = max(1, _SLAB_WEIGHTS // row_length)
     before = after = 0.0
-    for first in range(0, len(stored), slab):
-        rows = slice(first, first + slab)
+    for rows in _slabs(quantized):
         nearest, weights = np.array(stored[rows]), read_rows(original, rows)
-        if not (to_float(kind, nearest, row_length) - weights).any():
-            continue
         blocks = write_codes(kind.name, nearest, compensator.codes(weights, read_grid(kind.name, nearest)))
         errors = [compensator.output_error(to_float(kind, data, row_length) - weights) for data in (nearest, blocks)]
         worse = errors[1] >= errors[0]
         blocks[worse] = nearest[worse]
         before += float(errors[0].sum())
         after += float(np.minimum(*errors).sum())
-        file.seek(int(quantized.data_offset) + first * stored.shape[1])
+        file.seek(int(quantized.data_offset) + rows.start * stored.shape[1])
         file.write(blocks.tobytes())
     return OutputError(nearest=before, compensated=after)
+
+
+def _is_exact(original: ReaderTensor, quantized: ReaderTensor) -> bool:
+    """Whether the weights are held as they are, as where full precision was itself made from this type."""
+    return not any(rounding_error(original, quantized, rows).any() for rows in _slabs(quantized))
+
+
+def _slabs(tensor: ReaderTensor) -> Iterator[slice]:
+    """The rows of a tensor, some at a time; stacked experts' rows follow one another."""
+    row_length, weights = int(tensor.shape[0]), int(tensor.n_elements)
+    step = max(1, _SLAB_WEIGHTS // row_length)
+    for first in range(0, weights // row_length, step):
+        yield slice(first, first + step)
 
 
 def compensated_prices(

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from samq.backpropagation import Labels, backpropagate
 from samq.calibration import TokenBatch
 from samq.errors import SamqError
+from samq.gpu_memory import needs_gpu_memory
 from samq.layout import Weight, weights_of
 from samq.progress import Progress, silent
 from samq.records import SensitivityMap, TensorSensitivity
@@ -76,7 +77,8 @@ def measure_sensitivity(
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
     weights = weights_of(model, names)
-    blocks = _Blocks(weights, block_weights, second_moment)
+    with needs_gpu_memory("the Fisher information beside the model", "use larger blocks, bfloat16 or the CPU"):
+        blocks = _Blocks(weights, block_weights, second_moment)
     losses, reduced = backpropagate(
         model,
         tokens,

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from samq import audit, compensation
 from samq.calibration import TokenBatch
 from samq.gguf_file import read_metadata
@@ -28,16 +30,21 @@ def gram(
     full: Artifact,
     tokens: Artifact,
     count: int,
+    most_tokens: int,
     batch_size: int,
     dtype: str,
     device: str,
 ) -> None:
-    """`gram.safetensors`: how the inputs of every linear layer vary together, on the first `count` sequences."""
+    """`gram.safetensors`: how the inputs of every linear layer vary together, on the first `count` sequences,
+    or as many of them as `most_tokens` come from.
+    """
+    batch = TokenBatch.load(tokens.path(TOKENS_NAME))
+    enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
     model, names = load_full(source, full, dtype, device)
     with bar(f"gram {source.name}") as progress:
         measure_gram(
             model,
-            TokenBatch.load(tokens.path(TOKENS_NAME)).part(0, count),
+            batch.part(0, min(count, enough)),
             folder / GRAM_NAME,
             names=names,
             batch_size=batch_size,

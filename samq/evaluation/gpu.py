@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says: the GPU memory of this process, what is free, and the GPUs' names."""
+"""What NVIDIA's driver says of the GPUs that this process may use: its memory on them, what is free, and their names."""
 
 import os
 from threading import Event, Thread
@@ -72,11 +72,26 @@ def free_bytes() -> int | None:
 
 
 def _devices() -> list[Any]:
+    """The GPUs that CUDA programs may use here, as CUDA_VISIBLE_DEVICES has it."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
-    return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    # CUDA takes those up to the first that does not exist, by index or by UUID.
+    devices = []
+    for name in filter(None, map(str.strip, visible.split(","))):
+        try:
+            devices.append(
+                pynvml.nvmlDeviceGetHandleByIndex(int(name))
+                if name.isdigit()
+                else pynvml.nvmlDeviceGetHandleByUUID(name)
+            )
+        except pynvml.NVMLError:
+            break
+    return devices
 
 
 def _used(device: Any) -> int:

@@ -8,6 +8,7 @@ wanted are computed. Models and contexts are context managers: what llama.cpp al
 import ctypes
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ KV_TYPES = {"F32": api.GGML_TYPE_F32, "F16": api.GGML_TYPE_F16, "Q8_0": api.GGML
 PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
 _BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|failed to allocate|unable to allocate|cannot allocate|insufficient memory|bad_alloc|alloc\w* failed",
+    re.IGNORECASE,
+)
 _captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
 _captures_lock = threading.Lock()
 
@@ -98,7 +103,12 @@ class Model:
         with captured_log(errors_only=True) as log:
             handle = api.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
-            raise SamqError(f"llama.cpp cannot load {path}: {first_error(log())}; check the file with `samq inspect`")
+            advice = (
+                "the GPU's memory does not hold it; set gpu_layers to fewer"
+                if is_out_of_memory(log()) and params.n_gpu_layers
+                else "check the file with `samq inspect`"
+            )
+            raise SamqError(f"llama.cpp cannot load {path}: {first_error(log())}; {advice}")
         self.path = Path(path)
         self._model: Any = handle
         self.vocab = api.llama_model_get_vocab(handle)
@@ -325,6 +335,11 @@ class Context:
 def _padded(tokens: int) -> int:
     """What llama.cpp makes of a context length: a multiple of 256."""
     return -(-tokens // 256) * 256
+
+
+def is_out_of_memory(errors: Sequence[str]) -> bool:
+    """Whether a call failed because memory did not suffice, the processor's or a GPU's."""
+    return any(_OUT_OF_MEMORY.search(line) for line in errors)
 
 
 def first_error(errors: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """Loading a GGUF so that it can serve: verified, fitted into memory, and proven to answer."""
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -10,7 +9,7 @@ import psutil
 
 from samq.errors import SamqError
 from samq.evaluation import gpu
-from samq.evaluation.llama import Model, captured_log, default_gpu_layers
+from samq.evaluation.llama import Model, captured_log, default_gpu_layers, is_out_of_memory
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf_file import file_sha256
@@ -25,10 +24,6 @@ KV_Q4_WARNING = (
     "a Q4_0 KV cache rounds every key and value to 4 bits, which adds to the error of quantized weights and grows with "
     "the length of the context; the evaluation that chose this model saw none of it unless its kv_type was Q4_0 too: "
     "prefer Q8_0"
-)
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|failed to allocate|unable to allocate|cannot allocate|insufficient memory|bad_alloc|alloc\w* failed",
-    re.IGNORECASE,
 )
 _REPEATED = 8  # one token so many times, and no other, is no answer
 
@@ -158,7 +153,7 @@ def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
                     model.close()
                     raise
             except SamqError as error:
-                if not any(_OUT_OF_MEMORY.search(line) for line in log()):
+                if not is_out_of_memory(log()):
                     raise
                 failure = error
                 continue

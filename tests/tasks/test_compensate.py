@@ -48,7 +48,7 @@ def made(toolchain, tmp_path_factory):
     tokens = publish("tokenize", save_text)
     rungs = {name: rung.fn(root, name, full, None, toolchain, 60.0) for name in ("Q3_K", "Q4_K", "Q6_K")}
     sensitivities = calibrate.fn(root, source, full, tokens, 16, None, 4, "float32", "cpu", "model", 0)
-    grams = gram.fn(root, source, full, tokens, 16, 4, "float32", "cpu")
+    grams = gram.fn(root, source, full, tokens, 16, 10_000, 4, "float32", "cpu")
     nearest_prices = price.fn(root, full, rungs, sensitivities, None, toolchain)
     prices = price_compensated.fn(root, nearest_prices, grams, "cpu")
     plan = plan_budget.fn(root, full, None, prices, BUDGET, BudgetPolicy(), toolchain)

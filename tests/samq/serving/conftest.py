@@ -1,3 +1,5 @@
+import os
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -7,6 +9,7 @@ import httpx
 import pytest
 import uvicorn
 
+from samq.gguf_file import file_sha256
 from samq.serving.app import Server, create_app
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
@@ -67,6 +70,16 @@ def running(source, *, wait=True, **settings):
     finally:
         listener.should_exit = True
         thread.join()
+
+
+def put(source, target):
+    """Replace a file as a whole, as `samq quantize` does."""
+    copy = shutil.copy(source, target.with_suffix(".new"))
+    os.replace(copy, target)
+
+
+def serves(server, gguf):
+    return lambda: server.ready().get("model", {}).get("sha256") == file_sha256(gguf)
 
 
 @pytest.fixture(scope="session")

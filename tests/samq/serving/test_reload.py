@@ -1,7 +1,6 @@
 """The model changes under a running server."""
 
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,15 +12,9 @@ from samq.gguf_file import file_sha256
 from samq.serving.registry import connect
 from samq.serving.source import FileSource, registry_source
 from tests.conftest import write_tiny_gguf
-from tests.samq.serving.conftest import running
+from tests.samq.serving.conftest import put, running, serves
 from tests.samq.serving.test_answers import events
 from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
-
-
-def put(source, target):
-    """Replace a file as a whole, as `samq quantize` does."""
-    copy = shutil.copy(source, target.with_suffix(".new"))
-    os.replace(copy, target)
 
 
 def write_silent_gguf(path):
@@ -29,10 +22,6 @@ def write_silent_gguf(path):
     return write_tiny_gguf(
         path, vocabulary=260, spread=np.nan, add_tokenizer=lambda writer: add_byte_vocabulary(writer, None)
     )
-
-
-def serves(server, gguf):
-    return lambda: server.ready().get("model", {}).get("sha256") == file_sha256(gguf)
 
 
 @pytest.fixture

@@ -1,0 +1,115 @@
+"""llama.cpp on a GPU: the same model as on the CPU, the same numbers every time, and the memory that was predicted."""
+
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+
+from samq.calibration import TokenBatch
+from samq.errors import SamqError
+from samq.evaluation import gpu
+from samq.evaluation.divergence import compare
+from samq.evaluation.generation import generate
+from samq.evaluation.llama import Model, captured_log
+from samq.evaluation.measure import compute_baseline, evaluate
+from samq.evaluation.memory import predict_memory
+from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+
+MIB = 2**20
+SETTINGS = EvaluationSettings(
+    context_tokens=256, chunks=4, json_prompts=4, json_tokens=16, speed_requests=2, speed_warmup=1,
+    vram_context_tokens=8192, threads=2,
+)  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(3, 259, 256).astype(np.int32)
+
+
+def logits(model):
+    with model.context(len(TOKENS), threads=2) as context:
+        return context.decode(TOKENS, np.arange(len(TOKENS)), 0, True).copy()
+
+
+def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(chat_gguf):
+    found = []
+    for layers in (0, 5, None, None):
+        with Model(chat_gguf, gpu_layers=layers) as model:
+            found.append(logits(model))
+            if layers is None:
+                assert model.gpu_layers == -1
+                assert np.array_equal(logits(model), found[-1])
+    cpu, some, one, two = found
+    assert np.array_equal(one, two)
+    for other in (some, one):
+        scored = compare(cpu, other, TOKENS)
+        assert scored["kld"].mean() < 1e-4 and scored["same_top"].mean() > 0.98
+
+
+def test_answers_are_the_same_every_time(chat_gguf):
+    with Model(chat_gguf) as model:
+        prompts = [TOKENS[start : start + 40] for start in range(0, 200, 10)]
+        answer = partial(generate, model, prompts, limit=30, finished=lambda text: False)
+        assert answer() == answer()
+
+
+@pytest.mark.parametrize("kv_type", ["F16", "Q8_0"])
+def test_weights_and_cache_are_as_large_as_predicted(chat_gguf, kv_type):
+    settings = EvaluationSettings(vram_context_tokens=8192, kv_type=kv_type)
+    predicted = {name: metric.value for name, metric in predict_memory(chat_gguf, settings).items()}
+    with captured_log() as log, Model(chat_gguf) as model, model.context(8192, outputs=1, kv_type=kv_type):
+        sizes = {
+            what: sum(
+                float(size) for size in re.findall(rf"CUDA\d+ {what} buffer size = +([\d.]+) MiB", "\n".join(log()))
+            )
+            for what in ("model", "KV", "compute")
+        }
+    assert predicted["memory/weights_bytes"] / MIB == pytest.approx(sizes["model"], abs=0.02)
+    assert predicted["memory/kv_cache_bytes"] / MIB == pytest.approx(sizes["KV"], abs=0.02)
+    assert predicted["memory/compute_buffer_bytes"] / MIB == pytest.approx(sizes["compute"], abs=0.02)
+
+
+def test_the_driver_sees_what_was_predicted_and_that_it_is_given_back(chat_gguf):
+    with Model(chat_gguf) as model, model.context(256):
+        pass  # CUDA's own share comes with the first model, and stays
+    before = gpu.used_bytes()
+    predicted = predict_memory(chat_gguf, SETTINGS)["memory/predicted_vram_bytes"].value
+    assert abs(gpu.used_bytes() - before) < 8 * MIB, "a prediction allocates nothing"
+    with Model(chat_gguf) as model, model.context(8192, outputs=1):
+        assert gpu.used_bytes() - before == pytest.approx(predicted, abs=64 * MIB)
+    assert abs(gpu.used_bytes() - before) < 64 * MIB
+
+
+def test_an_evaluation_says_what_it_ran_on_and_a_model_is_no_distance_from_itself(chat_gguf, tmp_path):
+    tokens = TokenBatch.of([np.random.default_rng(1).integers(3, 259, 1200).tolist()]).save(tmp_path / "tokens.npz")
+    given = dict(gguf=chat_gguf, sha256="0" * 64, tokens=tokens, settings=SETTINGS)
+    compute_baseline(BaselineRequest(output=tmp_path / "base", **given), lambda *_: None)
+    request = EvaluationRequest(name="same", baseline=tmp_path / "base", output=tmp_path / "out", **given)
+    found = evaluate(request, lambda *_: None)
+    assert found.missing == {}
+    assert found.metrics["fidelity/mean_kld_nats"].value == 0
+    assert found.metrics["fidelity/same_top_percent"].value == 100
+    assert found.environment["gpu"] == ", ".join(gpu.names()) and "NVIDIA" in found.environment["gpu"]
+    assert "CUDA" in found.environment["llama_cpp_features"]
+    assert found.environment["measured_vram_peak_of"] == "this process"
+    # with CUDA's own share, and what other tests of this process hold
+    weights = found.metrics["memory/weights_bytes"].value
+    assert weights < found.metrics["memory/measured_vram_peak_bytes"].value < weights + 4000 * MIB
+
+
+def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(chat_gguf, leave):
+    with (
+        leave(200 * MIB),
+        pytest.raises(SamqError, match=r"the GPU's memory does not hold it; set gpu_layers to fewer"),
+    ):
+        Model(chat_gguf)
+    with leave(200 * MIB), Model(chat_gguf, gpu_layers=2) as model:
+        assert model.gpu_layers == 2
+
+
+def test_gpus_that_cuda_may_not_use_are_not_counted(monkeypatch):
+    assert gpu.names() and gpu.free_bytes() > 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert len(gpu.names()) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99,0")
+    assert gpu.names() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.names() == [] and gpu.free_bytes() is None

@@ -1,0 +1,131 @@
+"""What is measured with torch: a GPU gives what the CPU gives, the same every time, and says when its memory is full."""
+
+import numpy as np
+import pytest
+import torch
+
+from samq.calibration import TokenBatch
+from samq.errors import SamqError
+from samq.gram import GramMatrices, measure_gram
+from samq.model import describe_source, load_model
+from samq.prediction_check import check_prediction
+from samq.sensitivity import measure_sensitivity
+from tests.samq.test_prediction_check import MODELS, quantized
+from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama
+
+MIB = 2**20
+WIDE = dict(hidden_size=512, intermediate_size=1000, max_position_embeddings=256, initializer_range=0.05)
+
+
+def measure(model, tokens, architecture="llama", **arguments):
+    return measure_sensitivity(
+        model, tokens, names=names_of(model, architecture), model_digest="m", calibration_digest="c", **arguments
+    )
+
+
+def text(sequences=6, length=256):
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (sequences, length))
+    return TokenBatch.of(ids.tolist())
+
+
+@pytest.fixture
+def memory(request):
+    """Bytes that torch may still take, for the length of a test."""
+
+    def limit(more):
+        torch.cuda.empty_cache()
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / whole)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("labels", ["text", "model"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_sensitivities_are_those_of_the_cpu(kind, labels):
+    make, architecture = MODELS[kind]
+    (one, fisher), (two, fisher_two) = (
+        measure(make().to(device), random_tokens(), architecture, labels=labels) for device in ("cpu", "cuda")
+    )
+    assert two.loss_nats == pytest.approx(one.loss_nats, rel=1e-5)
+    for name, tensor in one.tensors.items():
+        assert two.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=1e-3)
+        np.testing.assert_allclose(fisher_two[name], fisher[name], rtol=1e-2, atol=1e-6 * fisher[name].max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_runs_are_identical(tied, batch_size, dtype):
+    model = tiny_llama(tied, **WIDE).to("cuda", dtype)
+    runs = [measure(model, text(), labels="model", batch_size=batch_size) for _ in range(2)]
+    assert runs[0][0] == runs[1][0]
+    assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+
+
+def test_bfloat16_is_near_float32():
+    exact, rounded = (
+        measure(tiny_llama(**WIDE).to("cuda", dtype), text())[0] for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.loss_nats == pytest.approx(exact.loss_nats, rel=0.01)
+    for name, tensor in exact.tensors.items():
+        assert rounded.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_check_of_a_prediction_is_that_of_the_cpu(kind, tmp_path):
+    make, architecture = MODELS[kind]
+    arguments = quantized(make(), tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
+    one, two = (check_prediction(make().to(device), random_tokens(), **arguments) for device in ("cpu", "cuda"))
+    for figure in ("additive", "by_tensor", "joint"):
+        assert getattr(two, figure).value == pytest.approx(getattr(one, figure).value, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gram_matrices_are_those_of_the_cpu_and_the_same_every_time(kind, tmp_path):
+    make, architecture = MODELS[kind]
+    for file, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
+        model = make().to(device)
+        measure_gram(model, random_tokens(), tmp_path / file, names=names_of(model, architecture), batch_size=2)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    one, two = (GramMatrices(tmp_path / file) for file in ("cpu", "one"))
+    assert one.source == two.source
+    for name in one.source:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["auto", "cuda:0"])
+def test_a_model_is_loaded_onto_the_gpu(device, dtype, tmp_path):
+    source = describe_source(save_folder(tiny_llama(), tmp_path / "tiny"))
+    model, _ = load_model(source, dtype, device)
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda:0")}
+    one, _ = measure(model, random_tokens())
+    two, _ = measure(load_model(source, dtype, "cpu")[0], random_tokens())
+    assert one.loss_nats == pytest.approx(two.loss_nats, rel=1e-5 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:0"])
+def test_a_model_that_the_memory_does_not_hold_is_one_sentence(device, tmp_path, memory):
+    source = describe_source(save_folder(tiny_llama(**WIDE), tmp_path / "tiny"))
+    memory(4 * MIB)
+    with pytest.raises(SamqError, match=r"transformers cannot load tiny as float32 on \w+.*out of memory"):
+        load_model(source, device=device)
+
+
+def test_a_pass_that_the_memory_does_not_hold_is_one_sentence(memory):
+    model, tokens = tiny_llama(**WIDE).cuda(), text(64)
+    measure(model, tokens.part(0, 2))
+    memory(64 * MIB)
+    with pytest.raises(SamqError, match="the GPU's memory does not hold a pass over 64 sequences of up to 256 tokens"):
+        measure(model, tokens, batch_size=64)
+    assert measure(model, tokens.part(0, 2))[0].samples == 2, "what failed has left nothing behind"
+
+
+def test_sums_that_the_memory_does_not_hold_are_one_sentence(memory):
+    model = tiny_llama(**WIDE).cuda()
+    memory(2 * MIB)
+    with pytest.raises(SamqError, match="the GPU's memory does not hold the Fisher information"):
+        measure(model, text(2), block_weights=1)
