@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from samq import compensation
 from samq.allocation import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
 from samq.assembly import write_assembled
 from samq.budget import Budget, BudgetPolicy, budget_plan
@@ -87,7 +88,8 @@ class Bench:
 
     def _rounding(self, plan: Plan) -> list[str]:
         """What its bytes depend on beside the plan's types."""
-        return [] if plan.rounding == "nearest" else [plan.rounding, file_sha256(self.grams)]
+        sources = (self.grams, Path(compensation.__file__))
+        return [] if plan.rounding == "nearest" else [plan.rounding, *map(file_sha256, sources)]
 
 
 def main() -> None:

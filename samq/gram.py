@@ -87,7 +87,13 @@ def measure_gram(
             progress(done * total + sequences, len(groups) * total)
 
         with _Inputs(layers, frozenset(group)) as inputs:
-            inputs.forward(model, tokens, batch_size, say)
+            try:
+                inputs.forward(model, tokens, batch_size, say)
+            except torch.OutOfMemoryError as error:
+                raise SamqError(
+                    f"the GPU's memory does not hold {len(group)} Gram matrices beside the model and {batch_size} "
+                    "sequences; use a smaller batch size, shorter sequences, or more GPUs"
+                ) from error
         for name, matrix in inputs.sums.items():
             if not torch.isfinite(matrix).all():
                 raise SamqError(f"what enters {name} has NaN or Inf on the calibration text; load the model in float32")

@@ -65,10 +65,9 @@ def used_bytes() -> int | None:
     return sum(_used_by(device, os.getpid()) for device in devices) if devices else None
 
 
-def free_bytes() -> int | None:
-    """GPU memory that nobody holds now, over all GPUs; None without NVML."""
-    devices = _devices()
-    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).free) for device in devices) if devices else None
+def free_bytes() -> list[int]:
+    """Memory of each GPU that nobody holds now; empty without NVML."""
+    return [int(pynvml.nvmlDeviceGetMemoryInfo(device).free) for device in _devices()]
 
 
 def _devices() -> list[Any]:

@@ -97,6 +97,9 @@ class Model:
         _start_backend()
         params = api.llama_model_default_params()
         params.n_gpu_layers = self.gpu_layers = default_gpu_layers() if gpu_layers is None else gpu_layers
+        if params.n_gpu_layers == 0:  # else llama.cpp would still take a GPU's memory, for large batches
+            no_devices = (ctypes.c_void_p * 1)(None)
+            params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         if not allocate:
             params.no_alloc = True
             params.load_mode = api.LLAMA_LOAD_MODE_NONE  # nothing can be memory-mapped that is not allocated

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 import psutil
 
 from samq.errors import SamqError
 from samq.evaluation import gpu
-from samq.evaluation.llama import Model, captured_log, default_gpu_layers, is_out_of_memory
+from samq.evaluation.llama import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf_file import file_sha256
@@ -25,6 +25,9 @@ KV_Q4_WARNING = (
     "the length of the context; the evaluation that chose this model saw none of it unless its kv_type was Q4_0 too: "
     "prefer Q8_0"
 )
+# What computing takes of a GPU beside what loading took. llama.cpp ends the process when it does not get it (CUDA_CHECK in
+# ggml-cuda.cu), and leaves as much free itself where it chooses layers (fit_params_target in its common.h).
+GPU_SPARE_BYTES = 2**30
 _REPEATED = 8  # one token so many times, and no other, is no answer
 
 
@@ -59,8 +62,8 @@ def fits_beside(gguf: ServedGguf, settings: ServingSettings) -> bool:
         gpu_layers=settings.gpu_layers,
     )
     memory = predict_memory(gguf.path, planned)
-    if _gpu_layers(settings) and (free := gpu.free_bytes()) is not None:
-        return memory["memory/predicted_vram_bytes"].value < free
+    if _gpu_layers(settings) and (free := gpu.free_bytes()):
+        return memory["memory/predicted_vram_bytes"].value < sum(each - GPU_SPARE_BYTES for each in free)
     needed = sum(memory[f"memory/{part}_bytes"].value for part in ("file", "kv_cache", "compute_buffer"))
     return needed < psutil.virtual_memory().available
 
@@ -144,20 +147,37 @@ def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
                 f"{failure}; trying {gpu_layers} of {layers} layers on the GPU and a context of {tokens} tokens"
             )
             logger.warning("%s: out of memory: %s", gguf, notes[-1])
-        with captured_log(errors_only=True) as log:
-            try:
-                model = Model(gguf.path, gpu_layers=gpu_layers)
-                try:
-                    made = model.context(tokens, outputs=1, kv_type=settings.kv_type, threads=settings.threads)
-                except SamqError:
-                    model.close()
-                    raise
-            except SamqError as error:
-                if not is_out_of_memory(log()):
-                    raise
-                failure = error
-                continue
+        try:
+            model, made = _load(gguf, settings, gpu_layers, tokens)
+        except _MemoryShort as error:
+            failure = error
+            continue
         loading = Loading(gpu_layers, tokens, settings.kv_type, tuple(notes))
         logger.info("%s: %d of %d layers on the GPU, a context of %d tokens", gguf, gpu_layers, layers, tokens)
         return ServedModel(gguf, model, made, loading)
     raise SamqError(f"{gguf} does not fit into memory even with a context of {tokens} tokens: {failure}") from failure
+
+
+class _MemoryShort(SamqError):
+    """Less of the model on the GPU, or a shorter context, may load."""
+
+
+def _load(gguf: ServedGguf, settings: ServingSettings, gpu_layers: int, tokens: int) -> tuple[Model, Context]:
+    """One attempt; raises _MemoryShort where memory does not suffice, or would not as soon as there is work."""
+    with captured_log(errors_only=True) as log, ExitStack() as made:
+        try:
+            model = made.enter_context(Model(gguf.path, gpu_layers=gpu_layers))
+            context = made.enter_context(
+                model.context(tokens, outputs=1, kv_type=settings.kv_type, threads=settings.threads)
+            )
+        except SamqError as error:
+            if is_out_of_memory(log()):
+                raise _MemoryShort(str(error)) from error
+            raise
+        if gpu_layers and (left := min(gpu.free_bytes(), default=GPU_SPARE_BYTES)) < GPU_SPARE_BYTES:
+            raise _MemoryShort(
+                f"{left // 2**20} MiB of a GPU's memory would be left, and llama.cpp may take "
+                f"{GPU_SPARE_BYTES // 2**20} while it computes"
+            )
+        made.pop_all()
+    return model, context

@@ -22,9 +22,11 @@ from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.errors import SamqError
 from samq.gguf_file import read_metadata
+from samq.records import Compensation
 from samq.selection import KLD
 from samq.significance import ITEMS_NAME
 from samq.store import Store
+from tasks.compensate import COMPENSATION_NAME
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
@@ -38,6 +40,15 @@ def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
     assert stock.bytes < kept.bytes < results["full"].bytes
     assert stock.evaluation.metrics[KLD].value > 0
     assert sweep.best is not None
+
+
+def test_the_budgets_plan_is_compensated_and_the_others_are_as_llama_quantize_writes_them(sweep):
+    rounding = {result.name: result.plan.rounding for result in sweep.results}
+    assert {name for name, kind in rounding.items() if kind == "compensated"} == {"samq-Q4_K_M"}
+    (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
+    improved = Compensation.load(result.gguf.parent / COMPENSATION_NAME).tensors
+    # The model was made from Q4_1, which most tensors can be held in exactly; the embedding is rounded.
+    assert "token_embd.weight" in improved and all(0 < error.ratio < 1 for error in improved.values())
 
 
 def test_ggufs_carry_where_they_come_from(sweep):

@@ -51,6 +51,12 @@ def test_guards_and_a_gap_of_the_solver_are_said(sweep):
     )
 
 
+def test_compensated_rounding_is_said(sweep):
+    plan = sweep.result("budget-size-of-Q4_K_M").plan
+    said = describe_plan(plan.model_copy(update={"rounding": "compensated"}))
+    assert said == describe_plan(plan).removesuffix(".") + "; rounding errors make up for each other."
+
+
 def test_a_uniform_plan_names_its_type(sweep):
     plan = sweep.result("Q4_K_M").plan.model_copy(
         update={"policy": "uniform", "name": "uniform-Q4_K", "parameters": {"type": "Q4_K"}}

@@ -80,6 +80,16 @@ def test_a_check_is_judged_in_words(sweep, additive, joint, fitted, left_out, ad
     )
 
 
+def test_a_check_of_compensated_rounding_is_judged_with_the_terms_within_tensors(sweep):
+    found = check(sweep, 0.0600, 0.0310).model_copy(
+        update={"rounding": "compensated", "by_tensor": Metric(value=0.0305, stderr=0.0005)}
+    )
+    *_, explained, _, judgement = prediction_section(sweep.results, [found])
+    assert explained.endswith("is to be compared with the cost within tensors.")
+    assert "it costs +1.7 % (within the error) against the table" in judgement
+    assert "leaves out change that by +1.6 % (within the error)." in judgement and "calibrate on more" not in judgement
+
+
 def test_a_checks_figures_stand_beside_the_measured(sweep):
     *_, table, _ = prediction_section(sweep.results, [check(sweep, 0.031, 0.032)])
     kld = sweep.result("budget-size-of-Q4_K_M").kld
