@@ -25,7 +25,7 @@ from samq.prices import rounding_error
 from samq.progress import Progress, silent
 from samq.records import Compensation, OutputError, PriceTable
 
-_DAMPING = 0.01  # (GPTQ's own) of the diagonal's mean, added to it: what the text does not tell about other texts
+_DAMPING = 0.01  # of the diagonal's mean, added to it, as GPTQ does: other texts are not quite as this one
 _BAND = 128  # columns rounded before the rest hear of it
 _SLAB_WEIGHTS = 2**24  # weights rounded at a time
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.calibration import TokenBatch, batches
 from samq.errors import SamqError
+from samq.gpu_memory import needs_gpu_memory
 from samq.layout import Weight, weights_of
 from samq.progress import Progress, silent
 
@@ -86,14 +87,14 @@ def measure_gram(
         def say(sequences: int, total: int, done: int = done) -> None:
             progress(done * total + sequences, len(groups) * total)
 
-        with _Inputs(layers, frozenset(group)) as inputs:
-            try:
-                inputs.forward(model, tokens, batch_size, say)
-            except torch.OutOfMemoryError as error:
-                raise SamqError(
-                    f"the GPU's memory does not hold {len(group)} Gram matrices beside the model and {batch_size} "
-                    "sequences; use a smaller batch size, shorter sequences, or more GPUs"
-                ) from error
+        with (
+            _Inputs(layers, frozenset(group)) as inputs,
+            needs_gpu_memory(
+                f"{len(group)} Gram matrices beside the model and {batch_size} sequences",
+                "use a smaller batch size, shorter sequences, or more GPUs",
+            ),
+        ):
+            inputs.forward(model, tokens, batch_size, say)
         for name, matrix in inputs.sums.items():
             if not torch.isfinite(matrix).all():
                 raise SamqError(f"what enters {name} has NaN or Inf on the calibration text; load the model in float32")
