@@ -22,20 +22,26 @@ def cuda_build(gpu):
         pytest.skip("llama.cpp was built without CUDA: CMAKE_ARGS=-DGGML_CUDA=ON make setup")
 
 
-def write_chat_gguf(path, seed=0):
-    """A model that can be served, of 380 MB and 16 layers."""
+def write_chat_gguf(path, seed=0, spread=0.002):
+    """A model of 380 MB and 16 layers, small enough in its weights that it does not say one token over and over."""
     return write_tiny_gguf(
         path,
         width=1024,
         hidden=2816,
         blocks=16,
         vocabulary=260,
-        spread=0.03,
+        spread=spread,
         seed=seed,
         context=8192,
         rare=[0, 1, 2],
         add_tokenizer=lambda writer: add_byte_vocabulary(writer, TEMPLATE),
     )
+
+
+@pytest.fixture(scope="session")
+def sharp_gguf(cuda_build, tmp_path_factory):
+    """One whose next tokens are not all alike, so that rounding shows."""
+    return write_chat_gguf(tmp_path_factory.mktemp("sharp") / "sharp.gguf", spread=0.03)
 
 
 @pytest.fixture(scope="session")

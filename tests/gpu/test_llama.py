@@ -29,10 +29,10 @@ def logits(model):
         return context.decode(TOKENS, np.arange(len(TOKENS)), 0, True).copy()
 
 
-def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(chat_gguf):
+def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(sharp_gguf):
     found = []
     for layers in (0, 5, None, None):
-        with Model(chat_gguf, gpu_layers=layers) as model:
+        with Model(sharp_gguf, gpu_layers=layers) as model:
             found.append(logits(model))
             if layers is None:
                 assert model.gpu_layers == -1
@@ -44,18 +44,18 @@ def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(chat_gguf):
         assert scored["kld"].mean() < 1e-4 and scored["same_top"].mean() > 0.98
 
 
-def test_answers_are_the_same_every_time(chat_gguf):
-    with Model(chat_gguf) as model:
+def test_answers_are_the_same_every_time(sharp_gguf):
+    with Model(sharp_gguf) as model:
         prompts = [TOKENS[start : start + 40] for start in range(0, 200, 10)]
         answer = partial(generate, model, prompts, limit=30, finished=lambda text: False)
         assert answer() == answer()
 
 
 @pytest.mark.parametrize("kv_type", ["F16", "Q8_0"])
-def test_weights_and_cache_are_as_large_as_predicted(chat_gguf, kv_type):
+def test_weights_and_cache_are_as_large_as_predicted(sharp_gguf, kv_type):
     settings = EvaluationSettings(vram_context_tokens=8192, kv_type=kv_type)
-    predicted = {name: metric.value for name, metric in predict_memory(chat_gguf, settings).items()}
-    with captured_log() as log, Model(chat_gguf) as model, model.context(8192, outputs=1, kv_type=kv_type):
+    predicted = {name: metric.value for name, metric in predict_memory(sharp_gguf, settings).items()}
+    with captured_log() as log, Model(sharp_gguf) as model, model.context(8192, outputs=1, kv_type=kv_type):
         sizes = {
             what: sum(
                 float(size) for size in re.findall(rf"CUDA\d+ {what} buffer size = +([\d.]+) MiB", "\n".join(log()))
@@ -67,20 +67,20 @@ def test_weights_and_cache_are_as_large_as_predicted(chat_gguf, kv_type):
     assert predicted["memory/compute_buffer_bytes"] / MIB == pytest.approx(sizes["compute"], abs=0.02)
 
 
-def test_the_driver_sees_what_was_predicted_and_that_it_is_given_back(chat_gguf):
-    with Model(chat_gguf) as model, model.context(256):
+def test_the_driver_sees_what_was_predicted_and_that_it_is_given_back(sharp_gguf):
+    with Model(sharp_gguf) as model, model.context(256):
         pass  # CUDA's own share comes with the first model, and stays
     before = gpu.used_bytes()
-    predicted = predict_memory(chat_gguf, SETTINGS)["memory/predicted_vram_bytes"].value
+    predicted = predict_memory(sharp_gguf, SETTINGS)["memory/predicted_vram_bytes"].value
     assert abs(gpu.used_bytes() - before) < 8 * MIB, "a prediction allocates nothing"
-    with Model(chat_gguf) as model, model.context(8192, outputs=1):
+    with Model(sharp_gguf) as model, model.context(8192, outputs=1):
         assert gpu.used_bytes() - before == pytest.approx(predicted, abs=64 * MIB)
     assert abs(gpu.used_bytes() - before) < 64 * MIB
 
 
-def test_an_evaluation_says_what_it_ran_on_and_a_model_is_no_distance_from_itself(chat_gguf, tmp_path):
+def test_an_evaluation_says_what_it_ran_on_and_a_model_is_no_distance_from_itself(sharp_gguf, tmp_path):
     tokens = TokenBatch.of([np.random.default_rng(1).integers(3, 259, 1200).tolist()]).save(tmp_path / "tokens.npz")
-    given = dict(gguf=chat_gguf, sha256="0" * 64, tokens=tokens, settings=SETTINGS)
+    given = dict(gguf=sharp_gguf, sha256="0" * 64, tokens=tokens, settings=SETTINGS)
     compute_baseline(BaselineRequest(output=tmp_path / "base", **given), lambda *_: None)
     request = EvaluationRequest(name="same", baseline=tmp_path / "base", output=tmp_path / "out", **given)
     found = evaluate(request, lambda *_: None)
@@ -95,13 +95,13 @@ def test_an_evaluation_says_what_it_ran_on_and_a_model_is_no_distance_from_itsel
     assert weights < found.metrics["memory/measured_vram_peak_bytes"].value < weights + 4000 * MIB
 
 
-def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(chat_gguf, leave):
+def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(sharp_gguf, leave):
     with (
         leave(200 * MIB),
         pytest.raises(SamqError, match=r"the GPU's memory does not hold it; set gpu_layers to fewer"),
     ):
-        Model(chat_gguf)
-    with leave(200 * MIB), Model(chat_gguf, gpu_layers=2) as model:
+        Model(sharp_gguf)
+    with leave(200 * MIB), Model(sharp_gguf, gpu_layers=2) as model:
         assert model.gpu_layers == 2
 
 

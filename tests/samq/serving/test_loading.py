@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from samq.errors import SamqError
-from samq.serving.loading import KV_Q4_WARNING, attempts, fits_beside, load
+from samq.serving.loading import GPU_SPARE_BYTES, KV_Q4_WARNING, attempts, fits_beside, load
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource, find_source
 from tests.conftest import write_tiny_gguf
@@ -60,6 +60,27 @@ def test_when_memory_does_not_suffice_the_context_is_shortened_step_by_step(tmp_
 
     done = load_with_little_memory(gguf, 2**20)
     assert "does not fit into memory even with a context of 1048576 tokens" in done.stderr
+
+
+def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf, monkeypatch):
+    """Memory that ends while llama.cpp computes would end the server, so what loads with none to spare does not count."""
+    monkeypatch.setattr("samq.evaluation.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES - 1])
+    settings = ServingSettings(gpu_layers=-1, context_tokens=512)
+    served = load(FileSource(chat_gguf)(), settings)
+    assert (served.loading.gpu_layers, served.loading.context_tokens) == (0, 512)
+    assert served.loading.notes[0].startswith("1023 MiB of a GPU's memory would be left, and llama.cpp may take 1024")
+    served.close()
+    monkeypatch.setattr("samq.evaluation.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES])
+    served = load(FileSource(chat_gguf)(), settings)
+    assert served.loading.gpu_layers == 3 and not served.loading.notes
+    served.close()
+
+
+def test_what_would_leave_too_little_of_a_gpu_to_compute_does_not_fit_beside(chat_gguf, monkeypatch):
+    gguf, settings = FileSource(chat_gguf)(), ServingSettings(gpu_layers=-1, context_tokens=512)
+    for free, fits in ((GPU_SPARE_BYTES + 64 * 2**20, True), (GPU_SPARE_BYTES, False)):
+        monkeypatch.setattr("samq.evaluation.gpu.free_bytes", lambda free=free: [free])
+        assert fits_beside(gguf, settings) == fits
 
 
 def test_the_context_is_no_longer_than_the_model_was_trained_for(tmp_path):
