@@ -5,6 +5,7 @@ keeps its diagonal; all of it tells what an error dW of a row does to the layer'
 output's error is dW G dW^T.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from samq.progress import Progress, silent
 
 GRAM_TOKENS = 2**16  # more bring little: a third of that is 2 % worse on code-46m
 MEMORY_BYTES = 8 * 2**30  # of matrices summed up in one pass over the text
+_SOURCE = "source"  # key of the file's metadata
 
 
 class GramMatrices:
@@ -36,8 +38,8 @@ class GramMatrices:
     def __init__(self, path: Path) -> None:
         try:
             self._file = safe_open(path, "pt")
-            self.source: dict[str, str] = self._file.metadata()
-        except (OSError, SafetensorError) as error:
+            self.source: dict[str, str] = json.loads(self._file.metadata()[_SOURCE])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise SamqError(f"cannot read Gram matrices from {path}: {error}; measure them again") from error
 
     def __contains__(self, tensor: str) -> bool:
@@ -66,7 +68,8 @@ def measure_gram(
     Args:
         model: in any floating type, on any device; matrices are summed up in float32.
         tokens: at least one sequence; padding does not count.
-        path: of the file to write; its metadata maps every tensor's GGUF name to the name that its matrix has.
+        path: of the file to write; its metadata maps every tensor's GGUF name to the name that its matrix has. The same
+            matrices give the same bytes.
         names: torch's parameter name -> GGUF's, see `samq.gguf_file.gguf_names`.
         batch_size: sequences a forward pass.
         memory_bytes: most that the matrices of one pass may take; where all take more, there are several passes.
@@ -102,7 +105,8 @@ def measure_gram(
                 matrices[name] = (matrix / int(tokens.lengths.sum())).cpu()
     source = {name: key for name, key in sorted(first.source.items()) if key in matrices}
     try:
-        save_file(dict(sorted(matrices.items())), path, metadata=source)
+        # One entry: safetensors writes several in any order, and the same matrices are to give the same bytes.
+        save_file(dict(sorted(matrices.items())), path, metadata={_SOURCE: json.dumps(source)})
     except (OSError, SafetensorError) as error:
         raise SamqError(f"cannot write {path}: {error}; choose a folder that can be written to") from error
 

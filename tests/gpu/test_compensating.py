@@ -1,5 +1,7 @@
 """Compensated rounding on a GPU: what the CPU gives, but for ties, and the same bytes every time."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_a_compensated_file_is_as_near_as_the_cpus(tmp_path):
     full = write_gguf(tmp_path / "full.gguf", tensors, {})
     nearest = write_gguf(tmp_path / "nearest.gguf", tensors, dict.fromkeys(tensors, "Q8_0"))
     matrices = {name: torch.tensor(random_gram(512), dtype=torch.float32) for name in tensors}
-    save_file(matrices, tmp_path / "gram", metadata={name: name for name in tensors})
+    save_file(matrices, tmp_path / "gram", metadata={"source": json.dumps({name: name for name in tensors})})
     files = [tmp_path / f"{number}.gguf" for number in range(3)]
     cpu, one, two = (
         compensate(full, nearest, GramMatrices(tmp_path / "gram"), file, device=device).tensors

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ def grams(target, tmp_path_factory):
         key: torch.tensor(random_gram(target.quantizable[key].row_length, seed), dtype=torch.float32)
         for seed, key in enumerate(sorted(set(source.values())))
     }
-    save_file(matrices, path, metadata=source)
+    save_file(matrices, path, metadata={"source": json.dumps(source)})
     return GramMatrices(path)
 
 

@@ -61,6 +61,13 @@ def test_layers_of_one_input_share_its_matrix(tmp_path):
     assert "output.weight" in found and "token_embd.weight" not in found
 
 
+def test_the_same_matrices_are_the_same_bytes(tmp_path):
+    files = [tmp_path / name for name in "abcd"]
+    for path in files:
+        measure_gram(tiny_llama(), random_tokens(), path, names=names_of(tiny_llama()))
+    assert len({path.read_bytes() for path in files}) == 1
+
+
 def test_an_input_that_is_always_zero_has_no_matrix(tmp_path):
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
