@@ -9,6 +9,7 @@ reads the file as any other.
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from samq.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
 from samq.errors import SamqError
 from samq.gguf_file import open_gguf, read_rows, read_tensors, to_float
+from samq.gpu_memory import needs_gpu_memory
 from samq.gram import GramMatrices
 from samq.prices import rounding_error
 from samq.progress import Progress, silent
@@ -27,7 +29,9 @@ from samq.records import Compensation, OutputError, PriceTable
 
 _DAMPING = 0.01  # of the diagonal's mean, added to it, as GPTQ does: other texts are not quite as this one
 _BAND = 128  # columns rounded before the rest hear of it
-_SLAB_WEIGHTS = 2**24  # weights rounded at a time
+# Weights rounded at a time. A GPU takes a slab of many rows in the time of one of few: its columns follow one another.
+_SLAB_WEIGHTS = 2**24
+_GPU_SLAB_WEIGHTS = 2**28
 
 
 def compensate(
@@ -76,9 +80,10 @@ def compensate(
                 progress(done, len(wanted))
                 if _is_exact(originals[tensor.name], tensor):
                     continue
-                if compensator is None or grams.source[tensor.name] != source:
-                    source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
-                errors[tensor.name] = _compensate_tensor(originals[tensor.name], tensor, compensator, file)
+                with _on_device(tensor.name):
+                    if compensator is None or grams.source[tensor.name] != source:
+                        source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
+                    errors[tensor.name] = _compensate_tensor(originals[tensor.name], tensor, compensator, file)
             progress(len(wanted), len(wanted))
     except OSError as error:
         raise SamqError(f"cannot write {output}: {error.strerror}; choose a folder that can be written to") from error
@@ -92,7 +97,7 @@ def _compensate_tensor(
     kind, row_length = quantized.tensor_type, int(quantized.shape[0])
     stored = quantized.data.reshape(-1, quantized.data.shape[-1])
     before = after = 0.0
-    for rows in _slabs(quantized):
+    for rows in _slabs(quantized, _SLAB_WEIGHTS if compensator.device.type == "cpu" else _GPU_SLAB_WEIGHTS):
         nearest, weights = np.array(stored[rows]), read_rows(original, rows)
         blocks = write_codes(kind.name, nearest, compensator.codes(weights, read_grid(kind.name, nearest)))
         errors = [compensator.output_error(to_float(kind, data, row_length) - weights) for data in (nearest, blocks)]
@@ -107,15 +112,27 @@ def _compensate_tensor(
 
 def _is_exact(original: ReaderTensor, quantized: ReaderTensor) -> bool:
     """Whether the weights are held as they are, as where full precision was itself made from this type."""
-    return not any(rounding_error(original, quantized, rows).any() for rows in _slabs(quantized))
+    return not any(rounding_error(original, quantized, rows).any() for rows in _slabs(quantized, _SLAB_WEIGHTS))
 
 
-def _slabs(tensor: ReaderTensor) -> Iterator[slice]:
+def _slabs(tensor: ReaderTensor, slab_weights: int) -> Iterator[slice]:
     """The rows of a tensor, some at a time; stacked experts' rows follow one another."""
     row_length, weights = int(tensor.shape[0]), int(tensor.n_elements)
-    step = max(1, _SLAB_WEIGHTS // row_length)
+    step = max(1, slab_weights // row_length)
     for first in range(0, weights // row_length, step):
         yield slice(first, first + step)
+
+
+@contextmanager
+def _on_device(tensor: str) -> Iterator[None]:
+    """Say in one sentence what of a tensor's compensation fails on a device."""
+    with needs_gpu_memory(f"the compensation of {tensor}", "use another GPU or the CPU (model.device)"):
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:
+            raise SamqError(
+                f"the Gram matrix of {tensor} cannot be inverted ({str(error).splitlines()[0]}); measure it on more text"
+            ) from error
 
 
 def compensated_prices(
@@ -133,7 +150,8 @@ def compensated_prices(
         if name in grams:
             source = grams.source[name]
             if source not in shares:
-                shares[source] = Compensator(grams[name].to(device)).share_left
+                with _on_device(name):
+                    shares[source] = Compensator(grams[name].to(device)).share_left
             kinds = {
                 kind: price.model_copy(update={"kl_nats": price.kl_nats * shares[source]})
                 if kind in TYPES_WITH_CODES
@@ -155,6 +173,7 @@ class Compensator:
     """
 
     def __init__(self, gram: torch.Tensor) -> None:
+        self.device = gram.device
         self._gram = gram
         damped = gram.double()
         damped.diagonal().add_(_DAMPING * damped.diagonal().mean())

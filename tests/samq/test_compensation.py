@@ -159,6 +159,17 @@ def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, grams):
         assert tensor.shares == (0.4, 0.6)
 
 
+def test_a_matrix_that_cannot_be_inverted_is_an_error(target, tmp_path):
+    gram = torch.diag(torch.linspace(-1, 2, 256))
+    save_file(
+        {"output.weight": gram}, tmp_path / "gram", metadata={"source": json.dumps({"output.weight": "output.weight"})}
+    )
+    with pytest.raises(
+        SamqError, match=r"the Gram matrix of output\.weight cannot be inverted .*; measure it on more text"
+    ):
+        compensated_prices(prices_of(target), GramMatrices(tmp_path / "gram"))
+
+
 def test_an_output_that_cannot_be_written_is_an_error(target, grams, tmp_path):
     with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
         compensate(target.gguf, target.gguf, grams, tmp_path / "nowhere" / "out.gguf")
