@@ -29,6 +29,7 @@ from samq.records import Compensation, OutputError, PriceTable
 
 _DAMPING = 0.01  # of the diagonal's mean, added to it, as GPTQ does: other texts are not quite as this one
 _BAND = 128  # columns rounded before the rest hear of it
+_F16_ROUNDING = 2.0**-11  # the largest, relative
 # Weights rounded at a time. A GPU takes a slab of many rows in the time of one of few: its columns follow one another.
 _SLAB_WEIGHTS = 2**24
 _GPU_SLAB_WEIGHTS = 2**28
@@ -46,7 +47,7 @@ def compensate(
     """Write `quantized` to `output` with its codes rounded anew, and say what that did to the layers' outputs.
 
     A row whose output would not come nearer keeps its codes. So do tensors whose type has no codes of single weights,
-    whose input was not measured, or that hold the weights exactly.
+    whose input was not measured, or that hold the weights as F16 would.
 
     Args:
         full: the full-precision GGUF.
@@ -111,8 +112,12 @@ def _compensate_tensor(
 
 
 def _is_exact(original: ReaderTensor, quantized: ReaderTensor) -> bool:
-    """Whether the weights are held as they are, as where full precision was itself made from this type."""
-    return not any(rounding_error(original, quantized, rows).any() for rows in _slabs(quantized, _SLAB_WEIGHTS))
+    """Whether no more is lost than F16's own rounding, as where full precision was itself made from this type."""
+    lost = whole = 0.0
+    for rows in _slabs(quantized, _SLAB_WEIGHTS):
+        lost += float(np.square(rounding_error(original, quantized, rows)).sum(dtype=np.float64))
+        whole += float(np.square(read_rows(original, rows)).sum(dtype=np.float64))
+    return lost <= _F16_ROUNDING**2 * whole
 
 
 def _slabs(tensor: ReaderTensor, slab_weights: int) -> Iterator[slice]:
