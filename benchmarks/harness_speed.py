@@ -2,8 +2,9 @@
 
 The aims are 3 times as fast for multiple choice (HellaSwag, and TruthfulQA with its six examples) and twice for generation
 (GSM8K, five shots), F16 against float32; the last lines say what a run reached. Both get the same requests, on the demo's
-model, one after the other. `hf` gets the batch size that is best for it on the first items. What others do on the machine
-meanwhile disturbs seconds; `--threads 1` compares CPU seconds, which waiting threads add nothing to then.
+model, one after the other. `hf` gets the batch size that is best for it on the first items; lm-eval's default, 1, is measured
+beside it. `in float32` is the same F16 file with `float32=True`: llama.cpp then rounds nothing to 16 bits either. What others do
+on the machine meanwhile disturbs seconds; `--threads 1` compares CPU seconds, which waiting threads add nothing to then.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from samq.allocation import Target, stock_plan
 from samq.evaluation.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.harness import GgufLM
-from samq.evaluation.llama import Model, default_threads, system_info
+from samq.evaluation.llama import default_threads, system_info
 from samq.evaluation.settings import BenchmarkSettings
 from samq.model import describe_source, load_model
 from samq.progress import silent
@@ -56,24 +57,28 @@ def main() -> None:
     requests = {name: task_requests(name, arguments.limit, arguments.seed) for name in arguments.tasks}
     rows: list[dict[str, Any]] = []
     columns = f"{'items/s':>8} {'seconds':>8} {'CPU s':>8} {'times hf':>9} {'by CPU':>7} {'same answers':>13}"
-    print(f"{'task':19} {'model':20} {'batch':>5} {columns}")
+    print(f"{'task':19} {'model':24} {'batch':>5} {columns}")
     for dtype in arguments.dtypes:
         network, tokenizer = load_model(describe_source(made["F16"]), dtype, device="cpu")
         lm = HFLM(pretrained=network, tokenizer=tokenizer)
         for name, asked in requests.items():
-            lm.batch_size_per_gpu = best_batch_size(lm, asked, arguments.batch_sizes)
-            rows.append(measure(name, f"hf {dtype}", lm, asked, rows, batch_size=lm.batch_size_per_gpu))
-    for kind, gguf in made.items():
-        with Model(gguf) as model:
-            lm = GgufLM(model, threads=arguments.threads, progress=silent)
-            for name, asked in requests.items():
-                rows.append(measure(name, f"samq-gguf {kind}", lm, asked, rows))
+            best = best_batch_size(lm, asked, arguments.batch_sizes)
+            for size in dict.fromkeys((best, 1) if dtype == arguments.dtypes[0] else (best,)):
+                lm.batch_size_per_gpu = size
+                rows.append(measure(name, f"hf {dtype}", lm, asked, rows, batch_size=size))
+    for kind, float32 in (("F16", False), ("F16", True), ("Q4_K_M", False)):
+        lm = GgufLM(str(made[kind]), threads=arguments.threads, float32=float32, progress=silent)
+        for name, asked in requests.items():
+            rows.append(measure(name, f"samq-gguf {kind}{' in float32' if float32 else ''}", lm, asked, rows))
+        lm.model.close()
     for name in requests:
-        (row,) = (row for row in rows if row["task"] == name and row["model"] == "samq-gguf F16")
-        reached = (
-            f"{row['times_hf']:.1f} times as fast as hf {arguments.dtypes[0]}, {row['times_hf_cpu']:.1f} by CPU seconds"
+        of_task = [row for row in rows if row["task"] == name]
+        slowest = next(row for row in reversed(of_task) if row["model"] == f"hf {arguments.dtypes[0]}")
+        (row,) = (row for row in of_task if row["model"] == "samq-gguf F16")
+        print(
+            f"{name}: F16 is {row['times_hf']:.1f} times as fast as hf {arguments.dtypes[0]} ({row['times_hf_cpu']:.1f} by "
+            f"CPU seconds), {slowest['seconds'] / row['seconds']:.1f} times with a batch size of 1; aim: {TASKS[name]}"
         )
-        print(f"{name}: F16 is {reached}; aim: {TASKS[name]}")
     if arguments.json:
         result = {
             "rows": rows,
@@ -167,7 +172,7 @@ def measure(
         "answers": answers,
     }
     print(
-        f"{name:19} {model:20} {batch_size or '-':>5} {row['items_per_s']:8.2f} {seconds:8.1f} {cpu_seconds:8.1f} "
+        f"{name:19} {model:24} {batch_size or '-':>5} {row['items_per_s']:8.2f} {seconds:8.1f} {cpu_seconds:8.1f} "
         f"{row['times_hf']:9.2f} {row['times_hf_cpu']:7.2f} {100 * row['same_answers']:12.0f}%",
         flush=True,
     )

@@ -53,6 +53,12 @@ def main() -> None:
         sys.exit(2)
 
 
+def lm_eval_main() -> None:
+    """Entry point `lm_eval`: lm-eval's own, which finds no models of others, with `samq-gguf` registered."""
+    sys.argv[1:1] = ["lm-eval"]
+    main()
+
+
 @app.callback(invoke_without_command=True)
 def _start(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:

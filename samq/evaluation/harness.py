@@ -3,7 +3,7 @@
 Requests are encoded, cut and scored as by lm-eval's own `hf` model, so that the two give the same numbers on the same
 weights; only the work is shared between requests (`scoring`, `generation`). Importing this module registers the model
 `samq-gguf`. lm-eval 0.4.13 knows no plugins: its own command line does not import us, so `samq lm-eval` runs it
-with the model registered.
+with the model registered, and the command `lm_eval` is installed anew to do the same.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from samq.errors import SamqError
 from samq.evaluation.chat import Message, render_chat
+from samq.evaluation.float32 import load_float32
 from samq.evaluation.generation import generate
 from samq.evaluation.llama import Model
 from samq.evaluation.sampling import Sampling
@@ -50,6 +51,8 @@ class GgufLM(TemplateLM):
         prefix_token_id: what stands before a text without context; None: BOS, or EOS where there is none.
         kv_type: F32, F16, Q8_0 or Q4_0, the type of the KV cache.
         threads: threads of llama.cpp; None: one a physical core.
+        float32: compute in float32 throughout, as `hf` does on a processor: 16-bit weights are held in 32 bits, and the KV
+            cache is F32. For files only.
         progress: told how many requests of a call are done; None: a bar on the terminal.
 
     Raises SamqError if the file cannot be loaded, or it lacks the tokens that are asked for.
@@ -63,17 +66,22 @@ class GgufLM(TemplateLM):
         prefix_token_id: int | None = None,
         kv_type: str = "F16",
         threads: int | None = None,
+        float32: bool = False,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
-        self.model = gguf if isinstance(gguf, Model) else Model(Path(gguf))
+        if isinstance(gguf, Model):
+            assert not float32, "an open model has its types already"
+            self.model = gguf
+        else:
+            self.model = load_float32(Path(gguf)) if float32 else Model(Path(gguf))
         self.max_length = context_tokens or self.model.trained_tokens
         self.max_gen_toks = 256  # where a task does not say, as for hf
         self._add_bos = self.model.adds_bos if add_bos_token is None else add_bos_token
         if add_bos_token and self.model.bos is None:
             raise SamqError(f"{self.model.path} has no BOS token; leave add_bos_token out")
         self._prefix_token_id = prefix_token_id
-        self._settings: dict[str, Any] = {"kv_type": kv_type, "threads": threads}
+        self._settings: dict[str, Any] = {"kv_type": "F32" if float32 else kv_type, "threads": threads}
         self._progress = progress
         self._encoded = lru_cache(maxsize=1024)(self._encode)  # the choices of an item share their context
 

@@ -1,11 +1,17 @@
+import errno
 import json
+import os
 import re
 import string
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -14,9 +20,11 @@ from tokenizers import pre_tokenizers
 from samq.datasets import DatasetSpec, load_texts
 from samq.errors import SamqError
 from samq.evaluation.benchmark_tasks import TaskLibrary
+from samq.evaluation.float32 import load_float32
 from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
 from samq.evaluation.settings import BenchmarkSettings
+from samq.gguf_file import read_tensors
 from samq.model import describe_source, load_model
 from samq.toolchain import environment, program
 from tests.command_line import refused, samq
@@ -239,8 +247,38 @@ def test_every_request_is_answered_once_and_reported(pair):
     assert sorted(done for done, _ in told) == list(range(1, 17)) and told[-1] == (16, 16)
 
 
+def test_float32_rounds_nothing_and_keeps_what_is_quantized(pair, tmp_path, monkeypatch, toolchain):
+    asked = [(context, continuation) for context in ("", *TEXTS) for continuation in TEXTS]
+    made = requests("loglikelihood", *asked)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lm = GgufLM.create_from_arg_string(f"gguf={pair.path},float32=True")
+    expected = pair.hf.loglikelihood(made, disable_tqdm=True)
+    found = lm.loglikelihood(made)
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], rtol=1e-5, atol=1e-4)
+    assert lm.model.path == pair.path and lm.tokenizer_name == pair.ours.tokenizer_name
+    assert list(tmp_path.iterdir()) == [], "the copy outlives the loading"
+    lm.model.close()
+    mixed = tmp_path / "mixed.gguf"
+    command = [program(toolchain, "llama-quantize"), pair.path, mixed, "Q8_0"]  # rows of 40 stay in F16
+    subprocess.run(command, env=environment(toolchain), check=True, capture_output=True)
+    assert {tensor.type for tensor in read_tensors(mixed).values()} == {"F16", "F32", "Q8_0"}
+    with load_float32(mixed) as wide, Model(mixed) as narrow:
+        assert wide.tokenize("the man").tolist() == narrow.tokenize("the man").tolist()
+        scores = [[score for score, _ in GgufLM(model, kv_type="F32").loglikelihood(made)] for model in (wide, narrow)]
+    np.testing.assert_allclose(*scores, rtol=0, atol=0.3)  # what Q8_0 is multiplied with is rounded to 8 bits
+    monkeypatch.setattr(GGUFWriter, "write_tensor_data", no_space)
+    with pytest.raises(SamqError, match=r"float32 copy of .*: No space left on device; set TMPDIR"):
+        load_float32(mixed)
+    assert list(tmp_path.iterdir()) == [mixed]
+
+
+def no_space(*_arguments, **_settings):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize("pair", ["<bos>"], indirect=True)
-def test_lm_evals_command_line_knows_the_model(pair, tmp_path):
+@pytest.mark.parametrize("program", ["samq lm-eval", "lm_eval"])
+def test_lm_evals_command_line_knows_the_model(pair, program, tmp_path):
     rows = [{"text": text, "choices": [" an", " the"], "label": 0} for text in TEXTS]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tiny.yaml").write_text(
@@ -256,15 +294,23 @@ doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
     )
-    arguments = ["lm-eval", "--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path]
-    done = samq(*arguments, "--model_args", f"gguf={pair.path}", home=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    arguments = ["--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path, "--model_args"]
+    done = run_lm_eval(program, *arguments, f"gguf={pair.path}", home=tmp_path, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     made = requests("loglikelihood", *[(text, choice) for text in TEXTS for choice in (" an", " the")])
     scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
     (accuracy,) = re.findall(r"acc +\|↑ +\| *([\d.]+)\|", done.stdout)
     assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
-    done = samq(*arguments, "--model_args", f"gguf={tmp_path}/none.gguf", home=tmp_path)
+    done = run_lm_eval(program, *arguments, f"gguf={tmp_path}/none.gguf", home=tmp_path)
     assert refused(done, "none.gguf")
+
+
+def run_lm_eval(program, *arguments, **environment):
+    if program == "samq lm-eval":
+        return samq("lm-eval", *arguments, **environment)
+    command = [Path(sys.executable).parent / program, *map(str, arguments)]
+    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -277,17 +323,8 @@ def demo(smollm2_f16):
     return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=8)
 
 
-@pytest.fixture(scope="module")
-def smollm2_f32(smollm2_f16, tmp_path_factory, toolchain):
-    """The same weights, each in 32 bits: llama.cpp then rounds nothing to 16 bits on its way."""
-    path = tmp_path_factory.mktemp("f32") / "model.gguf"
-    command = [program(toolchain, "llama-quantize"), "--allow-requantize", smollm2_f16, path, "F32"]
-    subprocess.run(command, env=environment(toolchain), check=True, capture_output=True)
-    return path
-
-
 @pytest.mark.e2e
-def test_the_demos_model_scores_as_under_hf(demo, smollm2_f16, smollm2_f32):
+def test_the_demos_model_scores_as_under_hf(demo, smollm2_f16):
     (task,) = TaskLibrary().open("samq_hellaswag", BenchmarkSettings()).tasks.values()
     task.build_all_requests(limit=30)
     owners = np.array([request.doc_id for request in task.instances])
@@ -300,9 +337,10 @@ def test_the_demos_model_scores_as_under_hf(demo, smollm2_f16, smollm2_f32):
 
     expected = scores(demo)
     # with what llama.cpp rounds to 16 bits by default, activations and cache, and without
-    for path, kv_type, tolerance in ((smollm2_f16, "F16", 0.1), (smollm2_f32, "F32", 2e-3)):
-        with Model(path) as model:
-            found = scores(GgufLM(model, kv_type=kv_type))
+    for float32, tolerance in ((False, 0.1), (True, 2e-3)):
+        lm = GgufLM(str(smollm2_f16), float32=float32)
+        found = scores(lm)
+        lm.model.close()
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
         assert np.sqrt(np.mean((found - expected) ** 2)) < tolerance / 4
         assert np.mean(np.equal(chosen(found), chosen(expected))) >= 0.99
