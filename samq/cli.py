@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,10 +45,10 @@ TIMEOUT_S = 6 * 3600.0
 PROJECT = Path(__file__).parent.parent  # the checkout: prefect.yaml and deployments/ lie there
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: an error that a person can act on is one sentence and exit code 2."""
     try:
-        app()
+        app(arguments)
     except SamqError as error:
         console.print(f"samq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -55,8 +56,7 @@ def main() -> None:
 
 def lm_eval_main() -> None:
     """Entry point `lm_eval`: lm-eval's own, which finds no models of others, with `samq-gguf` registered."""
-    sys.argv[1:1] = ["lm-eval"]
-    main()
+    main(["lm-eval", *sys.argv[1:]])
 
 
 @app.callback(invoke_without_command=True)

@@ -8,11 +8,16 @@ from pathlib import Path
 
 def samq(*arguments, home, preexec_fn=None, **environment):
     """Run the command line with a SAMQ folder of its own."""
+    command = [sys.executable, "-m", "samq.cli", *arguments]
+    return run(command, home=home, preexec_fn=preexec_fn, **environment)
+
+
+def run(command, *, home, preexec_fn=None, **environment):
+    """Run a program with a SAMQ folder of its own."""
     env = {**os.environ, "SAMQ_HOME": str(home), "COLUMNS": "400", **environment}
-    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
     root = Path(__file__).parents[1]
     return subprocess.run(
-        command, env=env, capture_output=True, text=True, check=False, cwd=root, preexec_fn=preexec_fn
+        [*map(str, command)], env=env, capture_output=True, text=True, check=False, cwd=root, preexec_fn=preexec_fn
     )
 
 

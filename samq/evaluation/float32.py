@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from samq.errors import SamqError
 from samq.evaluation.llama import Model
-from samq.gguf_file import open_gguf
+from samq.gguf_file import open_gguf, read_rows
 
 _WIDENED = frozenset({GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
 
@@ -58,6 +58,5 @@ def _write(reader: GGUFReader, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in reader.tensors:
-        widened = tensor.tensor_type in _WIDENED
-        writer.write_tensor_data(dequantize(tensor.data, tensor.tensor_type) if widened else tensor.data)
+        writer.write_tensor_data(read_rows(tensor, slice(None)) if tensor.tensor_type in _WIDENED else tensor.data)
     writer.close()

@@ -27,7 +27,7 @@ from samq.evaluation.settings import BenchmarkSettings
 from samq.gguf_file import read_tensors
 from samq.model import describe_source, load_model
 from samq.toolchain import environment, program
-from tests.command_line import refused, samq
+from tests.command_line import refused, run
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 VOCABULARY = 264
@@ -277,7 +277,7 @@ def no_space(*_arguments, **_settings):
 
 
 @pytest.mark.parametrize("pair", ["<bos>"], indirect=True)
-@pytest.mark.parametrize("program", ["samq lm-eval", "lm_eval"])
+@pytest.mark.parametrize("program", ["samq lm-eval", "lm_eval"])  # both lie beside Python
 def test_lm_evals_command_line_knows_the_model(pair, program, tmp_path):
     rows = [{"text": text, "choices": [" an", " the"], "label": 0} for text in TEXTS]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
@@ -294,23 +294,17 @@ doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
     )
-    arguments = ["--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path, "--model_args"]
-    done = run_lm_eval(program, *arguments, f"gguf={pair.path}", home=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    name, *command = program.split()
+    command = [Path(sys.executable).parent / name, *command]
+    command += ["--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path, "--model_args"]
+    done = run([*command, f"gguf={pair.path}"], home=tmp_path, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     made = requests("loglikelihood", *[(text, choice) for text in TEXTS for choice in (" an", " the")])
     scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
     (accuracy,) = re.findall(r"acc +\|↑ +\| *([\d.]+)\|", done.stdout)
     assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
-    done = run_lm_eval(program, *arguments, f"gguf={tmp_path}/none.gguf", home=tmp_path)
+    done = run([*command, f"gguf={tmp_path}/none.gguf"], home=tmp_path)
     assert refused(done, "none.gguf")
-
-
-def run_lm_eval(program, *arguments, **environment):
-    if program == "samq lm-eval":
-        return samq("lm-eval", *arguments, **environment)
-    command = [Path(sys.executable).parent / program, *map(str, arguments)]
-    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
