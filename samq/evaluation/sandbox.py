@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from samq.process import die_with_parent, kill_group
 
 _CHILD = Path(__file__).with_name("sandboxed.py")
+_NO_REPORT = "unknown, as the child ended before it could say"
 _LONGEST_REPORT_BYTES = 16384  # what the child says is short; more is the code's own writing
 
 
@@ -60,21 +61,27 @@ def run_tests(solution: str, tests: str, limits: CodeLimits | None = None) -> Ou
             in_time = _ends(child, deadline)
         finally:
             kill_group(child)
-    unconfined, _, answer = report.partition(b"\n")
+    line, reported, answer = report.partition(b"\n")
+    unconfined = line.decode(errors="replace") if reported else _NO_REPORT
     if not in_time:
         error: str | None = f"was stopped after {limits.seconds:g} s"
     elif secrets.compare_digest(answer, token):
         error = None
     else:
         error = answer.decode(errors="replace") or f"ended by itself with code {child.returncode}"
-    return Outcome(passed=error is None, error=error, unconfined=unconfined.decode(errors="replace"))
+    return Outcome(passed=error is None, error=error, unconfined=unconfined)
+
+
+def isolation() -> str:
+    """What keeps generated code from harm on this machine, in words; found out once."""
+    if (unconfined := _unconfined()) == _NO_REPORT:
+        _unconfined.cache_clear()
+    return f"not confined: {unconfined}" if unconfined else "no network, no new processes, files in its own folder only"
 
 
 @lru_cache
-def isolation() -> str:
-    """What keeps generated code from harm on this machine, in words."""
-    unconfined = run_tests("", "").unconfined
-    return f"not confined: {unconfined}" if unconfined else "no network, no new processes, files in its own folder only"
+def _unconfined() -> str:
+    return run_tests("", "").unconfined
 
 
 def _start(channel: socket.socket, folder: str, limits: CodeLimits) -> subprocess.Popen[bytes]:

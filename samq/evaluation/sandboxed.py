@@ -29,7 +29,7 @@ def main(channel: int, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
 
 def _limit(memory_bytes: int, cpu_s: int, file_bytes: int) -> list[str]:
     """Set the limits; returns those that this system does not have."""
-    limits = {"AS": memory_bytes, "CPU": cpu_s, "FSIZE": file_bytes, "NOFILE": 64, "NPROC": 0, "CORE": 0}
+    limits = {"AS": memory_bytes, "CPU": cpu_s, "FSIZE": file_bytes, "NOFILE": 64, "CORE": 0}
     refused = []
     for name, value in limits.items():
         try:
