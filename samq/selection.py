@@ -2,7 +2,8 @@
 
 A candidate is worth having when no other is both smaller and closer to full precision (the Pareto front of bytes and
 mean KL divergence). The best is the closest one within the limits of a `SelectionRule`, and never worse than
-llama-quantize's own mixtures: a plan by sensitivity must beat, with confidence, each of them that is no larger.
+llama-quantize's own mixtures: a plan by sensitivity must beat, with confidence, each of them that is no larger, and those
+at whose bytes it is shown.
 """
 
 import math
@@ -88,13 +89,21 @@ def percent(change: float) -> str:
     return f"{100 * change:+.1f} %" if change < 10 else "over +1000 %"
 
 
+CANDIDATE_STAGES = ("plan", "assemble", "quantize", "compensate", "evaluate")  # what every candidate goes through
+
+
 @dataclass(frozen=True)
 class Failure:
-    """A candidate that fell out, where, and why."""
+    """What fell out, where, and why."""
 
     name: str
     stage: str
     reason: str
+
+    @property
+    def of_candidate(self) -> bool:
+        """Whether a candidate is lost: without a rung or a check it goes on."""
+        return self.stage in CANDIDATE_STAGES
 
 
 class SelectionRule(BaseModel):
@@ -132,8 +141,8 @@ def exclusion(
 ) -> str | None:
     """Why the rule does not let this candidate be the best; None if it may be.
 
-    A plan by sensitivity needs a comparison with every stock candidate of the sweep that is no larger and that may be
-    the best itself: what was not compared is not known to be better.
+    A plan by sensitivity needs a comparison with every stock candidate of the sweep that it has to beat (`_to_beat`) and
+    that may be the best itself: what was not compared is not known to be better.
     """
     limit = _limit(result, results, rule)
     if limit is None and result.plan.policy in BY_SENSITIVITY:
@@ -171,11 +180,11 @@ def _not_better(
     """The stock candidate that this one had to beat and did not; of several the one that is furthest ahead."""
     compared = {one.rival: one for one in comparisons if one.candidate == result.name}
     unbeaten = []
-    for rival in no_larger(stock(results), result):
+    for rival in _to_beat(result, results):
         if _limit(rival, results, rule) is not None:
             continue
         if rival.name not in compared:
-            return f"was not compared with {rival.name}, which is no larger"
+            return f"was not compared with {rival.name}, which it has to beat"
         if compared[rival.name].verdict != "win":
             unbeaten.append(compared[rival.name])
     if not unbeaten:
@@ -194,6 +203,15 @@ def no_larger(others: Sequence[Result], result: Result) -> list[Result]:
     return [other for other in others if other.bytes <= result.bytes * (1 + SAME_SIZE)]
 
 
+def _to_beat(result: Result, results: Sequence[Result]) -> list[Result]:
+    """The stock candidates that a plan by sensitivity may not replace unless it is closer: no larger, or of its size.
+
+    A plan that leaves bytes of its budget idle is still held against the mixture whose bytes it was given.
+    """
+    smaller = no_larger(stock(results), result)
+    return [one for one in stock(results) if one in smaller or result in of_its_size(one, results)]
+
+
 def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
     """The plans by sensitivity to hold against a mixture, none of them larger; from the largest to the smallest.
 
@@ -209,11 +227,10 @@ def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
 
 
 def rival_of(result: Result, results: Sequence[Result]) -> Result | None:
-    """The stock candidate to hold a result against: the largest that is no larger, else the smallest; its own is itself."""
+    """The stock candidate to hold a result against: the largest that it has to beat, else the smallest; its own is itself."""
     if result.plan.policy == "stock":
         return result
-    mixtures = stock(results)
-    return next(iter(no_larger(mixtures, result) or mixtures[-1:]), None)
+    return next(iter(_to_beat(result, results) or stock(results)[-1:]), None)
 
 
 def choose(results: Sequence[Result], rule: SelectionRule, comparisons: Sequence[Comparison] = ()) -> Result | None:

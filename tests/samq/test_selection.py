@@ -108,14 +108,14 @@ def test_a_plan_that_does_not_beat_a_mixture_with_confidence_is_not_chosen(trio)
 def test_what_was_not_compared_is_not_known_to_be_better(trio):
     assert choose(trio, SelectionRule()).name == "Q4_K_M"
     reason = exclusion(trio[2], trio, SelectionRule(), WINS[1:])
-    assert reason == "was not compared with Q4_K_M, which is no larger"
+    assert reason == "was not compared with Q4_K_M, which it has to beat"
 
 
 @pytest.mark.parametrize(
     ("size", "must_beat"),
-    [(100_000_000, True), (99_900_100, True), (99_800_000, False)],  # 0.1 % smaller is of one size, more is not
+    [(100_000_000, True), (99_900_100, True), (99_000_000, True), (98_900_000, False)],  # 1 % smaller is of its size
 )
-def test_only_mixtures_that_are_no_larger_must_be_beaten(trio, size, must_beat):
+def test_only_mixtures_that_are_no_larger_or_of_its_size_must_be_beaten(trio, size, must_beat):
     full, stock, small, _ = trio
     plan = with_figures(small, size=size)
     assert (exclusion(plan, [full, stock, plan], SelectionRule()) is not None) == must_beat
@@ -154,6 +154,19 @@ def test_plans_of_a_mixtures_size_are_no_larger_and_hardly_smaller(trio):
     sizes = (100_200_000, 100_090_000, 99_100_000, 98_900_000)
     plans = [with_figures(plan, size=size) for size in sizes]
     assert [one.bytes for one in of_its_size(stock, [stock, *plans])] == [100_090_000, 99_100_000]
+
+
+def test_a_plan_that_leaves_its_budget_idle_still_has_to_beat_the_mixture_it_was_budgeted_by(trio, sweep):
+    full, stock, _, _ = trio
+    smaller = with_figures(sweep.result("Q5_K_M"), size=80_000_000, kld=0.2)
+    plan = with_figures(sweep.result("budget-size-of-Q4_K_M"), size=95_000_000, kld=0.0499)
+    results = [full, stock, smaller, plan]
+    assert rival_of(plan, results) is stock
+    beats_the_smaller = against("Q5_K_M", plan.name, 0.6, 0.8)
+    tie = [beats_the_smaller, against("Q4_K_M", plan.name, -0.05, 0.05)]
+    assert exclusion(plan, results, SelectionRule(), tie).startswith("does not beat Q4_K_M with confidence")
+    assert choose(results, SelectionRule(), tie) is stock
+    assert choose(results, SelectionRule(), [beats_the_smaller, against("Q4_K_M", plan.name, 0.01, 0.05)]) is plan
 
 
 def test_a_rule_can_be_read_aloud():
