@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from samq import markdown
+from samq.benchmarking import PRODUCTION
 from samq.cost import CostSettings, cost_section
 from samq.records import Evaluation, Metric
 from samq.selection import MB, VRAM, Result, by_size, percent
@@ -182,12 +183,34 @@ def benchmark_section(results: Sequence[Result], comparisons: Sequence[PairedCom
     rows = [_eval_row(name.split("/", 2)[1], name.split("/", 2)[2], evaluations) for name in names]
     table = [[row.heading, *(_against_full(row, one, full, comparisons) for one in asked)] for row in rows]
     parts = ["## Benchmarks", markdown.table(["", *(result.name for result in asked)], table), _VERDICTS]
+    if against := [c for c in comparisons if c.reference == PRODUCTION]:
+        parts += ["### Against what is in production", _differences(rows, asked, against), _AGAINST]
     undecided = [c for c in comparisons if c.verdict == "undecided" and c.items_needed]
     if undecided:
         needed = max(c.items_needed for c in undecided if c.items_needed)
         parts.append(f"For a verdict on all that is undecided, some {needed:,} items would be needed.")
     return parts
 
+
+def _differences(rows: Sequence[_Row], asked: Sequence[Result], against: Sequence[PairedComparison]) -> str:
+    """The table of differences from one reference, for what was compared with it."""
+    lines = []
+    names = list(dict.fromkeys(one.name for one in asked if any(c.candidate == one.name for c in against)))
+    for row in rows:
+        found = {c.candidate: c for c in against if c.metric_name == row.metric}
+        if found:
+            lines.append([row.heading, *(_difference(row, found.get(name)) for name in names)])
+    return markdown.table(["", *names], lines)
+
+
+def _difference(row: _Row, found: PairedComparison | None) -> str:
+    if found is None:
+        return "–"
+    error = "" if found.stderr is None else f" ± {found.stderr * row.scale:{row.format}}"
+    return f"{found.difference * row.scale:+{row.format}}{error}, {found.verdict}"
+
+
+_AGAINST = "The change against the version that had the alias `production`, on the same items, in points where it is in per cent."
 
 _VERDICTS = (
     "±: one standard error. In brackets the change against full precision on the same items. Non-inferior: with 95 % "

@@ -3,7 +3,8 @@
 All is paired: what makes an item hard is hard for both, and cancels. For metrics that are 0 or 1 for an item, what counts
 are the items on which the two differ: the p value is McNemar's exact one, and the interval of the difference is Tango's
 score interval (Statistics in Medicine 17, 1998), which stays honest when few items differ, or none. Other metrics get a
-paired bootstrap, and the wider, at each end, of its percentile interval and Student's t.
+paired bootstrap, and the wider, at each end, of its percentile interval and Student's t; where no item differs, which
+would leave no width, the interval is as wide as Tango's, in the range of the values.
 
 Non-inferior means: with 95 % confidence no worse than the reference by more than a margin, one per cent of the reference's
 value unless told otherwise. That two do not differ significantly is not enough for it, and few items never are: with no
@@ -32,6 +33,7 @@ _POWER = 0.8  # chance to decide with the items that are said to be needed, the 
 _ITEM = ["task", "item", "document"]
 
 Verdict = Literal["non-inferior", "inferior", "undecided"]
+_VERDICTS: dict[Verdict, float] = {"non-inferior": 1.0, "undecided": 0.0, "inferior": -1.0}
 
 
 class PairedComparison(Record):
@@ -92,8 +94,8 @@ def compare_items(
         other = theirs_by.get((benchmark, metric))
         if other is None:
             continue
-        mine, other = mine.sort_values(_ITEM), other.sort_values(_ITEM)
-        if not mine[_ITEM].reset_index(drop=True).equals(other[_ITEM].reset_index(drop=True)):
+        mine, other = _in_order(mine), _in_order(other)
+        if not mine[_ITEM].equals(other[_ITEM]):
             raise SamqError(
                 f"{candidate} and {reference} were not asked the same items of {benchmark}; evaluate both with the same "
                 "settings"
@@ -109,6 +111,15 @@ def compare_items(
             )
         )
     return comparisons
+
+
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """One benchmark's rows, sorted, each item once: a tag and a task of it may both have been asked for.
+
+    Item numbers become text, as which a table of several benchmarks may hold them.
+    """
+    rows = table.assign(item=table["item"].astype(str)).drop_duplicates(_ITEM)
+    return rows.sort_values(_ITEM).reset_index(drop=True)
 
 
 def compare_values(
@@ -134,8 +145,9 @@ def compare_values(
         p = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
     else:
         means = _resampled_means(differences, seed)
-        low, high = _limits(differences, means, two_sided)
-        worst, best = _limits(differences, means, one_sided)
+        reach = _range(ours, theirs)
+        low, high = _limits(differences, means, two_sided, reach)
+        worst, best = _limits(differences, means, one_sided, reach)
         if not higher_is_better:
             worst, best = -best, -worst
         p = _bootstrap_p(float(differences.mean()), means)
@@ -159,7 +171,7 @@ def compare_values(
         margin=allowed,
         least=_finite(worst),
         verdict=verdict,
-        items_needed=items_needed(gains, allowed),
+        items_needed=items_needed(gains, allowed, 1.0 if binary else reach),
     )
 
 
@@ -168,11 +180,15 @@ def _finite(end: float) -> float | None:
 
 
 def delta_metrics(comparisons: Sequence[PairedComparison], against: str) -> dict[str, Metric]:
-    """The differences as metrics: `eval/gsm8k/exact_match_delta_vs_f16`, and its p value `..._p_vs_f16`."""
+    """The differences as metrics: `eval/gsm8k/exact_match_delta_vs_f16`, its p value `..._p_vs_f16`, and the verdict.
+
+    `..._non_inferior_vs_f16` is 1 for non-inferior, -1 for inferior and 0 while undecided.
+    """
     metrics: dict[str, Metric] = {}
     for one in comparisons:
         metrics[f"{one.metric_name}_delta_vs_{against}"] = Metric(value=one.difference, stderr=one.stderr, n=one.items)
         metrics[f"{one.metric_name}_p_vs_{against}"] = Metric(value=one.p, n=one.items)
+        metrics[f"{one.metric_name}_non_inferior_vs_{against}"] = Metric(value=_VERDICTS[one.verdict], n=one.items)
     return metrics
 
 
@@ -212,11 +228,24 @@ def _resampled_means(differences: NDArray[np.float64], seed: int) -> NDArray[np.
     return np.array([differences[random.integers(0, count, count)].mean() for _ in range(RESAMPLES)])
 
 
-def _limits(differences: NDArray[np.float64], means: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    """The wider, at each end, of the bootstrap's percentiles and Student's t; `confidence` is one-sided."""
+def _range(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    """How far apart an item's two values can be, as far as the values tell; 0 counts as one of them."""
+    values = np.concatenate([ours, theirs, [0.0]])
+    return float(values.max() - values.min())
+
+
+def _limits(
+    differences: NDArray[np.float64], means: NDArray[np.float64], confidence: float, reach: float
+) -> tuple[float, float]:
+    """The wider, at each end, of the bootstrap's percentiles and Student's t; `confidence` is one-sided.
+
+    Where no item differs, as many may as Tango's interval allows then, each by `reach`.
+    """
     count, centre = len(differences), float(differences.mean())
     if count == 1:
         return -math.inf, math.inf
+    if not differences.any():
+        return tuple(reach * tango_limit(differences, confidence, side) for side in (-1, 1))  # type: ignore[return-value]
     half = float(student.ppf(confidence, count - 1) * differences.std(ddof=1) / math.sqrt(count))
     low, high = np.quantile(means, [1 - confidence, confidence])
     return min(float(low), centre - half), max(float(high), centre + half)
@@ -228,12 +257,12 @@ def _bootstrap_p(difference: float, means: NDArray[np.float64]) -> float:
     return float((as_far.sum() + 1) / (len(means) + 1))
 
 
-def items_needed(gains: NDArray[np.float64], margin: float) -> int | None:
+def items_needed(gains: NDArray[np.float64], margin: float, reach: float = 1.0) -> int | None:
     """Items with which the verdict is decided with a chance of 80 %, if mean and spread of the gains stay as they are.
 
     n = ((z of the confidence + z of the power) * spread / distance of the mean from the margin)^2, the usual sample size
-    of a non-inferiority trial; and at least what it takes to rule out the margin when no item differs. None if the mean
-    lies on the margin, or the margin is 0 and no item differs.
+    of a non-inferiority trial; and at least what it takes to rule out the margin when no item differs, of metrics that
+    differ by 0 or `reach`. None if the mean lies on the margin, or the margin is 0 and no item differs.
     """
     distance = abs(float(gains.mean()) + margin)
     spread = float(gains.std())
@@ -241,6 +270,6 @@ def items_needed(gains: NDArray[np.float64], margin: float) -> int | None:
         return None
     z = norm.ppf(CONFIDENCE)
     needed = ((z + norm.ppf(_POWER)) * spread / distance) ** 2
-    if 0 < margin < 1 and np.isin(gains, (-1, 0, 1)).all():
-        needed = max(needed, z * z * (1 / margin - 1))
+    if 0 < margin < reach and np.isin(gains, (-reach, 0, reach)).all():
+        needed = max(needed, z * z * (reach / margin - 1))
     return math.ceil(needed)

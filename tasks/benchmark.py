@@ -29,7 +29,7 @@ def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[s
     return check_benchmarks(settings)
 
 
-@stage("benchmark", version=1, run_name="{task} on {name}", packages=("llama-cpp-python", "lm-eval", "jsonschema"))
+@stage("benchmark", version=2, run_name="{task} on {name}", packages=("llama-cpp-python", "lm-eval", "jsonschema"))
 def benchmark(
     folder: Path,
     name: str,

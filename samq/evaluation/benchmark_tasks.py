@@ -63,7 +63,8 @@ class Benchmark:
     def digest(self) -> str:
         """SHA-256 (hex) of what its figures depend on apart from the model: configurations, items, lm-eval's version.
 
-        Functions of a configuration are taken by their source; where a file lies is left out.
+        A function of a configuration is taken with all of its file, which may hold what it calls; where a file lies is
+        left out.
         """
         described = {name: _describe(task) for name, task in sorted(self.tasks.items())}
         groups = {name: _plain(group.to_dict()) for name, group in sorted(self.groups.items())}
@@ -248,14 +249,14 @@ def _digest(documents: Iterable[Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: functions by their source, what else JSON lacks as text."""
+    """A value as JSON has it: functions by their name and file, what else JSON lacks as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if callable(value):
         try:
-            return inspect.getsource(value)
-        except (OSError, TypeError):
+            return f"{value.__qualname__} of {Path(inspect.getsourcefile(value) or '').read_text()}"
+        except (OSError, TypeError, AttributeError):
             return getattr(value, "__qualname__", type(value).__qualname__)
     return value if value is None or isinstance(value, str | int | bool) else str(value)

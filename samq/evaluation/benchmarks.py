@@ -3,10 +3,10 @@
 Tasks run one after another: what keeps one from being measured is said of it, and the others are measured.
 """
 
+import hashlib
 import json
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from samq.evaluation.harness import GgufLM
 from samq.evaluation.llama import Model
 from samq.evaluation.measure import Report, make_folder, write_table
 from samq.evaluation.sandbox import isolation
-from samq.evaluation.settings import EVALUATION_NAME, BenchmarkRequest, BenchmarkSettings
+from samq.evaluation.settings import EVALUATION_NAME, BenchmarkRequest, BenchmarkSettings, benchmark_key, metric_part
 from samq.markdown import one_line
 from samq.progress import Progress, silent
 from samq.records import Evaluation, Metric
@@ -34,7 +34,6 @@ from samq.significance import ITEMS_NAME
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "eval/"
 ITEM_COLUMNS = ["benchmark", "task", "item", "document", "metric", "value", "higher_is_better", "answer"]
 _NOT_OURS = "the task's own: SAMQ does not run its code"
 _BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that are no means
@@ -45,8 +44,9 @@ class BenchmarkResults:
     """What a candidate did on its tasks.
 
     `items` has a row for each item and metric: what was asked for (`benchmark`, as in the metrics' names), the task of it,
-    the item's number and lm-eval's hash of its document, the metric's name without its path, its value, whether a higher
-    one is better, and the answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
+    the item's number and a hash of its document and of the requests made from it, so that what was asked with other
+    examples or another chat template is told apart, the metric's name without its path, its value, whether a higher one is
+    better, and the answer: the text generated, or the log-likelihoods of the choices in nats as JSON.
     """
 
     metrics: dict[str, Metric]
@@ -58,7 +58,8 @@ class BenchmarkResults:
 def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
     """Put the request's tasks to its candidate, and write `benchmarks.parquet` and, last, `evaluation.json`.
 
-    The evaluation has the benchmarks' metrics only. Raises SamqError if the candidate cannot be loaded.
+    The evaluation has the benchmarks' metrics only. Raises SamqError if the candidate cannot be loaded, or none of the
+    tasks can be measured: a failure is no result to be kept.
     """
     make_folder(request.output)
     settings = request.settings
@@ -70,6 +71,8 @@ def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
             threads=settings.threads,
             progress=partial(report, "benchmarks"),
         )
+    if found.missing and not found.metrics:
+        raise SamqError("; ".join(found.missing.values()))
     write_table(found.items, request.output / ITEMS_NAME)
     evaluation = Evaluation(
         name=request.name,
@@ -112,18 +115,18 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
                 if benchmark.runs_code:
-                    environment[f"code_isolation/{_legal(name)}"] = (
+                    environment[f"code_isolation/{metric_part(name)}"] = (
                         isolation() if benchmark.confines_code else _NOT_OURS
                     )
                 output = _run(lm, benchmark, settings)
             metrics |= _metrics(benchmark, output)
             rows += _items(benchmark, output)
         except SamqError as error:
-            missing[f"{PREFIX}{_legal(name)}"] = str(error)
+            missing[benchmark_key(name)] = str(error)
         except Exception as error:  # a task is a program of its author's, and must not take the others along
             logger.warning("%s failed", name, exc_info=True)
             reason = f"{type(error).__name__}: {one_line(str(error))}"
-            missing[f"{PREFIX}{_legal(name)}"] = f"{name} failed in lm-eval ({reason}); its log has more"
+            missing[benchmark_key(name)] = f"{name} failed in lm-eval ({reason}); its log has more"
     return BenchmarkResults(metrics, missing, pd.DataFrame(rows, columns=ITEM_COLUMNS), environment)
 
 
@@ -158,7 +161,7 @@ def _metrics(benchmark: Benchmark, output: Mapping[str, Any]) -> dict[str, Metri
             if _is_number(value):
                 stderr = float(error) if _is_number(error) else None
                 metric = Metric(value=float(value), stderr=stderr, n=figures["sample_len"])
-                found[f"{PREFIX}{_legal(task)}/{name}"] = metric
+                found[f"{benchmark_key(task)}/{name}"] = metric
     return found
 
 
@@ -168,7 +171,7 @@ def _metric_names(keys: Iterable[str]) -> dict[str, str]:
     scores = [(metric, filter_name) for metric, filter_name in pairs if not metric.endswith("_stderr")]
     filters = Counter(metric for metric, _ in scores)
     return {
-        f"{metric},{filter_name}": _legal(f"{metric}_{filter_name}" if filters[metric] > 1 else metric)
+        f"{metric},{filter_name}": metric_part(f"{metric}_{filter_name}" if filters[metric] > 1 else metric)
         for metric, filter_name in scores
     }
 
@@ -181,13 +184,14 @@ def _items(benchmark: Benchmark, output: Mapping[str, Any]) -> Iterator[dict[str
         generated = benchmark.tasks[task].OUTPUT_TYPE == "generate_until"
         for sample in samples:
             answer = _text(sample["resps"]) if generated else json.dumps(_log_likelihoods(sample["resps"]))
+            asked = hashlib.sha256(f"{sample['doc_hash']}{sample['arguments']!r}".encode()).hexdigest()
             for metric in sample["metrics"]:
                 if _is_number(sample[metric]):
                     yield {
-                        "benchmark": _legal(benchmark.name if benchmark.pools_items else task),
+                        "benchmark": metric_part(benchmark.name if benchmark.pools_items else task),
                         "task": task,
                         "item": sample["doc_id"],
-                        "document": sample["doc_hash"],
+                        "document": asked,
                         "metric": names[f"{metric},{sample['filter']}"],
                         "value": float(sample[metric]),
                         "higher_is_better": better.get(metric) is not False,
@@ -208,8 +212,3 @@ def _log_likelihoods(responses: Sequence[Sequence[Any]]) -> list[float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(value)
-
-
-def _legal(name: str) -> str:
-    """A name that can be part of a metric's: `pass@1` becomes `pass_at_1`."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("@", "_at_"))

@@ -7,6 +7,7 @@ with the model registered, and the command `lm_eval` is installed anew to do the
 """
 
 import hashlib
+import inspect
 import logging
 import sys
 from collections import defaultdict
@@ -23,15 +24,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from samq.errors import SamqError
 from samq.evaluation.chat import Message, render_chat
 from samq.evaluation.float32 import load_float32
 from samq.evaluation.generation import generate
-from samq.evaluation.llama import Model
+from samq.evaluation.llama import KV_TYPES, Model
 from samq.evaluation.sampling import Sampling
 from samq.evaluation.scoring import Continuation, score
+from samq.evaluation.tasks import FOLDER
 from samq.progress import Progress, bar, silent
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class GgufLM(TemplateLM):
 
     Args:
         gguf: an open model, which stays the caller's, or a file.
-        context_tokens: what a prompt and its answer may have together; None: what the model was trained for.
+        context_tokens: what a prompt and its answer may have together; None, and at most: what the model was trained for.
         add_bos_token: whether texts start with BOS; None: as the GGUF says.
         prefix_token_id: what stands before a text without context; None: BOS, or EOS where there is none.
         kv_type: F32, F16, Q8_0 or Q4_0, the type of the KV cache.
@@ -55,7 +58,7 @@ class GgufLM(TemplateLM):
             cache is F32. For files only.
         progress: told how many requests of a call are done; None: a bar on the terminal.
 
-    Raises SamqError if the file cannot be loaded, or it lacks the tokens that are asked for.
+    Raises SamqError if the file cannot be loaded, it lacks the tokens that are asked for, or there is no such `kv_type`.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class GgufLM(TemplateLM):
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
+        if kv_type not in KV_TYPES:
+            raise SamqError(f"there is no KV cache of type {kv_type!r}; choose {', '.join(KV_TYPES)}")
         if isinstance(gguf, Model):
             assert not float32, "an open model has its types already"
             self.model = gguf
         else:
             self.model = load_float32(Path(gguf)) if float32 else Model(Path(gguf))
-        self.max_length = context_tokens or self.model.trained_tokens
+        self.max_length = min(context_tokens or self.model.trained_tokens, self.model.trained_tokens)
         self.max_gen_toks = 256  # where a task does not say, as for hf
         self._add_bos = self.model.adds_bos if add_bos_token is None else add_bos_token
         if add_bos_token and self.model.bos is None:
@@ -94,9 +99,10 @@ class GgufLM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
         """The model of these arguments; lm-eval's batch size and device are llama.cpp's own affair."""
         try:
-            return cls(**arg_dict)
+            inspect.signature(cls).bind(**arg_dict)
         except TypeError as error:
             raise SamqError(f"--model_args of samq-gguf: {error}; write gguf=FILE,context_tokens=4096") from error
+        return cls(**arg_dict)
 
     @property
     def eot_token_id(self) -> int:
@@ -201,8 +207,8 @@ class GgufLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each text up to its first stop string (left out), the end that the model makes, or `max_gen_toks`.
 
-        Of the settings, `until`, `max_gen_toks` and its aliases, `do_sample`, `temperature`, `top_k`, `top_p` and `seed`
-        are known; others raise SamqError, and so do more tokens than the context has room for.
+        Of the settings, `until`, `max_gen_toks` and its aliases, `do_sample`, `temperature`, `top_k`, `top_p`, `seed` and
+        `num_beams` 1 are known; others raise SamqError, and so do more tokens than the context has room for.
         """
         groups = defaultdict(list)  # what is generated alike, for one task: its prompts may begin with one preamble
         for index, request in enumerate(requests):
@@ -231,6 +237,8 @@ class GgufLM(TemplateLM):
             raise SamqError(f"max_gen_toks {limit} leaves a context of {self.max_length} no prompt; change one of them")
         sampled = known.pop("do_sample")
         sampling = {name: known.pop(name) for name in _SAMPLING if name in known}
+        if known.get("num_beams") == 1:  # no search for beams: some of lm-eval's tasks say so
+            del known["num_beams"]
         if known:
             raise SamqError(f"generation cannot follow the setting {min(known)}; leave it out of the task")
         prompts = [self.tok_encode(text) or [self.prefix_token_id] for text in texts]
@@ -257,6 +265,13 @@ class GgufLM(TemplateLM):
 
 
 def run_command_line(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line, with the model `samq-gguf`."""
+    """lm-eval's own command line, with the model `samq-gguf` and SAMQ's tasks."""
+    open_tasks = TaskManager.__init__
+
+    def open_ours_too(manager: TaskManager, *args: Any, include_path: Any = None, **settings: Any) -> None:
+        theirs = [include_path] if isinstance(include_path, str | Path) else include_path or []
+        open_tasks(manager, *args, include_path=[FOLDER, *theirs], **settings)
+
+    TaskManager.__init__ = open_ours_too  # type: ignore[method-assign]  # lm-eval has no other way to add to its own
     sys.argv = ["lm-eval", *arguments]  # where lm-eval looks
     cli_evaluate()

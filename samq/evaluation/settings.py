@@ -1,5 +1,6 @@
 """What an evaluation is asked to do: its settings, and the request that a child process reads."""
 
+import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -8,6 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from samq.records import Record
 
 EVALUATION_NAME = "evaluation.json"  # the record that a request leaves in its output folder
+
+
+def metric_part(name: str) -> str:
+    """A name that can be part of a metric's: `pass@1` becomes `pass_at_1`, a task file its name."""
+    name = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name.replace("@", "_at_"))
+
+
+def benchmark_key(task: str) -> str:
+    """What a task's figures have in common, or the reason why there are none: `eval/TASK`."""
+    return f"eval/{metric_part(task)}"
 
 
 class EvaluationSettings(BaseModel):
@@ -80,8 +92,10 @@ class BenchmarkSettings(BaseModel):
         description="allow tasks that run the code that the model writes: SAMQ's confine it, lm-eval's own do not",
     )
     seed: int | None = Field(default=None, ge=0, description="of the choice of examples; None: lm-eval's own seeds")
-    context_tokens: int = Field(
-        default=2048, ge=64, description="longest prompt with its answer; prompts lose their start"
+    context_tokens: int | None = Field(
+        default=None,
+        ge=64,
+        description="longest prompt with its answer, of which longer ones lose the start; None: what the model was trained for",
     )
 
 

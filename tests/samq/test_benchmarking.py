@@ -5,6 +5,7 @@ from samq.benchmarking import PRODUCTION, compare_benchmarks, items_of, with_ben
 from samq.cost import CostSettings
 from samq.errors import SamqError
 from samq.evaluation.settings import EVALUATION_NAME
+from samq.evidence import items_of as stored_items
 from samq.mlflow_values import benchmark_metrics
 from samq.records import Evaluation, Metric
 from samq.report import markdown_report
@@ -68,6 +69,16 @@ def test_those_asked_are_compared_with_full_precision_and_with_production(result
     assert compare_benchmarks(results, 0.01) == [one for one in found if one.reference == "F16"]
 
 
+def test_production_whose_json_was_measured_too_is_compared(results):
+    answers = pd.DataFrame({"id": ["invoice", "weather"], "valid": [True, False]})
+    production = stored_items(answers, table([1, 1, 1, 1]))
+    found = compare_benchmarks(results, 0.01, production)
+    assert [one for one in found if one.reference == PRODUCTION] == [
+        one for one in compare_benchmarks(results, 0.01, table([1, 1, 1, 1])) if one.reference == PRODUCTION
+    ]
+    assert {one.difference for one in found if one.reference == PRODUCTION} == {-0.75, -0.25}
+
+
 def test_production_asked_otherwise_is_left_out_and_a_candidate_is_an_error(results, sweep, tmp_path, caplog):
     found = compare_benchmarks(results, 0.01, table([1, 1, 1, 1], first=7))
     assert found == compare_benchmarks(results, 0.01)
@@ -87,6 +98,7 @@ def test_mlflow_gets_the_differences_and_the_cost(results):
     assert values["eval/samq_hellaswag/acc_delta_vs_f16"] == -0.5
     assert values["eval/samq_hellaswag/acc_delta_vs_production"] == -0.75
     assert values["eval/samq_hellaswag/acc_delta_vs_f16_stderr"] > 0
+    assert values["eval/samq_hellaswag/acc_non_inferior_vs_f16"] == 0
     assert values["cost/gpus_needed"] == 1 and values["cost/month_usd"] == 2.5 * 730
 
 
@@ -102,9 +114,11 @@ def test_the_report_has_the_table_of_benchmarks_and_says_why_figures_are_missing
         best,
         SelectionRule(),
         sweep.comparisons,
-        benchmarks=compare_benchmarks(results, 0.01),
+        benchmarks=compare_benchmarks(results, 0.01, table([1, 1, 1, 1])),
     )
     assert "## Full precision, uniform and mixed" in report and "## Benchmarks" in report
+    assert "### Against what is in production\n\n|  | threshold-0.2 | Q4_K_M |" in report
+    assert "| samq_hellaswag: acc (%), 4 items | -25.0 ± 25.0, undecided | -75.0 ± 25.0, " in report
     assert "mmlu: acc (%) of all: the data of mmlu cannot be had" in report
 
 

@@ -160,6 +160,18 @@ def test_no_number_of_items_tells_what_lies_on_the_margin():
     assert items_needed(np.zeros(100), 0.0) is None
 
 
+def test_few_equal_items_are_no_proof_whatever_the_metric_is():
+    shares = np.linspace(0.2, 0.9, 20)  # such as F1
+    found = compare_values(shares, shares)
+    assert found.verdict == "undecided" and found.p == 1 and found.low < 0 < found.high
+    assert found.items_needed > 200
+    many = np.resize(shares, found.items_needed)
+    assert compare_values(many, many).verdict == "non-inferior"
+    binary = compare_values(np.ones(50), np.ones(50))
+    almost = compare_values(np.r_[np.ones(49), 0.5], np.r_[np.ones(49), 0.5])  # not binary, of the same range
+    assert almost.least == pytest.approx(binary.least) and almost.low == pytest.approx(binary.low)
+
+
 def items_of(values, benchmark="gsm8k", metric="exact_match", document="d"):
     rows = [
         {"benchmark": benchmark, "task": benchmark, "item": item, "document": f"{document}{item}", "metric": metric}
@@ -178,6 +190,20 @@ def test_tables_are_compared_item_by_item_whatever_their_order():
     metrics = delta_metrics([found], "f16")
     assert metrics["eval/gsm8k/exact_match_delta_vs_f16"].stderr == found.stderr
     assert metrics["eval/gsm8k/exact_match_p_vs_f16"].value == 1
+
+
+def test_item_numbers_may_be_text_and_an_item_counts_once():
+    ours, theirs = items_of([1, 0, 1, 1.0] * 3), items_of([1, 1, 0, 1.0] * 3)
+    (expected,) = compare_items("q4", ours, "F16", theirs)
+    (found,) = compare_items(
+        "q4", pd.concat([ours, ours]), "F16", theirs.astype({"item": str}).astype({"item": object})
+    )
+    assert found == expected and found.items == 12
+
+
+def test_the_verdict_is_a_metric():
+    (found,) = compare_items("q4", items_of([1.0] * 400), "F16", items_of([1.0] * 400))
+    assert delta_metrics([found], "f16")["eval/gsm8k/exact_match_non_inferior_vs_f16"].value == 1
 
 
 def test_other_items_are_refused():

@@ -91,6 +91,17 @@ def test_a_digest_is_of_configuration_and_items_and_not_of_the_place(tmp_path):
     assert open_task("samq_gsm8k").digest() == open_task("samq_gsm8k").digest() != open_task("samq_json").digest()
 
 
+def test_a_digest_is_of_what_a_function_of_the_task_calls_too(tmp_path):
+    path = write_task(tmp_path, more="process_docs: !function utils.process_docs\n")
+    code = "def helper(docs):\n    return docs{}\n\n\ndef process_docs(docs):\n    return helper(docs)\n"
+    digests = []
+    for change in ("", ".select(range(2, 4))", ".select([3, 2])"):
+        (tmp_path / "utils.py").write_text(code.format(change))
+        digests.append(open_task(path).digest())
+    (tmp_path / "utils.py").write_text(code.format("") + "\n\ndef unused():\n    return 1\n")
+    assert len({*digests, open_task(path).digest()}) == 4
+
+
 def test_a_check_tells_what_can_be_run_and_why_the_rest_cannot():
     digests, missing = check_benchmarks(BenchmarkSettings(tasks=("samq_json", "hellaswag")))
     assert list(digests) == ["samq_json"] and "connect to the network" in missing["hellaswag"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from samq.errors import SamqError
-from samq.evaluation.benchmarks import measure_benchmarks, run_benchmarks
+from samq.evaluation.benchmarks import benchmark, measure_benchmarks, run_benchmarks
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
 from samq.evaluation.llama import Model
@@ -16,6 +16,7 @@ from samq.records import Evaluation
 from samq.significance import ITEMS_NAME, compare_items
 from tests.samq.evaluation.lm import RuleLM
 from tests.samq.evaluation.task_files import COLOURS, write_task
+from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 
 def run(lm, *tasks, **settings):
@@ -93,8 +94,8 @@ def test_an_error_in_a_tasks_own_code_does_not_take_the_others_along(tmp_path, c
     path = write_task(tmp_path, more="process_results: !function utils.judge\n")
     results = run(RuleLM(), str(path), "samq_truthfulqa_mc1", limit=2)
     assert results.missing == {
-        f"eval/{str(path).replace('/', '_')}": f"{path} failed in lm-eval (TypeError: list indices must be integers or "
-        "slices, not str); its log has more"
+        "eval/colours": f"{path} failed in lm-eval (TypeError: list indices must be integers or slices, not str); its log "
+        "has more"
     }
     assert "Traceback" in caplog.text and "eval/samq_truthfulqa_mc1/acc" in results.metrics
 
@@ -147,6 +148,40 @@ def test_a_candidate_is_compared_with_itself_item_by_item():
         ("samq_truthfulqa_mc1", "acc"),
     }
     assert all(one.difference == 0 and one.p == 1 for one in found)
+
+
+def test_what_was_asked_otherwise_is_not_compared(tmp_path):
+    write_task(tmp_path, more="fewshot_split: test\nfewshot_config: {sampler: first_n}\n")
+
+    def items(**settings):
+        return run(RuleLM(), "colours", task_folders=(tmp_path,), **settings).items
+
+    for settings in ({"few_shots": 1}, {"chat_template": True}):
+        with pytest.raises(SamqError, match="not asked the same items of colours"):
+            compare_items("a", items(), "b", items(**settings))
+        assert compare_items("a", items(**settings), "b", items(**settings))
+
+
+def test_a_failure_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("samq.evaluation.benchmarks.GgufLM", lambda *_, **__: RuleLM(write=out_of_memory))
+    request = BenchmarkRequest(
+        name="q4",
+        gguf=write_llama_gguf(tiny_llama(vocab_size=320), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer()),
+        sha256="0" * 64,
+        output=tmp_path / "out",
+        benchmarks=BenchmarkSettings(tasks=("samq_gsm8k",), limit=1),
+    )
+    with pytest.raises(SamqError, match=r"^samq_gsm8k failed in lm-eval \(MemoryError: no more\); its log has more$"):
+        benchmark(request, silent_report)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def out_of_memory(_prompt):
+    raise MemoryError("no more")
+
+
+def silent_report(_what, _done, _total):
+    pass
 
 
 @pytest.mark.e2e

@@ -232,8 +232,30 @@ def test_lm_eval_finds_the_model_by_name(pair):
     )
     assert isinstance(made, GgufLM) and made.max_length == 32
     made.model.close()
-    with pytest.raises(SamqError, match="unexpected keyword argument 'pretrained'; write gguf=FILE"):
-        GgufLM.create_from_arg_string("pretrained=gpt2")
+    for arguments, message in (
+        ("pretrained=gpt2", "missing a required argument: 'gguf'; write gguf=FILE"),
+        ("gguf=tiny.gguf,dtype=float32", "unexpected keyword argument 'dtype'; write gguf=FILE"),
+    ):
+        with pytest.raises(SamqError, match=message):
+            GgufLM.create_from_arg_string(arguments)
+    with pytest.raises(SamqError, match="no KV cache of type 'f16'; choose F32, F16, Q8_0, Q4_0"):
+        GgufLM.create_from_arg_string(f"gguf={pair.path},kv_type=f16")
+
+
+def test_no_more_context_is_used_than_the_model_was_trained_for(pair):
+    trained = pair.ours.model.trained_tokens
+    assert (
+        GgufLM(pair.ours.model).max_length == GgufLM(pair.ours.model, context_tokens=trained + 1).max_length == trained
+    )
+
+
+def test_one_beam_is_no_search(pair):
+    settings = {"max_gen_toks": 3, "do_sample": False}
+    made = requests("generate_until", ("the man", settings), ("the man", settings | {"num_beams": 1}))
+    one, other = pair.ours.generate_until(made)
+    assert one == other
+    with pytest.raises(SamqError, match="cannot follow the setting num_beams"):
+        pair.ours.generate_until(requests("generate_until", ("the man", settings | {"num_beams": 4})))
 
 
 def test_every_request_is_answered_once_and_reported(pair):
@@ -296,12 +318,13 @@ metric_list: [{{metric: acc}}]
     )
     name, *command = program.split()
     command = [Path(sys.executable).parent / name, *command]
-    command += ["--model", "samq-gguf", "--tasks", "tiny", "--include_path", tmp_path, "--model_args"]
+    command += ["--model", "samq-gguf", "--tasks", "tiny,samq_hellaswag", "--include_path", tmp_path, "--model_args"]
     done = run([*command, f"gguf={pair.path}"], home=tmp_path, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     made = requests("loglikelihood", *[(text, choice) for text in TEXTS for choice in (" an", " the")])
     scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
-    (accuracy,) = re.findall(r"acc +\|↑ +\| *([\d.]+)\|", done.stdout)
+    (accuracy,) = re.findall(r"\|tiny .*acc +\|↑ +\| *([\d.]+)\|", done.stdout)
+    assert "|samq_hellaswag|" in done.stdout
     assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
     done = run([*command, f"gguf={tmp_path}/none.gguf"], home=tmp_path)
     assert refused(done, "none.gguf")
