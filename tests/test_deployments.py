@@ -1,10 +1,17 @@
 """Prefect drops unknown keys of prefect.yaml without a word, so they are refused here."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, RawScheduleConfig
+from prefect.cli.deploy._models import (
+    ConcurrencyLimitSpec,
+    DeploymentConfig,
+    PrefectYamlModel,
+    RawScheduleConfig,
+    WorkPoolConfig,
+)
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
 
@@ -25,9 +32,15 @@ def unknown_keys(document):
     """Keys of a prefect.yaml that Prefect would drop."""
     keys = {f"top: {key}" for key in document.keys() - known(PrefectYamlModel) - {"definitions"}}
     for deployment in document["deployments"]:
-        keys |= {f"{deployment['name']}: {key}" for key in deployment.keys() - known(DeploymentConfig)}
-        for schedule in deployment.get("schedules", []):
-            keys |= {f"{deployment['name']} schedule: {key}" for key in schedule.keys() - known(RawScheduleConfig)}
+        limit = deployment.get("concurrency_limit", {})
+        parts = [
+            ("", DeploymentConfig, deployment),
+            (" work_pool", WorkPoolConfig, deployment.get("work_pool", {})),
+            (" concurrency_limit", ConcurrencyLimitSpec, limit if isinstance(limit, dict) else {}),
+            *((" schedule", RawScheduleConfig, schedule) for schedule in deployment.get("schedules", [])),
+        ]
+        for where, model, part in parts:
+            keys |= {f"{deployment['name']}{where}: {key}" for key in part.keys() - known(model)}
     return keys
 
 
@@ -36,8 +49,21 @@ def test_prefect_knows_every_key():
 
 
 def test_a_key_that_prefect_would_drop_is_found():
-    wrong = {"deployments": [{"name": "x", "entry_point": "a", "schedules": [{"crom": "* * * * *"}]}], "flows": []}
-    assert unknown_keys(wrong) == {"top: flows", "x: entry_point", "x schedule: crom"}
+    wrong = {
+        "deployments": [
+            {"name": "x", "entry_point": "a", "schedules": [{"crom": "* * * * *"}]},
+            {"name": "y", "work_pool": {"name": "p", "work_queue": "q"}, "concurrency_limit": 1},
+            {"name": "z", "concurrency_limit": {"limit": 1, "colision_strategy": "ENQUEUE"}},
+        ],
+        "flows": [],
+    }
+    assert unknown_keys(wrong) == {
+        "top: flows",
+        "x: entry_point",
+        "x schedule: crom",
+        "y work_pool: work_queue",
+        "z concurrency_limit: colision_strategy",
+    }
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
@@ -57,6 +83,12 @@ def test_nightly_runs_once_a_night_in_a_time_zone_and_one_at_a_time():
     assert (schedule["cron"], schedule["timezone"]) == ("30 2 * * *", "Europe/Berlin")
     assert nightly["concurrency_limit"]["limit"] == 1
     assert nightly["work_pool"]["name"] == "samq"
+
+
+def test_a_deployment_asks_for_the_disk_that_its_parameters_reckon():
+    asked = {deployment["name"]: re.findall(r"\d+ GB of disk", deployment["description"]) for deployment in DEPLOYMENTS}
+    reckoned = {path.stem: re.findall(r"\d+ GB of disk", path.read_text()) for path in PARAMETER_FILES}
+    assert asked["llama-70b-80gb"] == reckoned["llama-70b-80gb"] != []
 
 
 @pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)

@@ -1,13 +1,18 @@
 """The containers, as far as files can tell: no image is built here."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow.server.security_utils import is_allowed_host_header
+from prefect.server.api.server import create_ui_app
+from prefect.settings import PREFECT_UI_STATIC_DIRECTORY, Settings, temporary_settings
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "deployments" / "docker"
@@ -33,11 +38,36 @@ def copied():
     return {source for line in lines for source in line.split()}
 
 
+def sent(path):
+    """Whether the builder is sent a file: the last pattern that matches it, or a folder that it is in, decides."""
+    found = True
+    for line in IGNORE:
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if any(re.fullmatch(pattern, str(part)) for part in (Path(path), *Path(path).parents)):
+            found = line.startswith("!")
+    return found
+
+
 def test_the_dockerfile_copies_what_the_repository_has_and_the_builder_is_sent():
     assert copied()
     for source in copied():
-        assert (ROOT / source).exists(), source
-        assert any(f"!{sent}" in IGNORE for sent in (source, source.split("/")[0])), f"{source} is ignored"
+        files = [path for path in [ROOT / source, *(ROOT / source).rglob("*")] if path.is_file()]
+        assert files, source
+        unsent = {path.name for path in files if not sent(path.relative_to(ROOT))}
+        assert all(name.endswith(".pyc") for name in unsent), f"{unsent} of {source} is ignored"
+
+
+@pytest.mark.parametrize("path", [".env", "deployments/docker/.env", "deployments/parameters/.env.local", "samq/.env"])
+def test_a_file_of_secrets_reaches_neither_the_builder_nor_a_commit(path, tmp_path):
+    assert not sent(path)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    assert subprocess.run(["git", "-C", tmp_path, "check-ignore", "--quiet", path]).returncode == 0
+
+
+def test_no_image_holds_the_folder_whose_env_file_compose_reads():
+    assert not sent(FOLDER.relative_to(ROOT) / "compose.yaml")
+    assert not any(FOLDER.is_relative_to(ROOT / source) for source in copied())
 
 
 def test_the_builder_is_sent_nothing_that_is_not_copied():
@@ -71,6 +101,71 @@ def test_the_server_finds_ggufs_where_the_worker_made_them_and_cannot_change_the
     assert "samq:/data" in SERVICES["worker"]["volumes"]
     assert "samq:/data:ro" in SERVICES["server"]["volumes"]
     assert "SAMQ_HOME=/data" in DOCKERFILE
+
+
+def start_worker(folder, prefect):
+    """The worker's program, with a module `prefect` in the place of the real one."""
+    command = SERVICES["worker"]["command"]
+    assert command[0] == "python"
+    assert f"deployments/docker/{command[1]}" in copied()
+    (folder / "prefect.py").write_text(prefect)
+    environment = {
+        "PYTHONPATH": f"{folder}:{ROOT}",
+        "SAMQ_HOME": str(folder),
+        "PREFECT_API_URL": "http://prefect:4200/api",
+    }
+    return subprocess.Popen([sys.executable, FOLDER / command[1]], cwd=folder, env=os.environ | environment)
+
+
+@pytest.mark.parametrize(("fails", "status"), [("work-pool", 1), ("deploy", 1), ("worker", 7)])
+def test_the_workers_container_ends_when_the_worker_does_or_cannot_be_started(fails, status, tmp_path):
+    note = "import sys; print(*sys.argv[1:], file=open('calls', 'a'));"
+    container = start_worker(tmp_path, f"{note} sys.exit(7 * ({fails!r} in sys.argv))")
+    assert container.wait() == status
+    assert fails in (tmp_path / "calls").read_text().splitlines()[-1].split()
+
+
+def test_a_run_may_say_that_it_was_ended_before_the_workers_container_stops(tmp_path):
+    """Prefect's worker, here as there, kills its runs when it is asked to end."""
+    run = "trap 'sleep 0.3; touch ended; exit' TERM; touch running; while :; do sleep 0.1; done"
+    container = start_worker(
+        tmp_path,
+        f"""
+import signal, subprocess, sys
+if "worker" in sys.argv:
+    run = subprocess.Popen(["sh", "-c", {run!r}])
+    signal.signal(signal.SIGTERM, lambda *_: (run.kill(), sys.exit()))
+    run.wait()
+""",
+    )
+    while not (tmp_path / "running").exists():
+        assert container.poll() is None
+        time.sleep(0.05)
+    container.terminate()
+    assert container.wait() == 0
+    assert (tmp_path / "ended").exists()
+
+
+def test_prefect_knows_every_setting_that_a_service_is_given(monkeypatch):
+    given = {
+        name: value
+        for service in SERVICES.values()
+        for name, value in service.get("environment", {}).items()
+        if name.startswith("PREFECT_")
+    }
+    assert "PREFECT_SERVER_UI_STATIC_DIRECTORY" in given
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert given.keys() <= Settings().to_environment_variables(exclude_unset=True).keys()
+
+
+def test_prefects_page_is_made_in_a_volume_that_the_images_user_may_write(tmp_path):
+    service = SERVICES["prefect"]
+    folder = Path(service["environment"]["PREFECT_SERVER_UI_STATIC_DIRECTORY"])
+    assert folder.is_relative_to(service["volumes"][0].split(":")[1])
+    with temporary_settings({PREFECT_UI_STATIC_DIRECTORY: str(tmp_path / "ui")}):
+        create_ui_app(ephemeral=False)
+    assert (tmp_path / "ui" / "v2" / "index.html").exists()
 
 
 def test_only_the_server_which_asks_for_a_key_is_reachable_from_other_machines():
