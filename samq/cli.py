@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 from rich.logging import RichHandler
@@ -21,9 +21,14 @@ from samq.output import check_file, export, make_folder, work_folder
 from samq.progress import bar, console
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from flows.requantize import Sweep
-    from samq.records import Plan
+    from samq.datasets import DatasetSpec
+    from samq.records import Plan, TextSet
     from samq.store import Artifact
+
+    Settings = TypeVar("Settings", bound=BaseModel)
 
 app = typer.Typer(
     help="Sensitivity-aware mixed quantization: the best GGUF that fits a memory budget, measured and tracked.",
@@ -37,11 +42,23 @@ ModelArgument = Annotated[
 ]
 HfFolder = Annotated[Path | None, typer.Option(help="tokenizer and configuration for a GGUF without them")]
 Dataset = Annotated[str, typer.Option(help="humaneval, gsm8k, ..., a .jsonl/.parquet/.txt file, or a hub dataset's id")]
+Packing = Annotated[
+    bool | None,
+    typer.Option(
+        "--packing/--no-packing",
+        help="cut long text into many sequences instead of one a sample; default: a text file without form feeds is cut, "
+        "and its samples are the sequences",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="of the samples' order, and of labels drawn from the model")]
 Fields = Annotated[list[str] | None, typer.Option("--field", help="field(s) that hold the text, joined in order")]
 RegisteredModel = Annotated[str, typer.Argument(help="registered model")]
 FullGguf = Annotated[Path, typer.Option("--gguf", help="the full-precision GGUF")]
-Imatrix = Annotated[Path | None, typer.Option(help="importance matrix of llama-imatrix")]
+Imatrix = Annotated[Path | None, typer.Option(help="importance matrix of `samq imatrix` or llama-imatrix")]
+NoImatrix = Annotated[bool, typer.Option("--no-imatrix", help="without an importance matrix, at a loss of quality")]
 TIMEOUT_S = 6 * 3600.0
+CALIBRATION_SAMPLES = 32  # of a data set, for `samq calibrate`
+HELDOUT_START = 2 * CALIBRATION_SAMPLES  # where `samq evaluate` starts in one that may have been calibrated on
 PROJECT = Path(__file__).parent.parent  # the checkout: prefect.yaml and deployments/ lie there
 
 
@@ -52,6 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SamqError as error:
         console.print(f"samq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _settings(kind: "type[Settings]", **options: Any) -> "Settings":
+    """A command's options as the settings they stand for; raises SamqError for a value that those refuse."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(map(str, first["loc"]))
+        raise SamqError(f"{option} {first['input']!r} cannot be used: {first['msg']}; give another") from error
 
 
 def lm_eval_main() -> None:
@@ -92,12 +121,17 @@ def demo(
 
 
 @app.command()
-def requantize(config: Annotated[Path, typer.Option(help="YAML file; see deployments/parameters/")]) -> None:
+def requantize(
+    config: Annotated[Path, typer.Option(help="YAML file; see deployments/parameters/")], no_imatrix: NoImatrix = False
+) -> None:
     """Convert, calibrate, plan, quantize, evaluate, track: the whole flow, as the file says."""
     _prepare_prefect()
     from flows.parameters import load_parameters
 
     parameters = load_parameters(config)
+    if no_imatrix:
+        calibration = parameters.calibration.model_copy(update={"imatrix": False})
+        parameters = parameters.model_copy(update={"calibration": calibration})
     with console.status("starting Prefect"):
         from flows.requantize import requantize as flow
 
@@ -137,7 +171,9 @@ def calibrate(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="the sensitivity map to write (JSON)")],
     dataset: Dataset = "humaneval",
-    samples: Annotated[int, typer.Option(min=1)] = 32,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"how many samples; default: {CALIBRATION_SAMPLES}, or all there are")
+    ] = None,
     field: Fields = None,
     split: str | None = None,
     sequence_tokens: Annotated[int, typer.Option(min=2)] = 512,
@@ -147,32 +183,31 @@ def calibrate(
     labels: Annotated[
         str, typer.Option(help="model: drawn from the model, to predict KL; text: those of the text")
     ] = "model",
-    packing: Annotated[bool, typer.Option(help="cut long text into many sequences instead of one a sample")] = False,
-    seed: int = 0,
+    packing: Packing = None,
+    seed: Seed = 0,
     revision: str | None = None,
     hf_folder: HfFolder = None,
 ) -> None:
     """Measure how much each weight tensor matters: gradient norms and Fisher information on calibration text."""
     _prepare_prefect()
-    from samq.datasets import DatasetSpec, load_texts
+    from samq.datasets import DatasetSpec
     from samq.model import describe_source
-    from samq.records import CalibrationSet, SensitivityMap, TextSet
+    from samq.records import SensitivityMap
     from samq.toolchain import find_toolchain
     from tasks.calibrate import FISHER_NAME, MAP_NAME
     from tasks.calibrate import calibrate as calibrate_stage
     from tasks.convert import convert
-    from tasks.text import SET_NAME, tokenize
 
     if labels not in ("model", "text"):
         raise SamqError(f"--labels {labels} is neither model nor text; choose one of them")
     check_file(out)
-    spec = DatasetSpec(name=dataset, samples=samples, fields=tuple(field or ()), split=split, seed=seed)
-    source = describe_source(model, revision=revision, hf_folder=hf_folder)
-    text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+    spec = _settings(DatasetSpec, name=dataset, fields=tuple(field or ()), split=split, seed=seed)
+    text = _read_calibration(spec, samples, CALIBRATION_SAMPLES, packing)
+    with bar(f"find {model}"):
+        source = describe_source(model, revision=revision, hf_folder=hf_folder)
     # A stage's function without Prefect: the same store, the same keys, no server.
     full = convert.fn(store_folder(), source, find_toolchain(), "F16", TIMEOUT_S)
-    tokens = tokenize.fn(store_folder(), full, text, spec, sequence_tokens, packing)
-    count = CalibrationSet.load(tokens.path(SET_NAME)).samples
+    tokens, count = _tokenize(full, text, sequence_tokens)
     made = calibrate_stage.fn(
         store_folder(), source, full, tokens, count, None, batch_size, dtype, device, labels, seed
     )
@@ -181,14 +216,95 @@ def calibrate(
         shutil.copyfile(made.path(FISHER_NAME), work / FISHER_NAME)
         (work / FISHER_NAME).replace(_fisher_beside(out))
     sensitivity.save(out)
-    table = Table(
-        "tensor", "gradient norm", "score", title=f"{len(sensitivity.tensors)} tensors, the ten highest scores"
-    )
+    title = f"{len(sensitivity.tensors)} tensors on {sensitivity.samples} sequences, the ten highest scores"
+    table = Table("tensor", "gradient norm", "score", title=title)
     for name, tensor in sorted(sensitivity.tensors.items(), key=lambda item: -item[1].score)[:10]:
         norm = f"{tensor.gradient_norm:.4g} ± {tensor.gradient_norm_stderr:.2g}"
         table.add_row(name, norm, f"{tensor.score:.4f}")
     console.print(table)
     console.print(f"{out}\nfull-precision GGUF: {full.path('model.gguf')}", highlight=False, soft_wrap=True)
+
+
+class _CalibrationText(NamedTuple):
+    """Text to calibrate on; `sequences` bounds how many of its sequences are used, and may have to be `exact`."""
+
+    text: "TextSet"
+    seed: int
+    packing: bool
+    sequences: int | None = None
+    exact: bool = False
+
+
+def _read_calibration(
+    spec: "DatasetSpec", samples: int | None, default: int | None, packing: bool | None
+) -> _CalibrationText:
+    """The data set's first `samples`, by default at most `default`; those of one document are sequences cut from it."""
+    from samq.datasets import is_one_document, load_texts
+    from samq.records import TextSet
+
+    if packing is not False and is_one_document(spec.name):
+        text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+        return _CalibrationText(text, spec.seed, True, samples or default, exact=samples is not None)
+    spec = spec.model_copy(update={"samples": samples})
+    texts = load_texts(spec)[: samples or default]
+    return _CalibrationText(TextSet(dataset=spec.name, texts=tuple(texts)), spec.seed, bool(packing))
+
+
+def _tokenize(full: "Artifact", text: _CalibrationText, sequence_tokens: int) -> "tuple[Artifact, int]":
+    """The stage's artifact, and how many of its sequences to use."""
+    from samq.records import CalibrationSet
+    from tasks.text import SET_NAME, tokenize
+
+    tokens = tokenize.fn(store_folder(), full, text.text, text.seed, sequence_tokens, text.packing)
+    available = CalibrationSet.load(tokens.path(SET_NAME)).samples
+    wanted = text.sequences or available
+    if text.exact and available < wanted:
+        raise SamqError(
+            f"{text.text.dataset} has {available} sequences of {sequence_tokens} tokens, too few for {wanted}; ask for fewer "
+            "or shorter ones"
+        )
+    return tokens, min(available, wanted)
+
+
+@app.command()
+def imatrix(
+    gguf: FullGguf,
+    out: Annotated[Path, typer.Option(help="the importance matrix to write (GGUF)")],
+    dataset: Dataset = "humaneval",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"how many samples; default: {CALIBRATION_SAMPLES}, or all there are")
+    ] = None,
+    field: Fields = None,
+    split: str | None = None,
+    sequence_tokens: Annotated[int, typer.Option(min=2)] = 512,
+    seed: Seed = 0,
+) -> None:
+    """Measure which inputs of each layer are large, for llama-quantize to spare (llama-imatrix)."""
+    _prepare_prefect()
+    from samq.datasets import DatasetSpec, is_one_document, load_texts
+    from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+    from samq.records import TextSet
+    from samq.toolchain import find_toolchain
+    from tasks.imatrix import imatrix as imatrix_stage
+
+    check_file(out)
+    whole = is_one_document(dataset)
+    spec = _settings(
+        DatasetSpec,
+        name=dataset,
+        fields=tuple(field or ()),
+        split=split,
+        seed=seed,
+        samples=None if whole else samples,
+    )
+    texts = load_texts(spec)[: None if whole else samples or CALIBRATION_SAMPLES]
+    text = TextSet(dataset=dataset, texts=tuple(texts))
+    full, tools = _adopt({GGUF_NAME: gguf}), find_toolchain()
+    made = imatrix_stage.fn(store_folder(), full, text, sequence_tokens, tools, TIMEOUT_S)
+    with work_folder(out.absolute().parent) as work:
+        shutil.copyfile(made.path(IMATRIX_NAME), work / IMATRIX_NAME)
+        os.replace(work / IMATRIX_NAME, out)
+    console.print(str(out), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -205,10 +321,18 @@ def plan(
     base: Annotated[str, typer.Option(help="type or llama-quantize mixture of the rest")] = "Q4_K_M",
     grouping: Annotated[str, typer.Option(help="block or tensor")] = "block",
     imatrix: Imatrix = None,
+    no_imatrix: NoImatrix = False,
 ) -> None:
     """Give each tensor a type: the least predicted KL within a budget, or more bits to what scores above a threshold."""
     if budget and threshold:
         raise SamqError("a plan follows a budget or a threshold; give one of --budget and --threshold")
+    if imatrix and no_imatrix:
+        raise SamqError("--no-imatrix contradicts --imatrix; leave one of them out")
+    if budget and not (imatrix or no_imatrix):
+        raise SamqError(
+            "a budget is spent best with an importance matrix; make one by `samq imatrix` and give it as --imatrix, or say "
+            "--no-imatrix"
+        )
     if out:
         check_file(out)
     made = _budget_plan(map, gguf, budget, ladder, imatrix) if budget else None
@@ -257,10 +381,12 @@ def _threshold_plan(
 
     if grouping not in ("block", "tensor"):
         raise SamqError(f"--grouping {grouping} is neither block nor tensor; choose one of them")
-    policy = ThresholdPolicy(keep=keep, base=base, grouping=grouping)  # type: ignore[arg-type]
+    policy = _settings(ThresholdPolicy, keep=keep, base=base, grouping=grouping)
     sensitivity = SensitivityMap.load(map)
-    target = Target.open(gguf, find_toolchain(), imatrix)
-    made = threshold_plan(target, sensitivity, _number(threshold), policy)
+    with bar(f"plan {gguf.name}"):
+        target = Target.open(gguf, find_toolchain(), imatrix)
+        made = threshold_plan(target, sensitivity, _number(threshold), policy)
+        cuts = propose_thresholds(target, sensitivity, policy, 6)
     kept, groups = made.parameters["kept_tensors"], made.parameters["kept_groups"]
     console.print(
         f"threshold {made.parameters['threshold']:.4g} keeps {kept} of {len(made.types)} tensors "
@@ -270,7 +396,7 @@ def _threshold_plan(
     )
     points = change_points(sensitivity, target.quantizable, grouping)
     table = Table("threshold", "kept", "MB", "bits per weight", title=f"{len(points)} thresholds change the plan; e.g.")
-    for cut in propose_thresholds(target, sensitivity, policy, 6):
+    for cut in cuts:
         other = threshold_plan(target, sensitivity, cut, policy)
         size = f"{other.tensor_bytes / 1e6:.1f}"
         table.add_row(f"{cut:g}", str(other.parameters["kept_tensors"]), size, f"{other.bits_per_weight:.2f}")
@@ -287,13 +413,18 @@ def quantize(
 ) -> None:
     """Write a plan's GGUF by llama-quantize, and check every type and byte of it against the plan."""
     from samq import quantizer
-    from samq.gguf_file import file_sha256
     from samq.records import Plan
     from samq.toolchain import find_toolchain
 
     check_file(out)
     wanted, toolchain = Plan.load(plan), find_toolchain()
-    if file_sha256(gguf) != wanted.gguf_sha256:
+    if wanted.rounding == "compensated":
+        raise SamqError(
+            f"{plan} is a plan of compensated rounding and llama-quantize rounds to the nearest values; let the flow build "
+            "it, or quantize a plan of `samq plan` and round that file anew by `samq compensate`"
+        )
+    quantizer.check_imatrix(wanted, imatrix)
+    if _sha256(gguf) != wanted.gguf_sha256:
         raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
     provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
     with work_folder(out.absolute().parent) as work, bar(f"quantize {wanted.name}") as progress:
@@ -321,30 +452,27 @@ def compensate(
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     dtype: str = "float32",
     device: str = "auto",
-    packing: Annotated[bool, typer.Option(help="cut long text into many sequences instead of one a sample")] = False,
-    seed: int = 0,
+    packing: Packing = None,
+    seed: Seed = 0,
     hf_folder: HfFolder = None,
 ) -> None:
     """Round a GGUF's weights anew so that errors make up for each other (GPTQ): the same size and types, nearer to F16."""
     _prepare_prefect()
     from samq import compensation
-    from samq.datasets import DatasetSpec, load_texts
-    from samq.gguf_file import file_sha256
+    from samq.datasets import DatasetSpec
     from samq.gram import GRAM_TOKENS, GramMatrices
     from samq.model import compute_device, describe_source
     from samq.quantizer import GGUF_NAME
-    from samq.records import CalibrationSet, TextSet
     from tasks.compensate import GRAM_NAME, gram
-    from tasks.text import SET_NAME, tokenize
 
     check_file(out)
-    spec = DatasetSpec(name=dataset, samples=samples, fields=tuple(field or ()), split=split, seed=seed)
-    source = describe_source(gguf, hf_folder=hf_folder)
-    text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
-    store, full = store_folder(), _adopt({GGUF_NAME: gguf})
-    tokens = tokenize.fn(store, full, text, spec, sequence_tokens, packing)
-    count = CalibrationSet.load(tokens.path(SET_NAME)).samples
-    grams = gram.fn(store, source, full, tokens, count, GRAM_TOKENS, batch_size, dtype, device)
+    spec = _settings(DatasetSpec, name=dataset, fields=tuple(field or ()), split=split, seed=seed)
+    text = _read_calibration(spec, samples, None, packing)
+    with bar(f"find {gguf.name}"):
+        source = describe_source(gguf, hf_folder=hf_folder)
+    full = _adopt({GGUF_NAME: gguf})
+    tokens, count = _tokenize(full, text, sequence_tokens)
+    grams = gram.fn(store_folder(), source, full, tokens, count, GRAM_TOKENS, batch_size, dtype, device)
     with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
         done = compensation.compensate(
             gguf,
@@ -360,7 +488,7 @@ def compensate(
     ratios = sorted(error.ratio for error in done.tensors.values())
     console.print(
         f"{len(ratios)} tensors: {100 * ratios[len(ratios) // 2]:.0f} % of their layers' output error is left (median; "
-        f"{100 * ratios[0]:.0f} to {100 * ratios[-1]:.0f} %)\n{out}\nsha256 {file_sha256(out)}",
+        f"{100 * ratios[0]:.0f} to {100 * ratios[-1]:.0f} %)\n{out}\nsha256 {_sha256(out)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -374,7 +502,13 @@ def evaluate(
         Path | None, typer.Option(help="folder for evaluation.json and the per-token and per-item tables")
     ] = None,
     dataset: Annotated[str, typer.Option(help="held-out text: humaneval, a file, a hub dataset's id")] = "humaneval",
-    start: Annotated[int, typer.Option(help="first sample of it", min=0)] = 64,
+    start: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"first sample of it; default: 0 of a file, which is not to be the one calibrated on, else {HELDOUT_START}",
+        ),
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="how many samples; default: all")] = None,
     field: Fields = None,
     split: str | None = None,
@@ -383,7 +517,7 @@ def evaluate(
 ) -> None:
     """Measure fidelity to full precision, JSON compliance, speed and memory of one GGUF."""
     _prepare_prefect()
-    from samq.datasets import DatasetSpec, load_texts
+    from samq.datasets import DatasetSpec, is_file, load_texts
     from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
     from samq.model import describe_source
     from samq.quantizer import GGUF_NAME
@@ -396,17 +530,22 @@ def evaluate(
 
     if out:
         make_folder(out)
-    spec = DatasetSpec(name=dataset, start=start, samples=samples, fields=tuple(field or ()), split=split)
+    if start is None:
+        start = 0 if is_file(dataset) else HELDOUT_START
+    spec = _settings(DatasetSpec, name=dataset, start=start, samples=samples, fields=tuple(field or ()), split=split)
     text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
-    settings = EvaluationSettings(context_tokens=context_tokens, chunks=chunks)
+    settings = _settings(EvaluationSettings, context_tokens=context_tokens, chunks=chunks)
     store, toolchain = store_folder(), find_toolchain()
-    full = convert.fn(store, describe_source(str(baseline)), toolchain, "F16", TIMEOUT_S)
+    with bar(f"find {baseline.name}"):
+        source = describe_source(str(baseline))
+    full = convert.fn(store, source, toolchain, "F16", TIMEOUT_S)
     candidate = _adopt({GGUF_NAME: gguf})
     tokens = heldout.fn(store, full, text)
     base = baseline_stage.fn(store, full, tokens, settings, TIMEOUT_S)
     made = evaluate_stage.fn(store, gguf.stem, candidate, tokens, base, settings, TIMEOUT_S)
     evaluation = Evaluation.load(made.path(EVALUATION_NAME))
-    table = Table("metric", "value", "standard error", "n", title=gguf.name)
+    title = f"{gguf.name} on {dataset} from sample {start} on"
+    table = Table("metric", "value", "standard error", "n", title=title)
     for name, metric in evaluation.metrics.items():
         error = "" if metric.stderr is None else f"{metric.stderr:.3g}"
         table.add_row(name, f"{metric.value:.6g}", error, str(metric.n or ""))
@@ -456,7 +595,7 @@ def serve(
 @app.command()
 def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
     """Types, sizes, bits per weight and provenance of a GGUF."""
-    from samq.gguf_file import file_sha256, read_metadata, read_tensors
+    from samq.gguf_file import read_metadata, read_tensors
 
     tensors, metadata = read_tensors(gguf), read_metadata(gguf)
     table = Table("type", "tensors", "weights", "MB", "bits per weight", title=str(gguf))
@@ -470,11 +609,12 @@ def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
     for key, value in metadata.items():
         if key.startswith(("samq.", "general.", "quantize.")):
             console.print(f"{key} = {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"sha256 = {file_sha256(gguf)}", highlight=False, soft_wrap=True)
+    console.print(f"sha256 = {_sha256(gguf)}", highlight=False, soft_wrap=True)
 
 
 def _add_row(table: Table, kind: str, weights: int, size: int, count: int) -> None:
-    table.add_row(kind, str(count), f"{weights:,}", f"{size / 1e6:.2f}", f"{8 * size / weights:.2f}")
+    bits = f"{8 * size / weights:.2f}" if weights else ""  # a file may hold a vocabulary alone
+    table.add_row(kind, str(count), f"{weights:,}", f"{size / 1e6:.2f}", bits)
 
 
 @app.command()
@@ -563,9 +703,7 @@ def doctor() -> None:
     findings = diagnose()
     table = Table("", "what", "found", "what to do")
     for finding in findings:
-        table.add_row(
-            "ok" if finding.ok else "MISSING", finding.name, finding.found, "" if finding.ok else finding.advice
-        )
+        table.add_row(finding.state, finding.name, finding.found, finding.advice)
     console.print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
@@ -609,16 +747,21 @@ def up(mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
 
 
 def _wait_for_signal() -> None:
-    """Return at Ctrl-C or SIGTERM."""
-    ended = threading.Event()
+    """Return at Ctrl-C or SIGTERM; exit with code 1 as soon as a service ends by itself."""
+    from samq.services import first_ended
+
+    asked = threading.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: ended.set())
-    ended.wait()
+        signal.signal(sign, lambda *_: asked.set())
+    while not asked.wait(1):
+        if ended := first_ended():
+            console.print(f"samq: {ended}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1)
 
 
 def _adopt(files: dict[str, Path]) -> "Artifact":
     """Give files that were not made here a place in the store, under these names, as a stage's output."""
-    from samq.gguf_file import file_sha256, read_tensors
+    from samq.gguf_file import read_tensors
     from samq.quantizer import GGUF_NAME, link_or_copy
     from samq.records import digest_of
     from samq.store import Store
@@ -628,7 +771,7 @@ def _adopt(files: dict[str, Path]) -> "Artifact":
             read_tensors(path)  # refuses what is no GGUF
         elif not path.is_file():
             raise SamqError(f"there is no file {path}; check the path, or make it again")
-    store, key = Store(store_folder()), digest_of({name: file_sha256(path) for name, path in files.items()})
+    store, key = Store(store_folder()), digest_of({name: _sha256(path) for name, path in files.items()})
     if store.find("adopted", key) is None:
         with store.publish("adopted", key) as folder:
             for name, path in files.items():
@@ -636,6 +779,14 @@ def _adopt(files: dict[str, Path]) -> "Artifact":
     artifact = store.find("adopted", key)
     assert artifact is not None, "just published"
     return artifact
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, with a sign of life on the terminal: a large one takes minutes."""
+    from samq.gguf_file import file_sha256
+
+    with bar(f"read {path.name}"):
+        return file_sha256(path)
 
 
 def _fisher_beside(map: Path) -> Path:

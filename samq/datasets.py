@@ -96,11 +96,17 @@ def require_disjoint(one: DatasetSpec, other: DatasetSpec) -> None:
         )
 
 
+def is_one_document(name: str) -> bool:
+    """Whether the data set is a text file without form feeds: one stream, as llama-imatrix and llama-perplexity take it."""
+    return is_file(name) and Path(name).suffix == ".txt" and len(_read_file(Path(name))) == 1
+
+
 def _place(spec: DatasetSpec) -> str:
-    return str(Path(spec.name).resolve()) if _is_file(spec.name) else spec.name
+    return str(Path(spec.name).resolve()) if is_file(spec.name) else spec.name
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
+    """Whether a data set's name is that of a file, not of a packaged set or one on the hub."""
     return name not in _PACKAGED and (
         Path(name).suffix in _READERS or name.endswith(".jsonl.gz") or Path(name).is_file()
     )
@@ -111,7 +117,7 @@ def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
     if spec.name in _PACKAGED:
         rows = [_with_answer(row) for row in packaged_rows(spec.name)]
         return rows, spec.fields or _PACKAGED[spec.name].fields
-    if _is_file(spec.name):
+    if is_file(spec.name):
         return _read_file(Path(spec.name)), spec.fields or ("text",)
     return _read_hub(spec), spec.fields or ("text",)
 

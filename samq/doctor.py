@@ -39,6 +39,13 @@ class Finding:
     found: str
     advice: str = ""
 
+    @property
+    def state(self) -> str:
+        """The finding in a word."""
+        if not self.ok:
+            return "MISSING"
+        return "optional" if self.advice else "ok"
+
 
 def diagnose() -> list[Finding]:
     """Look at everything, required things first; takes about a second and changes nothing."""

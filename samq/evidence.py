@@ -132,7 +132,9 @@ def _production(client: MlflowClient, name: str, version: str | None) -> Referen
 def _plan(client: MlflowClient, run: Run) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         path = client.download_artifacts(run.info.run_id, "plan.json", folder)
-        return Plan.model_validate(json.loads(Path(path).read_text()))
+        fields = json.loads(Path(path).read_text())
+        fields.pop("schema", None)  # which older runs lack
+        return Plan.model_validate(fields)
 
 
 def _measured(client: MlflowClient, run: Run, name: str) -> Measured:

@@ -23,6 +23,7 @@ from samq.records import ModelSource, digest_of
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Top-level files only: some repositories keep the same weights in other formats in folders.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+TORCH_FILES = ["pytorch_model*.bin"]  # fetched where a repository has no safetensors
 TOKENIZER_FILES = (
     "config.json",
     "generation_config.json",
@@ -100,12 +101,14 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
-    try:
+    def fetch(revision: str | None, files: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
-            )
+            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
         )
+
+    try:
+        folder = fetch(revision, HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch(folder.name, HUB_FILES + TORCH_FILES)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SamqError(
@@ -158,7 +161,10 @@ def weight_files(folder: Path) -> list[Path]:
             if suffix == "safetensors":
                 _check_safetensors(file)
         return files
-    raise SamqError(f"{folder} has no weights (model.safetensors, or shards with an index); download the model again")
+    raise SamqError(
+        f"{folder} has no weights (model.safetensors or pytorch_model.bin, or shards of one with an index); give a model "
+        "that has"
+    )
 
 
 def _shards(index: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """Where a person wants results: refused before hours of work, not after, and written whole or not at all."""
 
 import contextlib
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +13,9 @@ from samq.errors import SamqError
 
 if TYPE_CHECKING:
     from samq.store import Artifact
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def check_file(path: Path) -> None:
@@ -36,17 +41,31 @@ def make_folder(folder: Path, advice: str = "choose another folder") -> None:
 def work_folder(inside: Path) -> Iterator[Path]:
     """A temporary folder inside another, where results are finished before they are moved to their place there.
 
-    When the work fails its logs stay, as the error names them, and nothing else. Raises SamqError if the disk gets full.
+    When the work fails its logs stay, as the error names them, and nothing else. Raises SamqError if the disk gets full,
+    or if another file cannot be used.
     """
     try:
         work = Path(tempfile.mkdtemp(prefix="samq-", dir=inside))
+    except OSError as error:
+        raise _not_writable(inside, error) from error
+    try:
         try:
             yield work
             shutil.rmtree(work)
         finally:
             remove_all_but_logs(work)
     except OSError as error:
-        raise SamqError(f"cannot write to {inside}: {error.strerror}; free some space") from error
+        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+        if error.errno in _FULL or error.errno == errno.EROFS or (file and file.is_relative_to(work)):
+            raise _not_writable(inside, error) from error
+        if file is None:
+            raise
+        raise SamqError(f"cannot use {file}: {error.strerror}; check that file") from error
+
+
+def _not_writable(folder: Path, error: OSError) -> SamqError:
+    advice = "free some space" if error.errno in _FULL else "choose another folder"
+    return SamqError(f"cannot write to {folder}: {error.strerror}; {advice}")
 
 
 def export(artifact: "Artifact", folder: Path) -> None:

@@ -2,16 +2,22 @@
 
 The alias `production` says what is served, `previous` what was before. A version is judged against what is in production
 at that time; if that has changed when the aliases are to move, nothing moves: of two promotions at once one wins.
+
+MLflow moves one alias at a time. `previous` goes first: what serves changes last, and if it does not, `previous` is put
+back. Should that fail too, both aliases are at one version, and history says where a rollback leads.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from samq.errors import SamqError
 from samq.evidence import gather
 from samq.gates import Gate, failed, judge
-from samq.history import Event, check_reason, now, record
+from samq.history import Event, check_reason, history, now, record
 from samq.promotion_lock import alone
 from samq.promotion_policy import PromotionPolicy
 from samq.serving.registry import PREVIOUS, PRODUCTION, RegisteredGguf, aliases, answering
@@ -52,16 +58,13 @@ def promote(client: MlflowClient, judgement: Judgement, *, force: bool = False, 
         check_reason(reason, "--force")
     version, name, replaced = judgement.version.version, judgement.version.name, judgement.production
     with alone(client, name):
-        _require(client, name, replaced, version)
+        seen = _require(client, name, replaced, version)
         _tag(client, judgement)
         if replaced == version:
             return now("kept", version, replaced, judgement.failed, reason)
         if judgement.failed and not force:
             return record(client, name, now("refused", version, replaced, judgement.failed, reason))
-        with answering(client, f"no version {version} of a model {name}"):
-            if replaced is not None:
-                client.set_registered_model_alias(name, PREVIOUS, replaced)
-            client.set_registered_model_alias(name, PRODUCTION, version)
+        _move(client, name, seen, version)
         _confirm(client, name, version)
         return record(client, name, now("promoted", version, replaced, judgement.failed, reason))
 
@@ -71,29 +74,58 @@ def rollback(client: MlflowClient, name: str, reason: str) -> Event:
     reason = check_reason(reason, "a rollback")
     seen = aliases(client, name)
     current, previous = seen.get(PRODUCTION), seen.get(PREVIOUS)
-    if previous is None or previous == current:
+    if previous is not None and previous == current:  # moving the aliases was broken off
+        previous = _served_before(client, name, current)
+    if previous is None:
         raise SamqError(f"{name} has no version before the one in production; promote one with `samq promote {name}`")
     with alone(client, name):
-        _require(client, name, current, previous)
-        with answering(client, f"no version {previous} of a model {name}"):
-            client.set_registered_model_alias(name, PRODUCTION, previous)
-            if current is None:
+        _move(client, name, _require(client, name, current, previous), previous)
+        if current is None:
+            with answering(client, f"no model {name}"):
                 client.delete_registered_model_alias(name, PREVIOUS)
-            else:
-                client.set_registered_model_alias(name, PREVIOUS, current)
         _confirm(client, name, previous)
         return record(client, name, now("rolled back", previous, current, reason=reason))
 
 
-def _require(client: MlflowClient, name: str, expected: str | None, wanted: str) -> None:
-    """Production is what it was when this began."""
-    found = aliases(client, name).get(PRODUCTION)
+def _move(client: MlflowClient, name: str, seen: Mapping[str, str], version: str) -> None:
+    """Point `production` at the version, and `previous` at what the aliases that were `seen` have in production."""
+    current, before = seen.get(PRODUCTION), seen.get(PREVIOUS)
+    with answering(client, f"no version {version} of a model {name}"):
+        try:
+            if current is not None:
+                client.set_registered_model_alias(name, PREVIOUS, current)
+            client.set_registered_model_alias(name, PRODUCTION, version)
+        except BaseException:  # Ctrl-C too
+            with suppress(MlflowException, SamqError):
+                if current is not None and aliases(client, name).get(PRODUCTION) == current:
+                    _restore(client, name, before)
+            raise
+
+
+def _restore(client: MlflowClient, name: str, previous: str | None) -> None:
+    if previous is None:
+        client.delete_registered_model_alias(name, PREVIOUS)
+    else:
+        client.set_registered_model_alias(name, PREVIOUS, previous)
+
+
+def _served_before(client: MlflowClient, name: str, version: str) -> str | None:
+    """What the version replaced when it last went into production; None if history has nothing of it."""
+    came = (event for event in history(client, name) if event.version == version and event.action != "refused")
+    return next((event.replaced for event in came if event.replaced != version), None)
+
+
+def _require(client: MlflowClient, name: str, expected: str | None, wanted: str) -> dict[str, str]:
+    """The aliases now, if production is what it was when this began; raises SamqError if it is not."""
+    seen = aliases(client, name)
+    found = seen.get(PRODUCTION)
     if found != expected:
         was, now = (f"version {one}" if one else "nothing" for one in (expected, found))
         raise SamqError(
             f"somebody else moved {name} from {was} to {now} in production while version {wanted} was on its way; "
             f"look at `samq status {name}`, then try again"
         )
+    return seen
 
 
 def _confirm(client: MlflowClient, name: str, wanted: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from samq.audit import accept, provenance_metadata, require_space
 from samq.errors import SamqError, ToolError
 from samq.formats import check_mixture, tensor_bytes
-from samq.gguf_file import TensorInfo, read_tensors
+from samq.gguf_file import TensorInfo, file_sha256, read_tensors
 from samq.process import run
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
@@ -104,7 +104,8 @@ def convert(
 
 
 def link_or_copy(path: Path, target: Path) -> None:
-    """Give a file a second name; where file systems do not allow that, copy it."""
+    """Give a file, not a symbolic link to it, a second name; where file systems do not allow that, copy it."""
+    path = path.resolve()
     try:
         os.link(path, target)
     except OSError:
@@ -224,11 +225,12 @@ def quantize(
 ) -> QuantizedModel:
     """Write the plan's GGUF into `folder` by llama-quantize, audit it, and describe it.
 
-    `provenance` joins the metadata as `samq.<key>` (at most 127 characters a value, llama.cpp's limit). Raises
-    SamqError when the disk is too full, ToolError when llama-quantize fails or what it wrote is not the plan.
+    `provenance` joins the metadata as `samq.<key>` (at most 127 characters a value, llama.cpp's limit). Weights are
+    rounded to the nearest values, whatever the plan's rounding: `samq.compensation` goes on from there. Raises SamqError
+    when the importance matrix is not the plan's or the disk is too full, ToolError when llama-quantize fails or what it
+    wrote is not the plan.
     """
-    if imatrix and not imatrix.is_file():
-        raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
+    check_imatrix(plan, imatrix)
     require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
     partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
@@ -262,6 +264,20 @@ def quantize(
     )
     (folder / IMATRIX_NAME).unlink(missing_ok=True)
     return accept(partial, plan, metadata)
+
+
+def check_imatrix(plan: Plan, imatrix: Path | None) -> None:
+    """Raise SamqError unless it is the importance matrix, or none, that the plan's types and costs are for."""
+    if imatrix and not imatrix.is_file():
+        raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
+    given = file_sha256(imatrix) if imatrix else None
+    if given != plan.imatrix_sha256:
+        own = (
+            f"with importance matrix {plan.imatrix_sha256[:12]}" if plan.imatrix_sha256 else "without importance matrix"
+        )
+        other = given[:12] if given else "none"
+        advice = "give that one" if plan.imatrix_sha256 else "leave it out"
+        raise SamqError(f"plan {plan.name} was made {own} and {other} is given; {advice}, or plan again")
 
 
 def planned_bytes(tensors: dict[str, TensorInfo], types: dict[str, str]) -> int:

@@ -155,7 +155,7 @@ def verdict(
         change = compared.in_words if compared else f"{percent(best.kld.value / reference.kld.value - 1)} mean KLD"
         text += f" Against {reference.name}: {change}, {percent(best.bytes / reference.bytes - 1)} bytes."
     if stock(results) and any(result.plan.policy in BY_SENSITIVITY for result in results):
-        text += " A plan of SAMQ is eligible only if it beats every stock mixture that is no larger, with confidence."
+        text += " A plan of SAMQ is eligible only if it beats, with confidence, all mixtures that are no larger or of its size."
     return text
 
 

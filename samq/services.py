@@ -14,9 +14,20 @@ import psutil
 
 from samq.errors import SamqError
 from samq.home import home, mlflow_uri
+from samq.process import kill_group
 
 WORK_POOL = "samq"
 PATIENCE_S = 15
+_running: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def first_ended() -> str | None:
+    """A sentence about a service that was started here and has ended by itself, with its log; None while all run."""
+    for name, child in _running.items():
+        if (code := child.poll()) is not None:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            return f"{name} {how}; see {_log(name)}, and start again"
+    return None
 
 
 @contextmanager
@@ -99,14 +110,19 @@ def _child(
         child = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+        _running[name] = child
         try:
             yield child
         finally:
+            del _running[name]
             _stop(child)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
     """Ask a process and all that it started to end, then make them: a worker's runs are in sessions of their own."""
+    if child.poll() is not None:  # its number may soon be another's, as its group's may not while it has members
+        kill_group(child)
+        return
     try:
         root = psutil.Process(child.pid)
         family = [root, *root.children(recursive=True)]

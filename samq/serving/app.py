@@ -47,13 +47,17 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self.recent = RecentPrompts(settings.shadow.prompts)
+        self.closed = False
         self.engine = Engine(settings.queue_size, self.metrics)
         self.watcher = Watcher(source, self.engine, settings, self.metrics, self.recent)
 
     def close(self) -> None:
-        """Stop following the source, give up what is still at work, and free the model."""
-        self.watcher.stop()
-        self.engine.close()
+        """Stop following the source, give up what is still at work, and free the model.
+
+        Whatever takes more than a moment is left as it is, and `closed` False: the process has to end under it.
+        """
+        self.engine.drain(0)
+        self.closed = self.watcher.stop() and self.engine.close()
 
 
 class _App(FastAPI):
@@ -102,6 +106,7 @@ def _add_completions(app: FastAPI, server: Server) -> None:
         """Continue a prompt."""
         exchange = Exchange(engine, request, timeout_s)
         _check_model(engine, body.model)
+        engine.check_room()
         work = await asyncio.to_thread(_work, body, _tokenize_prompt(body), body.max_tokens, body.logprobs)
         server.recent.add(work.tokenize)
         return await exchange.answer(
@@ -116,6 +121,7 @@ def _add_completions(app: FastAPI, server: Server) -> None:
         """Answer the last turn of a conversation."""
         exchange = Exchange(engine, request, timeout_s)
         _check_model(engine, body.model)
+        engine.check_room()
         alternatives = (body.top_logprobs or 0) if body.logprobs else None
         work = await asyncio.to_thread(_work, body, _tokenize_chat(body), body.limit, alternatives)
         server.recent.add(work.tokenize)

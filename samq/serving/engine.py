@@ -23,6 +23,7 @@ from samq.serving.text import TextAssembler
 logger = logging.getLogger(__name__)
 
 _MOST_RETRY_AFTER_S = 60
+_LAST_BATCH_S = 2.0  # for the worker to end: llama.cpp cannot be interrupted within a batch
 _LEAST_DELTA_S = 0.02  # nobody reads faster, and every delta costs the event loop time that llama.cpp could use
 
 
@@ -110,14 +111,22 @@ class Engine:
     def exchange(self, new: ServedModel | None, *, more_to_come: bool = False) -> ServedModel | None:
         """Let another model, or none, answer from the next request on; returns the old one, for the caller to close.
 
-        Without a model requests are refused, unless there is `more_to_come`: then they wait for it.
+        Without a model requests are refused, those in the queue too, unless there is `more_to_come`: then they wait.
         """
         with self._changed:
             old, self._model = self._model, new
             self._between_models = more_to_come
+            while self._queue and not (new or more_to_come):
+                self._queue.popleft().emit(_no_model())
             self._changed.notify_all()
         self._metrics.show_model(new.gguf if new else None)
         return old
+
+    def check_room(self) -> None:
+        """Raises Refused (429 or 503) if `prepare` would now: a cheap look, before work is spent on a request."""
+        with self._changed:
+            self._refuse_if_unavailable()
+            self._refuse_if_full()
 
     def prepare(self, work: Work, emit: Callable[[Event], None], *, stream: bool) -> Job:
         """Tokenize and check a request; takes milliseconds for long prompts, so not on the event loop.
@@ -140,10 +149,9 @@ class Engine:
         return job
 
     def submit(self, job: Job) -> None:
-        """Queue a prepared job. Raises Refused: 429 if the queue is full, 503 if the server is shutting down."""
+        """Queue a prepared job; raises Refused (429 or 503) as `prepare` does."""
         with self._changed:
-            if self._draining:
-                raise _shutting_down()
+            self._refuse_if_unavailable()
             self._refuse_if_full()
             self._queue.append(job)
             self._changed.notify_all()
@@ -175,18 +183,24 @@ class Engine:
         if not done:
             logger.warning("%d requests were not finished within %g s and are given up", len(left), timeout_s)
 
-    def close(self) -> None:
-        """End the worker, and free the model; requests that are left are given up."""
+    def close(self) -> bool:
+        """End the worker, and free the model; requests that are left are given up.
+
+        Returns False, and frees nothing, if the worker does not end in time.
+        """
         self.drain(0)
-        self._thread.join()
+        self._thread.join(_LAST_BATCH_S)
+        if self._thread.is_alive():
+            return False
         if old := self.exchange(None):
             old.close()
+        return True
 
     def _refuse_if_unavailable(self) -> None:
         if self._draining:
             raise _shutting_down()
         if not (self._model or self._between_models):
-            raise Refused(503, "no model is loaded; see /ready", code="model_not_loaded", retry_after_s=5)
+            raise _no_model()
 
     def _refuse_if_full(self) -> None:
         idle = self._running is None and not self._queue and self._model
@@ -270,13 +284,13 @@ class _Answer:
         self._assembler = TextAssembler(job.work.stops)
         self._given_out_at = -math.inf
         self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not given out yet
+        self._logprobs: list[tuple[int, TokenLogprob]] = []  # where a token's text begins; those not given out yet
 
     def add(self, piece: bytes, logprob: TokenLogprob | None, now: float) -> bool:
         """Take a token that came `now`; returns whether a stop sequence has appeared."""
         text = self._assembler.push(piece)
-        if logprob and not (self._assembler.stopped and not text):
-            self._logprobs.append(logprob)
+        if logprob:
+            self._logprobs.append((self._assembler.start, logprob))
         if text:
             self._text.append(text)
             if self._job.stream and now - self._given_out_at >= _LEAST_DELTA_S:
@@ -288,12 +302,20 @@ class _Answer:
         """Give out what is left."""
         if text := self._assembler.finish():
             self._text.append(text)
-        if self._text or self._logprobs:
-            self._give_out()
+        self._give_out(last=True)
 
-    def _give_out(self) -> None:
-        self._job.emit(Delta("".join(self._text), tuple(self._logprobs)))
-        self._text, self._logprobs = [], []
+    def _give_out(self, *, last: bool = False) -> None:
+        """The text, and the tokens that it is of: those after it may still prove to be of a stop sequence."""
+        end = math.inf if last and not self._assembler.stopped else self._assembler.sent
+        logprobs = tuple(logprob for start, logprob in self._logprobs if start < end)
+        self._logprobs = self._logprobs[len(logprobs) :]
+        if self._text or logprobs:
+            self._job.emit(Delta("".join(self._text), logprobs))
+            self._text = []
+
+
+def _no_model() -> Refused:
+    return Refused(503, "no model is loaded; see /ready", code="model_not_loaded", retry_after_s=5)
 
 
 def _shutting_down() -> Refused:

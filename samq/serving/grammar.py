@@ -1,20 +1,22 @@
 """`response_format` -> a grammar of llama.cpp (GBNF), which no answer can leave.
 
-The converter of llama-cpp-python writes repetitions out, so a schema of a few bytes could take all memory, and llama.cpp
-follows all ways at once in which a pattern can match, and cannot be interrupted: what a schema may ask for is bounded
-here first.
+The converter of llama-cpp-python writes repetitions out, so a schema of a few bytes could take all memory; its time grows
+with the cube of an object's optional properties, and the interpreter does nothing else meanwhile; and llama.cpp follows
+all ways at once in which a pattern can match, and cannot be interrupted: what a schema may ask for is bounded here first.
 """
 
 import json
 import re
 from typing import Any
 
-from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
+from llama_cpp.llama_grammar import JSON_GBNF, SchemaConverter
 
 from samq.serving.refusal import Refused
 
 _MOST_REPETITIONS = 1000  # llama.cpp itself refuses more than 2000
 _MOST_PATTERN_ITEMS = 200  # written out; ^(a?){1000}$ takes llama.cpp 3 s a token, ^((a?){500}){500}$ no bearable time
+_MOST_PROPERTIES = 1000  # of all objects together, in each place where one is used
+_MOST_OPTIONAL = 200  # of these; they take 0.1 s, and 900 would take 4 s
 _MOST_SCHEMA_BYTES = 32 * 1024
 _MOST_GRAMMAR_BYTES = 256 * 1024
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
@@ -37,7 +39,9 @@ def schema_grammar(schema: dict[str, Any]) -> str:
         if len(text) > _MOST_SCHEMA_BYTES:
             raise _refused(f"it has {len(text)} bytes, and {_MOST_SCHEMA_BYTES} are allowed")
         _check_repetitions(schema)
-        grammar = json_schema_to_gbnf(text)
+        converter = _Converter()
+        converter.visit(converter.resolve_refs(json.loads(text), "stdin"), "")
+        grammar: str = converter.format_grammar()
         grammar.encode()  # a pattern can hold half a character
     except Refused:
         raise
@@ -47,6 +51,28 @@ def schema_grammar(schema: dict[str, Any]) -> str:
     if len(grammar) > _MOST_GRAMMAR_BYTES:
         raise _refused(f"its grammar has {len(grammar)} bytes, and {_MOST_GRAMMAR_BYTES} are allowed")
     return grammar
+
+
+class _Converter(SchemaConverter):
+    """Refuses more properties than it can bear, where it has put together those of `allOf`."""
+
+    def __init__(self) -> None:
+        super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+        self._properties = self._optional = 0
+
+    def _build_object_rule(
+        self, properties: list[tuple[str, Any]], required: set[str], name: str, additional_properties: Any
+    ) -> str:
+        self._properties += len(properties)
+        self._optional += sum(key not in required for key, _ in properties)
+        for count, most, kind in (
+            (self._properties, _MOST_PROPERTIES, "properties"),
+            (self._optional, _MOST_OPTIONAL, "properties that are not required"),
+        ):
+            if count > most:
+                raise _refused(f"it has {count} {kind}, and {most} are allowed")
+        rule: str = super()._build_object_rule(properties, required, name, additional_properties)
+        return rule
 
 
 def _check_repetitions(node: Any) -> None:

@@ -31,15 +31,28 @@ GPU_SPARE_BYTES = 2**30
 _REPEATED = 8  # one token so many times, and no other, is no answer
 
 
-def load(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
-    """Verify the file, load it, and let it answer the warm-up prompt.
+class Unfit(SamqError):
+    """The model loads, and must not serve; loading it again would change nothing."""
 
-    When memory does not suffice, fewer layers go to the GPU, then the context is shortened; each step is logged and
-    noted in the model's `loading`. Raises SamqError if the file is not what it should be, cannot be loaded, or does
-    not answer sanely.
-    """
+
+def load(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
+    """Verify the file, load it, and let it answer the warm-up prompt; raises what `verify` and `load_verified` do."""
+    verify(gguf)
+    return load_verified(gguf, settings)
+
+
+def verify(gguf: ServedGguf) -> None:
+    """Raises SamqError if the file is not what it should be."""
     if (found := file_sha256(gguf.path)) != gguf.sha256:
         raise SamqError(f"{gguf.path} has the SHA-256 {found}, and not {gguf.sha256} as {gguf.name} has; put it back")
+
+
+def load_verified(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
+    """Load a file that is what it should be, and let it answer the warm-up prompt.
+
+    When memory does not suffice, fewer layers go to the GPU, then the context is shortened; each step is logged and
+    noted in the model's `loading`. Raises SamqError if it cannot be loaded, and Unfit if it does not answer sanely.
+    """
     served = _fit(gguf, settings)
     try:
         warm_up(served, settings)
@@ -80,7 +93,7 @@ def attempts(gpu_layers: int, context_tokens: int, least_context_tokens: int) ->
 
 
 def warm_up(served: ServedModel, settings: ServingSettings) -> None:
-    """Let the model answer a prompt; raises SamqError for numbers that are none, no text, or one token over and over."""
+    """Let the model answer a prompt; raises Unfit for numbers that are none, no text, or one token over and over."""
     prompt = settings.warmup_prompt
     tokens = (
         served.tokenize_chat([{"role": "user", "content": prompt}])
@@ -89,7 +102,7 @@ def warm_up(served: ServedModel, settings: ServingSettings) -> None:
     )
     room = served.loading.context_tokens - len(tokens)
     if room < _REPEATED:
-        raise SamqError(
+        raise Unfit(
             f"the warm-up prompt of {len(tokens)} tokens does not fit into a context of "
             f"{served.loading.context_tokens}; set a shorter warmup_prompt"
         )
@@ -111,10 +124,8 @@ def warm_up(served: ServedModel, settings: ServingSettings) -> None:
     logger.info("%s answers the warm-up prompt: %r", served.gguf, text[:80])
 
 
-def _insane(served: ServedModel, what: str) -> SamqError:
-    return SamqError(
-        f"{served.gguf} does not answer the warm-up prompt sanely: {what}; evaluate it before promoting it"
-    )
+def _insane(served: ServedModel, what: str) -> Unfit:
+    return Unfit(f"{served.gguf} does not answer the warm-up prompt sanely: {what}; evaluate it before promoting it")
 
 
 def _describe(gguf: ServedGguf) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class Metrics:
             "samq_model_reloads", "Loads of a model, by result (success, failure)", ["result"], registry=registry
         )
         self.lookup_failures = Counter(
-            "samq_model_lookup_failures", "Times that the alias or the file could not be read", registry=registry
+            "samq_model_lookup_failures", "Times that MLflow could not be asked, or the file read", registry=registry
         )
         self.reload_failed = Gauge(
             "samq_model_reload_failed", "1 while the newest version is not served, as it failed", registry=registry
@@ -87,8 +87,12 @@ class Metrics:
 
 
 class _GpuMemory(Collector):
-    """Asks the driver when Prometheus asks."""
+    """Asks the driver when Prometheus asks.
+
+    In a container whose process ids are not the driver's, the driver does not list this process. What the whole GPU
+    has in use is no answer then, as others come and go while a server lives: there is no sample, and not a wrong 0.
+    """
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        if (used := gpu.used_bytes()) is not None:
+        if used := gpu.used_bytes():
             yield GaugeMetricFamily("samq_process_gpu_memory_bytes", "GPU memory that this process holds", value=used)

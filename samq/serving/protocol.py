@@ -1,8 +1,9 @@
-"""OpenAI's requests, as far as they are supported: what is not is refused, never ignored."""
+"""OpenAI's requests, as far as they are supported: what is not is refused, never ignored. null is the default."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from samq.serving.grammar import json_grammar, schema_grammar
 from samq.serving.sampling import Sampling
@@ -61,8 +62,29 @@ Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Describe that whatever need not be given may be null too."""
+    properties = schema["properties"]
+    for name in properties.keys() - set(schema["required"]):
+        told = properties[name]
+        if {"type": "null"} not in told.get("anyOf", ()):
+            about = {key: told.pop(key) for key in ("title", "description", "default") if key in told}
+            properties[name] = {"anyOf": [told, {"type": "null"}], **about}
+
+
+def _needs(flag: str, value: Any, info: ValidationInfo) -> Any:
+    """The value; raises PydanticCustomError if the flag is off without which it would have no effect."""
+    if value is not None and info.data.get(flag) is False:
+        raise PydanticCustomError(
+            "has_no_effect", f"it has no effect without {flag}; set {flag} to true, or leave it out"
+        )
+    return value
+
+
 class _Generation(_Strict):
     """What both kinds of completion have in common."""
+
+    model_config = ConfigDict(json_schema_extra=_allow_null)
 
     model: Text | None = Field(default=None, description="name of the model that is served; default: that one")
     max_tokens: int | None = Field(default=None, ge=1)
@@ -70,16 +92,29 @@ class _Generation(_Strict):
     top_p: Probability = 1
     top_k: int = Field(default=0, ge=0, le=2**31 - 1, description="0: all tokens (not in OpenAI's protocol)")
     min_p: Probability = Field(default=0, description="least probability, relative to the best (not in OpenAI's)")
-    repeat_penalty: float = Field(default=1, gt=0, le=10, allow_inf_nan=False, description="not in OpenAI's protocol")
+    repeat_penalty: float = Field(
+        default=1, ge=0.01, le=10, allow_inf_nan=False, description="not in OpenAI's protocol"
+    )
     presence_penalty: Penalty = 0
     frequency_penalty: Penalty = 0
     seed: int | None = Field(default=None, ge=-(2**63), le=2**64 - 1, description="default: a random one")
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(default=None, description="needs stream")
     response_format: ResponseFormat | None = None
     n: Literal[1] | None = Field(default=None, description="answers; only one is supported")
     user: Text | None = Field(default=None, description="not used")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        return field.default if value is None and not field.is_required() else value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_streamed(cls, value: Any, info: ValidationInfo) -> Any:
+        return _needs("stream", value, info)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -149,6 +184,11 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(default=None, ge=1, description="the newer name of max_tokens")
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="needs logprobs")
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _only_with_logprobs(cls, value: Any, info: ValidationInfo) -> Any:
+        return _needs("logprobs", value, info)
 
     @property
     def limit(self) -> int | None:

@@ -25,6 +25,7 @@ from samq.errors import SamqError
 from samq.records import Evaluation, Plan, QuantizedModel
 from samq.report import COLUMNS
 from samq.selection import MB
+from samq.serving.source import NothingNamed, Unreachable
 
 CANDIDATE = "candidate"
 PRODUCTION = "production"
@@ -58,7 +59,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     """A client of one MLflow server or database, which is made if it is a SQLite file that does not exist.
 
     Several processes may connect to a new SQLite file at once: MLflow makes its tables without a lock, so this takes one.
-    Raises SamqError if MLflow cannot be used there.
+    Raises Unreachable if MLflow cannot be used there.
     """
     folder = sqlite_folder(tracking_uri)
     try:
@@ -72,7 +73,7 @@ def connect(tracking_uri: str) -> MlflowClient:
         return client
     except (MlflowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SamqError(
+        raise Unreachable(
             f"cannot use MLflow at {tracking_uri}: {reason}; start its server, or give sqlite:///FILE"
         ) from error
 
@@ -139,9 +140,9 @@ def answering(client: MlflowClient, absent: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise SamqError(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
+            raise NothingNamed(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
         reason = str(error).splitlines()[0]
-        raise SamqError(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
+        raise Unreachable(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
 
 
 def user() -> str:

@@ -53,7 +53,8 @@ class Sampler:
     def sample(self, context: Context) -> int:
         """The next token, given the context's last logits.
 
-        Raises Refused (400) if the grammar allows no token of the vocabulary: llama.cpp would end the process.
+        Raises Refused (400) if the grammar allows no token of the vocabulary, or the samplers choose another (a penalty
+        can make numbers that are none): llama.cpp would end the process.
         """
         if not self._grammar:
             return context.sample(self._chain)
@@ -71,6 +72,13 @@ class Sampler:
                     param="response_format",
                 )
             token = self._choose(candidates)
+            if not self._allows(token):
+                raise Refused(
+                    400,
+                    "the penalties and the temperature leave no choice among the tokens that the response format allows",
+                    code="unsatisfiable_response_format",
+                    param="response_format",
+                )
         api.llama_sampler_accept(self._chain, token)
         if not self._model.is_end(token):
             api.llama_sampler_accept(self._grammar, token)
@@ -126,7 +134,8 @@ def _stages(sampling: Sampling, vocab_size: int, context_tokens: int) -> list[An
         stages.append(api.llama_sampler_init_min_p(sampling.min_p, 1))
     if sampling.temperature != 1:
         stages.append(api.llama_sampler_init_temp(sampling.temperature))
-    return [*stages, api.llama_sampler_init_dist(sampling.seed % 2**32)]
+    # The remainder is never LLAMA_DEFAULT_SEED itself (2^32 - 1), by which llama.cpp means a random one.
+    return [*stages, api.llama_sampler_init_dist(sampling.seed % api.LLAMA_DEFAULT_SEED)]
 
 
 def _candidates(logits: NDArray[np.float32]) -> NDArray[Any]:

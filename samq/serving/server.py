@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from types import FrameType
@@ -15,10 +16,22 @@ from samq.serving.source import Source
 logger = logging.getLogger(__name__)
 
 _LAST_BYTES_S = 5  # for what is finished to reach its clients
+# MLflow's client would ask a server that is down for 4 minutes, again and again; the next look comes soon enough. These
+# bound a lookup, two requests, to 15 s. An environment that says otherwise is left as it is.
+_MLFLOW = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+}
 
 
 def serve(source: Source, settings: ServingSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests at work then have `drain_timeout_s` to finish, and new ones get 503."""
+    """Serve until SIGTERM or Ctrl-C; requests at work then have `drain_timeout_s` to finish, and new ones get 503.
+
+    Ends the process if a thread is still at work after that.
+    """
+    for name, value in _MLFLOW.items():
+        os.environ.setdefault(name, value)
     server = Server(source, settings)
     config = uvicorn.Config(
         create_app(server),
@@ -30,6 +43,9 @@ def serve(source: Source, settings: ServingSettings) -> None:
         timeout_graceful_shutdown=_LAST_BYTES_S,
     )
     _DrainingServer(config, server).run()
+    if not server.closed:
+        logging.shutdown()
+        os._exit(0)  # leaving the interpreter would take llama.cpp's globals from under the thread
 
 
 class _DrainingServer(uvicorn.Server):
@@ -46,10 +62,10 @@ class _DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second ends the server at once."""
+        """The first signal drains; a second ends the process at once, whatever its threads wait for."""
         if self._draining or self._loop is None:
-            self.should_exit = True
-            self.force_exit = True
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         else:
             logger.info("%s: finishing what is at work, at most %g s", signal.Signals(sig).name, self._patience_s)
             self._draining = self._loop.create_task(self._drain())

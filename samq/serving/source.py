@@ -29,7 +29,15 @@ class ServedGguf:
         return f"{self.name}{version} (sha256 {self.sha256[:12]})"
 
 
-Source = Callable[[], ServedGguf]  # looks up what is to be served now; raises SamqError
+Source = Callable[[], ServedGguf]  # looks up what is to be served now; raises SamqError, the two below among them
+
+
+class Unreachable(SamqError):
+    """MLflow, or the file, cannot be read: what is to be served is not known."""
+
+
+class NothingNamed(SamqError):
+    """MLflow was asked, and has no such model, version or alias."""
 
 
 def find_source(target: str) -> Source:
@@ -80,7 +88,7 @@ class FileSource:
         try:
             stat = self._path.stat()
         except OSError as error:
-            raise SamqError(f"cannot read {self._path}: {error.strerror}; put the GGUF back") from error
+            raise Unreachable(f"cannot read {self._path}: {error.strerror}; put the GGUF back") from error
         stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if self._seen is None or self._seen[0] != stamp:
             gguf = ServedGguf(name=self._path.stem, path=self._path, sha256=file_sha256(self._path))

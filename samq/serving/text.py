@@ -12,11 +12,19 @@ class TextAssembler:
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
+        self._decoded = 0  # characters
+        self.start = 0  # character of the text that the last piece begins in
+        self.sent = 0  # characters that were given out
         self.stopped = False
 
     def push(self, piece: bytes) -> str:
         """Take a token's bytes; returns what can be sent now, which may be nothing."""
-        return self._release(self._decoder.decode(piece), last=False)
+        first = self._decoder.decode(piece[:1])  # may end with the character of this byte, if that is a whole one
+        unfinished = self._decoder.getstate()[0]
+        self.start = self._decoded + len(first) - (1 if first and not unfinished else 0)
+        new = first + self._decoder.decode(piece[1:])
+        self._decoded += len(new)
+        return self._release(new, last=False)
 
     def finish(self) -> str:
         """What is left when no more tokens come; an unfinished character becomes U+FFFD."""
@@ -27,10 +35,14 @@ class TextAssembler:
         found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return self._send(text[: min(found)])
         keep = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return self._send(text[: len(text) - keep])
+
+    def _send(self, text: str) -> str:
+        self.sent += len(text)
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

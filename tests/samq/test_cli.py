@@ -1,18 +1,31 @@
 """The command line as a person meets it: exit code 2 and one sentence for every kind of bad input."""
 
 import json
+import os
+import re
 import resource
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 
+import gguf as gguf_package
 import numpy as np
+import psutil
 import pytest
+from rich.console import Console
 
+from samq import cli, progress
 from samq.allocation import Target, stock_plan
+from samq.gguf_file import file_sha256, read_metadata
 from samq.records import Plan, SensitivityMap, TensorSensitivity
 from samq.sensitivity import save_fisher
 from tests.command_line import refused, samq
 from tests.conftest import write_tiny_gguf
-from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama
+from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama, write_llama_gguf
 
 DEMO = Path(__file__).parents[2] / "deployments" / "parameters" / "demo.yaml"
 
@@ -22,8 +35,8 @@ def gguf(tmp_path):
     return write_tiny_gguf(tmp_path / "tiny.gguf")
 
 
-@pytest.fixture
-def sensitivity(tmp_path, gguf):
+def save_map(path, gguf, score):
+    """A sensitivity map of the file's matrices, with a score for each (number, how many)."""
     from samq.gguf_file import read_tensors
 
     matrices = [tensor for tensor in read_tensors(gguf).values() if len(tensor.shape) == 2]
@@ -32,7 +45,7 @@ def sensitivity(tmp_path, gguf):
             shape=tensor.shape,
             gradient_norm=1,
             gradient_norm_stderr=0,
-            score=(index + 1) / len(matrices),
+            score=score(index + 1, len(matrices)),
             sequence_squares=(1.0, 1.0),
         )
         for index, tensor in enumerate(matrices)
@@ -47,7 +60,12 @@ def sensitivity(tmp_path, gguf):
         tied_embeddings=False,
         tensors=tensors,
     )
-    return made.save(tmp_path / "map.json")
+    return made.save(path)
+
+
+@pytest.fixture
+def sensitivity(tmp_path, gguf):
+    return save_map(tmp_path / "map.json", gguf, lambda number, count: number / count)
 
 
 def test_plan_quantize_and_inspect_follow_each_other(tmp_path, gguf, sensitivity):
@@ -55,7 +73,7 @@ def test_plan_quantize_and_inspect_follow_each_other(tmp_path, gguf, sensitivity
         "plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", "--out", tmp_path / "p.json", home=tmp_path
     )
     assert planned.returncode == 0, planned.stderr
-    assert "threshold 0.85 keeps" in planned.stderr
+    assert "threshold 0.85 keeps 8 of 16 tensors (2 blocks or single tensors) at Q8_0" in planned.stderr
     assert "thresholds change the plan" in planned.stderr
     out = tmp_path / "out.gguf"
     built = samq("quantize", "--gguf", gguf, "--plan", tmp_path / "p.json", "--out", out, home=tmp_path)
@@ -66,6 +84,20 @@ def test_plan_quantize_and_inspect_follow_each_other(tmp_path, gguf, sensitivity
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "map.json", "p.json", "out.gguf"}
 
 
+def test_a_threshold_above_nearly_all_scores_keeps_nearly_nothing_and_useful_ones_are_proposed(tmp_path, gguf):
+    steep = save_map(tmp_path / "map.json", gguf, lambda number, count: 0.7 ** (count - number))
+    planned = samq("plan", "--map", steep, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
+    assert "threshold 0.85 keeps 1 of 16 tensors (1 blocks or single tensors)" in planned.stderr, planned.stderr
+    rows = re.findall(r"│ ([\d.]+) +│ (\d+) +│ ([\d.]+) +│ ([\d.]+) +│", planned.stderr)
+    assert len(rows) > 1
+    cuts, kept, sizes, bits = ([float(value) for value in column] for column in zip(*rows, strict=True))
+    assert sorted(cuts, reverse=True) == cuts and max(cuts) < 0.85
+    assert sorted({*kept}) == kept and sorted({*bits}) == bits and sorted(sizes) == sizes
+    for cut, count in zip(cuts, kept, strict=True):
+        again = samq("plan", "--map", steep, "--gguf", gguf, "--threshold", f"{cut:g}", home=tmp_path)
+        assert f"threshold {cut:.4g} keeps {count:.0f} of 16 tensors" in again.stderr
+
+
 def test_a_budgets_plan_keeps_to_it_and_says_what_it_is_predicted_to_cost(tmp_path, gguf, sensitivity):
     known = SensitivityMap.load(sensitivity).model_copy(update={"block_weights": 32})
     known.save(sensitivity)
@@ -74,6 +106,10 @@ def test_a_budgets_plan_keeps_to_it_and_says_what_it_is_predicted_to_cost(tmp_pa
     fisher = {name: random.random(shape, np.float32) for name, shape in shapes.items()}
     save_fisher(tmp_path / "map.fisher.safetensors", fisher)
     arguments = ("plan", "--map", sensitivity, "--gguf", gguf, "--type", "Q4_K", "--type", "Q6_K", "--budget")
+    assert refused(
+        samq(*arguments, "5bpw", home=tmp_path / "home"), "make one by `samq imatrix` and give it as --imatrix"
+    )
+    arguments = (*arguments[:-1], "--no-imatrix", "--budget")
     made = samq(*arguments, "5bpw", "--out", tmp_path / "p.json", home=tmp_path / "home")
     assert made.returncode == 0, made.stderr
     plan = Plan.load(tmp_path / "p.json")
@@ -116,6 +152,32 @@ def test_a_missing_input_of_quantize_is_refused(tmp_path, gguf, plan):
     assert refused(samq(*arguments, tmp_path / "nothing.gguf", home=tmp_path), "nothing.gguf: No such file")
     done = samq(*arguments, gguf, "--imatrix", tmp_path / "nothing.imatrix", home=tmp_path)
     assert refused(done, "there is no importance matrix at")
+
+
+def test_a_plan_is_quantized_with_its_own_importance_matrix_or_none(tmp_path, gguf, plan):
+    own, other = tmp_path / "own.imatrix", tmp_path / "other.imatrix"
+    own.write_text("own")
+    other.write_text("other")
+    weighted = Plan.load(plan).model_copy(update={"imatrix_sha256": file_sha256(own)}).save(tmp_path / "weighted.json")
+
+    def quantize(plan, *arguments):
+        out = tmp_path / "out.gguf"
+        return samq("quantize", "--gguf", gguf, "--plan", plan, "--out", out, *arguments, home=tmp_path)
+
+    made = f"plan Q4_K_M was made with importance matrix {file_sha256(own)[:12]} and"
+    assert refused(quantize(weighted), f"{made} none is given; give that one, or plan again")
+    assert refused(quantize(weighted, "--imatrix", other), f"{made} {file_sha256(other)[:12]} is given")
+    without = "was made without importance matrix and"
+    assert refused(quantize(plan, "--imatrix", own), f"{without} {file_sha256(own)[:12]} is given; leave it out")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_plan_of_compensated_rounding_is_no_plan_for_llama_quantize(tmp_path, gguf, plan):
+    wanted = Plan.load(plan).model_copy(update={"rounding": "compensated"}).save(tmp_path / "compensated.json")
+    done = samq("quantize", "--gguf", gguf, "--plan", wanted, "--out", tmp_path / "out.gguf", home=tmp_path)
+    assert refused(done, "compensated.json is a plan of compensated rounding")
+    assert "`samq compensate`" in done.stderr
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, gguf, plan):
@@ -233,6 +295,108 @@ def test_a_truncated_gguf_is_not_calibrated(tmp_path, gguf):
     cut.write_bytes(gguf.read_bytes()[:20000])
     done = samq("calibrate", cut, "--out", tmp_path / "m.json", home=tmp_path / "h")
     assert refused(done, "cut.gguf is not a whole GGUF file")
+
+
+def test_an_importance_matrix_is_made_and_used(tmp_path):
+    shape = dict(vocab_size=264, max_position_embeddings=128)
+    full = write_llama_gguf(tiny_llama(**shape), tmp_path / "full.gguf", tokenizer=byte_tokenizer(bos="<s>"))
+    text, matrix = tmp_path / "text.txt", tmp_path / "matrix.gguf"
+    text.write_text("the man ran and ran\n" * 40)
+    arguments = ("imatrix", "--gguf", full, "--dataset", text, "--sequence-tokens", 64, "--out", matrix)
+    done = samq(*arguments, home=tmp_path / "h")
+    assert done.returncode == 0, done.stderr
+    assert read_metadata(matrix)["general.type"] == "imatrix"
+    sensitivity = save_map(tmp_path / "map.json", full, lambda number, count: number / count)
+    plan = ("plan", "--map", sensitivity, "--gguf", full, "--imatrix", matrix, "--out", tmp_path / "p.json")
+    assert samq(*plan, home=tmp_path / "h").returncode == 0
+    assert Plan.load(tmp_path / "p.json").imatrix_sha256 == file_sha256(matrix)
+    assert refused(samq(*plan, "--no-imatrix", home=tmp_path / "h"), "--no-imatrix contradicts --imatrix")
+    text.write_text("the man")
+    assert refused(samq(*arguments, home=tmp_path / "h"), "tokenizes to only 5 tokens")
+
+
+def test_plain_text_files_are_calibrated_and_evaluated_on(tmp_path):
+    shape = dict(vocab_size=264, max_position_embeddings=128)
+    full = write_llama_gguf(tiny_llama(**shape), tmp_path / "full.gguf", tokenizer=byte_tokenizer(bos="<s>"))
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("".join(f"line {number} of one document\n\n" for number in range(150)))
+    other.write_text("the other text\n" * 40)
+    calibrate = ("calibrate", full, "--dataset", text, "--sequence-tokens", 64, "--out", tmp_path / "map.json")
+    done = samq(*calibrate, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert SensitivityMap.load(tmp_path / "map.json").sequence_tokens == (63,) * cli.CALIBRATION_SAMPLES
+    done = samq(*calibrate, "--samples", 1000, home=tmp_path / "home")
+    assert refused(done, "sequences of 64 tokens, too few for 1000; ask for fewer or shorter ones")
+    done = samq(
+        "evaluate", full, "--baseline", full, "--dataset", other, "--context-tokens", 64, "--chunks", 2,
+        home=tmp_path / "home",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fidelity/mean_kld_nats" in done.stderr
+    assert "from sample 0 on" in done.stderr
+
+
+def test_values_that_options_cannot_have_are_refused(tmp_path, gguf):
+    for command in (("calibrate", gguf), ("compensate", gguf, "--gguf", gguf)):
+        seeded = samq(*command, "--out", tmp_path / "out", "--seed", "-1", home=tmp_path)
+        assert seeded.returncode == 2 and "'--seed'" in seeded.stderr and "Traceback" not in seeded.stderr
+        assert refused(
+            samq(*command, "--out", tmp_path / "out", "--dataset", "", home=tmp_path), "at least 1 character"
+        )
+
+
+def test_a_gguf_of_a_vocabulary_alone_is_inspected(tmp_path):
+    writer = gguf_package.GGUFWriter(tmp_path / "vocab.gguf", "llama")
+    writer.add_vocab_size(64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shown = samq("inspect", tmp_path / "vocab.gguf", home=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"all +│ 0 +│ 0 +│ 0.00 +│ +│", shown.stderr)
+
+
+def test_reading_a_large_file_is_seen_on_the_terminal(tmp_path, gguf, plan, sensitivity, monkeypatch):
+    def seen(*arguments):
+        monkeypatch.setattr(progress, "console", Console(file=StringIO(), force_terminal=True, width=200))
+        with suppress(SystemExit):
+            cli.main([*map(str, arguments)])
+        return progress.console.file.getvalue()
+
+    monkeypatch.setenv("SAMQ_HOME", str(tmp_path / "home"))
+    assert "read tiny.gguf" in seen("inspect", gguf)
+    assert "plan tiny.gguf" in seen("plan", "--map", sensitivity, "--gguf", gguf)
+    assert "read tiny.gguf" in seen("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out.gguf")
+    with progress.bar("adopt"):
+        cli._adopt({"model.gguf": gguf})
+    assert "read tiny.gguf" in progress.console.file.getvalue()
+
+
+@pytest.mark.e2e
+def test_services_end_with_one_that_ends_by_itself(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"SAMQ_HOME": str(tmp_path / "home"), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    command = [sys.executable, "-m", "samq.cli", "ui", "--mlflow-port", port]
+    with subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True) as ui:
+        said = ""
+        while "Ctrl-C ends both" not in said:
+            line = ui.stderr.readline()
+            assert line, said
+            said += line
+        (mlflow,) = psutil.Process(ui.pid).children()
+        mlflow.kill()
+        assert ui.wait(60) == 1
+        assert f"samq: MLflow was killed by signal 9; see {tmp_path / 'home' / 'mlflow.log'}" in ui.stderr.read()
+    while in_use(int(port)):  # the killed need a moment to go
+        time.sleep(0.1)
+
+
+def in_use(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_wrong_parameter_file_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import json
 import pandas
 import pytest
 
-from samq.datasets import DatasetSpec, load_texts, require_disjoint
+from samq.datasets import DatasetSpec, is_one_document, load_texts, require_disjoint
 from samq.errors import SamqError
 
 
@@ -59,6 +59,13 @@ def test_all_file_formats_hold_the_same_rows(tmp_path, letters):
 def test_a_text_file_without_form_feeds_is_one_document(tmp_path):
     (tmp_path / "one.txt").write_text("first\n\nlast\n")
     assert load_texts(DatasetSpec(name=str(tmp_path / "one.txt"))) == ["first\n\nlast\n"]
+    assert is_one_document(str(tmp_path / "one.txt"))
+
+
+def test_only_text_that_nothing_cuts_is_one_document(tmp_path):
+    (tmp_path / "two.txt").write_text("first\n\f\nlast\n")
+    names = (str(tmp_path / "two.txt"), jsonl(tmp_path / "one.jsonl", [{"text": "a"}]), "humaneval", "org/set")
+    assert not any(map(is_one_document, names))
 
 
 def test_a_folder_is_loaded_as_the_hubs_data_sets_are(tmp_path, monkeypatch):

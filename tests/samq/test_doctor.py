@@ -2,11 +2,13 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
-from samq import doctor
+from samq import cli, doctor
 from samq.toolchain import PROGRAMS
 
 
@@ -46,6 +48,37 @@ def test_a_missing_demo_package_is_no_failure():
     finding = doctor._demo_package(Requirement('no-such-package==1; extra == "demo"'))
     assert finding.ok
     assert "demo" in finding.advice
+
+
+def report(monkeypatch):
+    """(state, what, found, what to do) of every row that `samq doctor` prints, and its exit code."""
+    monkeypatch.setattr(cli.console, "width", 400)
+    done = CliRunner().invoke(cli.app, ["doctor"])
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stderr.splitlines() if "│" in line]
+    return {row[1]: row for row in rows}, done.exit_code
+
+
+def test_what_is_optional_and_absent_is_shown_with_its_advice_and_is_no_failure(monkeypatch):
+    wanted = ["numpy", 'no-such-package==1; extra == "demo"']
+    monkeypatch.setattr(doctor, "requires", lambda _: wanted)
+    card = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetName=lambda handle: "H100",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=80e9),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", card)
+    monkeypatch.setattr(doctor, "_built_for_cuda", lambda: False)
+    rows, code = report(monkeypatch)
+    assert rows["numpy"] == ["ok", "numpy", version("numpy"), ""]
+    advice = "only for the demo's data: run `make setup` to get no-such-package==1"
+    assert rows["no-such-package"][::3] == ["optional", advice + '; extra == "demo"']
+    advice = "for llama.cpp to use it: `CMAKE_ARGS=-DGGML_CUDA=ON make setup`"
+    assert rows["GPU"] == ["optional", "GPU", "H100, 80 GB", advice]
+    assert code == 0
+    monkeypatch.setattr(doctor, "requires", lambda _: ["numpy<1"])
+    rows, code = report(monkeypatch)
+    assert rows["numpy"] == ["MISSING", "numpy", version("numpy"), "run `make setup` to get numpy<1"]
+    assert code == 1
 
 
 def test_every_dependency_of_the_project_is_looked_at():

@@ -10,8 +10,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from samq.model import describe_source
+from samq.model import describe_source, load_model
 from samq.records import ModelSource
 from tests.tiny_models import save_folder, tiny_llama
 
@@ -87,6 +89,25 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     assert not (source.folder / "original.pth").exists()
     done = run("from samq.model import describe_source; describe_source('org/other')")
     assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in done.stderr
+
+
+@pytest.mark.e2e
+def test_weights_in_torchs_own_format_are_fetched_where_there_are_no_others(hub):
+    root, run = hub
+    folder = save_folder(tiny_llama(), root / "org" / "old")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "training_args.bin").write_bytes(b"nothing of the model")
+    done = run("from samq.model import describe_source; print(describe_source('org/old').model_dump_json())")
+    assert done.returncode == 0, done.stderr
+    source = ModelSource.model_validate_json(done.stdout)
+    assert source.weights_digest == describe_source(folder).weights_digest
+    assert not (source.folder / "training_args.bin").exists()
+    load_model(source, device="cpu")
+    (folder / "pytorch_model.bin").rename(folder / "weights.pt")
+    (root / "org" / "old").rename(root / "org" / "none")
+    done = run("from samq.model import describe_source; describe_source('org/none')")
+    assert "has no weights (model.safetensors or pytorch_model.bin, or shards" in done.stderr
 
 
 @pytest.mark.e2e

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from samq.errors import SamqError
@@ -44,6 +46,16 @@ def test_a_full_disk_gets_no_half_file(artifact, disk):
     with pytest.raises(SamqError, match=r"cannot write to .*disk: No space left on device; free some space"):
         export(artifact, disk.folder)
     assert {path.name for path in disk.folder.iterdir()} == {"result.json"}
+
+
+def test_another_file_that_cannot_be_used_is_named_instead_of_the_output_folder(tmp_path):
+    lost = tmp_path / "lost.imatrix"
+    with pytest.raises(SamqError, match=r"cannot use .*/lost\.imatrix: No such"), work_folder(tmp_path) as work:
+        shutil.copyfile(lost, work / "imatrix.gguf")
+    with pytest.raises(SamqError, match=r"cannot write to .*: Is a directory"), work_folder(tmp_path) as work:
+        work.write_text("a file in a folder's place")
+    with pytest.raises(ConnectionError), work_folder(tmp_path):
+        raise ConnectionError("nothing of the disk")
 
 
 def test_of_failed_work_only_the_logs_stay(tmp_path):

@@ -6,7 +6,15 @@ from samq.allocation import Target, full_plan, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.formats import TYPES, fallback
 from samq.gguf_file import file_sha256, read_metadata, read_tensors, read_weights
-from samq.quantizer import convert, mixture_types, planned_bytes, quantizable_tensors, quantize
+from samq.quantizer import (
+    check_imatrix,
+    convert,
+    link_or_copy,
+    mixture_types,
+    planned_bytes,
+    quantizable_tensors,
+    quantize,
+)
 from samq.records import ModelSource
 from tests.conftest import write_tiny_gguf
 
@@ -80,6 +88,18 @@ def test_a_type_that_needs_an_importance_matrix_fails_with_the_programs_words(ta
     assert not (tmp_path / "out" / "model.gguf").exists()
 
 
+def test_a_plan_takes_the_importance_matrix_that_it_was_made_with_and_no_other(target, tmp_path):
+    own, other = tmp_path / "own.gguf", tmp_path / "other.gguf"
+    own.write_text("own")
+    other.write_text("other")
+    plain = stock_plan(target, "Q4_K_M")
+    weighted = plain.model_copy(update={"imatrix_sha256": file_sha256(own)})
+    check_imatrix(weighted, own)
+    for plan, imatrix in ((weighted, None), (weighted, other), (plain, own)):
+        with pytest.raises(SamqError, match=r"plan Q4_K_M was made with"):
+            make(target, plan, tmp_path / f"{plan.digest()}-{imatrix and imatrix.stem}", imatrix=imatrix)
+
+
 def test_a_full_disk_is_found_before_the_work(target, tmp_path):
     plan = stock_plan(target, "Q4_K_M").model_copy(update={"tensor_bytes": 10**18})
     with pytest.raises(SamqError, match=r"bytes free and Q4_K_M needs 1,020,000,0"):
@@ -115,3 +135,13 @@ def test_a_read_only_folder_is_one_sentence(target, tmp_path):
     folder.mkdir(mode=0o500)
     with pytest.raises(SamqError):
         quantize(target.gguf, stock_plan(target, "Q8_0"), folder, target.toolchain, provenance={})
+
+
+def test_a_linked_file_is_the_file_that_a_symbolic_link_leads_to(tmp_path):
+    for folder in ("blobs", "snapshots", "store"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "blobs" / "0a1b").write_bytes(b"GGUF")
+    (tmp_path / "snapshots" / "model.gguf").symlink_to("../blobs/0a1b")
+    made = tmp_path / "store" / "elsewhere.gguf"
+    link_or_copy(tmp_path / "snapshots" / "model.gguf", made)
+    assert made.read_bytes() == b"GGUF" and not made.is_symlink()

@@ -90,7 +90,7 @@ def test_markdown_says_which_mixture_a_plan_does_not_beat(sweep):
     (tie,) = (one for one in sweep.comparisons if (one.candidate, one.rival) == ("threshold-0.4", "Q5_K_M"))
     assert tie.verdict == "tie"
     assert f"| threshold-0.4 | does not beat Q5_K_M with confidence: {tie.in_words} |" in text
-    assert "is eligible only if it beats every stock mixture that is no larger or of its size, with confidence." in text
+    assert "is eligible only if it beats, with confidence, all mixtures that are no larger or of its size." in text
 
 
 def test_at_the_same_bytes_each_mixture_is_held_against_the_plans_of_its_size(sweep):

@@ -4,12 +4,20 @@ import json
 import math
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from samq.gguf_file import file_sha256
+from samq.serving.grammar import json_grammar
+from samq.serving.loading import load
+from samq.serving.refusal import Refused
+from samq.serving.sampling import Sampling
+from samq.serving.settings import ServingSettings
+from samq.serving.source import FileSource
 
 
 def events(response):
@@ -74,6 +82,38 @@ def test_a_seed_gives_the_same_answer_again_and_another_another(served):
     assert one == again != other
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 2**64 - 1])
+def test_the_seed_that_llama_cpp_takes_for_none_is_one_like_others(served, seed):
+    one, again = (served.complete(temperature=1.5, max_tokens=30, seed=seed).json()["choices"] for _ in range(2))
+    assert one == again
+
+
+def test_null_is_the_default(served):
+    nulls = dict.fromkeys(
+        (
+            *(
+                "max_tokens",
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "repeat_penalty",
+                "presence_penalty",
+                "n",
+                "stop",
+            ),
+            *("frequency_penalty", "stream", "stream_options", "logprobs", "response_format", "user", "model"),
+        )
+    )
+    body = {"prompt": "hello", "seed": 5}
+    plain, null = (served.client.post("/v1/completions", json=body | more).json() for more in ({}, nulls))
+    assert (null["choices"], null["usage"]["completion_tokens"]) == (plain["choices"], 16)
+    nulls |= {"top_logprobs": None, "max_completion_tokens": 8}
+    body = {"messages": [{"role": "user", "content": "hello"}], "seed": 5, "max_tokens": 8}
+    plain, null = (served.client.post("/v1/chat/completions", json=body | more).json() for more in ({}, nulls))
+    assert null["choices"] == plain["choices"]
+
+
 def test_without_a_seed_answers_differ(served):
     one, other = (served.complete(temperature=1.5, max_tokens=30).json()["choices"][0]["text"] for _ in range(2))
     assert one != other
@@ -119,6 +159,23 @@ def test_a_stream_carries_every_log_probability(served):
     assert [token["bytes"] for token in streamed] == [token["bytes"] for token in whole]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_those_of_the_text_before_a_stop_sequence(served, stream):
+    def tokens(chunks):
+        logprobs = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        return [bytes(token["bytes"]) for part in logprobs if part for token in part["content"]]
+
+    body = served.chat(max_tokens=80, logprobs=True).json()
+    text, pieces = body["choices"][0]["message"]["content"], tokens([body])
+    for begin, length in ((20, 5), (31, 8), (3, 2)):
+        stop = text[begin : begin + length]
+        response = served.chat(max_tokens=80, logprobs=True, stop=[stop, stop + "never"], stream=stream)
+        chunks = events(response) if stream else [response.json()]
+        found = tokens(chunks)
+        assert found == pieces[: len(found)]
+        assert b"".join(found).decode(errors="replace") == text[: text.index(stop)]
+
+
 def test_json_of_a_schema_fits_the_schema(served):
     schema = {
         "type": "object",
@@ -133,6 +190,17 @@ def test_json_of_a_schema_fits_the_schema(served):
         answer = json.loads(choice["message"]["content"])
         assert choice["finish_reason"] == "stop"
         assert isinstance(answer["ok"], bool) and answer["kind"] in "ab" and len(answer) == 2
+
+
+def test_a_choice_that_leaves_the_grammar_ends_the_answer_and_not_the_process(chat_gguf):
+    """llama.cpp's float32 makes a penalty of 0 of this one, and then a choice that is none."""
+    model = load(FileSource(chat_gguf)(), ServingSettings(context_tokens=512))
+    sampling = Sampling(repeat_penalty=5e-324, grammar=json_grammar())
+    with pytest.raises(Refused, match="leave no choice"), model.in_use():
+        for seed in range(20):
+            with closing(model.generate(model.tokenize("hello"), sampling.model_copy(update={"seed": seed}))) as tokens:
+                list(islice(tokens, 40))
+    model.close()
 
 
 def test_a_json_object_begins_as_one(served):

@@ -78,6 +78,7 @@ def test_a_body_of_another_content_type(served):
         ("top_k", -1),
         ("top_k", 2**31),
         ("repeat_penalty", 0),
+        ("repeat_penalty", 5e-324),
         ("presence_penalty", 3),
         ("seed", 2**64),
         ("seed", "a"),
@@ -89,6 +90,8 @@ def test_a_body_of_another_content_type(served):
         ("n", 2),
         ("stream", "perhaps"),
         ("stream_options", {"include": True}),
+        ("stream_options", {"include_usage": True}),  # without stream
+        ("stream_options", {}),
         ("logprobs", 21),
         ("logprobs", -1),
         ("echo", True),
@@ -129,6 +132,13 @@ def test_messages_that_are_none(served, messages):
 
 def test_what_the_chat_template_refuses_is_said_in_its_words(served):
     refused(served.chat(messages=[{"role": "user", "content": "hello!"}]), 400, "chat template", "no shouting")
+
+
+@pytest.mark.parametrize("logprobs", [None, False])
+def test_what_has_no_effect_is_refused_and_not_ignored(served, logprobs):
+    error = refused(served.chat(top_logprobs=0, logprobs=logprobs), 400, "no effect without logprobs; set logprobs to")
+    assert (error["param"], error["code"]) == ("top_logprobs", "has_no_effect")
+    refused(served.chat(stream_options={"include_usage": True}, stream=logprobs), 400, "no effect without stream;")
 
 
 def test_tools_are_refused_and_not_ignored(served):

@@ -16,6 +16,16 @@ def nested(depth):
     return schema
 
 
+def members(count):
+    return {"type": "object", "properties": {f"member{number}": {"type": "null"} for number in range(count)}}
+
+
+def test_many_properties_are_a_grammar_still():
+    assert "member199-kv" in schema_grammar(members(200))
+    required = {**members(700), "required": list(members(700)["properties"])}
+    assert "member699-kv" in schema_grammar(required)
+
+
 @pytest.mark.parametrize(
     "schema, reason",
     [
@@ -28,6 +38,9 @@ def nested(depth):
         ({"$ref": "https://example.com/schema.json"}, "makes no grammar"),
         ({"$ref": "#/nowhere"}, "makes no grammar"),
         ({"type": "colour"}, "makes no grammar"),
+        (members(201), "has 201 properties that are not required, and 200 are allowed"),
+        ({"type": "array", "items": [members(150), members(51)]}, "has 201 properties that are not required"),
+        ({"$defs": {"d": members(50)}, "allOf": [{"$ref": "#/$defs/d"}] * 100}, "has 5000 properties, and 1000 are"),
         ({"type": "array", "items": 3}, "makes no grammar"),
         ({"enum": ["x" * 40_000]}, "has 40014 bytes"),
         (nested(2500), "RecursionError"),

@@ -38,6 +38,15 @@ def test_a_full_queue_refuses_with_a_time_to_come_back_and_takes_what_it_can(cha
         assert server.complete().status_code == 200
 
 
+def test_a_full_queue_refuses_before_it_reads_a_schema(chat_gguf):
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}
+    with running(FileSource(chat_gguf), queue_size=0) as server:
+        refused(server.complete(response_format=schema), 400)
+        with Occupied(server):
+            refused(server.complete(response_format=schema), 429)
+            refused(server.chat(response_format=schema), 429)
+
+
 def test_a_client_that_leaves_the_queue_makes_room(chat_gguf):
     with running(FileSource(chat_gguf), queue_size=1) as server, Occupied(server):
         with pytest.raises(httpx.ReadTimeout):

@@ -57,6 +57,13 @@ def test_the_model_is_shown_with_all_that_names_it(server, chat_gguf):
     assert 'samq_model_reloads_total{result="failure"} 0.0' in text
 
 
+def test_a_gpu_on_which_the_driver_does_not_see_this_process_has_no_sample_and_no_wrong_0(server, monkeypatch):
+    name = "samq_process_gpu_memory_bytes"
+    for used, shown in ((7, {7}), (0, set()), (None, set())):
+        monkeypatch.setattr("samq.evaluation.gpu.used_bytes", lambda used=used: used)
+        assert {value for (sample, _), value in samples(server).items() if sample == name} == shown
+
+
 def test_the_cache_of_a_request_at_work_is_shown(server):
     body = {"prompt": "x" * 4000, "max_tokens": 4000, "temperature": 0, "stream": True}
     with server.client.stream("POST", "/v1/completions", json=body) as response:

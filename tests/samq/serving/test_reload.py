@@ -3,17 +3,20 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 
 from samq.gguf_file import file_sha256
+from samq.serving.refusal import Refused
 from samq.serving.registry import connect
 from samq.serving.source import FileSource, registry_source
 from tests.conftest import write_tiny_gguf
 from tests.samq.serving.conftest import put, running, serves
 from tests.samq.serving.test_answers import events
+from tests.samq.serving.test_bad_input import refused
 from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
 
 
@@ -122,6 +125,49 @@ def test_a_file_that_is_gone_is_told_and_the_model_serves_on(file):
         assert server.complete().status_code == 200
 
 
+def test_after_the_file_is_back_the_problem_is_that_of_its_content_again(file, tmp_path):
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(1000))
+    with running(FileSource(file)) as server:
+        put(bad, file)
+        server.wait(lambda: "bad GGUF version" in (server.ready()["problem"] or ""))
+        file.unlink()
+        server.wait(lambda: "put the GGUF back" in server.ready()["problem"])
+        put(bad, file)
+        server.wait(lambda: "bad GGUF version" in server.ready()["problem"])
+        assert server.metric("samq_model_reloads_total", result="failure") == 1
+
+
+def test_what_cannot_be_loaded_is_tried_again_less_and_less_often(file, tmp_path, monkeypatch, caplog):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(1000))
+    minute = 0
+    monkeypatch.setattr("samq.serving.watch.time", SimpleNamespace(monotonic=lambda: 60.0 * minute))
+    with running(FileSource(file), poll_interval_s=3600) as server:
+        put(tmp_path / "bad.gguf", file)
+        tried, failures = [], 0
+        for minute in range(250):
+            server.server.watcher.check()
+            if server.metric("samq_model_reloads_total", result="failure") > failures:
+                failures += 1
+                tried.append(minute)
+        assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
+        logged = [
+            record for record in caplog.records if record.name == "samq.serving.watch" and record.levelname == "ERROR"
+        ]
+        assert len(logged) == len(tried), "once a failure"
+        assert server.complete().status_code == 200
+
+
+def test_what_is_unfit_to_serve_is_not_tried_again(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("samq.serving.watch._RETRY_S", (0.0, 0.0))
+    with running(FileSource(file)) as server:
+        put(write_silent_gguf(tmp_path / "bad.gguf"), file)
+        server.wait(lambda: "not all finite" in (server.ready()["problem"] or ""))
+        for _ in range(3):
+            server.server.watcher.check()
+        assert server.metric("samq_model_reloads_total", result="failure") == 1
+
+
 def test_before_there_is_a_model_the_server_lives_and_is_not_ready(tmp_path, chat_gguf):
     file = tmp_path / "tiny.gguf"
     with running(FileSource(file), wait=False) as server:
@@ -161,6 +207,22 @@ def test_a_request_that_comes_between_two_models_waits_for_the_next(file):
         assert server.client.get("/ready").status_code == 503
         server.server.engine.exchange(model)
         assert answer.result().json()["usage"]["prompt_tokens"] == 6
+
+
+def test_requests_that_wait_for_a_model_are_refused_when_none_comes(file):
+    with running(FileSource(file), poll_interval_s=3600) as server, ThreadPoolExecutor(1) as pool:
+        engine = server.server.engine
+        model = engine.exchange(None, more_to_come=True)
+        answer = pool.submit(server.complete)
+        server.wait(lambda: server.metric("llamacpp:requests_deferred") == 1)
+        late = engine.prepare(None, lambda event: None, stream=False)
+        engine.exchange(None)
+        assert refused(answer.result(), 503)["code"] == "model_not_loaded"
+        assert server.metric("llamacpp:requests_deferred") == 0
+        with pytest.raises(Refused, match="no model is loaded"):
+            engine.submit(late)
+        engine.exchange(model)
+        assert server.complete().status_code == 200
 
 
 @pytest.fixture
@@ -216,3 +278,71 @@ def test_a_file_that_is_not_what_was_registered_is_not_served(registered, mlflow
         server.wait(lambda: server.ready()["problem"])
         assert f"and not {file_sha256(chat_gguf)} as tiny-llama has" in server.ready()["problem"]
         assert server.client.get("/ready").status_code == 503
+
+
+def missing(gguf, wanted):
+    gguf.unlink()
+
+
+def other_bytes(gguf, wanted):
+    gguf.write_bytes(wanted.read_bytes()[:-1] + b"?")
+
+
+@pytest.mark.parametrize("spoil, reason", [(missing, "No such file"), (other_bytes, "put it back")])
+def test_a_version_whose_file_comes_later_serves_then(
+    registered, mlflow_uri, tmp_path, other_gguf, monkeypatch, spoil, reason
+):
+    monkeypatch.setattr("samq.serving.watch._RETRY_S", (0.1, 0.1))
+    copy = tmp_path / "copy.gguf"
+    put(other_gguf, copy)
+    spoil(copy, other_gguf)
+    registered.set_model_version_tag("tiny-llama", "2", "gguf_uri", copy.as_uri())
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        registered.set_registered_model_alias("tiny-llama", "production", "2")
+        server.wait(lambda: server.metric("samq_model_reloads_total", result="failure") >= 2)
+        assert reason in server.ready()["problem"] and "keeps serving" in server.ready()["problem"]
+        put(other_gguf, copy)
+        server.wait(serves(server, other_gguf))
+        server.wait(lambda: server.metric("samq_model_reload_failed") == 0)
+
+
+def test_a_file_that_is_not_what_was_registered_takes_no_model_from_memory(
+    registered, mlflow_uri, tmp_path, monkeypatch, chat_gguf
+):
+    """That memory is short is the one thing that is not real here."""
+    monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
+    registered.set_model_version_tag("tiny-llama", "2", "gguf_uri", chat_gguf.as_uri())
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        model = server.server.engine.model
+        registered.set_registered_model_alias("tiny-llama", "production", "2")
+        server.wait(lambda: "put it back" in (server.ready()["problem"] or ""))
+        assert server.server.engine.model is model
+
+
+def test_an_alias_that_names_nothing_yet_is_told_and_no_failure(registered, mlflow_uri, chat_gguf):
+    for name, alias in (("nothing", "production"), ("tiny-llama", "champion")):
+        with running(registry_source(name, alias, mlflow_uri), wait=False) as server:
+            server.wait(lambda: server.ready()["problem"])
+            assert server.ready()["problem"].startswith("nothing to serve yet: ")
+            assert f"has no model {name} with the alias {alias}" in server.ready()["problem"]
+            assert server.metric("samq_model_lookup_failures_total") == 0
+            if alias == "champion":
+                registered.set_registered_model_alias(name, alias, "1")
+                server.wait(serves(server, chat_gguf))
+                assert server.ready()["problem"] is None
+                registered.delete_registered_model_alias(name, alias)
+                server.wait(lambda: server.ready()["problem"])
+                assert server.ready()["problem"].endswith("keeps serving")
+                assert server.metric("samq_model_lookup_failures_total") == 0
+
+
+def test_an_alias_at_a_version_that_cannot_be_served_here_is_a_failed_reload(registered, mlflow_uri, chat_gguf):
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        registered.set_model_version_tag("tiny-llama", "2", "gguf_uri", "s3://bucket/model.gguf")
+        registered.set_registered_model_alias("tiny-llama", "production", "2")
+        server.wait(lambda: server.metric("samq_model_reload_failed") == 1)
+        server.wait(lambda: "not on this machine" in (server.ready()["problem"] or ""))
+        assert server.metric("samq_model_lookup_failures_total") == 0
+        registered.set_registered_model_alias("tiny-llama", "production", "1")
+        server.wait(lambda: server.ready()["problem"] is None)
+        assert server.metric("samq_model_reload_failed") == 0

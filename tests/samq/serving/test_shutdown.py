@@ -1,10 +1,12 @@
 """`samq serve` as a process of its own, from start to SIGTERM."""
 
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,28 +22,60 @@ BODY = {"prompt": "hello", "temperature": 0, "stream": True}
 
 
 @contextmanager
-def process(gguf, tmp_path, **settings):
-    """Yields the child and a client of it, when it is ready."""
+def process(model, tmp_path, *, until=lambda client: ready(client), environment=None, **settings):
+    """Yields the child and a client of it, when it is ready, or what is waited for holds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = tmp_path / "serving.yaml"
     config.write_text("".join(f"{name}: {value}\n" for name, value in {"context_tokens": 8192, **settings}.items()))
-    command = [sys.executable, "-m", "samq.cli", "serve", str(gguf), "--config", str(config), "--port", str(port)]
+    command = [sys.executable, "-m", "samq.cli", "serve", str(model), "--config", str(config), "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "SAMQ_HOME": str(tmp_path / "home")}
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "SAMQ_HOME": str(tmp_path / "home"), **(environment or {})},
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             deadline = time.monotonic() + 120
-            while not ready(client):
+            while not until(client):
                 assert child.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.05)
             yield child, client
     finally:
         child.kill()
         child.wait()
+
+
+@contextmanager
+def mlflow(answer):
+    """A server in MLflow's place, which lets `answer` deal with each request; yields its URL and the paths asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            answer(self)
+
+        do_POST = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def problem(client):
+    try:
+        return client.get("/ready").json()["problem"]
+    except httpx.TransportError:
+        return None
 
 
 def ready(client):
@@ -89,6 +123,47 @@ def test_an_idle_server_ends_at_once(chat_gguf, tmp_path):
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.e2e
+def test_a_second_signal_ends_the_server_at_once(chat_gguf, tmp_path):
+    with (
+        process(chat_gguf, tmp_path, drain_timeout_s=300, request_timeout_s=600) as (child, client),
+        client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 8000}) as response,
+    ):
+        parts = response.iter_text()
+        next(parts)
+        child.send_signal(signal.SIGTERM)
+        while httpx.get(f"{client.base_url}/ready").status_code == 200:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == -signal.SIGTERM
+        with pytest.raises(httpx.TransportError):
+            "".join(parts)
+
+
+@pytest.mark.e2e
+def test_an_mlflow_that_does_not_answer_does_not_hold_up_the_end(tmp_path):
+    hang = threading.Event()
+    with mlflow(lambda handler: hang.wait()) as (url, asked):
+        environment = {"MLFLOW_TRACKING_URI": url, "MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
+        asking = process("models:/tiny@production", tmp_path, until=lambda client: asked, environment=environment)
+        with asking as (child, _):
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(30) == 0, (tmp_path / "log").read_text()
+        hang.set()
+
+
+@pytest.mark.e2e
+def test_an_mlflow_that_is_down_is_asked_twice_a_lookup_unless_the_user_has_it_otherwise(tmp_path):
+    for own, tries in (({}, 2), ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, 1)):
+        with mlflow(lambda handler: handler.send_error(503)) as (url, asked):
+            environment = {"MLFLOW_TRACKING_URI": url, **own}
+            target = "models:/tiny@production"
+            with process(target, tmp_path, until=problem, environment=environment, poll_interval_s=3600) as (_, client):
+                assert f"cannot use MLflow at {url}" in problem(client)
+                assert "samq_model_lookup_failures_total 1.0" in client.get("/metrics").text
+                assert len(asked) == tries, asked
 
 
 def test_what_cannot_be_served_is_one_sentence(tmp_path):

@@ -43,3 +43,21 @@ def test_where_tokens_end_changes_nothing(cut):
     text = "añb€ñSTOPx".encode()
     given, stopped = assemble([text[:cut], text[cut:]], ["STOP", "ñS"])
     assert ("".join(given), stopped) == ("añb€", True)
+
+
+@pytest.mark.parametrize(
+    "pieces, starts",
+    [
+        ([b"one E", b"N", b"D"], [0, 5, 6]),
+        ([b"a", "€".encode()[:1], "€".encode()[1:], b"", b"b"], [0, 1, 1, 2, 2]),
+        ([b"\xe2", b"S", b"\xf0\x9f", b"\xe2", b"\x80", b"c"], [0, 1, 2, 3, 3, 4]),
+        ([b"\xe0", b"\x80a", b"b"], [0, 1, 3]),
+    ],
+)
+def test_where_the_text_of_a_token_begins(pieces, starts):
+    assembler, found, sent = TextAssembler(["ND"]), [], 0
+    for piece in pieces:
+        sent += len(assembler.push(piece))
+        found.append(assembler.start)
+        assert assembler.sent == sent
+    assert found == starts
