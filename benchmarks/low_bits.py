@@ -1,9 +1,11 @@
-"""Claim: below 4 bits a type's place in the ladder depends on more than its rounding error's size.
+"""Claim: below 4 bits a type's place in the ladder depends on more than its rounding error's size, and predictions fail.
 
 For each type: by how much it changes the length of weights (the part of the rounding error along the weights themselves,
 over the weights), predicted and measured KL of all tensors at that type; then, at the bytes of Q3_K_M, the budget plan
 from the default ladder, and from that ladder with each further type. A type whose errors all have one sign costs more,
-mixed with others, than prices without terms between weights say. Takes the arguments of quality.py and keeps its work.
+mixed with others, than prices without terms between weights say. Last, budget plans from all types at ever fewer bits join
+the others, by rising predicted KL: measured over predicted shows from which KL on second order fails. Takes the arguments of
+quality.py, --bits apart, and keeps its work.
 """
 
 import json
@@ -20,11 +22,12 @@ from samq.records import PriceTable
 from samq.store import Store
 
 MIXTURE = "Q3_K_M"
-FURTHER = ("IQ3_XXS", "IQ3_S")
+FURTHER = ("IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+BITS = (2.5, 2.7, 2.9, 3.1, 3.3, 3.6, 4.0)  # a weight
 
 
 def main() -> None:
-    """Print both tables and write them as JSON."""
+    """Print the tables and write them as JSON."""
     arguments = quality.parse_arguments()
     store = Store(arguments.work / "store")
     target, matrix = quality.open_target(arguments, store)
@@ -38,6 +41,7 @@ def main() -> None:
         plan = uniform_plan(target, name)
         row = {
             "type": name,
+            "bits": plan.bits_per_weight,
             "length_change": length_change(target, ladder, name),
             "predicted": plan_cost(prices, plan.types).value,
             "measured": float(bench.measure(plan)["kld"].mean()),
@@ -55,14 +59,46 @@ def main() -> None:
         table = only(prices, {*DEFAULT_TYPES, *further, "F16"})
         plan = budget_plan(target, table, Budget(f"size-of:{MIXTURE}", stock.tensor_bytes), BudgetPolicy())
         measured = float(bench.measure(plan)["kld"].mean())
-        plans.append({"further": further, "predicted": plan.predicted_kl_nats, "measured": measured})
+        plans.append(
+            {
+                "further": further,
+                "bits": plan.bits_per_weight,
+                "predicted": plan.predicted_kl_nats,
+                "measured": measured,
+            }
+        )
         print(
             f"at the bytes of {MIXTURE}, default ladder{''.join(f' and {name}' for name in further)}: predicted "
             f"{plan.predicted_kl_nats:.6f}  measured {measured:.6f} ({measured / reference - 1:+.1%})",
             flush=True,
         )
+    weights = sum(tensor.weights for tensor in target.tensors.values())
+    smaller = []
+    for bits in BITS:
+        plan = budget_plan(target, prices, Budget(f"{bits}bpw", int(bits * weights / 8)), BudgetPolicy())
+        measured = float(bench.measure(plan)["kld"].mean())
+        smaller.append({"bits": plan.bits_per_weight, "predicted": plan.predicted_kl_nats, "measured": measured})
+    by_distortion = sorted(
+        [{"plan": f"all {row['type']}", **row} for row in rows]
+        + [{"plan": " and ".join([f"at {MIXTURE}", *row["further"]]), **row} for row in plans]
+        + [{"plan": "all types", **row} for row in smaller],
+        key=lambda row: row["predicted"],
+    )
+    for row in by_distortion:
+        print(
+            f"{row['plan']:20} {row['bits']:5.2f} bits  predicted {row['predicted']:.6f}  measured {row['measured']:.6f}  "
+            f"ratio {row['measured'] / row['predicted']:.2f}"
+        )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"types": rows, "plans": plans, "stock": reference}, indent=1) + "\n")
+        result = {
+            "types": rows,
+            "plans": plans,
+            "stock": reference,
+            "budgets": smaller,
+            "seed": arguments.seed,
+            "versions": quality.versions(target),
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def length_change(target: Target, ladder: Ladder, name: str) -> float:

@@ -1,15 +1,16 @@
 """What a person may ask of the re-quantization flow: one pydantic model, a form in Prefect's page, a YAML file."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from samq.allocation import ThresholdPolicy, resolve_threshold
 from samq.budget import BudgetPolicy
 from samq.budget_notation import read_budget
 from samq.cost import CostSettings
 from samq.datasets import DatasetSpec
+from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.formats import check_mixture, check_type
 from samq.gram import GRAM_TOKENS
@@ -19,6 +20,8 @@ from samq.selection import Finalists, SelectionRule
 from samq.sensitivity import Labels
 from samq.settings_file import read_settings
 from samq.significance import MARGIN
+
+LEAST_SEQUENCES = 2  # to calibrate on: one alone has no standard error
 
 
 class Parameters(BaseModel):
@@ -79,11 +82,34 @@ class CalibrationParameters(Parameters):
             raise ValueError("one sequence has no standard error; give 0, or 2 and more")
         return sequences
 
+    @model_validator(mode="after")
+    def _enough_to_calibrate(self) -> Self:
+        # Packing may cut more sequences than there are samples.
+        if self.dataset.samples is not None and not self.packing:
+            try:
+                self.sequences_left(self.dataset.samples)
+            except SamqError as error:
+                raise ValueError(str(error)) from error
+        return self
+
+    def sequences_left(self, sequences: int) -> int:
+        """How many sequences are not kept apart for the check; raises SamqError if they are too few to calibrate on."""
+        left = sequences - self.check_sequences
+        if left < LEAST_SEQUENCES:
+            raise SamqError(
+                f"{sequences} calibration sequences, {self.check_sequences} of them kept apart by check_sequences, leave "
+                f"fewer than {LEAST_SEQUENCES} to calibrate on; raise samples or lower check_sequences"
+            )
+        return left
+
 
 class CandidateParameters(Parameters):
     """Which GGUFs to build and compare."""
 
-    stock: tuple[str, ...] = Field(default=("Q4_K_M",), description="llama-quantize's mixtures, as they are")
+    stock: tuple[str, ...] = Field(
+        default=("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"),
+        description="llama-quantize's mixtures, as they are: what SAMQ's plans have to beat",
+    )
     budgets: tuple[str, ...] = Field(
         default=("size-of:Q4_K_M",),
         description="sizes to spend where it helps most: 1500MiB, 4.5bpw, size-of:Q4_K_M (which is then a candidate as "
@@ -169,7 +195,19 @@ class TrackingParameters(Parameters):
 
     uri: str | None = Field(default=None, description="MLflow's tracking URI; default: SQLite in the SAMQ folder")
     experiment: str = "samq"
-    registered_model: str | None = Field(default=None, description="register the best candidate under this name")
+    registered_model: str | None = Field(
+        default=None, description="register the best candidate under this name; without / : and quotation marks"
+    )
+
+    @field_validator("registered_model")
+    @classmethod
+    def _name_that_mlflow_takes(cls, name: str | None) -> str | None:
+        # As mlflow.utils.validation has it; a quotation mark would end the name in a search.
+        if name is not None and (
+            name.strip() in ("", ".") or name.startswith("..") or any(sign in name for sign in "/:'\"")
+        ):
+            raise ValueError(f"{name!r} cannot name a registered model; give a name without / : and quotation marks")
+        return name
 
 
 class RequantizeParameters(Parameters):

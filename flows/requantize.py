@@ -15,12 +15,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq import __version__
+from samq.allocation import threshold_name
 from samq.audit import as_is
 from samq.benchmarking import with_benchmarks
 from samq.budget_notation import plan_name
 from samq.datasets import require_disjoint
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
+from samq.evaluation.settings import EVALUATION_NAME, benchmark_key
 from samq.gguf_file import read_tensors
 from samq.home import mlflow_uri, store_folder
 from samq.ladder import rungs_of
@@ -54,7 +55,7 @@ from tasks.price import load_prices, price
 from tasks.quantize import MODEL_NAME, assemble, quantize
 from tasks.report import report
 from tasks.source import find_model
-from tasks.text import SET_NAME, heldout, load_text, tokenize
+from tasks.text import heldout, load_calibration_set, load_text, tokenize
 from tasks.track import track
 
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
@@ -94,7 +95,9 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     source = find_model(model.source, model.revision, model.hf_folder)
     text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
     full = convert(store, source, tools, model.precision, limit)
-    tokens = tokenize(store, full, text, calibration.dataset, calibration.sequence_tokens, calibration.packing)
+    tokens = tokenize(store, full, text, calibration.dataset.seed, calibration.sequence_tokens, calibration.packing)
+    calibration_set = load_calibration_set(tokens, calibration.dataset)
+    available = calibration.sequences_left(calibration_set.samples)
     matrix = imatrix(store, full, text, calibration.sequence_tokens, tools, limit) if calibration.imatrix else None
     chunks = heldout(store, full, heldout_text)
     base = baseline(store, full, chunks, parameters.evaluation, limit)
@@ -104,13 +107,13 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     failures: list[Failure] = []
     stock = {mixture: plan_stock.submit(store, full, matrix, mixture, tools) for mixture in (FULL, *wanted.mixtures)}
     plans = _finished("plan", stock, failures)
-    types = (*(wanted.ladder if wanted.budgets else ()), wanted.policy.keep)
-    names = choose_rungs(full, matrix, types, list(plans.values()), tools)
+    types = wanted.ladder if wanted.budgets else ()
+    policy = wanted.policy if wanted.thresholds or wanted.proposed_thresholds else None
+    names = choose_rungs(full, matrix, types, list(plans.values()), tools, policy)
     rungs = _finished(
         "ladder", {name: rung.submit(store, name, full, matrix, tools, limit) for name in names}, failures
     )
 
-    available = CalibrationSet.load(tokens.path(SET_NAME)).samples - calibration.check_sequences
     grams = (
         gram(
             store,
@@ -136,7 +139,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     plans |= _finished(
         "plan",
         {
-            f"threshold-{cut}": plan_threshold.submit(store, full, matrix, sensitivity, cut, wanted.policy, tools)
+            threshold_name(cut): plan_threshold.submit(store, full, matrix, sensitivity, cut, wanted.policy, tools)
             for cut in thresholds
         }
         | {
@@ -147,7 +150,6 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         },
         failures,
     )
-    calibration_set = CalibrationSet.load(tokens.path(SET_NAME))
     provenance = _provenance(source, calibration_set, tools)
     tensors = read_tensors(full.path(GGUF_NAME))
 
@@ -344,7 +346,7 @@ def _benchmark(
             mine = {task: answer for (other, task), answer in answers.items() if other == name}
             folders = [answer.folder for answer in mine.values() if isinstance(answer, Artifact)]
             failed = {task: str(answer) for task, answer in mine.items() if not isinstance(answer, Artifact)}
-            missing = {f"eval/{task}": why for task, why in {**unavailable, **failed}.items()}
+            missing = {benchmark_key(task): why for task, why in {**unavailable, **failed}.items()}
             joined[name] = with_benchmarks(result, folders, missing)
     return joined
 

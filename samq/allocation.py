@@ -150,8 +150,7 @@ def threshold_plan(
         "kept_groups": len({group_of(name, policy.grouping) for name in kept}),
     }
     mixture = policy.base if policy.base in MIXTURES else "Q4_K_M"
-    name = f"threshold-{threshold if isinstance(threshold, str) else format(cut, '.4g')}"
-    plan = make_plan(target, name, "threshold", parameters, chosen, substitutions, mixture)
+    plan = make_plan(target, threshold_name(threshold), "threshold", parameters, chosen, substitutions, mixture)
     return plan.model_copy(update={"map_digest": sensitivity.digest()})
 
 
@@ -162,6 +161,15 @@ def _base_types(
     if base in MIXTURES:
         return mixture_types(gguf, base, toolchain, imatrix=imatrix)
     return dict.fromkeys(read_tensors(gguf), base), {}
+
+
+def threshold_name(threshold: float | str) -> str:
+    """What the plan of a threshold is called: `threshold-0.35`, `threshold-q0.75`; other thresholds, other names."""
+    text = str(threshold)
+    if not text.startswith("q"):
+        value = float(text)
+        text = next(digits for digits in (f"{value:.{count}g}" for count in range(4, 18)) if float(digits) == value)
+    return f"threshold-{text}"
 
 
 def resolve_threshold(threshold: float | str, scores: dict[str, float]) -> float:

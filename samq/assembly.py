@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from samq.audit import accept, provenance_metadata, require_space
 from samq.errors import SamqError
-from samq.formats import tensor_bytes
+from samq.formats import NEEDS_IMATRIX, tensor_bytes
+from samq.gguf_file import require_alignment
 from samq.ladder import Ladder
 from samq.progress import Progress, silent
 from samq.quantizer import GGUF_NAME
 from samq.records import Plan, QuantizedModel
 
-_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT; llama-quantize writes no other
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type -> bytes
 _COPY_BYTES = 2**30  # of one system call
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -71,6 +72,7 @@ def write_assembled(
     """Write the plan's GGUF to `path`, with `metadata` in place of the rungs' own `samq.*` values; nothing is checked."""
     if not ladder.rungs:
         raise SamqError("the ladder has no rung to take the metadata from; make one first")
+    require_alignment(ladder.gguf)
     headers = {file: _read_header(file) for file in (*ladder.rungs.values(), ladder.gguf)}
     first = headers[next(iter(ladder.rungs.values()))]
     pieces = []  # (file, offset in it, bytes), in the order of writing
@@ -81,9 +83,10 @@ def write_assembled(
         holder = next((file for file, header in headers.items() if header.tensors[name].type == wanted), None)
         if holder is None:
             held = sorted({header.tensors[name].type for header in headers.values()})
-            raise SamqError(
-                f"the ladder has {name} in {', '.join(held)} and plan {plan.name} wants {wanted}; add that rung"
-            )
+            advice = "add that rung"
+            if wanted in NEEDS_IMATRIX:
+                advice = "add that rung, with an importance matrix that has an entry for this tensor"
+            raise SamqError(f"the ladder has {name} in {', '.join(held)} and plan {plan.name} wants {wanted}; {advice}")
         size = tensor_bytes(wanted, tensor.shape)
         infos += _string(name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
         infos += struct.pack("<IQ", GGMLQuantizationType[wanted], offset)
@@ -176,8 +179,6 @@ def _parse(data: mmap.mmap) -> _Header:
         end = _skip_value(data, at)
         values[key] = data[at:end]
         at = end
-    if "general.alignment" in values:
-        raise ValueError("it has an alignment of its own")
     found = []
     for _ in range(tensor_count):
         name, at = _read_string(data, at)
@@ -215,4 +216,4 @@ def _string(text: str) -> bytes:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT

@@ -4,6 +4,7 @@ A multiple-choice knapsack, solved exactly. Types that cost a tensor no fewer by
 are left out first: they are in no best plan.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from samq.errors import SamqError
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.formats import bits_per_weight, check_type
+from samq.prediction import SECOND_ORDER_LIMIT_NATS
 from samq.prices import plan_cost
 from samq.records import Plan, Price, PriceTable
+
+logger = logging.getLogger(__name__)
 
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
 
@@ -95,6 +99,7 @@ def parse_budget(text: str, target: Target) -> Budget:
 def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
     """The plan of least predicted KL within the budget; bytes that would save nothing worth counting are left unspent.
 
+    Warns where second order is not to be trusted with that KL (`why_doubted`).
     Raises SamqError if even the smallest plan is larger, and says how large that is.
     """
     options = {name: _allowed(name, prices, target, policy) for name in target.quantizable}
@@ -123,7 +128,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
         solution.types,
         mixture=read_budget(budget.text).mixture or "Q4_K_M",
     )
-    return plan.model_copy(
+    plan = plan.model_copy(
         update={
             "map_digest": prices.map_digest,
             "rounding": prices.rounding,
@@ -132,10 +137,27 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
             "solver_gap": solution.gap,
         }
     )
+    if doubt := why_doubted(plan):
+        logger.warning("%s: %s", plan.name, doubt)
+    return plan
+
+
+def why_doubted(plan: Plan) -> str | None:
+    """Why a plan's prediction is not to be relied on, and what to do, in a sentence; None if it may be."""
+    if plan.predicted_kl_nats is None or plan.predicted_kl_nats <= SECOND_ORDER_LIMIT_NATS:
+        return None
+    return (
+        f"a predicted KL of {plan.predicted_kl_nats:.2f} nats is over {SECOND_ORDER_LIMIT_NATS:g}, where rounding is no small "
+        "change and second order fails; raise the budget, or set least_type, and rely on what is measured only"
+    )
 
 
 def _allowed(name: str, prices: PriceTable, target: Target, policy: BudgetPolicy) -> dict[str, Price]:
-    """The types that the guards leave to a tensor, at what is worth counting; if they leave none, the one with most bits."""
+    """The types that the guards leave to a tensor; if they leave none, the one with most bits.
+
+    Types larger than the smallest that costs next to nothing are left out, not priced at zero: a plan's KL is then what was
+    minimised, to the last digit, and falls as the budget rises.
+    """
     if name not in prices.tensors:
         raise SamqError(f"there is no price for {name}; price this model's ladder again")
     types = prices.tensors[name].types
@@ -144,10 +166,8 @@ def _allowed(name: str, prices: PriceTable, target: Target, policy: BudgetPolicy
     least = max((bits_per_weight(kind) for kind in (guard, policy.least_type) if kind), default=0.0)
     allowed = {kind: price for kind, price in types.items() if bits_per_weight(kind) >= least}
     allowed = allowed or dict([max(types.items(), key=lambda item: item[1].bytes)])
-    return {
-        kind: price if price.kl_nats > _NOTHING_NATS else price.model_copy(update={"kl_nats": 0.0})
-        for kind, price in allowed.items()
-    }
+    enough = min((price.bytes for price in allowed.values() if price.kl_nats <= _NOTHING_NATS), default=math.inf)
+    return {kind: price for kind, price in allowed.items() if price.bytes <= enough}
 
 
 def solve(options: Options, limit: int) -> Solution:
@@ -207,10 +227,10 @@ class _Choices:
         least = np.minimum.reduceat(excess, self.firsts)
         excess -= least[self.row]
         best = self._filled(best, limit)
-        cost = float(self.cost[best].sum())
+        cost = math.fsum(self.cost[best])
         distance = max(0.0, cost - float(least.sum() - high * limit)) + 1e-12 * cost  # rounding
         better, complete = self._search(excess, high, limit, distance)
-        if better is not None and self.cost[better].sum() <= cost:
+        if better is not None and math.fsum(self.cost[better]) <= cost:
             best = better
         return best, 0.0 if complete else distance / cost
 

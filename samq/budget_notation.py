@@ -19,7 +19,7 @@ _FORMS = {
     "size": _SIZE,
     "bits": r"(?P<bits>\d+(?:\.\d+)?)\s*bpw",
     "mixture": r"size-of:(?P<mixture>\w+)",
-    "vram": rf"vram:{_SIZE}@(?P<context>\d+)(?:/(?P<kv>F16|Q8_0|Q4_0))?",
+    "vram": rf"vram:{_SIZE}@(?P<context>[1-9]\d{{0,8}})(?:/(?P<kv>F16|Q8_0|Q4_0))?",
 }
 _EXAMPLES = (
     "a size such as 1500MiB, 4.5bpw, size-of:Q4_K_M, or vram:24GiB@8192 (or @8192/Q8_0, with the KV cache's type)"

@@ -1,4 +1,4 @@
-"""The ggml types: block size, bytes of a row, what a row length allows, and llama.cpp's fallback where it does not."""
+"""The ggml types: block size, bytes of a row, what row length and importance matrix allow, and what is put in its place."""
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -16,6 +16,16 @@ _FALLBACK = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+
+# llama-quantize writes these only to a tensor that has an entry in the importance matrix (tensor_requires_imatrix in
+# llama.cpp's src/llama-quant.cpp); beside each the type with the nearest bits that needs none.
+NEEDS_IMATRIX = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), "Q2_K"),
+    "IQ3_XXS": "Q3_K",
+}
+# It lets these two pass, and then aborts at the types that ggml itself asks for one (ggml_quantize_requires_imatrix).
+_LET_PASS = frozenset({"token_embd.weight", "output.weight"})
+_ABORTS = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 
 
 def _block(name: str) -> tuple[int, int]:
@@ -64,6 +74,12 @@ def fallback(name: str, row_length: int) -> str:
         return name
     smaller = _FALLBACK.get(name, name)
     return smaller if fits(smaller, row_length) else "F16"
+
+
+def without_entry(name: str, tensor: str) -> str:
+    """`name` if llama-quantize writes it to a tensor without an entry in the importance matrix, else the nearest it does."""
+    needed = _ABORTS if tensor in _LET_PASS else NEEDS_IMATRIX
+    return NEEDS_IMATRIX[name] if name in needed else name
 
 
 def tensor_bytes(name: str, shape: tuple[int, ...]) -> int:

@@ -3,15 +3,17 @@
 import ctypes
 import hashlib
 import math
-from collections.abc import Callable
+import os
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
-from gguf.constants import MODEL_ARCH_NAMES
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
@@ -139,6 +141,39 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
         return names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
 
     return gguf_name
+
+
+def require_alignment(path: Path) -> None:
+    """Raises SamqError for a GGUF that llama-quantize would damage: it keeps an alignment's key and pads by 32 all the same."""
+    alignment = read_metadata(path).get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    if alignment != GGUF_DEFAULT_ALIGNMENT:
+        raise SamqError(
+            f"the tensors of {path} are aligned to {alignment} bytes and llama-quantize writes {GGUF_DEFAULT_ALIGNMENT} only; "
+            "make the GGUF again with llama.cpp's converter"
+        )
+
+
+def imatrix_entries(path: Path) -> frozenset[str]:
+    """Names of the tensors that an importance matrix has an entry for: a GGUF, or the .dat of older llama-imatrix."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                suffix = ".in_sum2"
+                return frozenset(name.removesuffix(suffix) for name in read_tensors(path) if name.endswith(suffix))
+            file.seek(0)
+            return frozenset(_dat_entries(file))
+    except (OSError, ValueError, struct.error) as error:
+        raise SamqError(f"cannot read the importance matrix {path} ({error}); measure it again") from error
+
+
+def _dat_entries(file: BinaryIO) -> Iterator[str]:
+    """Names in a .dat: a count, then length, name, calls, number of values, and the values, of each entry."""
+    (count,) = struct.unpack("<i", file.read(4))
+    for _ in range(count):
+        (length,) = struct.unpack("<i", file.read(4))
+        yield file.read(length).decode()
+        _, values = struct.unpack("<ii", file.read(8))
+        file.seek(4 * values, os.SEEK_CUR)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,7 +1,8 @@
 """The ladder: every quantizable tensor once at every type of a list, each rung a GGUF that llama-quantize wrote.
 
 A rung is named by the type it asks for; tensors whose rows do not allow it hold llama-quantize's own fallback, so the
-legal neighbours (Q4_0, Q5_0, Q5_1, IQ4_NL) join by themselves. What a tensor becomes depends on nothing but its
+legal neighbours (Q4_0, Q5_0, Q5_1, IQ4_NL) join by themselves, and tensors that the importance matrix has no entry for
+(an embedding, above all) hold the nearest type that needs none. What a tensor becomes depends on nothing but its
 weights, its type and the importance matrix, so any plan's tensors can be taken from the rungs (samq.assembly), and any
 plan's rounding errors can be read from them (samq.prices).
 """
@@ -10,20 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation import Target, make_plan
+from samq.allocation import Target, ThresholdPolicy, make_plan, stock_plan
 from samq.errors import SamqError
-from samq.formats import bits_per_weight, check_type, fallback
-from samq.gguf_file import TensorInfo, read_tensors
+from samq.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback, without_entry
+from samq.gguf_file import TensorInfo, imatrix_entries, read_tensors, require_alignment
 from samq.progress import Progress, silent
 from samq.quantizer import quantize
-from samq.records import Plan, QuantizedModel
+from samq.records import Plan, QuantizedModel, Substitution
 
 # IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them by less. An error of one sign costs more
 # than prices without terms between weights say, and plans that mix it in come out worse. IQ3_XXS has no such error and brings
 # under 1 % (benchmarks/low_bits.py).
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-# llama-quantize refuses these without an importance matrix (tensor_requires_imatrix in llama.cpp's llama-quant.cpp).
-NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def rung_names(
     llama-quantize refuses are left out. Where rows are too short for K types, Q4_1 joins: nothing falls back to it.
     """
     tensors = list(tensors)
-    refused = frozenset() if imatrix else NEEDS_IMATRIX
+    refused = set() if imatrix else set(NEEDS_IMATRIX)
     wanted = {check_type(name) for name in types}
     if wanted and any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
         wanted.add("Q4_1")
@@ -85,11 +84,29 @@ def rungs_of(plan: Plan, tensors: Mapping[str, TensorInfo], rungs: Iterable[str]
     return _by_bits(needed)
 
 
+def threshold_types(target: Target, policy: ThresholdPolicy) -> set[str]:
+    """The types that threshold plans of this policy name, whatever their threshold: kept, base and guards."""
+    base = set(stock_plan(target, policy.base).types.values()) if policy.base in MIXTURES else {policy.base}
+    guards = {guard for guard in (policy.output_guard, policy.embedding_guard) if guard}
+    return {policy.keep} | base | guards
+
+
 def uniform_plan(target: Target, name: str) -> Plan:
-    """Every quantizable tensor at one type, or at llama-quantize's fallback where its rows do not allow it."""
+    """Every quantizable tensor at one type, or at llama-quantize's fallback where its rows do not allow it.
+
+    A tensor that the importance matrix has no entry for, which this type needs, takes the nearest that needs none.
+    """
     name = check_type(name)
-    types = {tensor.name: fallback(name, tensor.row_length) for tensor in target.quantizable.values()}
-    return make_plan(target, f"uniform-{name}", "uniform", {"type": name}, types)
+    entries = imatrix_entries(target.imatrix) if target.imatrix else frozenset()
+    types, substitutions = {}, {}
+    for tensor in target.quantizable.values():
+        asked = fallback(name, tensor.row_length)
+        legal = asked if tensor.name in entries else without_entry(asked, tensor.name)
+        types[tensor.name] = fallback(legal, tensor.row_length)
+        if legal != asked:
+            reason = "the importance matrix has no entry for it"
+            substitutions[tensor.name] = Substitution(requested=asked, used=types[tensor.name], reason=reason)
+    return make_plan(target, f"uniform-{name}", "uniform", {"type": name}, types, substitutions)
 
 
 def make_rung(
@@ -102,6 +119,7 @@ def make_rung(
     progress: Progress = silent,
 ) -> QuantizedModel:
     """Write the rung of one type into `folder` by llama-quantize, audited; see `samq.quantizer.quantize`."""
+    require_alignment(target.gguf)
     return quantize(
         target.gguf,
         uniform_plan(target, name),

@@ -19,7 +19,7 @@ _SIGNIFICANT = 2.0  # standard errors between two figures that are called differ
 
 @dataclass(frozen=True)
 class Agreement:
-    """Predicted against measured KL over all candidates that have both."""
+    """Predicted against measured KL over all candidates that have both, over the floor."""
 
     candidates: int
     rank_correlation: float  # Spearman's
@@ -52,13 +52,16 @@ def beyond_second_order(results: Sequence[Result]) -> list[str]:
 
 def prediction_section(results: Sequence[Result], checks: Sequence[PredictionCheck]) -> list[str]:
     """Paragraphs of the report on the predictions, in markdown; none if nothing was predicted."""
-    parts = []
+    parts, omitted = [], _left_out(results)
     if found := agreement(results):
         parts.append(
             f"Over {found.candidates} candidates the rank correlation (Spearman) of predicted and measured KL is "
             f"{found.rank_correlation:.3f}. Measured mean KLD is {found.lowest_ratio:.2f} to {found.highest_ratio:.2f} "
             "times the prediction."
         )
+    elif omitted:
+        parts.append("Fewer than three candidates are left to correlate predicted and measured KL over.")
+    parts += omitted
     if beyond := beyond_second_order(results):
         parts.append(
             f"**Do not trust the prediction of {', '.join(beyond)}**: over {SECOND_ORDER_LIMIT_NATS:g} nats the rounding "
@@ -72,6 +75,25 @@ def prediction_section(results: Sequence[Result], checks: Sequence[PredictionChe
             bullets(_judgement(check) for check in checks if check.predicted.value > FLOOR_NATS),
         ]
     return ["## Predicted against measured", *parts] if parts else []
+
+
+def _left_out(results: Sequence[Result]) -> list[str]:
+    """Which candidates the agreement leaves out, and why; none if it leaves out none, or nothing was predicted."""
+    measured = [result for result in by_size(results) if result.kld and result.plan.policy != "full"]
+    counted = {result.name for result, *_ in predicted_and_measured(results)}
+    small = [result.name for result in measured if result.predicted and result.name not in counted]
+    unpriced = [result.name for result in measured if not result.predicted]
+    if not small and not (unpriced and counted):
+        return []
+    reasons = [f"Left out of this: {len(small) + len(unpriced)} of {len(measured)}."]
+    if small:
+        reasons.append(
+            f"{', '.join(small)}: predicted or measured at {FLOOR_NATS:g} nats or less, where llama.cpp's own rounding of "
+            "activations is most of what is measured."
+        )
+    if unpriced:
+        reasons.append(f"{', '.join(unpriced)}: without a prediction, as a type of the plan has no price.")
+    return [" ".join(reasons)]
 
 
 _CHECKED = (

@@ -80,7 +80,7 @@ def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
         costs.append(prices.tensors[name].types[kind].kl_nats)
     tokens = np.array(prices.sequence_tokens)
     parts = np.array(costs) @ np.array([prices.tensors[name].shares for name in types])
-    return Metric(value=sum(costs), stderr=ratio_stderr(parts * tokens.sum(), tokens), n=len(tokens))
+    return Metric(value=math.fsum(costs), stderr=ratio_stderr(parts * tokens.sum(), tokens), n=len(tokens))
 
 
 def ratio_stderr(costs: NDArray[np.float64], tokens: NDArray[np.int64]) -> float:

@@ -40,13 +40,13 @@ class Record(BaseModel):
         fields = self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
         return digest_of({"schema": self.SCHEMA, **fields})
 
+    def content(self) -> dict[str, Any]:
+        """What a file of the record holds: its kind and version, and all fields."""
+        return {"schema": self.SCHEMA, **self.model_dump(mode="json")}
+
     def save(self, path: Path) -> Path:
         """Write the record to `path` whole or not at all, and return the path."""
-        text = json.dumps(
-            {"schema": self.SCHEMA, **self.model_dump(mode="json")},
-            indent=1,
-            allow_nan=False,
-        )
+        text = json.dumps(self.content(), indent=1, allow_nan=False)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(text + "\n")
@@ -101,6 +101,11 @@ class ModelSource(Record):
         description="full-precision GGUF on this machine, instead of HF weights",
     )
 
+    def digest(self) -> str:
+        """As of any record, a GGUF's name apart; a folder's stays, as the converter writes it into the GGUF."""
+        nameless = self.model_copy(update={"name": ""}) if self.gguf else self
+        return super(ModelSource, nameless).digest()
+
 
 class Toolchain(Record):
     """The llama.cpp in use: what its output depends on."""
@@ -119,6 +124,7 @@ class TextSet(Record):
     """Texts as read from a dataset, before any tokenizer has seen them."""
 
     SCHEMA: ClassVar[str] = "samq.text-set/1"
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"dataset"})
 
     dataset: str = Field(description="as the user named it: humaneval, a file, or a hub id")
     texts: tuple[str, ...]

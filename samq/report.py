@@ -100,7 +100,7 @@ def kept_tensors(plan: Plan) -> int | None:
 
 
 def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.DataFrame:
-    """One row a candidate, full precision first, then by size; the failed ones last.
+    """One row a candidate, full precision first, then by size; the failed ones last. Other failures have none.
 
     Columns carry their units; each metric is followed by its standard error (`± ...`) where one is known. What was not
     measured is NaN. Columns that say something of some candidates only (rounding, threshold, kept tensors, budget), standard
@@ -129,7 +129,11 @@ def results_table(results: Sequence[Result], failures: Sequence[Failure]) -> pd.
             if metric and metric.stderr is not None:
                 row[f"± {column.heading}"] = metric.stderr * column.scale
         rows.append(row | {"status": "measured"})
-    rows += [{"candidate": f.name, "status": f"failed in {f.stage}: {markdown.one_line(f.reason)}"} for f in failures]
+    rows += [
+        {"candidate": f.name, "status": f"failed in {f.stage}: {markdown.one_line(f.reason)}"}
+        for f in failures
+        if f.of_candidate
+    ]
     metrics = [heading for column in COLUMNS for heading in (column.heading, f"± {column.heading}")]
     optional = ["rounding", "budget", "threshold", "kept tensors", PREDICTED, f"± {PREDICTED}", *metrics[1::2]]
     fixed = ["candidate", "policy", "rounding", "budget", "threshold", "kept tensors", "size (MB)", "bits per weight"]
@@ -176,7 +180,7 @@ def markdown_report(
     """The whole story of a sweep: the choice, the table, what fell out and why, what it was made from."""
     ordered = by_size(results)
     parts = [
-        f"# {source.name}: {len(results)} candidates measured, {len(failures)} failed",
+        f"# {source.name}: {len(results)} candidates measured, {sum(f.of_candidate for f in failures)} failed",
         verdict(results, best, rule, comparisons),
         _markdown_figures(ordered, best),
         f"{_LEGEND}. Bold: the best figure of the quantized. ±: one standard error. JSON: 95 % Wilson interval.",
@@ -276,7 +280,7 @@ def terminal_table(results: Sequence[Result], failures: Sequence[Failure], best:
             figures.append(Text(column.show(result.evaluation, spread=column is KLD_COLUMN), style=weight))
         style = "green" if best and result.name == best.name else "dim" if result.plan.policy == "full" else ""
         table.add_row(_mark(result, best, front), result.name, *cells, *figures, style=style)
-    for failure in failures:
+    for failure in (one for one in failures if one.of_candidate):
         table.add_row("✗", failure.name, "", "", "", f"{failure.stage} failed", style="red")
     return table
 

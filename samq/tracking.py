@@ -5,6 +5,7 @@ sweeps may be tracked from several threads. A run is FINISHED once all of it is 
 """
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ from samq.selection import Comparison, Failure, Result, by_size, pareto, rival_o
 from samq.serving.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder, user
 from samq.significance import ITEMS_NAME, PairedComparison
 
+logger = logging.getLogger(__name__)
+
 _TAG_CHARACTERS = 8000  # MLflow's limit of a tag's value
 _DIGEST_CHARACTERS = 12  # of a dataset's digest: what MLflow's table has room for; a parameter has it all
 _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the page for models, not for prompts
@@ -52,7 +55,7 @@ A parent run is a sweep; its children are the candidates: full precision, stock 
 
 - **To choose,** open *Views*, *Latest sweep*: the candidates with their figures, and as charts what bytes buy.
 - A parent run's description has the whole report, its artifacts the figures.
-- `comparison/...` is against the stock mixture in the tag `samq.rival`: the largest that is no larger than the candidate.
+- `comparison/...` is against the stock mixture in the tag `samq.rival`: the largest that is no larger or of its size.
 - `plan/threshold` of full precision is 0 (it keeps every tensor), of a stock mixture 1 (it keeps none).
 - `plan/budget_bytes` of a candidate without a budget is what its tensors take.
 - `..._stderr` is the standard error of the metric before it; units are in the names.
@@ -84,6 +87,7 @@ class TrackedSweep:
     child_run_ids: dict[str, str]  # of the candidates that were measured
     registered_model: str | None = None
     model_version: str | None = None
+    not_registered: str | None = None  # why the best is not, though it was asked for
 
     def urls(self, address: str) -> dict[str, str]:
         """Pages of this sweep on an MLflow server.
@@ -111,6 +115,8 @@ class TrackedSweep:
         lines = [f"MLflow: {urls['sweep']}" + ("" if served else "   (after `samq ui`)")]
         if "model" in urls:
             lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
+        if self.not_registered:
+            lines.append(f"not registered: {self.not_registered}; run the sweep again, which measures nothing anew")
         return lines
 
 
@@ -136,8 +142,9 @@ def track_sweep(
     """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
     `report` is the sweep's markdown, `parameters` what the sweep was asked to do (may be nested), `tags` more for the
-    parent run, `comparisons` those of `samq.comparison`, `checks` those of the predictions. Raises SamqError if MLflow
-    cannot be used or refuses something; the parent run then is FAILED.
+    parent run, `comparisons` those of `samq.comparison`, `checks` those of the predictions. A registration that fails is
+    said in the tag `samq.registered` and costs no more. Raises SamqError if MLflow cannot be used or refuses something
+    else; the parent run then is FAILED.
     """
     client = connect(settings.tracking_uri)
     common = common_params(source, calibration, heldout, toolchain)
@@ -146,7 +153,8 @@ def track_sweep(
     if failures:
         summary["samq.failures"] = _cut("; ".join(f"{one.name} in {one.stage}: {one.reason}" for one in failures))
     children: dict[str, str] = {}
-    version = None
+    lost = [failure for failure in failures if failure.of_candidate]
+    version = not_registered = None
     try:
         experiment_id = _experiment(client, settings)
         parent_tags = {**tags, **summary, MLFLOW_RUN_NOTE: _cut(_body(report))}
@@ -157,13 +165,13 @@ def track_sweep(
             client.log_table(parent, results_table(results, failures), "candidates.json")
             for name, figure in _figures(sensitivity, results, best, comparisons).items():
                 client.log_figure(parent, figure, f"figures/{name}.png")
-            client.log_dict(parent, sensitivity.model_dump(mode="json"), "sensitivity-map.json")
+            client.log_dict(parent, sensitivity.content(), "sensitivity-map.json")
             if benchmarks:
                 rows = [one.model_dump(mode="json") for one in benchmarks]
                 client.log_dict(parent, {"comparisons": rows}, "benchmark-comparisons.json")
             if checks:
                 client.log_dict(parent, {c.plan: c.model_dump(mode="json") for c in checks}, "prediction-checks.json")
-            for failure in failures:
+            for failure in lost:
                 _log_failure(client, experiment_id, parent, failure, common)
             front = pareto(results)
             values = {
@@ -178,16 +186,11 @@ def track_sweep(
                     _log_result(client, child, result, values[result.name], common, datasets)
                 children[result.name] = child
             if best and settings.registered_model:
-                version = register(
-                    client,
-                    settings.registered_model,
-                    children[best.name],
-                    model=best.model,
-                    gguf=best.gguf,
-                    plan=best.plan,
-                    evaluation=best.evaluation,
+                version, not_registered = _register(client, settings.registered_model, children[best.name], best)
+                registered = (
+                    f"{settings.registered_model} version {version}" if version else f"failed: {not_registered}"
                 )
-                client.set_tag(parent, "samq.registered", f"{settings.registered_model} version {version}")
+                client.set_tag(parent, "samq.registered", _cut(registered))
             view = mlflow_view.view_of(parent, _now_ms(), values.values())
             client.set_experiment_tag(experiment_id, mlflow_view.TAG, view)
     except (MlflowException, OSError) as error:
@@ -202,7 +205,20 @@ def track_sweep(
         child_run_ids={result.name: children[result.name] for result in by_size(results)},
         registered_model=settings.registered_model if version else None,
         model_version=version,
+        not_registered=not_registered,
     )
+
+
+def _register(client: MlflowClient, name: str, run_id: str, best: Result) -> tuple[str | None, str | None]:
+    """The version that the best candidate is now, or why it is none: what was measured is worth the same without it."""
+    try:
+        version = register(
+            client, name, run_id, model=best.model, gguf=best.gguf, plan=best.plan, evaluation=best.evaluation
+        )
+    except SamqError as error:
+        logger.warning("%s is not registered: %s", best.name, error)
+        return None, str(error)
+    return version, None
 
 
 def _figures(
@@ -301,7 +317,7 @@ def _log_result(
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     _log_inputs(client, run_id, datasets)
-    client.log_dict(run_id, result.plan.model_dump(mode="json"), "plan.json")
+    client.log_dict(run_id, result.plan.content(), "plan.json")
     client.log_figure(run_id, types_heatmap(result.plan), "types.png")
     for path in sorted(result.folder.iterdir()):
         if path.suffix == ".parquet":

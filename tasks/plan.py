@@ -29,7 +29,7 @@ def plan_stock(folder: Path, full: Artifact, imatrix: Artifact | None, mixture: 
     plan.save(folder / PLAN_NAME)
 
 
-@stage("plan", version=1, run_name="plan threshold {threshold}")
+@stage("plan", version=2, run_name="plan threshold {threshold}")
 def plan_threshold(
     folder: Path,
     full: Artifact,
@@ -44,7 +44,7 @@ def plan_threshold(
     allocation.threshold_plan(target, sensitivity, threshold, policy).save(folder / PLAN_NAME)
 
 
-@stage("plan", version=2, run_name="plan budget {budget}", packages=("llama-cpp-python",))
+@stage("plan", version=3, run_name="plan budget {budget}", packages=("llama-cpp-python",))
 def plan_budget(
     folder: Path,
     full: Artifact,

@@ -70,9 +70,13 @@ class ContentCache(CachePolicy):
         )
 
     def made_by(self, inputs: dict[str, Any]) -> dict[str, str]:
-        """Versions of what makes the artifact: the key has them too, but hashed."""
+        """Versions of what makes the artifact: the key has them too, but hashed.
+
+        A stage without llama.cpp's programs has the builds that made its inputs, whose content its key has.
+        """
         tools: Toolchain | None = inputs.get("toolchain")
-        llama_cpp = {"llama.cpp": f"{tools.version} {tools.build}"} if tools else {}
+        builds = {f"{tools.version} {tools.build}"} if tools else _builds(inputs)
+        llama_cpp = {"llama.cpp": ", ".join(sorted(builds))} if builds else {}
         return {"samq": __version__, "stage version": str(self.version), **self._package_versions(), **llama_cpp}
 
     def _package_versions(self) -> dict[str, str]:
@@ -92,6 +96,17 @@ class ContentCache(CachePolicy):
         key, store = self.artifact_key(inputs), Store(inputs["store"])
         made = digest_of([str(store.root), store.incarnation(self.stage, key)])
         return f"{self.stage}-{key}-{made[:16]}"
+
+
+def _builds(value: Any) -> set[str]:
+    """The builds of llama.cpp that made the artifacts in a value."""
+    match value:
+        case Artifact():
+            return {value.made_by["llama.cpp"]} if "llama.cpp" in value.made_by else set()
+        case dict():
+            return {build for item in value.values() for build in _builds(item)}
+        case _:
+            return set()
 
 
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:

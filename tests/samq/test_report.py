@@ -7,7 +7,7 @@ from rich.console import Console
 
 from samq.records import Metric
 from samq.report import COLUMNS, PREDICTED, markdown_report, results_table, terminal_table, verdict
-from samq.selection import KLD, Comparison, SelectionRule, choose
+from samq.selection import KLD, Comparison, Failure, SelectionRule, choose
 
 RULE = SelectionRule(max_size_ratio=1.6)
 
@@ -61,6 +61,16 @@ def test_what_was_not_measured_is_nan_in_the_table_and_a_dash_for_people(sweep):
     json_column = next(column for column in COLUMNS if column.metric == "json/valid_percent")
     assert json_column.show(results[0].evaluation) == "–"
     assert json_column.show(results[1].evaluation, spread=True).count(".") == 3, "value and interval"
+
+
+def test_a_rung_or_a_check_that_failed_is_among_the_failures_and_no_candidate(sweep):
+    failures = [*sweep.failures, Failure("Q2_K", "ladder", "it hung"), Failure("Q4_K_M", "check", "out of memory")]
+    assert list(results_table(sweep.results, failures)["candidate"]) == list(
+        results_table(sweep.results, sweep.failures)["candidate"]
+    )
+    text = report(sweep, failures=failures)
+    assert "candidates measured, 1 failed\n" in text and "- **Q4_K_M** in check: out of memory" in text
+    assert terminal_table(sweep.results, failures, None).row_count == len(sweep.results) + 1
 
 
 def test_markdown_says_what_is_best_and_why_and_what_fell_out(sweep):

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import zlib
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from samq import mlflow_view
 from samq.comparison import compare_sweep
 from samq.errors import SamqError
+from samq.records import Plan, SensitivityMap
 from samq.report import markdown_report
-from samq.selection import SelectionRule, choose
+from samq.selection import Failure, SelectionRule, choose
 from samq.serving.registry import connect
 from samq.tracking import TrackingSettings, track_sweep
 
@@ -115,6 +117,29 @@ def test_a_failed_candidate_is_a_failed_run_that_says_why(sweep, mlflow_uri):
     assert failed.data.tags["mlflow.parentRunId"] == tracked.parent_run_id
     assert failed.data.tags["samq.failure"] == sweep.failures[0].reason
     assert "threshold-0.9 in quantize" in client.get_run(tracked.parent_run_id).data.tags["samq.failures"]
+
+
+def test_a_rung_or_a_check_that_failed_is_said_and_is_no_candidate(sweep, mlflow_uri):
+    others = [Failure("Q2_K", "ladder", "it hung"), Failure(BEST, "check", "out of memory")]
+    sweep.failures.extend(others)
+    tracked = track(sweep, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    runs = client.search_runs([tracked.experiment_id], f"tags.mlflow.parentRunId = '{tracked.parent_run_id}'")
+    assert sorted(run.info.run_name for run in runs) == sorted([*ORDER, "threshold-0.9"])
+    table = json.loads(Path(client.download_artifacts(tracked.parent_run_id, "candidates.json")).read_text())
+    candidates = [row[table["columns"].index("candidate")] for row in table["data"]]
+    assert candidates == [*ORDER, "threshold-0.9"]
+    said = client.get_run(tracked.parent_run_id).data.tags["samq.failures"]
+    assert all(f"{one.name} in {one.stage}: {one.reason}" in said for one in others)
+
+
+def test_plans_and_the_sensitivity_map_are_files_that_samqs_own_commands_read(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    plan = client.download_artifacts(tracked.child_run_ids[BEST], "plan.json")
+    assert Plan.load(Path(plan)) == sweep.result(BEST).plan
+    sensitivity = client.download_artifacts(tracked.parent_run_id, "sensitivity-map.json")
+    assert SensitivityMap.load(Path(sensitivity)) == sweep.sensitivity
 
 
 def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
@@ -224,6 +249,20 @@ def test_the_best_is_registered_once_however_many_nights_bring_it(sweep, mlflow_
     assert "model version 1" in connect(mlflow_uri).get_run(second.parent_run_id).data.tags["samq.registered"]
     assert second.summary()[-1] == "registered: model version 1, alias candidate"
     assert second.urls("http://host")["model"].startswith("http://host/#/models/model/versions/1")
+
+
+def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri, registered_model="org/model"))
+    client = connect(mlflow_uri)
+    parent = client.get_run(tracked.parent_run_id)
+    assert parent.info.status == "FINISHED"
+    assert [client.get_run(run_id).info.status for run_id in tracked.child_run_ids.values()] == ["FINISHED"] * len(
+        ORDER
+    )
+    assert parent.data.tags["samq.registered"] == f"failed: {tracked.not_registered}"
+    assert tracked.summary()[-1].startswith("not registered: cannot register")
+    assert "org/model" in tracked.summary()[-1] and "model" not in tracked.urls("")
+    assert mlflow_view.TAG in client.get_experiment(tracked.experiment_id).tags
 
 
 def test_a_long_report_still_fits_a_tag(sweep, mlflow_uri):

@@ -18,7 +18,7 @@ from samq.evaluation.settings import BenchmarkSettings
 from samq.model import describe_source
 from samq.process import run as run_program
 from samq.records import ModelSource, TextSet, Toolchain
-from samq.store import MANIFEST, Store
+from samq.store import MANIFEST, Artifact, Store
 from tasks.stage import ContentCache, identity, is_transient, stage
 from tasks.text import load_text
 from tests.conftest import write_tiny_gguf
@@ -160,6 +160,23 @@ def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(tmp_path
         "llama.cpp": f"{toolchain.version} {toolchain.build}",
     }
     assert one.made_by != other.made_by and one.digest() == other.digest()
+
+
+def test_an_artifact_made_from_others_says_which_llama_cpp_made_those(tmp_path, toolchain):
+    @stage("rung", version=1, run_name="rung")
+    def rung(folder: Path, number: int, toolchain: Toolchain) -> None:
+        (folder / "number.txt").write_text(str(number))
+
+    @stage("assemble", version=1, run_name="assemble")
+    def assemble(folder: Path, rungs: dict[str, Artifact]) -> None:
+        (folder / "numbers.txt").write_text(str(len(rungs)))
+
+    store = tmp_path / "store"
+    other = toolchain.model_copy(update={"build": "0"})
+    rungs = {str(number): rung.fn(store, number, tools) for number, tools in enumerate((toolchain, other))}
+    build = f"{toolchain.version} {toolchain.build}"
+    assert assemble.fn(store, {"0": rungs["0"]}).made_by["llama.cpp"] == build
+    assert assemble.fn(store, rungs).made_by["llama.cpp"] == f"{toolchain.version} 0, {build}"
 
 
 def test_without_a_key_a_stage_fails_and_does_not_run_uncached(tmp_path):

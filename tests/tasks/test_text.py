@@ -4,9 +4,9 @@ import pytest
 
 from samq.calibration import TokenBatch
 from samq.datasets import DatasetSpec
-from samq.records import CalibrationSet, TextSet
+from samq.records import TextSet
 from samq.store import Store
-from tasks.text import SET_NAME, TOKENS_NAME, tokenize
+from tasks.text import TOKENS_NAME, heldout, load_calibration_set, tokenize
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 TEXTS = TextSet(dataset="words", texts=("the other bathtub", "an ant", "x"))
@@ -18,7 +18,7 @@ def test_sequences_are_the_ggufs_own_tokens(bos, packing, tmp_path):
     with store.publish("convert", "k") as folder:
         write_llama_gguf(tiny_llama(vocab_size=300), folder / "model.gguf", tokenizer=tokenizer)
     full, spec = store.find("convert", "k"), DatasetSpec(name="words", seed=1)
-    made = tokenize.fn(store.root, full, TEXTS, spec, 6, packing)
+    made = tokenize.fn(store.root, full, TEXTS, spec.seed, 6, packing)
     tokens = TokenBatch.load(made.path(TOKENS_NAME))
     found = [tokens.sequence(index).tolist() for index in range(len(tokens))]
     ids = [tokenizer(text)["input_ids"] for text in TEXTS.texts]
@@ -29,5 +29,20 @@ def test_sequences_are_the_ggufs_own_tokens(bos, packing, tmp_path):
     else:
         assert found == [text[:6] for text in ids if len(text) > 1]
     assert all(sequence[: len(start)] == start for sequence in found)
-    record = CalibrationSet.load(made.path(SET_NAME))
+    record = load_calibration_set(made, spec)
     assert (record.dataset, record.samples, record.tokens_digest) == ("words", len(tokens), tokens.digest())
+
+
+def test_the_same_text_under_another_name_is_the_same_artifact_and_has_the_name_of_now(tmp_path):
+    stores = [Store(tmp_path / name) for name in ("one", "other")]
+    for store in stores:
+        with store.publish("convert", "k") as folder:
+            write_llama_gguf(tiny_llama(vocab_size=300), folder / "model.gguf", tokenizer=byte_tokenizer(bos=None))
+    full, moved = stores[0].find("convert", "k"), TEXTS.model_copy(update={"dataset": "/moved/words.txt"})
+    spec = DatasetSpec(name=moved.dataset, fields=("body",))
+    made = tokenize.fn(stores[0].root, full, TEXTS, 0, 6, False)
+    assert tokenize.fn(stores[0].root, full, moved, 0, 6, False) == made
+    assert tokenize.fn(stores[1].root, full, moved, 0, 6, False).digest() == made.digest(), "nor is it in the files"
+    assert heldout.fn(stores[0].root, full, TEXTS) == heldout.fn(stores[0].root, full, moved)
+    record = load_calibration_set(made, spec)
+    assert (record.dataset, record.fields, record.samples) == ("/moved/words.txt", ("body",), 2)

@@ -1,0 +1,202 @@
+"""Claim: Fisher information averaged over blocks of 32 weights allocates as well as that of single weights.
+
+E[g^2] of every weight is measured once and averaged to coarser grains: blocks of a row, whole rows, whole tensors. For each
+grain: what it takes to store, the rank correlation (Spearman) of predicted and measured KL over the same plans (uniform ones,
+stock mixtures, and the budget plans of all grains), and, at the bytes of each mixture, the budget plan: its predicted KL,
+what the finest grain predicts for it against its own plan, the share of tensors of another type than there, and mean KLD on
+held-out text, with the paired change against the plan of blocks of 32 weights. Weights are rounded to the nearest value, so
+that plans differ by allocation alone. Takes the arguments of quality.py (--samples and --chunks make it short), --bits, --seeds
+and --repeats apart, and keeps its work.
+"""
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import quality
+
+from samq.allocation import Target, stock_plan
+from samq.budget import Budget, BudgetPolicy, budget_plan
+from samq.comparison import compare
+from samq.gguf_file import TensorInfo, open_gguf
+from samq.ladder import Ladder, rung_names, uniform_plan
+from samq.prices import plan_cost, price_table, rounding_error
+from samq.records import Plan, PriceTable, SensitivityMap
+from samq.store import Store
+
+MIXTURES = ("Q4_K_M", "Q3_K_M")
+GRAINS = ("1", "8", "32", "64", "128", "256", "row", "tensor")  # weights of a row, but the last
+DEFAULT = "32"  # of measure_sensitivity
+
+
+def main() -> None:
+    """Measure, print the table and write it as JSON."""
+    arguments = quality.parse_arguments()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    store = Store(arguments.work / "store")
+    target, matrix = quality.open_target(arguments, store)
+    ladder = quality.make_ladder(
+        store, target, matrix, rung_names(target.quantizable.values(), arguments.types, imatrix=True)
+    )
+    sensitivity, fisher = quality.calibrate(arguments, store, target, arguments.seed, block_weights=1)
+    bench = quality.open_bench(arguments, store, target, ladder)
+    tables = price(target, ladder, sensitivity, fisher)
+
+    stocks = {mixture: stock_plan(target, mixture) for mixture in MIXTURES}
+    plans = {
+        (grain, mixture): budget_plan(
+            target, table, Budget(f"size-of:{mixture}", stocks[mixture].tensor_bytes), BudgetPolicy()
+        )
+        for grain, table in tables.items()
+        for mixture in MIXTURES
+    }
+    shared = [*stocks.values(), *(uniform_plan(target, name) for name in ladder.rungs), *plans.values()]
+    distinct = list({tuple(plan.types.items()): plan for plan in shared}.values())
+    measured = pd.Series([float(bench.measure(plan)["kld"].mean()) for plan in distinct])
+    rows = []
+    for grain, table in tables.items():
+        predicted = pd.Series([plan_cost(table, plan.types).value for plan in distinct])
+        row = {
+            "grain": grain,
+            "fisher_bytes": sum(stored_bytes(tensor, grain) for tensor in target.quantizable.values()),
+            "spearman": float(predicted.rank().corr(measured.rank())),
+            "lowest_ratio": float((measured / predicted).min()),  # measured over predicted
+            "highest_ratio": float((measured / predicted).max()),
+            "mixtures": {
+                mixture: at_mixture(bench, tables[GRAINS[0]], plans, grain, mixture, arguments.seed)
+                for mixture in MIXTURES
+            },
+        }
+        rows.append(row)
+        show(row)
+    if arguments.json:
+        result = {
+            "grains": rows,
+            "stock": {mixture: float(bench.measure(plan)["kld"].mean()) for mixture, plan in stocks.items()},
+            "plans": len(distinct),
+            "model_bytes": target.gguf.stat().st_size,
+            "seed": arguments.seed,
+            "calibration_sequences": sensitivity.samples,
+            "calibration_tokens": sensitivity.tokens,
+            "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
+            "versions": quality.versions(target),
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def price(
+    target: Target, ladder: Ladder, sensitivity: SensitivityMap, fisher: Mapping[str, np.ndarray]
+) -> dict[str, PriceTable]:
+    """Grain -> price table; the ladder's rounding errors are read once for all."""
+    longest = max(tensor.row_length for tensor in target.quantizable.values())
+    means = {name: weights.mean(axis=-1, keepdims=True) for name, weights in fisher.items()}
+    rows = price_table(  # of one block a row: it has all bytes and types, and the prices of one grain
+        ladder,
+        target.quantizable,
+        sensitivity.model_copy(update={"block_weights": longest}),
+        means,
+        gguf_sha256=target.sha256,
+    )
+    costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS}
+    originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
+    rungs = [{tensor.name: tensor for tensor in open_gguf(rung).tensors} for rung in ladder.rungs.values()]
+    for name, tensor in target.quantizable.items():
+        weights = fisher[name].reshape(-1, tensor.row_length)
+        averages = {grain: coarser(weights, grain) for grain in GRAINS}
+        for rung in rungs:
+            squares = np.square(rounding_error(originals[name], rung[name], slice(None)))
+            for grain in GRAINS:
+                cost = float((averages[grain] * sums(squares, grain)).sum()) / 2
+                costs[grain][name, rung[name].tensor_type.name] = cost
+    return {grain: with_costs(rows, costs[grain]) for grain in GRAINS}
+
+
+def with_costs(prices: PriceTable, costs: Mapping[tuple[str, str], float]) -> PriceTable:
+    """The table with other costs, nats by tensor and type; types without one cost what they did: nothing."""
+    tensors = {
+        name: tensor.model_copy(
+            update={
+                "types": {
+                    kind: price.model_copy(update={"kl_nats": costs.get((name, kind), price.kl_nats)})
+                    for kind, price in tensor.types.items()
+                }
+            }
+        )
+        for name, tensor in prices.tensors.items()
+    }
+    return prices.model_copy(update={"tensors": tensors})
+
+
+def sums(values: np.ndarray, grain: str) -> np.ndarray:
+    """Values of single weights, (rows, row length), summed over blocks, in float64; a row's last block may be shorter."""
+    match grain:
+        case "1":
+            return values.astype(np.float64)
+        case "tensor":
+            return values.sum(dtype=np.float64).reshape(1, 1)
+        case "row":
+            return values.sum(axis=1, keepdims=True, dtype=np.float64)
+        case _:
+            return np.add.reduceat(values, np.arange(0, values.shape[1], int(grain)), axis=1, dtype=np.float64)
+
+
+def coarser(weights: np.ndarray, grain: str) -> np.ndarray:
+    """Fisher of single weights, (rows, row length), averaged over blocks."""
+    return sums(weights, grain) / sums(np.ones_like(weights), grain)
+
+
+def stored_bytes(tensor: TensorInfo, grain: str) -> int:
+    """Bytes of a tensor's fisher in float32."""
+    rows = tensor.weights // tensor.row_length
+    match grain:
+        case "tensor":
+            return 4
+        case "row":
+            return 4 * rows
+        case _:
+            return 4 * rows * -(-tensor.row_length // int(grain))
+
+
+def at_mixture(
+    bench: quality.Bench,
+    finest: PriceTable,
+    plans: Mapping[tuple[str, str], Plan],
+    grain: str,
+    mixture: str,
+    seed: int,
+) -> dict[str, float]:
+    """The plan of a grain at a mixture's bytes, against those of the finest and the default grain."""
+    plan, best, default = (plans[other, mixture] for other in (grain, GRAINS[0], DEFAULT))
+    scored = bench.measure(plan)
+    paired = compare(plan.name, scored, default.name, bench.measure(default), seed=seed)
+    assert plan.predicted_kl_nats is not None
+    return {
+        "bytes": plan.tensor_bytes,
+        "predicted": plan.predicted_kl_nats,
+        "loss_by_finest": plan_cost(finest, plan.types).value / plan_cost(finest, best.types).value - 1,
+        "changed_tensors": sum(best.types[name] != kind for name, kind in plan.types.items()) / len(plan.types),
+        "kld": float(scored["kld"].mean()),
+        "change": 0.0 - paired.reduction,  # no -0.0
+        "change_low": 0.0 - paired.high,
+        "change_high": 0.0 - paired.low,
+    }
+
+
+def show(row: dict) -> None:
+    """Print one grain's lines."""
+    print(
+        f"grain {row['grain']:6} {row['fisher_bytes'] / 1e6:9.3f} MB  rank correlation {row['spearman']:.4f}  measured "
+        f"{row['lowest_ratio']:.2f} to {row['highest_ratio']:.2f} times predicted"
+    )
+    for mixture, at in row["mixtures"].items():
+        print(
+            f"  {mixture:7} predicted {at['predicted']:.6f}  by the finest {at['loss_by_finest']:+.2%}  "
+            f"{at['changed_tensors']:4.0%} of the tensors changed  KLD {at['kld']:.6f} ({at['change']:+.1%}, 95 % "
+            f"{at['change_low']:+.1%} .. {at['change_high']:+.1%})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
