@@ -272,6 +272,6 @@ def run_command_line(arguments: Sequence[str]) -> None:
         theirs = [include_path] if isinstance(include_path, str | Path) else include_path or []
         open_tasks(manager, *args, include_path=[FOLDER, *theirs], **settings)
 
-    TaskManager.__init__ = open_ours_too  # type: ignore[method-assign]  # lm-eval has no other way to add to its own
+    TaskManager.__init__ = open_ours_too  # lm-eval has no other way to add to its own
     sys.argv = ["lm-eval", *arguments]  # where lm-eval looks
     cli_evaluate()
