@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -37,15 +38,18 @@ SERVING = {"context_tokens": 512, "poll_interval_s": 0.3, "queue_size": 64, "req
 
 
 @pytest.fixture(scope="module")
-def sweeps(home, prefect_home):
-    """Two sweeps whose best candidates are versions 1 and 2 of the model: (version, sha256) each."""
-    tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}}
+def requantized(home, prefect_home):
+    """Run a sweep, the first time that it is asked for; gives its best candidate's version of the model, and sha256."""
     plain = {"stock": ["Q4_K_M"], "budgets": [], "proposed_thresholds": 0}
-    asked = [tracked, {**tracked, "candidates": plain}]
-    swept = [requantize(RequantizeParameters.model_validate(parameters)) for parameters in asked]
-    made = [(one.tracked.model_version, one.best.model.sha256) for one in swept]
-    assert made[0][1] != made[1][1]
-    return made
+    asked = {"first": {}, "another": {"candidates": plain}}
+
+    @cache
+    def run(which):
+        tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}, **asked[which]}
+        sweep = requantize(RequantizeParameters.model_validate(tracked))
+        return sweep.tracked.model_version, sweep.best.model.sha256
+
+    return run
 
 
 @pytest.fixture(params=["SQLite", "REST"])
@@ -153,9 +157,9 @@ class Streaming:
 
 
 def test_promoted_versions_reach_the_running_server_without_a_failed_request_and_go_back(
-    sweeps, environment, serve, tmp_path
+    requantized, environment, serve, tmp_path
 ):
-    (first, first_sha256), (second, second_sha256) = sweeps
+    first, first_sha256 = requantized("first")
     policy = tmp_path / "policy.yaml"
     policy.write_text(yaml.safe_dump(POLICY))
     samq(environment, "promote", MODEL, "--version", first, "--policy", policy)
@@ -165,6 +169,8 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     before = client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content
     assert before
+    second, second_sha256 = requantized("another")
+    assert second_sha256 != first_sha256 == served_sha256(address)
 
     with Streaming(address) as streaming:
         wait(lambda: streaming.answers > CLIENTS or streaming.failed, lambda: streaming.answers)
@@ -182,11 +188,12 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
     assert "the end-to-end test goes back" in history and "rolled back" in history
 
 
-def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(sweeps, environment, tmp_path):
+def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(requantized, environment, tmp_path):
     uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment['SAMQ_HOME']}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
     before = client.get_registered_model(MODEL).aliases
-    other = next(version for version, _ in sweeps if version != str(before.get("production")))
+    versions = [requantized(which)[0] for which in ("first", "another")]
+    other = next(version for version in versions if version != str(before.get("production")))
     strict = tmp_path / "strict.yaml"
     strict.write_text(yaml.safe_dump({**POLICY, "max_mean_kld_nats": 1e-9}))
     said = samq(environment, "promote", MODEL, "--version", other, "--policy", strict, code=3)
