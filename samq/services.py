@@ -63,7 +63,7 @@ def prefect_page(port: int) -> Iterator[str]:
 
 
 @contextmanager
-def worker(prefect_address: str, project: Path) -> Iterator[None]:
+def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Create the work pool and the deployments of `project`/prefect.yaml, and run a worker during the `with` block."""
     # The SAMQ folder may be given relative to this working directory, and the worker has another.
     environment = {**os.environ, "PREFECT_API_URL": f"{prefect_address}/api", "SAMQ_HOME": str(home())}
@@ -77,8 +77,8 @@ def worker(prefect_address: str, project: Path) -> Iterator[None]:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL]
-    with _child("worker", command, project, environment):
-        yield
+    with _child("worker", command, project, environment) as child:
+        yield child
 
 
 @contextmanager
@@ -119,20 +119,26 @@ def _child(
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask a process and all that it started to end, then make them: a worker's runs are in sessions of their own."""
+    """Ask what a process started to end, then the process, and make what does not.
+
+    A worker's runs are in sessions of their own, and end before it, so that it says so to Prefect: they would be "Running"
+    there for ever, and where a deployment has one run at a time no other would start.
+    """
     if child.poll() is not None:  # its number may soon be another's, as its group's may not while it has members
         kill_group(child)
         return
-    try:
+    with suppress(psutil.NoSuchProcess):
         root = psutil.Process(child.pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
+        _end(root.children(recursive=True))
+        _end([root, *root.children(recursive=True)])
+
+
+def _end(processes: list[psutil.Process]) -> None:
     for ask in (psutil.Process.terminate, psutil.Process.kill):
-        for process in family:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 ask(process)
-        _, family = psutil.wait_procs(family, timeout=PATIENCE_S)
+        _, processes = psutil.wait_procs(processes, timeout=PATIENCE_S)
 
 
 def _log(name: str) -> Path:

@@ -5,10 +5,12 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,9 @@ def up(folder, environment):
         code = child.wait(120)
     assert code == 0, log.read_text()
     assert started_by(folder) == []
+    with closing(sqlite3.connect(folder / "prefect" / "prefect.db")) as database:
+        states = [state for (state,) in database.execute("select state_type from flow_run")]
+    assert states and set(states) <= {"COMPLETED", "CRASHED"}, "none is said to be running"
 
 
 def started_by(folder):
