@@ -71,6 +71,12 @@ def test_task_files_are_part_of_the_package():
     assert '"**/*.yaml"' in (Path(__file__).parents[4] / "pyproject.toml").read_text()
 
 
+def test_an_item_of_hellaswag_is_no_example_of_its_own():
+    lm = RuleLM()
+    ask(lm, "samq_hellaswag", few_shots=10)
+    assert all(prompt.count(prompt.rpartition("\n\n")[2]) == 1 for prompt in lm.prompts) and len(lm.prompts) == 100
+
+
 def test_hellaswag_is_asked_as_lm_eval_asks_it():
     lm = RuleLM()
     results = ask(lm, "samq_hellaswag")
