@@ -1,7 +1,6 @@
 """The command line: `samq demo`, `samq requantize`, and each stage by itself on files."""
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -17,7 +16,7 @@ from rich.table import Table
 from samq import __version__
 from samq.errors import SamqError
 from samq.home import home, store_folder
-from samq.output import check_file, export, make_folder, work_folder
+from samq.output import check_file, export, export_file, make_folder, work_folder
 from samq.progress import bar, console
 
 if TYPE_CHECKING:
@@ -58,6 +57,9 @@ Imatrix = Annotated[Path | None, typer.Option(help="importance matrix of `samq i
 NoImatrix = Annotated[bool, typer.Option("--no-imatrix", help="without an importance matrix, at a loss of quality")]
 TIMEOUT_S = 6 * 3600.0
 CALIBRATION_SAMPLES = 32  # of a data set, for `samq calibrate`
+CalibrationSamples = Annotated[
+    int | None, typer.Option(min=1, help=f"how many samples; default: {CALIBRATION_SAMPLES}, or all there are")
+]
 HELDOUT_START = 2 * CALIBRATION_SAMPLES  # where `samq evaluate` starts in one that may have been calibrated on
 PROJECT = Path(__file__).parent.parent  # the checkout: prefect.yaml and deployments/ lie there
 
@@ -171,9 +173,7 @@ def calibrate(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="the sensitivity map to write (JSON)")],
     dataset: Dataset = "humaneval",
-    samples: Annotated[
-        int | None, typer.Option(min=1, help=f"how many samples; default: {CALIBRATION_SAMPLES}, or all there are")
-    ] = None,
+    samples: CalibrationSamples = None,
     field: Fields = None,
     split: str | None = None,
     sequence_tokens: Annotated[int, typer.Option(min=2)] = 512,
@@ -212,9 +212,7 @@ def calibrate(
         store_folder(), source, full, tokens, count, None, batch_size, dtype, device, labels, seed
     )
     sensitivity = SensitivityMap.load(made.path(MAP_NAME))
-    with work_folder(out.absolute().parent) as work:
-        shutil.copyfile(made.path(FISHER_NAME), work / FISHER_NAME)
-        (work / FISHER_NAME).replace(_fisher_beside(out))
+    export_file(made.path(FISHER_NAME), _fisher_beside(out))
     sensitivity.save(out)
     title = f"{len(sensitivity.tensors)} tensors on {sensitivity.samples} sequences, the ten highest scores"
     table = Table("tensor", "gradient norm", "score", title=title)
@@ -271,9 +269,7 @@ def imatrix(
     gguf: FullGguf,
     out: Annotated[Path, typer.Option(help="the importance matrix to write (GGUF)")],
     dataset: Dataset = "humaneval",
-    samples: Annotated[
-        int | None, typer.Option(min=1, help=f"how many samples; default: {CALIBRATION_SAMPLES}, or all there are")
-    ] = None,
+    samples: CalibrationSamples = None,
     field: Fields = None,
     split: str | None = None,
     sequence_tokens: Annotated[int, typer.Option(min=2)] = 512,
@@ -281,29 +277,17 @@ def imatrix(
 ) -> None:
     """Measure which inputs of each layer are large, for llama-quantize to spare (llama-imatrix)."""
     _prepare_prefect()
-    from samq.datasets import DatasetSpec, is_one_document, load_texts
+    from samq.datasets import DatasetSpec
     from samq.quantizer import GGUF_NAME, IMATRIX_NAME
-    from samq.records import TextSet
     from samq.toolchain import find_toolchain
     from tasks.imatrix import imatrix as imatrix_stage
 
     check_file(out)
-    whole = is_one_document(dataset)
-    spec = _settings(
-        DatasetSpec,
-        name=dataset,
-        fields=tuple(field or ()),
-        split=split,
-        seed=seed,
-        samples=None if whole else samples,
-    )
-    texts = load_texts(spec)[: None if whole else samples or CALIBRATION_SAMPLES]
-    text = TextSet(dataset=dataset, texts=tuple(texts))
+    spec = _settings(DatasetSpec, name=dataset, fields=tuple(field or ()), split=split, seed=seed)
+    text = _read_calibration(spec, samples, CALIBRATION_SAMPLES, None).text
     full, tools = _adopt({GGUF_NAME: gguf}), find_toolchain()
     made = imatrix_stage.fn(store_folder(), full, text, sequence_tokens, tools, TIMEOUT_S)
-    with work_folder(out.absolute().parent) as work:
-        shutil.copyfile(made.path(IMATRIX_NAME), work / IMATRIX_NAME)
-        os.replace(work / IMATRIX_NAME, out)
+    export_file(made.path(IMATRIX_NAME), out)
     console.print(str(out), highlight=False, soft_wrap=True)
 
 

@@ -154,11 +154,8 @@ def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
 
 
 def items_of(answers: pd.DataFrame | None, benchmarks: pd.DataFrame | None) -> pd.DataFrame:
-    """One table of the JSON prompts' answers (id, valid) and the benchmarks' items (None: not measured).
-
-    Items are text in it: JSON prompts have names, those of benchmarks numbers.
-    """
-    tables = [] if benchmarks is None else [benchmarks[_COLUMNS].astype({"item": str})]
+    """One table of the JSON prompts' answers (id, valid) and the benchmarks' items (None: not measured)."""
+    tables = [] if benchmarks is None else [benchmarks[_COLUMNS]]
     if answers is not None:
         benchmark, metric = JSON_ITEMS.split("/")
         named = {"benchmark": benchmark, "metric": metric, "task": benchmark, "higher_is_better": True}

@@ -77,6 +77,13 @@ def export(artifact: "Artifact", folder: Path) -> None:
                 (work / name).replace(folder / name)
 
 
+def export_file(source: Path, target: Path) -> None:
+    """Copy one file, whole or not at all."""
+    with work_folder(target.absolute().parent) as work:
+        shutil.copyfile(source, work / target.name)
+        (work / target.name).replace(target)
+
+
 def remove_all_but_logs(folder: Path) -> None:
     """Remove what failed work left in its folder, if there is one, except its logs."""
     for path in folder.glob("*"):

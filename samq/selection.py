@@ -208,8 +208,7 @@ def _to_beat(result: Result, results: Sequence[Result]) -> list[Result]:
 
     A plan that leaves bytes of its budget idle is still held against the mixture whose bytes it was given.
     """
-    smaller = no_larger(stock(results), result)
-    return [one for one in stock(results) if one in smaller or result in of_its_size(one, results)]
+    return [one for one in stock(results) if no_larger([one], result) or result in of_its_size(one, results)]
 
 
 def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:

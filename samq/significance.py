@@ -245,7 +245,7 @@ def _limits(
     if count == 1:
         return -math.inf, math.inf
     if not differences.any():
-        return tuple(reach * tango_limit(differences, confidence, side) for side in (-1, 1))  # type: ignore[return-value]
+        return reach * tango_limit(differences, confidence, -1), reach * tango_limit(differences, confidence, 1)
     half = float(student.ppf(confidence, count - 1) * differences.std(ddof=1) / math.sqrt(count))
     low, high = np.quantile(means, [1 - confidence, confidence])
     return min(float(low), centre - half), max(float(high), centre + half)
