@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.errors import SamqError
-from samq.formats import MIXTURES, bits_per_weight, check_mixture, check_type, fallback
-from samq.gguf_file import TensorInfo, file_sha256, read_tensors
+from samq.formats import MIXTURES, bits_per_weight, check_mixture, check_type, fallback, without_entry
+from samq.gguf_file import TensorInfo, file_sha256, imatrix_entries, read_tensors
 from samq.quantizer import mixture_types, planned_bytes, quantizable_tensors
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 
@@ -89,6 +89,22 @@ class Target:
         """SHA-256 of the importance matrix, if there is one."""
         return file_sha256(self.imatrix) if self.imatrix else None
 
+    def legal_type(self, name: str, requested: str) -> tuple[str, Substitution | None]:
+        """What llama-quantize can write to a tensor for which `requested` is asked, and why, if that is another type."""
+        tensor = self.quantizable[name]
+        asked = fallback(requested, tensor.row_length)
+        reason = f"rows of {tensor.row_length} do not allow {requested}"
+        used = asked if name in self._imatrix_entries else fallback(without_entry(asked, name), tensor.row_length)
+        if used != asked:
+            reason = (
+                "the importance matrix has no entry for it" if self.imatrix else f"{asked} needs an importance matrix"
+            )
+        return used, None if used == requested else Substitution(requested=requested, used=used, reason=reason)
+
+    @cached_property
+    def _imatrix_entries(self) -> frozenset[str]:
+        return imatrix_entries(self.imatrix) if self.imatrix else frozenset()
+
     @property
     def tied(self) -> bool:
         """Whether the output projection shares the token embedding."""
@@ -120,7 +136,7 @@ def threshold_plan(
     """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
 
     `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. Guards are applied after,
-    and types that a row length does not allow are replaced by llama-quantize's own fallback, visibly.
+    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly.
     """
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
     cut = resolve_threshold(threshold, scores)
@@ -131,17 +147,16 @@ def threshold_plan(
     if not target.tied:
         guards[EMBEDDING] = policy.embedding_guard
     chosen: dict[str, str] = {}
-    for name, tensor in target.quantizable.items():
+    for name in target.quantizable:
         requested = policy.keep if name in kept else types[name]
         guard = guards.get(name)
         if guard and bits_per_weight(requested) < bits_per_weight(guard):
             requested = guard
-        chosen[name] = fallback(requested, tensor.row_length)
         if requested != types[name]:
             substitutions.pop(name, None)
-        if chosen[name] != requested:
-            reason = f"rows of {tensor.row_length} do not allow {requested}"
-            substitutions[name] = Substitution(requested=requested, used=chosen[name], reason=reason)
+        chosen[name], swap = target.legal_type(name, requested)
+        if swap:
+            substitutions[name] = swap
     parameters = {
         **policy.model_dump(),
         "threshold": cut,

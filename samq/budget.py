@@ -4,7 +4,6 @@ A multiple-choice knapsack, solved exactly. Types that cost a tensor no fewer by
 are left out first: they are in no best plan.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from samq.formats import bits_per_weight, check_type
 from samq.prediction import SECOND_ORDER_LIMIT_NATS
 from samq.prices import plan_cost
 from samq.records import Plan, Price, PriceTable
-
-logger = logging.getLogger(__name__)
 
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
 
@@ -99,7 +96,7 @@ def parse_budget(text: str, target: Target) -> Budget:
 def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
     """The plan of least predicted KL within the budget; bytes that would save nothing worth counting are left unspent.
 
-    Warns where second order is not to be trusted with that KL (`why_doubted`).
+    Where second order is not to be trusted with that KL, `why_doubted` says so.
     Raises SamqError if even the smallest plan is larger, and says how large that is.
     """
     options = {name: _allowed(name, prices, target, policy) for name in target.quantizable}
@@ -128,7 +125,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
         solution.types,
         mixture=read_budget(budget.text).mixture or "Q4_K_M",
     )
-    plan = plan.model_copy(
+    return plan.model_copy(
         update={
             "map_digest": prices.map_digest,
             "rounding": prices.rounding,
@@ -137,9 +134,6 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
             "solver_gap": solution.gap,
         }
     )
-    if doubt := why_doubted(plan):
-        logger.warning("%s: %s", plan.name, doubt)
-    return plan
 
 
 def why_doubted(plan: Plan) -> str | None:

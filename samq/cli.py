@@ -322,7 +322,10 @@ def plan(
     made = _budget_plan(map, gguf, budget, ladder, imatrix) if budget else None
     made = made or _threshold_plan(map, gguf, threshold or "0.85", keep, base, grouping, imatrix)
     if made.substitutions:
-        console.print(f"{len(made.substitutions)} tensors take another type than asked for: their rows do not allow it")
+        reasons = "; ".join(sorted({swap.reason for swap in made.substitutions.values()}))
+        console.print(
+            f"{len(made.substitutions)} tensors take another type than asked for ({reasons})", highlight=False
+        )
     if out:
         made.save(out)
         console.print(str(out), highlight=False)
@@ -331,7 +334,7 @@ def plan(
 def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, imatrix: Path | None) -> "Plan":
     """The plan of a budget, printed; the ladder and its prices are kept in the store."""
     _prepare_prefect()
-    from samq.budget import BudgetPolicy
+    from samq.budget import BudgetPolicy, why_doubted
     from samq.budget_notation import read_budget
     from samq.description import describe_plan
     from samq.ladder import DEFAULT_TYPES
@@ -352,6 +355,8 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
     prices = price.fn(store, full, rungs, sensitivities, matrix, tools)
     made = load_plan(plan_budget.fn(store, full, matrix, prices, budget, BudgetPolicy(), tools))
     console.print(f"{made.tensor_bytes / 1e6:.1f} MB. {describe_plan(made)}", highlight=False)
+    if doubt := why_doubted(made):
+        console.print(f"Warning: {doubt}", highlight=False)
     return made
 
 

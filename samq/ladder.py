@@ -13,11 +13,11 @@ from pathlib import Path
 
 from samq.allocation import Target, ThresholdPolicy, make_plan, stock_plan
 from samq.errors import SamqError
-from samq.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback, without_entry
-from samq.gguf_file import TensorInfo, imatrix_entries, read_tensors, require_alignment
+from samq.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
+from samq.gguf_file import TensorInfo, read_tensors, require_alignment
 from samq.progress import Progress, silent
 from samq.quantizer import quantize
-from samq.records import Plan, QuantizedModel, Substitution
+from samq.records import Plan, QuantizedModel
 
 # IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them by less. An error of one sign costs more
 # than prices without terms between weights say, and plans that mix it in come out worse. IQ3_XXS has no such error and brings
@@ -92,20 +92,15 @@ def threshold_types(target: Target, policy: ThresholdPolicy) -> set[str]:
 
 
 def uniform_plan(target: Target, name: str) -> Plan:
-    """Every quantizable tensor at one type, or at llama-quantize's fallback where its rows do not allow it.
-
-    A tensor that the importance matrix has no entry for, which this type needs, takes the nearest that needs none.
+    """Every quantizable tensor at one type, or at what takes its place (`Target.legal_type`): llama-quantize's fallback where
+    rows do not allow it, the nearest that needs no importance matrix where the type does and there is no entry.
     """
     name = check_type(name)
-    entries = imatrix_entries(target.imatrix) if target.imatrix else frozenset()
     types, substitutions = {}, {}
-    for tensor in target.quantizable.values():
-        asked = fallback(name, tensor.row_length)
-        legal = asked if tensor.name in entries else without_entry(asked, tensor.name)
-        types[tensor.name] = fallback(legal, tensor.row_length)
-        if legal != asked:
-            reason = "the importance matrix has no entry for it"
-            substitutions[tensor.name] = Substitution(requested=asked, used=types[tensor.name], reason=reason)
+    for tensor in target.quantizable:
+        types[tensor], swap = target.legal_type(tensor, name)
+        if swap:
+            substitutions[tensor] = swap
     return make_plan(target, f"uniform-{name}", "uniform", {"type": name}, types, substitutions)
 
 

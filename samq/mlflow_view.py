@@ -1,4 +1,4 @@
-"""The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and three charts.
+"""The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and charts of what it weighs.
 
 By default MLflow's run table shows no metric at all. Views are what its page itself saves when a person chooses *Save as
 new view*: an experiment's tag with the page's state in JSON, compressed. Written for MLflow 3.17; a version that reads
@@ -35,9 +35,9 @@ _COLUMNS = {
     "tags.`samq.rival`": 110,
     "tags.`samq.verdict`": 130,
 }
-# Axes of the parallel coordinates. MLflow leaves out a run that lacks one, so only what all candidates have is an axis.
+# Axes of the parallel coordinates. MLflow leaves out a run that lacks one, so only what all its candidates have is an axis.
+_THRESHOLD = "plan/threshold"
 _AXES = (
-    "plan/threshold",
     "memory/file_bytes",
     "plan/predicted_kl_nats",
     "fidelity/mean_kld_nats",
@@ -52,9 +52,10 @@ def view_of(parent_run_id: str, created_ms: int, candidates: Iterable[Iterable[s
     common = set.intersection(*known) if known else set()
     logged = {f"metrics.`{name}`" for names in known for name in names}
     columns = {name: width for name, width in _COLUMNS.items() if name in logged or not name.startswith("metrics.")}
-    axes = [name for name in _AXES if name in common]
-    charts = [
-        _chart("PARALLEL", "What bytes buy", selectedParams=[], selectedMetrics=axes, showAllRuns=True),
+    charts = [_parallel("What bytes buy", _AXES, known)]
+    if with_threshold := [names for names in known if _THRESHOLD in names]:
+        charts.append(_parallel("What thresholds buy", (_THRESHOLD, *_AXES), with_threshold))
+    charts += [
         _scatter("Size against fidelity", "memory/file_bytes", "fidelity/mean_kld_nats"),
     ]
     if "plan/predicted_kl_nats" in common:
@@ -78,6 +79,11 @@ def view_of(parent_run_id: str, created_ms: int, candidates: Iterable[Iterable[s
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     view = {"name": NAME, "createdAt": created_ms, "updatedAt": created_ms, "state": f"deflate;{packed}"}
     return json.dumps(view)
+
+
+def _parallel(title: str, axes: Iterable[str], candidates: list[set[str]]) -> dict[str, Any]:
+    common = [axis for axis in axes if all(axis in names for names in candidates)]
+    return _chart("PARALLEL", title, selectedParams=[], selectedMetrics=common, showAllRuns=True)
 
 
 def _scatter(title: str, x: str, y: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def plan_stock(folder: Path, full: Artifact, imatrix: Artifact | None, mixture: 
     plan.save(folder / PLAN_NAME)
 
 
-@stage("plan", version=2, run_name="plan threshold {threshold}")
+@stage("plan", version=3, run_name="plan threshold {threshold}")
 def plan_threshold(
     folder: Path,
     full: Artifact,

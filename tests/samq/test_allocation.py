@@ -12,8 +12,10 @@ from samq.allocation import (
     threshold_plan,
 )
 from samq.errors import SamqError
+from samq.quantizer import quantize
 from samq.records import SensitivityMap, TensorSensitivity
 from tests.conftest import write_tiny_gguf
+from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 SCORES = {"token_embd.weight": 1.0, "blk.0.attn_q.weight": 0.5, "blk.1.ffn_up.weight": 0.3, "blk.1.attn_v.weight": 0.31}
 
@@ -95,6 +97,30 @@ def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
     kept, rest = plan.substitutions["blk.0.attn_q.weight"], plan.substitutions["blk.1.attn_q.weight"]
     assert (kept.requested, kept.used, rest.requested, rest.used) == ("Q6_K", "Q8_0", "Q4_K", "Q5_0")
     assert plan.types["blk.1.attn_q.weight"] == "Q5_0"
+
+
+@pytest.mark.parametrize("base", ["IQ3_XXS", "IQ1_M"])
+def test_types_that_lack_an_importance_are_replaced_visibly(toolchain, tmp_path, base):
+    gguf = write_tiny_gguf(tmp_path / "in.gguf")
+    matrix = write_tiny_imatrix(
+        tmp_path / "imatrix.gguf", gguf, without=["token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight"]
+    )
+    target = Target.open(gguf, toolchain, matrix)
+    policy = ThresholdPolicy(keep="IQ2_XS", base=base, output_guard=None, embedding_guard="IQ2_XS")
+    plan = threshold_plan(target, sensitivity_of(target), 0.4, policy)
+    swap = plan.substitutions["blk.0.attn_q.weight"]
+    assert (swap.requested, swap.used, swap.reason) == ("IQ2_XS", "Q2_K", "the importance matrix has no entry for it")
+    assert plan.types["token_embd.weight"] == "Q2_K"
+    assert plan.types["blk.0.attn_v.weight"] == "IQ2_XS"
+    (out := tmp_path / "out").mkdir()
+    written = quantize(gguf, plan, out, toolchain, provenance={}, imatrix=matrix)
+    assert written.types.items() >= plan.types.items()
+
+
+def test_a_type_that_needs_an_importance_matrix_is_replaced_where_there_is_none(target, sensitivity):
+    plan = threshold_plan(target, sensitivity, 0.4, ThresholdPolicy(keep="IQ2_S"))
+    swap = plan.substitutions["blk.0.attn_q.weight"]
+    assert (swap.requested, swap.used, swap.reason) == ("IQ2_S", "Q2_K", "IQ2_S needs an importance matrix")
 
 
 def test_bytes_fall_as_the_threshold_rises(target, sensitivity):

@@ -157,9 +157,10 @@ def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
         data = found[0].data
         logged = data.metrics.keys() | data.tags.keys() | {"plan/threshold", "plan/kept_tensors"}
         assert columns <= logged, "every column of the view is logged"
-        parallel, size, prediction = view["compareRunCharts"]
+        parallel, thresholds, size, prediction = view["compareRunCharts"]
         children = [run.data.metrics for run in found if run.info.status == "FINISHED"]
         assert "plan/threshold" not in parallel["selectedMetrics"], "MLflow would leave out the budget plans"
+        assert thresholds["selectedMetrics"][0] == "plan/threshold"
         axes = {"memory/file_bytes", "plan/predicted_kl_nats", "fidelity/mean_kld_nats", "speed/latency_p99_ms"}
         assert axes <= set(parallel["selectedMetrics"])
         for chart_axes in (
@@ -167,15 +168,22 @@ def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
             *([c["xaxis"]["key"], c["yaxis"]["key"]] for c in (size, prediction)),
         ):
             assert all(axis in metrics for axis in chart_axes for metrics in children)
+        with_threshold = [metrics for metrics in children if "plan/threshold" in metrics]
+        assert with_threshold
+        assert all(axis in metrics for axis in thresholds["selectedMetrics"] for metrics in with_threshold)
     assert mlflow_view.KEY in tracked.urls("")["charts"]
 
 
-def test_a_view_of_thresholds_has_them_as_an_axis():
-    common = {"memory/file_bytes", "fidelity/mean_kld_nats", "plan/threshold"}
-    view = json.loads(mlflow_view.view_of("parent", 0, [common, common | {"json/valid_percent"}]))
+def test_thresholds_have_a_chart_of_their_own():
+    common = {"memory/file_bytes", "fidelity/mean_kld_nats"}
+    threshold = {"plan/threshold", "json/valid_percent"}
+    view = json.loads(mlflow_view.view_of("parent", 0, [common, common | threshold]))
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
-    assert [chart["displayName"] for chart in state["compareRunCharts"]] == ["What bytes buy", "Size against fidelity"]
-    assert set(state["compareRunCharts"][0]["selectedMetrics"]) == common
+    by_bytes, by_threshold, size = state["compareRunCharts"]
+    assert [by_bytes["displayName"], by_threshold["displayName"]] == ["What bytes buy", "What thresholds buy"]
+    assert size["displayName"] == "Size against fidelity"
+    assert set(by_bytes["selectedMetrics"]) == common
+    assert set(by_threshold["selectedMetrics"]) == common | threshold
     assert "metrics.`json/valid_percent`" in state["selectedColumns"]
     assert "metrics.`plan/predicted_kl_nats`" not in state["selectedColumns"]
 
