@@ -1,33 +1,41 @@
-"""Claim: Fisher information averaged over blocks of 32 weights allocates as well as that of single weights.
+"""Claim: Fisher information as means over rows and over columns predicts and allocates as well as that of single weights.
 
-E[g^2] of every weight is measured once and averaged to coarser grains: blocks of a row, whole rows, whole tensors. For each
-grain: what it takes to store, the rank correlation (Spearman) of predicted and measured KL over the same plans (uniform ones,
-stock mixtures, and the budget plans of all grains), and, at the bytes of each mixture, the budget plan: its predicted KL,
-what the finest grain predicts for it against its own plan, the share of tensors of another type than there, and mean KLD on
-held-out text, with the paired change against the plan of blocks of 32 weights. Weights are rounded to the nearest value, so
-that plans differ by allocation alone. Takes the arguments of quality.py (--samples and --chunks make it short), --bits, --seeds
-and --repeats apart, and keeps its work.
+E[g^2] of every weight is measured once and brought to coarser grains: blocks of a row, whole rows, rows by columns (what the
+product keeps), whole tensors. For each grain: what it takes to store, the rank correlation (Spearman) of predicted and
+measured KL over the same plans (uniform ones, stock mixtures, and the budget plans of all grains), and, at the bytes of each
+mixture, the budget plan: its predicted KL, what the finest grain predicts for it against its own plan, the share of tensors
+of another type than there, and mean KLD on held-out text, with the paired change against the plan of the product's grain.
+Weights are rounded to the nearest value, so that plans differ by allocation alone. Takes the arguments of quality.py
+(--samples and --chunks make it short), --bits, --seeds and --repeats apart, and keeps its work.
 """
 
+import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import quality
+import torch
+from safetensors.numpy import load_file, save_file
 
 from samq.allocation import Target, stock_plan
+from samq.backpropagation import backpropagate
 from samq.budget import Budget, BudgetPolicy, budget_plan
 from samq.comparison import compare
-from samq.gguf_file import TensorInfo, open_gguf
+from samq.fisher import Fisher
+from samq.gguf_file import TensorInfo, file_sha256, open_gguf
 from samq.ladder import Ladder, rung_names, uniform_plan
+from samq.layout import row_orders, weights_of
 from samq.prices import plan_cost, price_table, rounding_error
+from samq.progress import bar
 from samq.records import Plan, PriceTable, SensitivityMap
 from samq.store import Store
 
 MIXTURES = ("Q4_K_M", "Q3_K_M")
-GRAINS = ("1", "8", "32", "64", "128", "256", "row", "tensor")  # weights of a row, but the last
-DEFAULT = "32"  # of measure_sensitivity
+GRAINS = ("1", "8", "32", "256", "row", "row x column", "tensor")  # weights of a row, but the last two
+DEFAULT = "row x column"  # samq.fisher
 
 
 def main() -> None:
@@ -39,9 +47,10 @@ def main() -> None:
     ladder = quality.make_ladder(
         store, target, matrix, rung_names(target.quantizable.values(), arguments.types, imatrix=True)
     )
-    sensitivity, fisher = quality.calibrate(arguments, store, target, arguments.seed, block_weights=1)
+    sensitivity, fisher = quality.calibrate(arguments, store, target, arguments.seed)
+    singles = single_weights(arguments, store, target)
     bench = quality.open_bench(arguments, store, target, ladder)
-    tables = price(target, ladder, sensitivity, fisher)
+    tables = price(target, ladder, sensitivity, fisher, singles)
 
     stocks = {mixture: stock_plan(target, mixture) for mixture in MIXTURES}
     plans = {
@@ -85,31 +94,61 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def single_weights(arguments: argparse.Namespace, store: Store, target: Target) -> dict[str, np.ndarray]:
+    """Fisher of every weight, (rows, row length), on the sequences and labels of `quality.calibrate`."""
+    key = [target.sha256, file_sha256(arguments.calibration), arguments.samples, arguments.sequence_tokens]
+
+    def measure(folder: Path) -> None:
+        model, names, _, tokens = quality.open_calibration(arguments, target, arguments.seed)
+        weights = weights_of(model, names)
+        sums = [torch.zeros(weight.shape) for weight in weights]
+
+        def add(index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
+            sums[index][row : row + len(gradient)] += gradient.square_()
+            return gradient.sum(dtype=torch.float64)
+
+        with bar("fisher of single weights") as progress:
+            backpropagate(
+                model,
+                tokens,
+                weights,
+                add,
+                numbers=1,
+                labels="model",
+                stream=lambda sequence: np.random.default_rng((arguments.seed, sequence)),
+                text="calibration",
+                batch_size=4,
+                progress=progress,
+            )
+        orders = row_orders(weights, arguments.gguf)
+        scale = 1 / float((tokens.lengths.astype(np.int64) - 1).sum())
+        found = {weight.name: part.numpy() * np.float32(scale) for weight, part in zip(weights, sums, strict=True)}
+        found |= {name: found[name][order] for name, order in orders.items() if name in found}
+        save_file(found, folder / "single-weights.safetensors")
+
+    made = quality.stage(store, "single weights", [*key, arguments.seed], measure)
+    return load_file(made.path("single-weights.safetensors"))
+
+
 def price(
-    target: Target, ladder: Ladder, sensitivity: SensitivityMap, fisher: Mapping[str, np.ndarray]
+    target: Target,
+    ladder: Ladder,
+    sensitivity: SensitivityMap,
+    fisher: Mapping[str, Fisher],
+    singles: Mapping[str, np.ndarray],
 ) -> dict[str, PriceTable]:
-    """Grain -> price table; the ladder's rounding errors are read once for all."""
-    longest = max(tensor.row_length for tensor in target.quantizable.values())
-    means = {name: weights.mean(axis=-1, keepdims=True) for name, weights in fisher.items()}
-    rows = price_table(  # of one block a row: it has all bytes and types, and the prices of one grain
-        ladder,
-        target.quantizable,
-        sensitivity.model_copy(update={"block_weights": longest}),
-        means,
-        gguf_sha256=target.sha256,
-    )
-    costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS}
+    """Grain -> price table; the ladder's rounding errors are read once for all but the product's own."""
+    product = price_table(ladder, target.quantizable, sensitivity, fisher, gguf_sha256=target.sha256)
+    costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS if grain != DEFAULT}
     originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
     rungs = [{tensor.name: tensor for tensor in open_gguf(rung).tensors} for rung in ladder.rungs.values()]
-    for name, tensor in target.quantizable.items():
-        weights = fisher[name].reshape(-1, tensor.row_length)
-        averages = {grain: coarser(weights, grain) for grain in GRAINS}
+    for name in target.quantizable:
+        averages = {grain: averaged(singles[name], grain) for grain in costs}
         for rung in rungs:
-            squares = np.square(rounding_error(originals[name], rung[name], slice(None)))
-            for grain in GRAINS:
-                cost = float((averages[grain] * sums(squares, grain)).sum()) / 2
-                costs[grain][name, rung[name].tensor_type.name] = cost
-    return {grain: with_costs(rows, costs[grain]) for grain in GRAINS}
+            squares = np.square(rounding_error(originals[name], rung[name], slice(None)), dtype=np.float64)
+            for grain, average in averages.items():
+                costs[grain][name, rung[name].tensor_type.name] = float(np.vdot(average, squares)) / 2
+    return {grain: with_costs(product, costs[grain]) if grain in costs else product for grain in GRAINS}
 
 
 def with_costs(prices: PriceTable, costs: Mapping[tuple[str, str], float]) -> PriceTable:
@@ -128,22 +167,14 @@ def with_costs(prices: PriceTable, costs: Mapping[tuple[str, str], float]) -> Pr
     return prices.model_copy(update={"tensors": tensors})
 
 
-def sums(values: np.ndarray, grain: str) -> np.ndarray:
-    """Values of single weights, (rows, row length), summed over blocks, in float64; a row's last block may be shorter."""
-    match grain:
-        case "1":
-            return values.astype(np.float64)
-        case "tensor":
-            return values.sum(dtype=np.float64).reshape(1, 1)
-        case "row":
-            return values.sum(axis=1, keepdims=True, dtype=np.float64)
-        case _:
-            return np.add.reduceat(values, np.arange(0, values.shape[1], int(grain)), axis=1, dtype=np.float64)
-
-
-def coarser(weights: np.ndarray, grain: str) -> np.ndarray:
-    """Fisher of single weights, (rows, row length), averaged over blocks."""
-    return sums(weights, grain) / sums(np.ones_like(weights), grain)
+def averaged(weights: np.ndarray, grain: str) -> np.ndarray:
+    """Fisher of single weights, (rows, row length), averaged to a grain, each weight given its average, in float64."""
+    if grain == "tensor":
+        return np.full(weights.shape, weights.mean(dtype=np.float64))
+    size = weights.shape[1] if grain == "row" else int(grain)
+    starts = np.arange(0, weights.shape[1], size)
+    sizes = np.diff([*starts, weights.shape[1]])
+    return np.repeat(np.add.reduceat(weights, starts, axis=1, dtype=np.float64) / sizes, sizes, axis=1)
 
 
 def stored_bytes(tensor: TensorInfo, grain: str) -> int:
@@ -154,6 +185,8 @@ def stored_bytes(tensor: TensorInfo, grain: str) -> int:
             return 4
         case "row":
             return 4 * rows
+        case "row x column":
+            return 4 * (rows + tensor.row_length)
         case _:
             return 4 * rows * -(-tensor.row_length // int(grain))
 
@@ -186,7 +219,7 @@ def at_mixture(
 def show(row: dict) -> None:
     """Print one grain's lines."""
     print(
-        f"grain {row['grain']:6} {row['fisher_bytes'] / 1e6:9.3f} MB  rank correlation {row['spearman']:.4f}  measured "
+        f"grain {row['grain']:12} {row['fisher_bytes'] / 1e6:9.3f} MB  rank correlation {row['spearman']:.4f}  measured "
         f"{row['lowest_ratio']:.2f} to {row['highest_ratio']:.2f} times predicted"
     )
     for mixture, at in row["mixtures"].items():

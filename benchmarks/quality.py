@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from transformers import PreTrainedModel
 
 from samq import compensation
 from samq.allocation import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
@@ -36,6 +37,7 @@ from samq.evaluation.baseline import cut_chunks, write_baseline
 from samq.evaluation.divergence import measure_divergence
 from samq.evaluation.llama import Model
 from samq.evaluation.settings import EvaluationSettings
+from samq.fisher import Fisher, load_fisher, save_fisher
 from samq.gguf_file import file_sha256, gguf_names, read_metadata
 from samq.gram import GramMatrices, measure_gram
 from samq.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, uniform_plan
@@ -45,7 +47,7 @@ from samq.prices import plan_cost, price_table
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME, IMATRIX_NAME, measure_imatrix
 from samq.records import CalibrationSet, Plan, PriceTable, SensitivityMap, digest_of
-from samq.sensitivity import load_fisher, measure_sensitivity, save_fisher
+from samq.sensitivity import measure_sensitivity
 from samq.store import Artifact, Store
 from samq.toolchain import find_toolchain
 
@@ -256,6 +258,16 @@ def gram_tokens(arguments: argparse.Namespace) -> tuple[TokenBatch, int]:
     return tokens, made.tokens
 
 
+def open_calibration(
+    arguments: argparse.Namespace, target: Target, seed: int
+) -> tuple[PreTrainedModel, Callable[[str], str | None], CalibrationSet, TokenBatch]:
+    """The model, its parameters' names in GGUF, the calibration text, and its sequences in the seed's order."""
+    model, _ = load_model(describe_source(arguments.gguf, hf_folder=hf_folder(arguments)))
+    spec = DatasetSpec(name=str(arguments.calibration), seed=seed)
+    calibration, tokens = sequences(arguments, load_texts(spec), spec)
+    return model, gguf_names(read_metadata(target.gguf)), calibration, tokens.part(0, arguments.samples)
+
+
 def sequences(
     arguments: argparse.Namespace, texts: Sequence[str], spec: DatasetSpec
 ) -> tuple[CalibrationSet, TokenBatch]:
@@ -295,33 +307,27 @@ def price(
 
 
 def calibrate(
-    arguments: argparse.Namespace, store: Store, target: Target, seed: int, repeat: int = 0, block_weights: int = 32
-) -> tuple[SensitivityMap, dict[str, np.ndarray]]:
+    arguments: argparse.Namespace, store: Store, target: Target, seed: int, repeat: int = 0
+) -> tuple[SensitivityMap, dict[str, Fisher]]:
     """Sensitivities and fisher on random sequences of the calibration text, with labels drawn from the model.
 
     Each `repeat` is measured anew.
     """
     key: list[str | int] = [target.sha256, file_sha256(arguments.calibration)]
     key += [arguments.samples, arguments.sequence_tokens, seed, *([repeat] if repeat else [])]
-    key += [f"blocks of {block_weights}"] if block_weights != 32 else []
 
     def measure(folder: Path) -> None:
-        source = describe_source(arguments.gguf, hf_folder=hf_folder(arguments))
-        model, _ = load_model(source)
-        spec = DatasetSpec(name=str(arguments.calibration), seed=seed)
-        calibration, tokens = sequences(arguments, load_texts(spec), spec)
-        names = gguf_names(read_metadata(arguments.gguf))
+        model, names, calibration, tokens = open_calibration(arguments, target, seed)
         with bar(f"calibrate, seed {seed}") as progress:
             sensitivity, fisher = measure_sensitivity(
                 model,
-                tokens.part(0, arguments.samples),
+                tokens,
                 names=names,
-                model_digest=source.digest(),
+                model_digest=target.sha256,
                 calibration_digest=calibration.digest(),
                 row_orders=row_orders(weights_of(model, names), arguments.gguf),
                 batch_size=4,
                 labels="model",
-                block_weights=block_weights,
                 seed=seed,
                 progress=progress,
             )

@@ -22,7 +22,7 @@ from samq.layout import Weight
 BAND_WEIGHTS = 2**22  # weights of one band of a gradient: 16 MiB in float32
 
 # (weight's index, sample of the batch, first row, gradient of those rows in float32); stacked experts' rows follow
-# one another. The gradient may be overwritten after the call.
+# one another, and come all at once. The gradient may be overwritten by the call, and after it.
 Receive = Callable[[int, int, int, torch.Tensor], None]
 
 

@@ -1,7 +1,7 @@
 """Prices: what each tensor costs in each type of a ladder, in bytes and in predicted KL.
 
 The rounding error is not modelled: it is what llama-quantize really did to the tensor, read back from the rung. With F
-the Fisher information (samq.sensitivity, averaged over blocks of a row), a tensor in a type costs
+the Fisher information (samq.fisher: means over rows and columns), a tensor in a type costs
 
     KL = sum over weights of F dW^2 / 2,  nats per token,
 
@@ -16,6 +16,7 @@ from gguf import ReaderTensor
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
+from samq.fisher import Fisher
 from samq.formats import tensor_bytes
 from samq.gguf_file import TensorInfo, open_gguf, read_rows
 from samq.ladder import Ladder
@@ -29,7 +30,7 @@ def price_table(
     ladder: Ladder,
     quantizable: Mapping[str, TensorInfo],
     sensitivity: SensitivityMap,
-    fisher: Mapping[str, NDArray[np.float32]],
+    fisher: Mapping[str, Fisher],
     *,
     gguf_sha256: str,
     imatrix_sha256: str | None = None,
@@ -37,12 +38,10 @@ def price_table(
 ) -> PriceTable:
     """Price every quantizable tensor in every type that the ladder holds it in, one slab of rows at a time.
 
-    `fisher` maps a tensor's name to its blocks, (rows, blocks a row), experts first when stacked, in nats per token per
-    squared weight. Raises SamqError for a tensor that the map or the fisher lacks, or whose blocks have another shape.
+    Raises SamqError for a tensor that the map or the fisher lacks, or that has another shape there.
     """
-    if sensitivity.block_weights is None:
-        raise SamqError("this sensitivity map has no Fisher information; calibrate again with the second moment")
-    blocks = {name: _blocks(tensor, fisher, sensitivity.block_weights) for name, tensor in quantizable.items()}
+    for tensor in quantizable.values():
+        _check(tensor, sensitivity, fisher)
     prices = {name: {tensor.type: Price(bytes=tensor.bytes, kl_nats=0.0)} for name, tensor in quantizable.items()}
     total = len(ladder.rungs) * len(quantizable)
     for done, rung in enumerate(ladder.rungs.values()):
@@ -52,7 +51,7 @@ def price_table(
             progress(done * len(quantizable) + index, total)
             kind = rounded[name].tensor_type.name
             if kind not in prices[name]:
-                cost = _rounding_cost(originals[name], rounded[name], blocks[name], sensitivity.block_weights)
+                cost = _rounding_cost(originals[name], rounded[name], fisher[name])
                 prices[name][kind] = Price(bytes=tensor_bytes(kind, info.shape), kl_nats=cost)
     progress(total, total)
     return PriceTable(
@@ -112,35 +111,31 @@ def predicted_cost(prices: PriceTable, plan: Plan) -> Metric | None:
     return plan_cost(prices, plan.types) if priced else None
 
 
-def _blocks(tensor: TensorInfo, fisher: Mapping[str, NDArray[np.float32]], block_weights: int) -> NDArray[np.float32]:
-    """The tensor's fisher as (rows of all experts, blocks a row)."""
-    if tensor.name not in fisher:
+def _check(tensor: TensorInfo, sensitivity: SensitivityMap, fisher: Mapping[str, Fisher]) -> None:
+    if tensor.name not in fisher or tensor.name not in sensitivity.tensors:
         raise SamqError(f"the sensitivity map has no Fisher information for {tensor.name}; calibrate this model again")
-    blocks = fisher[tensor.name]
-    expected = (*tensor.shape[:-1], -(-tensor.row_length // block_weights))
-    if blocks.shape != expected:
+    if fisher[tensor.name].shape != tensor.shape:
         raise SamqError(
-            f"the Fisher blocks of {tensor.name} are {blocks.shape}, not {expected}; calibrate this model again"
+            f"the Fisher information of {tensor.name} is of {fisher[tensor.name].shape} weights, not {tensor.shape}; "
+            "calibrate this model again"
         )
-    return blocks.reshape(-1, expected[-1])
 
 
-def _rounding_cost(
-    original: ReaderTensor, rounded: ReaderTensor, fisher: NDArray[np.float32], block_weights: int
-) -> float:
+def _rounding_cost(original: ReaderTensor, rounded: ReaderTensor, fisher: Fisher) -> float:
     """Half of the sum of fisher times squared rounding error, in nats per token."""
-    row_length = int(original.shape[0])
-    starts = np.arange(0, row_length, block_weights)
-    rows = max(1, _SLAB_WEIGHTS // row_length)
+    *_, rows, row_length = fisher.shape
+    slab = max(1, _SLAB_WEIGHTS // row_length)
     cost = 0.0
-    for first in range(0, len(fisher), rows):
-        error = rounding_error(original, rounded, slice(first, first + rows))
-        np.square(error, out=error)
-        if row_length % block_weights == 0:
-            squares = error.reshape(len(error), -1, block_weights).sum(axis=2)
-        else:
-            squares = np.add.reduceat(error, starts, axis=1)
-        cost += float(np.vdot(fisher[first : first + rows].astype(np.float64), squares.astype(np.float64)))
+    experts = zip(fisher.rows.reshape(-1, rows), fisher.profile().reshape(-1, row_length), strict=True)
+    for expert, (means, profile) in enumerate(experts):
+        for first in range(0, rows, slab):
+            here = slice(first, min(first + slab, rows))
+            error = rounding_error(original, rounded, slice(expert * rows + here.start, expert * rows + here.stop))
+            np.square(error, out=error)
+            # einsum adds up in one order, whatever the number of threads
+            cost += float(
+                np.vdot(means[here].astype(np.float64), np.einsum("ij,j->i", error, profile).astype(np.float64))
+            )
     return cost / 2
 
 

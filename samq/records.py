@@ -156,7 +156,7 @@ class TensorSensitivity(BaseModel):
     fisher: float | None = Field(
         default=None,
         description="mean over the weights of the Fisher information: squared gradients of sequences' summed losses over "
-        "all label tokens, nats per token per squared weight; the blocks lie in fisher.safetensors",
+        "all label tokens, nats per token per squared weight; means over rows and columns lie in fisher.safetensors",
     )
     sequence_squares: tuple[float, ...] = Field(
         description="of each calibration sequence: squared L2 norm of its summed loss's gradient"
@@ -166,7 +166,7 @@ class TensorSensitivity(BaseModel):
 class SensitivityMap(Record):
     """Gradient norms, and E[g^2] if asked for, of every 2-D weight, in GGUF names; tied weights once."""
 
-    SCHEMA: ClassVar[str] = "samq.sensitivity-map/2"
+    SCHEMA: ClassVar[str] = "samq.sensitivity-map/3"
 
     model_digest: str
     calibration_digest: str
@@ -177,10 +177,6 @@ class SensitivityMap(Record):
     sequence_tokens: tuple[int, ...] = Field(description="label tokens of each calibration sequence: those in its loss")
     loss_nats: float = Field(description="mean loss per label token")
     tied_embeddings: bool
-    block_weights: int | None = Field(
-        default=None,
-        description="weights of a row averaged into one fisher block; None: absent",
-    )
     tensors: dict[str, TensorSensitivity]
 
     @property

@@ -9,23 +9,20 @@ One pass over the calibration sequences gives both. With g the gradient of one s
                     the KL divergence, without the terms between weights); true Fisher information with labels drawn
                     from the model, the empirical one with those of the text
 
-Fisher values are averaged over blocks of a row's weights, so that they take a small part of the model's size.
+Of the Fisher information the means over rows and over columns are kept (samq.fisher).
 """
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
 
 from samq.backpropagation import Labels, backpropagate
 from samq.calibration import TokenBatch
 from samq.errors import SamqError
-from samq.gpu_memory import needs_gpu_memory
+from samq.fisher import Fisher
 from samq.layout import Weight, weights_of
 from samq.progress import Progress, silent
 from samq.records import SensitivityMap, TensorSensitivity
@@ -42,11 +39,10 @@ def measure_sensitivity(
     batch_size: int = 1,
     labels: Labels = "text",
     second_moment: bool = True,
-    block_weights: int = 32,
     seed: int = 0,
     first_sequence: int = 0,
     progress: Progress = silent,
-) -> tuple[SensitivityMap, dict[str, np.ndarray] | None]:
+) -> tuple[SensitivityMap, dict[str, Fisher] | None]:
     """Measure every weight matrix of a causal LM on the sequences of `tokens`.
 
     Args:
@@ -61,14 +57,12 @@ def measure_sensitivity(
         labels: next tokens of the text, or drawn from the model's distribution at the same positions, from a random
             stream of its own for each (seed, sequence).
         second_moment: also return the fisher.
-        block_weights: consecutive weights of a row averaged into one value; a row's last block may be shorter.
         seed: of the drawn labels.
         first_sequence: number of the first of these sequences among all that are measured, for the random streams.
         progress: told of sequences done.
 
     Returns:
-        The map, and GGUF name -> fisher in float32, (rows, blocks a row), experts first when stacked; None without
-        `second_moment`.
+        The map, and GGUF name -> fisher; None without `second_moment`.
 
     Raises:
         SamqError: too few sequences, or NaN or Inf in a loss or gradient, with the tensor and the sequence, or too
@@ -77,13 +71,12 @@ def measure_sensitivity(
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
     weights = weights_of(model, names)
-    with needs_gpu_memory("the Fisher information beside the model", "use larger blocks, bfloat16 or the CPU"):
-        blocks = _Blocks(weights, block_weights, second_moment)
+    sums = _Sums(weights, second_moment)
     losses, reduced = backpropagate(
         model,
         tokens,
         weights,
-        blocks.add,
+        sums.add,
         numbers=1,
         labels=labels,
         stream=lambda sequence: np.random.default_rng((seed, sequence)),
@@ -104,16 +97,15 @@ def measure_sensitivity(
             sequence_tokens=tuple(label_tokens.tolist()),
             loss_nats=float(losses.sum() / label_tokens.sum()),
             tied_embeddings="output.weight" not in squares,
-            block_weights=block_weights if second_moment else None,
             tensors=_sensitivities(shapes, squares, label_tokens, second_moment),
         ),
-        blocks.fisher(int(label_tokens.sum()), row_orders or {}) if second_moment else None,
+        sums.fisher(int(label_tokens.sum()), row_orders or {}) if second_moment else None,
     )
 
 
 def merge(
-    first: tuple[SensitivityMap, Mapping[str, np.ndarray]], more: tuple[SensitivityMap, Mapping[str, np.ndarray]]
-) -> tuple[SensitivityMap, dict[str, np.ndarray]]:
+    first: tuple[SensitivityMap, Mapping[str, Fisher]], more: tuple[SensitivityMap, Mapping[str, Fisher]]
+) -> tuple[SensitivityMap, dict[str, Fisher]]:
     """Two measurements (map, fisher) of one model on different sequences as one, as if all had been measured together."""
     (one, one_fisher), (other, other_fisher) = first, more
     tokens = one.tokens + other.tokens
@@ -131,8 +123,8 @@ def merge(
         }
     )
     fisher = {
-        name: (blocks * np.float32(one.tokens / tokens) + other_fisher[name] * np.float32(other.tokens / tokens))
-        for name, blocks in one_fisher.items()
+        name: part.mixed(one.tokens / tokens, other_fisher[name], other.tokens / tokens)
+        for name, part in one_fisher.items()
     }
     return whole, fisher
 
@@ -161,59 +153,41 @@ def _sensitivities(
     }
 
 
-class _Blocks:
-    """Sums of squared gradients of each block of weights, over all sequences."""
+class _Sums:
+    """Sums of squared gradients of each row and each column of every weight, over all sequences."""
 
-    def __init__(self, weights: list[Weight], block_weights: int, second_moment: bool) -> None:
+    def __init__(self, weights: list[Weight], second_moment: bool) -> None:
         self.weights = weights
-        self.block_weights = block_weights
-        self._sums: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []  # (rows of all experts,)
+        self._columns: list[torch.Tensor] = []  # (row length,), experts first when stacked
         if second_moment:
             for weight in weights:
-                *rows, columns = weight.shape
-                blocks = -(-columns // block_weights)
-                self._sums.append(torch.zeros(math.prod(rows), blocks, device=weight.parameter.device))
+                *experts, rows, columns = weight.shape
+                device = weight.parameter.device
+                self._rows.append(torch.zeros(math.prod(experts) * rows, device=device))
+                self._columns.append(torch.zeros(*experts, columns, device=device))
 
     def add(self, index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Take some rows of a sequence's gradient; returns their sum of squares, nats^2 per squared weight."""
+        """Take some rows of a sequence's gradient, all of them when stacked, and overwrite them.
+
+        Returns their sum of squares, in nats^2 per squared weight.
+        """
         # A norm is taken in one pass over the gradient, without a copy; its square is the sum of squares.
-        whole = gradient.shape[1] // self.block_weights * self.block_weights
-        parts = []
-        if whole:
-            parts.append(torch.linalg.vector_norm(gradient[:, :whole].unflatten(1, (-1, self.block_weights)), dim=-1))
-        if whole < gradient.shape[1]:
-            parts.append(torch.linalg.vector_norm(gradient[:, whole:], dim=-1, keepdim=True))
-        squares = torch.cat(parts, dim=1).square_()
-        if self._sums:
-            self._sums[index][row : row + len(squares)] += squares
+        squares = torch.linalg.vector_norm(gradient, dim=1).square_()
+        if self._rows:
+            self._rows[index][row : row + len(squares)] += squares
+            columns = self._columns[index]
+            columns += gradient.square_().view(*columns.shape[:-1], -1, columns.shape[-1]).sum(-2)
         return squares.sum(dtype=torch.float64)
 
-    def fisher(self, label_tokens: int, row_orders: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """GGUF name -> fisher, averaged over blocks, in GGUF's order of rows."""
+    def fisher(self, label_tokens: int, row_orders: Mapping[str, np.ndarray]) -> dict[str, Fisher]:
+        """GGUF name -> fisher, in GGUF's order of rows."""
         result = {}
-        for weight, sums in zip(self.weights, self._sums, strict=True):
-            *rows, columns = weight.shape
-            starts = np.arange(0, columns, self.block_weights)
-            sizes = np.minimum(self.block_weights, columns - starts).astype(np.float32)
-            values = sums.cpu().numpy() / (sizes * label_tokens)
+        for weight, row_sums, column_sums in zip(self.weights, self._rows, self._columns, strict=True):
+            *experts, rows, columns = weight.shape
+            means = (row_sums / (columns * label_tokens)).cpu().numpy()
             if weight.name in row_orders:
-                values = values[row_orders[weight.name]]
-            result[weight.name] = values.reshape(*rows, -1)
+                means = means[row_orders[weight.name]]
+            by_column = (column_sums / (rows * label_tokens)).cpu().numpy()
+            result[weight.name] = Fisher(means.reshape(*experts, rows), by_column)
         return result
-
-
-def save_fisher(path: Path, blocks: Mapping[str, np.ndarray]) -> Path:
-    """Write GGUF name -> fisher blocks as safetensors: the same values give the same bytes."""
-    try:
-        save_file({name: np.ascontiguousarray(blocks[name]) for name in sorted(blocks)}, path)
-    except (OSError, SafetensorError) as error:
-        raise SamqError(f"cannot write {path}: {error}; choose a folder that can be written to") from error
-    return path
-
-
-def load_fisher(path: Path) -> dict[str, np.ndarray]:
-    """Read what `save_fisher` wrote; raises SamqError if the file is missing or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SamqError(f"cannot read fisher blocks from {path}: {error}; calibrate again") from error

@@ -7,13 +7,14 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from samq.calibration import TokenBatch
+from samq.fisher import load_fisher, save_fisher
 from samq.gguf_file import gguf_names, read_metadata
 from samq.layout import row_orders, weights_of
 from samq.model import load_model
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.records import CalibrationSet, ModelSource, SensitivityMap
-from samq.sensitivity import Labels, load_fisher, measure_sensitivity, merge, save_fisher
+from samq.sensitivity import Labels, measure_sensitivity, merge
 from samq.store import Artifact
 from tasks.stage import stage
 from tasks.text import SET_NAME, TOKENS_NAME
@@ -22,7 +23,7 @@ MAP_NAME, FISHER_NAME = "sensitivity-map.json", "fisher.safetensors"
 
 
 @stage(
-    "calibrate", version=2, run_name="calibrate {source.name} on {count}", packages=("torch", "transformers"), retries=1
+    "calibrate", version=3, run_name="calibrate {source.name} on {count}", packages=("torch", "transformers"), retries=1
 )
 def calibrate(
     folder: Path,

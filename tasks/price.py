@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from samq.fisher import load_fisher
 from samq.ladder import Ladder
 from samq.prices import price_table
 from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.records import PriceTable, SensitivityMap, Toolchain
-from samq.sensitivity import load_fisher
 from samq.store import Artifact
 from tasks.calibrate import FISHER_NAME, MAP_NAME
 from tasks.convert import open_target
@@ -26,7 +26,7 @@ def load_prices(prices: Artifact) -> PriceTable:
     return PriceTable.load(prices.path(PRICES_NAME))
 
 
-@stage("price", version=1, run_name="price the ladder", packages=("llama-cpp-python",))
+@stage("price", version=2, run_name="price the ladder", packages=("llama-cpp-python",))
 def price(
     folder: Path,
     full: Artifact,

@@ -52,7 +52,9 @@ def test_sensitivities_are_those_of_the_cpu(kind, labels):
     assert two.loss_nats == pytest.approx(one.loss_nats, rel=1e-5)
     for name, tensor in one.tensors.items():
         assert two.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=1e-3)
-        np.testing.assert_allclose(fisher_two[name], fisher[name], rtol=1e-2, atol=1e-6 * fisher[name].max())
+        for part in ("rows", "columns"):
+            wanted = getattr(fisher[name], part)
+            np.testing.assert_allclose(getattr(fisher_two[name], part), wanted, rtol=1e-2, atol=1e-6 * wanted.max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,7 +64,9 @@ def test_two_runs_are_identical(tied, batch_size, dtype):
     model = tiny_llama(tied, **WIDE).to("cuda", dtype)
     runs = [measure(model, text(), labels="model", batch_size=batch_size) for _ in range(2)]
     assert runs[0][0] == runs[1][0]
-    assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+    for name, one in runs[0][1].items():
+        other = runs[1][1][name]
+        assert np.array_equal(one.rows, other.rows) and np.array_equal(one.columns, other.columns)
 
 
 def test_bfloat16_is_near_float32():
@@ -122,10 +126,3 @@ def test_a_pass_that_the_memory_does_not_hold_is_one_sentence(memory):
     with pytest.raises(SamqError, match="the GPU's memory does not hold a pass over 64 sequences of up to 256 tokens"):
         measure(model, tokens, batch_size=64)
     assert measure(model, tokens.part(0, 2))[0].samples == 2, "what failed has left nothing behind"
-
-
-def test_sums_that_the_memory_does_not_hold_are_one_sentence(memory):
-    model = tiny_llama(**WIDE).cuda()
-    memory(2 * MIB)
-    with pytest.raises(SamqError, match="the GPU's memory does not hold the Fisher information"):
-        measure(model, text(2), block_weights=1)

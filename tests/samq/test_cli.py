@@ -20,9 +20,9 @@ from rich.console import Console
 
 from samq import cli, progress
 from samq.allocation import Target, stock_plan
+from samq.fisher import Fisher, save_fisher
 from samq.gguf_file import file_sha256, read_metadata
 from samq.records import Plan, SensitivityMap, TensorSensitivity
-from samq.sensitivity import save_fisher
 from tests.command_line import refused, samq
 from tests.conftest import write_tiny_gguf
 from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama, write_llama_gguf
@@ -99,11 +99,12 @@ def test_a_threshold_above_nearly_all_scores_keeps_nearly_nothing_and_useful_one
 
 
 def test_a_budgets_plan_keeps_to_it_and_says_what_it_is_predicted_to_cost(tmp_path, gguf, sensitivity):
-    known = SensitivityMap.load(sensitivity).model_copy(update={"block_weights": 32})
-    known.save(sensitivity)
+    known = SensitivityMap.load(sensitivity)
     random = np.random.default_rng(0)
-    shapes = {name: (tensor.shape[0], tensor.shape[1] // 32) for name, tensor in known.tensors.items()}
-    fisher = {name: random.random(shape, np.float32) for name, shape in shapes.items()}
+    fisher = {
+        name: Fisher(*(random.random(extent, np.float32) for extent in tensor.shape))
+        for name, tensor in known.tensors.items()
+    }
     save_fisher(tmp_path / "map.fisher.safetensors", fisher)
     arguments = ("plan", "--map", sensitivity, "--gguf", gguf, "--type", "Q4_K", "--type", "Q6_K", "--budget")
     assert refused(

@@ -3,6 +3,7 @@ import pytest
 
 from samq.allocation import Target
 from samq.errors import SamqError
+from samq.fisher import Fisher
 from samq.gguf_file import read_weights
 from samq.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.prices import plan_cost, predicted_cost, price_table, sequences_wanted
@@ -25,7 +26,7 @@ def ladder(request, toolchain, tmp_path_factory):
     return target, Ladder(target.gguf, rungs)
 
 
-def sensitivity_of(target, block_weights):
+def sensitivity_of(target):
     tensors = {
         name: TensorSensitivity(
             shape=tensor.shape, gradient_norm=1.0, gradient_norm_stderr=0.1, score=1.0, sequence_squares=(1.0, 2.0, 5.0)
@@ -34,27 +35,30 @@ def sensitivity_of(target, block_weights):
     }
     return SensitivityMap(
         model_digest="m", calibration_digest="c", labels="model", seed=0, sequence_tokens=(10, 20, 20), loss_nats=1.0,
-        tied_embeddings=False, block_weights=block_weights, tensors=tensors,
+        tied_embeddings=False, tensors=tensors,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("block_weights", [32, 40])
-def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder, block_weights):
-    target, rungs = ladder
-    random = np.random.default_rng(1)
-    fisher = {
-        name: random.random((tensor.shape[0], -(-tensor.row_length // block_weights)), np.float32)
-        for name, tensor in target.quantizable.items()
-    }
-    table = price_table(
-        rungs, target.quantizable, sensitivity_of(target, block_weights), fisher, gguf_sha256=target.sha256
-    )
-    sources = rungs.sources()
+def fisher_of(target, seed=None):
+    """Random, or that of weights which all matter alike."""
+    random = np.random.default_rng(seed)
+    made = {}
     for name, tensor in target.quantizable.items():
+        rows, columns = ((random.random(n) if seed else np.ones(n)).astype(np.float32) for n in tensor.shape)
+        made[name] = Fisher(rows, columns * (rows.mean() / columns.mean()))
+    return made
+
+
+def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
+    target, rungs = ladder
+    fisher = fisher_of(target, seed=1)
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
+    sources = rungs.sources()
+    for name in target.quantizable:
         held = sources[name]
         assert table.tensors[name].types.keys() == held.keys()
         assert table.tensors[name].types["F16"].kl_nats == 0
-        weights = np.repeat(fisher[name], block_weights, axis=1)[:, : tensor.row_length]
+        weights = np.outer(fisher[name].rows, fisher[name].columns) / fisher[name].rows.mean()
         for kind, path in held.items():
             change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
             assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
@@ -62,8 +66,7 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder, blo
 
 def test_a_plan_costs_the_sum_of_its_prices(ladder):
     target, rungs = ladder
-    fisher = {name: np.ones((t.shape[0], t.row_length // 32), np.float32) for name, t in target.quantizable.items()}
-    table = price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
     kinds = {
         name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
         for name, prices in table.tensors.items()
@@ -80,15 +83,16 @@ def test_a_plan_costs_the_sum_of_its_prices(ladder):
 
 def test_fisher_of_another_shape_is_an_error(ladder):
     target, rungs = ladder
-    fisher = {name: np.ones((1, 1), np.float32) for name in target.quantizable}
-    with pytest.raises(SamqError, match="calibrate this model again"):
-        price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)
+    fisher = {name: Fisher(np.ones(1, np.float32), np.ones(1, np.float32)) for name in target.quantizable}
+    with pytest.raises(SamqError, match=r"is of \(1, 1\) weights, not .*; calibrate this model again"):
+        price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
+    with pytest.raises(SamqError, match=r"no Fisher information for .*; calibrate this model again"):
+        price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.sha256)
 
 
 def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
     target, rungs = ladder
-    fisher = {name: np.ones((t.shape[0], t.row_length // 32), np.float32) for name, t in target.quantizable.items()}
-    table = price_table(rungs, target.quantizable, sensitivity_of(target, 32), fisher, gguf_sha256=target.sha256)
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
     plan = uniform_plan(target, "Q8_0")
     assert predicted_cost(table, plan) == plan_cost(table, plan.types)
     assert predicted_cost(table, uniform_plan(target, "Q5_1")) is None

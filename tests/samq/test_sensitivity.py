@@ -7,8 +7,9 @@ import torch
 
 from samq.calibration import TokenBatch, batches
 from samq.errors import SamqError
+from samq.fisher import Fisher
 from samq.layout import row_orders, weights_of
-from samq.sensitivity import load_fisher, measure_sensitivity, merge, save_fisher
+from samq.sensitivity import measure_sensitivity, merge
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
 
@@ -37,10 +38,8 @@ def by_autograd(model, tokens):
     return {name: torch.stack(every).numpy() for name, every in gradients.items()}
 
 
-def block_means(squares, size):
-    """The last axis averaged over blocks, the plain way."""
-    starts = range(0, squares.shape[-1], size)
-    return np.stack([squares[..., start : start + size].mean(-1) for start in starts], axis=-1)
+def same(one, other):
+    return np.array_equal(one.rows, other.rows) and np.array_equal(one.columns, other.columns)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -57,7 +56,8 @@ def test_norms_and_fisher_are_those_of_autograd(tied, batch_size):
         assert tensor.gradient_norm == pytest.approx(norms.mean(), rel=1e-5)
         assert tensor.gradient_norm_stderr == pytest.approx(norms.std(ddof=1) / math.sqrt(len(tokens)), rel=1e-4)
         squares = (gradients**2).sum(axis=0) / label_tokens.sum()
-        np.testing.assert_allclose(fisher[name], block_means(squares, 32), rtol=2e-4, atol=1e-12)
+        np.testing.assert_allclose(fisher[name].rows, squares.mean(axis=1), rtol=2e-4, atol=1e-12)
+        np.testing.assert_allclose(fisher[name].columns, squares.mean(axis=0), rtol=2e-4, atol=1e-12)
         assert tensor.fisher == pytest.approx(squares.mean(), rel=1e-4)
         assert tensor.shape == gradients.shape[1:]
 
@@ -71,11 +71,11 @@ def test_the_map_says_what_it_was_measured_on():
     ]
     assert found.tokens == sum(tokens.lengths - 1) == 35
     assert found.loss_nats == pytest.approx(sum(losses) / 35, rel=1e-6)
-    assert (found.samples, found.seed, found.labels, found.block_weights) == (5, 5, "text", 32)
+    assert (found.samples, found.seed, found.labels) == (5, 5, "text")
     assert (found.model_digest, found.calibration_digest, found.tied_embeddings) == ("model", "text", False)
     assert max(tensor.score for tensor in found.tensors.values()) == 1
     without, none = measure(model, tokens, second_moment=False)
-    assert none is None and without.block_weights is None and without.tensors["output.weight"].fisher is None
+    assert none is None and without.tensors["output.weight"].fisher is None
     for name, tensor in without.tensors.items():
         assert tensor.gradient_norm == found.tensors[name].gradient_norm
 
@@ -93,14 +93,14 @@ def test_padding_has_no_influence():
     one, fisher = measure(model, tokens, batch_size=5)
     two, fisher_two = measure(model, other, batch_size=5)
     assert one == two
-    assert all(np.array_equal(fisher[name], fisher_two[name]) for name in fisher)
+    assert all(same(fisher[name], fisher_two[name]) for name in fisher)
 
 
 @pytest.mark.parametrize("labels", ["text", "model"])
 def test_two_runs_are_identical(labels):
     runs = [measure(tiny_llama(), random_tokens(), batch_size=2, labels=labels) for _ in range(2)]
     assert runs[0][0] == runs[1][0]
-    assert all(np.array_equal(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
+    assert all(same(runs[0][1][name], runs[1][1][name]) for name in runs[0][1])
 
 
 def test_labels_of_the_model_depend_on_the_seed_and_the_sequence_but_not_on_the_batch():
@@ -129,10 +129,10 @@ def test_the_fisher_predicts_the_divergence_of_a_small_change(name):
     model = tiny_llama()
     tokens = random_tokens(lengths=(24,) * 400)
     ids = torch.from_numpy(tokens.ids.astype(np.int64))
-    _, fisher = measure(model, tokens, labels="model", batch_size=50, block_weights=1)
+    _, fisher = measure(model, tokens, labels="model", batch_size=50)
     (weight,) = (weight for weight in weights_of(model, names_of(model)) if weight.name == name)
     change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 2e-3
-    predicted = (fisher[name] * change.numpy() ** 2).sum() / 2
+    predicted = (fisher[name].rows[:, None] * fisher[name].profile() * change.numpy() ** 2).sum() / 2
     with torch.no_grad():
         before = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
         weight.parameter.add_(change)
@@ -147,10 +147,10 @@ def test_the_fishers_rows_are_in_ggufs_order(tmp_path):
     orders = row_orders(weights_of(model, names_of(model)), path)
     _, ours = measure(model, tokens)
     _, theirs = measure(model, tokens, row_orders=orders)
-    for name, blocks in ours.items():
-        order = orders.get(name, np.arange(len(blocks)))
-        assert np.array_equal(theirs[name], blocks[order])
-    assert not np.array_equal(theirs["blk.0.attn_q.weight"], ours["blk.0.attn_q.weight"])
+    for name, fisher in ours.items():
+        order = orders.get(name, np.arange(len(fisher.rows)))
+        assert same(theirs[name], Fisher(fisher.rows[order], fisher.columns))
+    assert not same(theirs["blk.0.attn_q.weight"], ours["blk.0.attn_q.weight"])
 
 
 @pytest.mark.parametrize(("make", "architecture"), [(tiny_gpt2, "gpt2"), (tiny_mixtral, "llama")])
@@ -160,17 +160,17 @@ def test_models_with_other_modules_are_measured_one_sequence_at_a_time(make, arc
     four, _ = measure(model, tokens, architecture, batch_size=4)
     assert one == four
     for name, tensor in one.tensors.items():
-        starts = np.arange(0, tensor.shape[-1], 32)
-        assert fisher[name].shape == (*tensor.shape[:-1], len(starts))
-        every = np.repeat(fisher[name], np.minimum(32, tensor.shape[-1] - starts), axis=-1)  # a value a weight
-        assert tensor.fisher == pytest.approx(every.mean(), rel=1e-5) and tensor.fisher > 0
+        assert fisher[name].shape == tensor.shape
+        assert tensor.fisher == pytest.approx(fisher[name].rows.mean(), rel=1e-5) and tensor.fisher > 0
+        experts = fisher[name].rows.mean(axis=-1)  # of one that is never chosen, zero
+        np.testing.assert_allclose(fisher[name].columns.mean(axis=-1), experts, rtol=1e-5)
 
 
 def test_half_precision_models_accumulate_in_float32():
     model, tokens = tiny_llama(), random_tokens()
     exact, _ = measure(model, tokens)
     rough, fisher = measure(copy.deepcopy(model).bfloat16(), tokens, batch_size=2)
-    assert all(blocks.dtype == np.float32 for blocks in fisher.values())
+    assert {part.dtype for one in fisher.values() for part in (one.rows, one.columns)} == {np.dtype(np.float32)}
     for name, tensor in exact.tensors.items():
         assert rough.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=0.1)
 
@@ -227,30 +227,10 @@ def test_two_measurements_merge_into_one_of_all_their_sequences(labels):
         assert merged.tensors[name].sequence_squares == tensor.sequence_squares
         assert merged.tensors[name].score == pytest.approx(tensor.score)
         assert merged.tensors[name].fisher == pytest.approx(tensor.fisher)
-        np.testing.assert_allclose(merged_fisher[name], fisher[name], rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(merged_fisher[name].rows, fisher[name].rows, rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(merged_fisher[name].columns, fisher[name].columns, rtol=1e-5, atol=1e-12)
 
 
 def test_one_sequence_is_too_few():
     with pytest.raises(SamqError, match="at least 2 calibration sequences, not 1"):
         measure(tiny_llama(), random_tokens(lengths=(5,)))
-
-
-def test_the_fisher_is_saved_as_the_same_bytes(tmp_path):
-    _, fisher = measure(tiny_llama(), random_tokens())
-    path = save_fisher(tmp_path / "a.safetensors", fisher)
-    again = save_fisher(tmp_path / "b.safetensors", dict(reversed(fisher.items())))
-    assert path.read_bytes() == again.read_bytes()
-    loaded = load_fisher(path)
-    assert loaded.keys() == fisher.keys()
-    assert all(np.array_equal(loaded[name], fisher[name]) for name in fisher)
-
-
-def test_a_damaged_fisher_file_is_named(tmp_path):
-    path = save_fisher(tmp_path / "a.safetensors", {"w": np.ones((2, 2), np.float32)})
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(SamqError, match=r"cannot read fisher blocks from .*a\.safetensors"):
-        load_fisher(path)
-    with pytest.raises(SamqError, match=r"cannot read fisher blocks from .*lost"):
-        load_fisher(tmp_path / "lost.safetensors")
-    with pytest.raises(SamqError, match="cannot write"):
-        save_fisher(tmp_path / "no" / "a.safetensors", {"w": np.ones((2, 2), np.float32)})
