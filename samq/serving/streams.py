@@ -43,6 +43,8 @@ class Exchange:
         job = await asyncio.to_thread(self._engine.prepare, work, self._emit, stream=stream)
         self._engine.submit(job)
         self._job = job
+        # One timer for all events: a limit on the wait for each would cost the event loop as much as an event.
+        alarm = self._loop.call_at(self._deadline, lambda: self._events.put_nowait(self._too_late()))
         try:
             first = await self._first()
             assert job.model, "it has answered"
@@ -51,11 +53,13 @@ class Exchange:
                 delta = first if isinstance(first, Delta) else Delta("")
                 finished = first if isinstance(first, Finished) else await self._next()
                 assert isinstance(finished, Finished)
+                alarm.cancel()
                 return JSONResponse(words.whole(delta, finished))
         except BaseException:
+            alarm.cancel()
             self._engine.cancel(job)
             raise
-        return _EventStream(self._stream(first, words, usage))
+        return _EventStream(self._stream(first, words, usage), alarm)
 
     def _emit(self, event: Event) -> None:
         """Called by the worker."""
@@ -81,12 +85,8 @@ class Exchange:
             pass
 
     async def _next(self) -> Event:
-        """The next event; raises Refused if it is one, and when the time is over."""
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                event = await self._events.get()
-        except TimeoutError:
-            raise self._too_late() from None
+        """The next event; raises Refused if it is one, as it is when the time is over."""
+        event = await self._events.get()
         if isinstance(event, Refused):
             raise event
         return event
@@ -146,16 +146,18 @@ class Exchange:
 
 
 class _EventStream(StreamingResponse):
-    """Closes the generator whatever happens: a client may leave while a chunk is on its way to it."""
+    """Closes the generator, and stops the alarm, whatever happens: a client may leave while a chunk is on its way to it."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], alarm: asyncio.TimerHandle) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         self._events = events
+        self._alarm = alarm
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._alarm.cancel()
             await self._events.aclose()
 
 
