@@ -73,8 +73,9 @@ def write_assembled(
     if not ladder.rungs:
         raise SamqError("the ladder has no rung to take the metadata from; make one first")
     require_alignment(ladder.gguf)
-    headers = {file: _read_header(file) for file in (*ladder.rungs.values(), ladder.gguf)}
-    first = headers[next(iter(ladder.rungs.values()))]
+    paths = (*ladder.rungs.values(), ladder.gguf)
+    first = _read_header(paths[0])
+    headers = {paths[0]: first} | {path: _read_header(path, first.values) for path in paths[1:]}
     pieces = []  # (file, offset in it, bytes), in the order of writing
     infos = bytearray()
     offset = 0
@@ -159,16 +160,19 @@ def _copy(source: int, start: int, output: int, size: int) -> None:
         start += copied
 
 
-def _read_header(path: Path) -> _Header:
-    """The header of a GGUF (version 3, as llama-quantize writes it); raises SamqError if it is damaged."""
+def _read_header(path: Path, likely: Mapping[str, bytes] | None = None) -> _Header:
+    """The header of a GGUF (version 3, as llama-quantize writes it); raises SamqError if it is damaged.
+
+    `likely` values, another rung's, are recognized as a whole: a vocabulary's strings are read one by one only once.
+    """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(data)
+            return _parse(data, likely or {})
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise SamqError(f"{path} is not a whole GGUF file ({error}); make the ladder again") from error
 
 
-def _parse(data: mmap.mmap) -> _Header:
+def _parse(data: mmap.mmap, likely: Mapping[str, bytes]) -> _Header:
     if data[:4] != b"GGUF":
         raise ValueError("no GGUF magic")
     version, tensor_count, value_count = struct.unpack_from("<IQQ", data, 4)
@@ -176,9 +180,11 @@ def _parse(data: mmap.mmap) -> _Header:
     values = {}
     for _ in range(value_count):
         key, at = _read_string(data, at)
-        end = _skip_value(data, at)
-        values[key] = data[at:end]
-        at = end
+        value = likely.get(key, b"")
+        if not value or data[at : at + len(value)] != value:  # values say themselves where they end
+            value = data[at : _skip_value(data, at)]
+        values[key] = value
+        at += len(value)
     found = []
     for _ in range(tensor_count):
         name, at = _read_string(data, at)
@@ -200,8 +206,9 @@ def _skip_value(data: mmap.mmap, at: int) -> int:
         at += 12
     if kind != GGUFValueType.STRING:
         return at + count * _SCALARS[kind]
+    length_at = struct.Struct("<Q").unpack_from
     for _ in range(count):
-        at += 8 + int.from_bytes(data[at : at + 8], "little")
+        at += 8 + length_at(data, at)[0]
     return at
 
 
