@@ -1,4 +1,4 @@
-"""The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and charts of what it weighs.
+"""The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and charts.
 
 By default MLflow's run table shows no metric at all. Views are what its page itself saves when a person chooses *Save as
 new view*: an experiment's tag with the page's state in JSON, compressed. Written for MLflow 3.17; a version that reads

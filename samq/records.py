@@ -191,7 +191,7 @@ class SensitivityMap(Record):
 
 
 class Substitution(BaseModel):
-    """A type that a row length does not allow, and the one put in its place."""
+    """A type that a tensor cannot have, and the one put in its place."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     requested: str

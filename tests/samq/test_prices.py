@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
 from samq.allocation import Target
 from samq.errors import SamqError
 from samq.fisher import Fisher
-from samq.gguf_file import read_weights
+from samq.gguf_file import read_tensors, read_weights
 from samq.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.prices import plan_cost, predicted_cost, price_table, sequences_wanted
 from samq.records import Metric, SensitivityMap, TensorSensitivity
@@ -62,6 +66,29 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
         for kind, path in held.items():
             change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
             assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
+
+
+def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatch):
+    random = np.random.default_rng(2)
+    name, weights = "blk.0.ffn_up_exps.weight", random.standard_normal((3, 10, 64)).astype(np.float32)
+    paths = {}
+    for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0):
+        paths[kind.name] = tmp_path / f"{kind.name}.gguf"
+        writer = GGUFWriter(paths[kind.name], "llama")
+        writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    products = random.random((3, 10, 1)) * random.random((3, 1, 64))
+    fisher = Fisher(products.mean(axis=-1).astype(np.float32), products.mean(axis=-2).astype(np.float32))
+    tensors = read_tensors(paths["F16"])
+    target = SimpleNamespace(quantizable=tensors)
+    monkeypatch.setattr("samq.prices._SLAB_WEIGHTS", 4 * 64)  # several slabs an expert, the last of them shorter
+    ladder = Ladder(paths["F16"], {"Q8_0": paths["Q8_0"]})
+    table = price_table(ladder, tensors, sensitivity_of(target), {name: fisher}, gguf_sha256="")
+    change = read_weights(paths["Q8_0"], name).astype(float) - read_weights(paths["F16"], name)
+    assert table.tensors[name].types["Q8_0"].kl_nats == pytest.approx((products * change**2).sum() / 2, rel=1e-5)
 
 
 def test_a_plan_costs_the_sum_of_its_prices(ladder):
