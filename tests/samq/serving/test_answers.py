@@ -271,4 +271,4 @@ def test_a_client_that_leaves_before_the_answer_ends_the_work(served):
         connection.sendall(head.encode() + body)
         served.wait(lambda: served.metric("llamacpp:requests_processing") == 1)
     served.wait(lambda: served.metric("llamacpp:requests_processing") == 0)
-    assert served.metric("samq_requests_total", endpoint="/v1/completions", status="499") == before + 1
+    served.wait(lambda: served.metric("samq_requests_total", endpoint="/v1/completions", status="499") == before + 1)
