@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import quality
 import torch
+from setting import machine, versions
 
 from samq.allocation import stock_plan
 from samq.budget import Budget, BudgetPolicy, budget_plan
@@ -55,7 +56,14 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        result = {
+            "rows": rows,
+            "seed": arguments.seed,
+            "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def torch_logits(gguf: Path, hf_folder: Path | None, chunks: np.ndarray, first: int) -> torch.Tensor:

