@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_RETRY_AFTER_S = 60
 _LAST_BATCH_S = 2.0  # for the worker to end: llama.cpp cannot be interrupted within a batch
-_LEAST_DELTA_S = 0.03  # nobody reads faster, and every delta costs the event loop time that llama.cpp could use
+_LEAST_DELTA_S = 0.05  # nobody reads faster, and every delta takes time from llama.cpp's threads
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from samq.serving.refusal import Refused
 
 logger = logging.getLogger(__name__)
 
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # `json.dumps` would make one for each delta
 _DONE = b"data: [DONE]\n\n"
 _CLIENT_LEFT = 499  # nginx's number; nobody receives it
 
@@ -34,6 +35,7 @@ class Exchange:
         self._deadline = self._loop.time() + timeout_s
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
+        self._alarm: asyncio.TimerHandle | None = None
 
     async def answer(self, work: Work, shape: Callable[[str], Shape], *, stream: bool, usage: bool) -> Response:
         """Queue the work, and return the answer; raises Refused.
@@ -44,7 +46,7 @@ class Exchange:
         self._engine.submit(job)
         self._job = job
         # One timer for all events: a limit on the wait for each would cost the event loop as much as an event.
-        alarm = self._loop.call_at(self._deadline, lambda: self._events.put_nowait(self._too_late()))
+        self._alarm = self._loop.call_at(self._deadline, self._expire)
         try:
             first = await self._first()
             assert job.model, "it has answered"
@@ -53,13 +55,25 @@ class Exchange:
                 delta = first if isinstance(first, Delta) else Delta("")
                 finished = first if isinstance(first, Finished) else await self._next()
                 assert isinstance(finished, Finished)
-                alarm.cancel()
+                self._end()
                 return JSONResponse(words.whole(delta, finished))
         except BaseException:
-            alarm.cancel()
-            self._engine.cancel(job)
+            self._end()
             raise
-        return _EventStream(self._stream(first, words, usage), alarm)
+        return _EventStream(self._stream(first, words, usage), self._end)
+
+    def _end(self) -> None:
+        """Stop the clock, and the worker if it is still at it."""
+        if self._alarm:
+            self._alarm.cancel()
+        if self._job:
+            self._engine.cancel(self._job)
+
+    def _expire(self) -> None:
+        """The time is over: for the worker at once, for the client when it reads on."""
+        late = self._too_late()
+        self._end()
+        self._events.put_nowait(late)
 
     def _emit(self, event: Event) -> None:
         """Called by the worker."""
@@ -120,7 +134,6 @@ class Exchange:
 
     async def _stream(self, event: Event, shape: Shape, usage: bool) -> AsyncGenerator[bytes]:
         """Server-sent events; an error after the first is one of them, and ends the stream."""
-        assert self._job
         ended = False
         try:
             while isinstance(event, Delta):
@@ -142,24 +155,23 @@ class Exchange:
         finally:
             if not ended:
                 self._request.scope[STATUS] = _CLIENT_LEFT
-            self._engine.cancel(self._job)
 
 
 class _EventStream(StreamingResponse):
-    """Closes the generator, and stops the alarm, whatever happens: a client may leave while a chunk is on its way to it."""
+    """Closes the generator and ends the exchange whatever happens: a client may leave while a chunk is on its way to it."""
 
-    def __init__(self, events: AsyncGenerator[bytes], alarm: asyncio.TimerHandle) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         self._events = events
-        self._alarm = alarm
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._alarm.cancel()
+            self._end()
             await self._events.aclose()
 
 
 def _sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json.encode(body).encode() + b"\n\n"

@@ -1,5 +1,6 @@
 import os
 import shutil
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ class Running:
     url: str
     client: httpx.Client
     server: Server
+    socket: socket.socket  # that listens
 
     def complete(self, **body):
         body = {"prompt": "hello", "max_tokens": 8, "temperature": 0, **body}
@@ -59,11 +61,11 @@ def running(source, *, wait=True, **settings):
     thread.start()
     while not listener.started:
         time.sleep(0.01)
-    port = listener.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+    listening = listener.servers[0].sockets[0]
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
-            made = Running(url, client, server)
+            made = Running(url, client, server, listening)
             if wait:
                 made.wait(lambda: client.get("/ready").status_code == 200)
             yield made

@@ -1,5 +1,7 @@
 """A full queue, the time limit, and the API key."""
 
+import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -74,6 +76,25 @@ def test_the_time_limit_ends_an_answer(chat_gguf):
         # counted when the last byte is on its way, which may be after the client has it
         server.wait(lambda: server.metric("samq_requests_total", endpoint="/v1/completions", status="504") == 2)
         server.wait(lambda: server.complete(max_tokens=1).status_code == 200)
+
+
+def test_the_time_limit_frees_the_worker_of_a_client_that_does_not_read(chat_gguf):
+    tokens = 8000
+    body = json.dumps({
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": tokens, "stream": True, "logprobs": True, "top_logprobs": 20, "temperature": 0,
+    })  # fmt: skip
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with running(FileSource(chat_gguf), request_timeout_s=1) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what is accepted inherits it
+        url = httpx.URL(server.url)
+        client.connect((url.host, url.port))
+        client.sendall(f"{head}\r\n\r\n{body}".encode())
+        server.wait(lambda: server.metric("llamacpp:tokens_predicted_total") > 0)
+        server.wait(lambda: server.metric("llamacpp:requests_processing") == 0)
+        assert server.metric("llamacpp:tokens_predicted_total") < tokens
+        assert server.complete(max_tokens=1).status_code == 200
 
 
 def test_the_time_limit_counts_the_wait(chat_gguf):
