@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from samq.errors import SamqError
+from samq.serving.source import FileSource
+from tests.samq.serving.conftest import put, running, serves
+from tests.samq.serving.test_limits import Occupied
+from tests.samq.serving.tiny_chat import write_chat_gguf
 
 MONITORING = Path(__file__).parent.parent / "deployments" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana" / "samq.json").read_text())
@@ -19,11 +21,11 @@ RULES = [
     rule for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"] for rule in group["rules"]
 ]
 SELECTOR = re.compile(r"\b(up\b|(?:samq_|llamacpp:|process_)\w+)(?:\{([^}]*)\})?")
-MATCHER = re.compile(r'(\w+)\s*[=!][=~]?\s*"')
+MATCHER = re.compile(r'(\w+)\s*([=!][=~]?)\s*"([^"]*)"')
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 SHOWN = re.compile(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}")
 PROMETHEUS = {"job", "instance"}  # labels that Prometheus gives to what it scrapes
-ELSEWHERE = {"up": set(), "samq_process_gpu_memory_bytes": set()}  # Prometheus' own, and where there is a GPU
+ELSEWHERE = {"up": [{}], "samq_process_gpu_memory_bytes": [{}]}  # Prometheus' own, and where there is a GPU
 
 
 def queries():
@@ -39,16 +41,30 @@ def queries():
 
 
 def missing(query, text, exported):
-    """What a query or the text beside it asks for and is not there: `metric`, `metric{label}`, `{{label}}`."""
-    exported = {name: labels | PROMETHEUS for name, labels in (ELSEWHERE | exported).items()}
+    """What a query or the text beside it asks for and is not there: `name`, `name{label}`, `name{label="value"}`, `{{label}}`."""
+    exported = ELSEWHERE | exported
     asked = SELECTOR.findall(query)
     grouped = {label for group in GROUPING.findall(query) for label in re.findall(r"\w+", group)}
-    found = {name for name, _ in asked if name not in exported}
-    shown = set() if re.search(r"\b(?:sum|max|min)\b", query) else set(PROMETHEUS)
-    for name, matchers in asked:
-        wanted = {*MATCHER.findall(matchers)} | grouped
-        found |= {f"{name}{{{label}}}" for label in wanted if name in exported and label not in exported[name]}
-    return found | {f"{{{{{label}}}}}" for label in {*SHOWN.findall(text)} - grouped - shown}
+    shown = set() if re.search(r"\b(?:sum|max|min)\b", query) else PROMETHEUS
+    found = {f"{{{{{label}}}}}" for label in {*SHOWN.findall(text)} - grouped - shown}
+    for name, braces in asked:
+        series = exported.get(name)
+        if series is None:
+            found.add(name)
+            continue
+        matchers = MATCHER.findall(braces)
+        known = PROMETHEUS.union(*series)
+        found |= {f"{name}{{{label}}}" for label in {label for label, _, _ in matchers} | grouped if label not in known}
+        own = [matcher for matcher in matchers if matcher[0] in known - PROMETHEUS]
+        if not any(all(matches(labels, *matcher) for matcher in own) for labels in series):
+            found.add(f"{name}{{{braces}}}")
+    return found
+
+
+def matches(labels, label, operator, value):
+    """Whether a series is one that a matcher asks for."""
+    held = labels.get(label, "")
+    return (re.fullmatch(value, held) is not None if "~" in operator else held == value) != ("!" in operator)
 
 
 def promtool(*arguments):
@@ -59,27 +75,32 @@ def promtool(*arguments):
 
 
 @pytest.fixture(scope="module")
-def exported():
-    """Sample -> its labels, at /metrics of a server that has refused a request, and then got a model."""
-    app = pytest.importorskip("samq.serving.app", reason="there is no server yet")
-    from samq.serving.settings import ServingSettings
-    from samq.serving.source import ServedGguf
-
-    def nothing_yet():
-        raise SamqError("nothing is in production yet")
-
-    server = app.Server(nothing_yet, ServingSettings())
-    with TestClient(app.create_app(server)) as client:
-        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503
-        server.metrics.show_model(ServedGguf(name="llama", path=Path("llama.gguf"), sha256="0" * 64))
-        text = client.get("/metrics").text
-    return {
-        sample.name: set(sample.labels) for family in text_string_to_metric_families(text) for sample in family.samples
-    }
+def exported(tmp_path_factory):
+    """Sample -> the labels of each of its series, at /metrics of a server that was asked without a model, with one, and
+    while it was busy.
+    """
+    gguf = write_chat_gguf(tmp_path_factory.mktemp("chat") / "tiny.gguf")
+    file = tmp_path_factory.mktemp("served") / "tiny.gguf"
+    with running(FileSource(file), wait=False, queue_size=0) as server:
+        assert server.complete().status_code == 503
+        put(gguf, file)
+        server.wait(serves(server, gguf))
+        assert server.complete().status_code == 200
+        with Occupied(server):
+            assert server.complete().status_code == 429
+        for status in ("503", "200", "429"):  # counted when the last byte is on its way
+            asked = {"endpoint": "/v1/completions", "status": status}
+            server.wait(lambda asked=asked: server.metric("samq_requests_total", **asked) >= 1)
+        text = server.client.get("/metrics").text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample.labels)
+    return found
 
 
 @pytest.mark.parametrize(("where", "query", "text"), queries(), ids=[where for where, _, _ in queries()])
-def test_every_metric_and_label_that_is_asked_for_is_at_metrics_of_a_server(where, query, text, exported):
+def test_every_series_and_label_that_is_asked_for_is_at_metrics_of_a_server(where, query, text, exported):
     assert SELECTOR.search(query), query
     assert missing(query, text, exported) == set()
 
@@ -87,7 +108,7 @@ def test_every_metric_and_label_that_is_asked_for_is_at_metrics_of_a_server(wher
 def test_the_table_of_models_names_labels_that_are_there(exported):
     (table,) = [panel for panel in DASHBOARD["panels"] if panel["type"] == "table"]
     (change,) = table["transformations"]
-    assert change["options"]["indexByName"].keys() == exported["samq_model_info"] | {"instance"}
+    assert change["options"]["indexByName"].keys() == exported["samq_model_info"][0].keys() | {"instance"}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +116,8 @@ def test_the_table_of_models_names_labels_that_are_there(exported):
     [
         ("samq_request_total", "", "samq_request_total"),
         ('rate(samq_requests_total{code=~"5.."}[5m])', "", "samq_requests_total{code}"),
+        ('rate(samq_requests_total{status="5xx"}[5m])', "", 'samq_requests_total{status="5xx"}'),
+        ('samq_requests_total{endpoint!~"/.*"}', "", 'samq_requests_total{endpoint!~"/.*"}'),
         ("sum by (instance, code) (rate(samq_requests_total[5m]))", "", "samq_requests_total{code}"),
         ("sum by (le) (llamacpp:kv_cache_usage_ratio)", "", "llamacpp:kv_cache_usage_ratio{le}"),
         ("up unless on (host) samq_model_info", "", "up{host}"),
@@ -102,7 +125,7 @@ def test_the_table_of_models_names_labels_that_are_there(exported):
         ("max(samq_model_reload_failed)", "{{ $labels.instance }} failed", "{{instance}}"),
     ],
 )
-def test_a_metric_or_label_that_has_another_name_is_found(query, text, what, exported):
+def test_a_metric_label_or_value_that_has_another_name_is_found(query, text, what, exported):
     assert what in missing(query, text, exported)
 
 

@@ -12,11 +12,10 @@ from samq.evaluation import gpu
 from samq.evaluation.llama import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
-from samq.gguf_file import file_sha256
 from samq.serving.model import Loading, ServedModel
 from samq.serving.sampling import Sampling
 from samq.serving.settings import ServingSettings
-from samq.serving.source import ServedGguf
+from samq.serving.source import ServedGguf, content_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,10 @@ class Unfit(SamqError):
     """The model loads, and must not serve; loading it again would change nothing."""
 
 
+class MemoryShort(SamqError):
+    """Less of the model on the GPU, or a shorter context, may load."""
+
+
 def load(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
     """Verify the file, load it, and let it answer the warm-up prompt; raises what `verify` and `load_verified` do."""
     verify(gguf)
@@ -42,18 +45,19 @@ def load(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
 
 
 def verify(gguf: ServedGguf) -> None:
-    """Raises SamqError if the file is not what it should be."""
-    if (found := file_sha256(gguf.path)) != gguf.sha256:
+    """Raises SamqError if the file is not what it should be; what has not changed since it was read is not read again."""
+    if (found := content_sha256(gguf.path)) != gguf.sha256:
         raise SamqError(f"{gguf.path} has the SHA-256 {found}, and not {gguf.sha256} as {gguf.name} has; put it back")
 
 
-def load_verified(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
+def load_verified(gguf: ServedGguf, settings: ServingSettings, *, degrade: bool = True) -> ServedModel:
     """Load a file that is what it should be, and let it answer the warm-up prompt.
 
     When memory does not suffice, fewer layers go to the GPU, then the context is shortened; each step is logged and
-    noted in the model's `loading`. Raises SamqError if it cannot be loaded, and Unfit if it does not answer sanely.
+    noted in the model's `loading`. Without `degrade`, MemoryShort is raised instead. Raises SamqError if the file
+    cannot be loaded, and Unfit if it does not answer sanely.
     """
-    served = _fit(gguf, settings)
+    served = _fit(gguf, settings, degrade)
     try:
         warm_up(served, settings)
     except BaseException:
@@ -138,8 +142,8 @@ def _gpu_layers(settings: ServingSettings) -> int:
     return default_gpu_layers() if settings.gpu_layers is None else settings.gpu_layers
 
 
-def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
-    """Load with the first of the attempts that memory suffices for."""
+def _fit(gguf: ServedGguf, settings: ServingSettings, degrade: bool) -> ServedModel:
+    """Load with the first of the attempts that memory suffices for; raises MemoryShort if only the first may be made."""
     notes: list[str] = []
     if settings.kv_type == "Q4_0":
         notes.append(KV_Q4_WARNING)
@@ -160,7 +164,9 @@ def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
             logger.warning("%s: out of memory: %s", gguf, notes[-1])
         try:
             model, made = _load(gguf, settings, gpu_layers, tokens)
-        except _MemoryShort as error:
+        except MemoryShort as error:
+            if not degrade:
+                raise
             failure = error
             continue
         loading = Loading(gpu_layers, tokens, settings.kv_type, tuple(notes))
@@ -169,12 +175,8 @@ def _fit(gguf: ServedGguf, settings: ServingSettings) -> ServedModel:
     raise SamqError(f"{gguf} does not fit into memory even with a context of {tokens} tokens: {failure}") from failure
 
 
-class _MemoryShort(SamqError):
-    """Less of the model on the GPU, or a shorter context, may load."""
-
-
 def _load(gguf: ServedGguf, settings: ServingSettings, gpu_layers: int, tokens: int) -> tuple[Model, Context]:
-    """One attempt; raises _MemoryShort where memory does not suffice, or would not as soon as there is work."""
+    """One attempt; raises MemoryShort where memory does not suffice, or would not as soon as there is work."""
     with captured_log(errors_only=True) as log, ExitStack() as made:
         try:
             model = made.enter_context(Model(gguf.path, gpu_layers=gpu_layers))
@@ -183,10 +185,10 @@ def _load(gguf: ServedGguf, settings: ServingSettings, gpu_layers: int, tokens: 
             )
         except SamqError as error:
             if is_out_of_memory(log()):
-                raise _MemoryShort(str(error)) from error
+                raise MemoryShort(str(error)) from error
             raise
         if gpu_layers and (left := min(gpu.free_bytes(), default=GPU_SPARE_BYTES)) < GPU_SPARE_BYTES:
-            raise _MemoryShort(
+            raise MemoryShort(
                 f"{left // 2**20} MiB of a GPU's memory would be left, and llama.cpp may take "
                 f"{GPU_SPARE_BYTES // 2**20} while it computes"
             )

@@ -1,5 +1,6 @@
 """Where the GGUF to serve is looked up: a file, or an alias in the model registry."""
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 from samq.errors import SamqError
 from samq.gguf_file import file_sha256
 from samq.home import mlflow_uri
+
+logger = logging.getLogger(__name__)
 
 _MODELS_URI = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
@@ -81,16 +84,29 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         """Nothing is read yet."""
         self._path = path
-        self._seen: tuple[tuple[int, int, int], ServedGguf] | None = None
 
     def __call__(self) -> ServedGguf:
-        """The file as it is now; it is only hashed again if it looks changed."""
-        try:
-            stat = self._path.stat()
-        except OSError as error:
-            raise Unreachable(f"cannot read {self._path}: {error.strerror}; put the GGUF back") from error
-        stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-        if self._seen is None or self._seen[0] != stamp:
-            gguf = ServedGguf(name=self._path.stem, path=self._path, sha256=file_sha256(self._path))
-            self._seen = (stamp, gguf)
-        return self._seen[1]
+        """The file as it is now."""
+        return ServedGguf(name=self._path.stem, path=self._path, sha256=content_sha256(self._path))
+
+
+_Stamp = tuple[int, int, int, int, int]
+_hashes: dict[Path, tuple[_Stamp, str]] = {}  # of this process: what is looked up is verified too, and gone back to
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, which is only read again if it looks changed: 40 GB take tens of seconds.
+
+    Whoever writes to a file changes its `st_ctime_ns`, which unlike `st_mtime_ns` cannot be set back. Raises
+    Unreachable if there is no such file, and SamqError if it cannot be read.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise Unreachable(f"cannot read {path}: {error.strerror}; put the GGUF back") from error
+    stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    known = _hashes.get(path)
+    if known is None or known[0] != stamp:
+        logger.info("reading all of %s for its SHA-256", path)
+        _hashes[path] = known = (stamp, file_sha256(path))
+    return known[1]

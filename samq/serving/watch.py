@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from samq.errors import SamqError
 from samq.serving.engine import Engine
-from samq.serving.loading import Unfit, fits_beside, load, load_verified, verify
+from samq.serving.loading import MemoryShort, Unfit, fits_beside, load, load_verified, verify
 from samq.serving.metrics import Metrics
 from samq.serving.model import ServedModel
 from samq.serving.settings import ServingSettings
@@ -126,8 +126,7 @@ class Watcher:
         verify(wanted)  # before anything is freed for it
         if serving is None:
             self._engine.exchange(load_verified(wanted, self._settings))
-        elif fits_beside(wanted, self._settings):
-            new = load_verified(wanted, self._settings)
+        elif new := self._load_beside(serving, wanted):
             try:
                 self._compare(serving, new)
             except Exception:
@@ -138,9 +137,23 @@ class Watcher:
         else:
             self._replace_alone(serving, wanted)
 
+    def _load_beside(self, serving: ServedModel, wanted: ServedGguf) -> ServedModel | None:
+        """Load a model while the old one serves; None if memory does not suffice for both, as planned or as it proves.
+
+        With fewer layers or a shorter context it might fit, but it would stay so when the old one is gone.
+        """
+        if not fits_beside(wanted, self._settings):
+            logger.warning("%s does not fit beside %s by llama.cpp's plan", wanted, serving.gguf)
+            return None
+        try:
+            return load_verified(wanted, self._settings, degrade=False)
+        except MemoryShort as shortage:
+            logger.warning("%s does not fit beside %s: %s", wanted, serving.gguf, shortage)
+            return None
+
     def _replace_alone(self, serving: ServedModel, wanted: ServedGguf) -> None:
         """Free the old model before the new one is loaded; requests wait meanwhile."""
-        logger.warning("%s does not fit beside %s, which is freed first; requests wait", wanted, serving.gguf)
+        logger.warning("%s is freed before %s is loaded; requests wait", serving.gguf, wanted)
         if self._settings.shadow.prompts:
             logger.warning("the shadow check is left out: it needs both models at once")
         self._engine.exchange(None, more_to_come=True)

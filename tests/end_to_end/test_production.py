@@ -9,6 +9,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -19,6 +20,7 @@ from mlflow import MlflowClient
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.services import mlflow_page
+from samq.serving.registry import PREVIOUS, PRODUCTION, aliases
 from tests.end_to_end.conftest import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
@@ -156,41 +158,52 @@ class Streaming:
                 self.answers += 1
 
 
+def registry(environment):
+    """What the commands look into."""
+    uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment['SAMQ_HOME']}/mlflow.db"
+    return MlflowClient(tracking_uri=uri)
+
+
 def test_promoted_versions_reach_the_running_server_without_a_failed_request_and_go_back(
     requantized, environment, serve, tmp_path
 ):
     first, first_sha256 = requantized("first")
     policy = tmp_path / "policy.yaml"
     policy.write_text(yaml.safe_dump(POLICY))
-    samq(environment, "promote", MODEL, "--version", first, "--policy", policy)
+    client = registry(environment)
+    for alias in (PRODUCTION, PREVIOUS):  # which the same test over the other registry has moved
+        client.delete_registered_model_alias(MODEL, alias)
+    said = samq(environment, "promote", MODEL, "--version", first, "--policy", policy)
+    assert f"version {first} is in production" in said and "already" not in said
     address = serve()
     assert served_sha256(address) == first_sha256
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none needed", max_retries=0)
+    user = openai.OpenAI(base_url=f"{address}/v1", api_key="none needed", max_retries=0)
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    before = client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content
+    before = user.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content
     assert before
     second, second_sha256 = requantized("another")
     assert second_sha256 != first_sha256 == served_sha256(address)
 
+    reason = f"going back over {urlsplit(client.tracking_uri).scheme}"
     with Streaming(address) as streaming:
         wait(lambda: streaming.answers > CLIENTS or streaming.failed, lambda: streaming.answers)
         samq(environment, "promote", MODEL, "--version", second, "--policy", policy)
         wait(lambda: served_sha256(address) == second_sha256, lambda: httpx.get(f"{address}/ready").text)
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
-        samq(environment, "rollback", MODEL, "--reason", "the end-to-end test goes back")
+        samq(environment, "rollback", MODEL, "--reason", reason)
+        assert aliases(client, MODEL).items() >= {PRODUCTION: first, PREVIOUS: second}.items()
         wait(lambda: served_sha256(address) == first_sha256, lambda: httpx.get(f"{address}/ready").text)
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
     assert streaming.failed == []
-    assert client.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content == before
+    assert user.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content == before
     history = samq(environment, "status", MODEL)
-    assert "the end-to-end test goes back" in history and "rolled back" in history
+    assert reason in history and "rolled back" in history
 
 
 def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(requantized, environment, tmp_path):
-    uri = environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment['SAMQ_HOME']}/mlflow.db"
-    client = MlflowClient(tracking_uri=uri)
+    client = registry(environment)
     before = client.get_registered_model(MODEL).aliases
     versions = [requantized(which)[0] for which in ("first", "another")]
     other = next(version for version in versions if version != str(before.get("production")))

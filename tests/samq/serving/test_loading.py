@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from samq.errors import SamqError
+from samq.gguf_file import file_sha256
 from samq.serving.loading import GPU_SPARE_BYTES, KV_Q4_WARNING, attempts, fits_beside, load
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource, find_source
@@ -41,15 +42,38 @@ served.close()
 """
 
 
-def load_with_little_memory(gguf, least):
-    command = [sys.executable, "-c", SCARCE, str(gguf), str(least)]
+# The same, where another model serves; the limit leaves room for half of the context beside it.
+BESIDE = """
+import json, resource, sys
+from pathlib import Path
+from samq.serving.app import Server
+from samq.serving.settings import ServingSettings
+from samq.serving.source import FileSource
+
+source, *others = map(FileSource, map(Path, sys.argv[1:]))
+settings = ServingSettings(context_tokens=2**18, warmup_tokens=8, threads=1)
+server = Server(lambda: source(), settings)
+server.watcher.check()
+old = server.engine.model
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 280 * 2**20,) * 2)
+[source] = others
+server.watcher.check()
+models = [(model.gguf.sha256, model.loading.context_tokens, model.loading.notes) for model in (old, server.engine.model)]
+print(json.dumps({"models": models, "problem": server.watcher.problem}))
+server.engine.model.close()
+"""
+
+
+def run_with_little_memory(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space")
 def test_when_memory_does_not_suffice_the_context_is_shortened_step_by_step(tmp_path):
     gguf = write_chat_gguf(tmp_path / "tiny.gguf", context=2**20)  # 512 bytes a token: 512 MiB in all
-    done = load_with_little_memory(gguf, 512)
+    done = run_with_little_memory(SCARCE, gguf, 512)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     halvings = len(found["notes"])
@@ -58,8 +82,20 @@ def test_when_memory_does_not_suffice_the_context_is_shortened_step_by_step(tmp_
     assert all("cannot make a context of" in note for note in found["notes"])
     assert f"a context of {2**19} tokens" in found["notes"][0]
 
-    done = load_with_little_memory(gguf, 2**20)
+    done = run_with_little_memory(SCARCE, gguf, 2**20)
     assert "does not fit into memory even with a context of 1048576 tokens" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space")
+def test_what_proves_not_to_fit_beside_the_old_model_replaces_it_and_is_as_the_settings_ask(tmp_path):
+    old = write_chat_gguf(tmp_path / "old.gguf", context=2**18)  # 386 MiB in all
+    new = write_chat_gguf(tmp_path / "new.gguf", context=2**18, seed=1)
+    done = run_with_little_memory(BESIDE, old, new)
+    assert done.returncode == 0, done.stderr
+    assert "does not fit beside" in done.stderr and "cannot make a context of 262144" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["models"] == [[file_sha256(gguf), 2**18, []] for gguf in (old, new)]
+    assert found["problem"] is None
 
 
 def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf, monkeypatch):

@@ -1,6 +1,8 @@
 """The model changes under a running server."""
 
 import json
+import logging
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -257,6 +259,32 @@ def test_the_alias_is_followed_to_another_version_and_back(registered, mlflow_ur
         registered.set_registered_model_alias("tiny-llama", "production", "1")
         server.wait(serves(server, chat_gguf))
         assert server.metric("samq_model_reload_failed") == 0
+
+
+def test_a_version_is_read_whole_once_until_its_file_changes(
+    registered, mlflow_uri, tmp_path, chat_gguf, other_gguf, caplog
+):
+    """So that going back takes no longer than loading, and still loads nothing but what was registered."""
+    copies = {"1": tmp_path / "first.gguf", "2": tmp_path / "second.gguf"}
+    for (version, copy), gguf in zip(copies.items(), (chat_gguf, other_gguf), strict=True):
+        put(gguf, copy)
+        registered.set_model_version_tag("tiny-llama", version, "gguf_uri", copy.as_uri())
+    caplog.set_level(logging.INFO, "samq.serving.source")
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        for version, gguf in (("2", other_gguf), ("1", chat_gguf), ("2", other_gguf), ("1", chat_gguf)):
+            registered.set_registered_model_alias("tiny-llama", "production", version)
+            server.wait(serves(server, gguf))
+        read = [record.args[0] for record in caplog.records if record.name == "samq.serving.source"]
+        assert read == list(copies.values())
+
+        before = copies["2"].stat()
+        with copies["2"].open("r+b") as file:  # in place, and its size and time are as they were
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
+        os.utime(copies["2"], ns=(before.st_atime_ns, before.st_mtime_ns))
+        registered.set_registered_model_alias("tiny-llama", "production", "2")
+        server.wait(lambda: "put it back" in (server.ready()["problem"] or ""))
+        assert serves(server, chat_gguf)()
 
 
 def test_without_room_for_both_a_broken_version_gives_way_to_the_old_one_again(registered, mlflow_uri, monkeypatch):
