@@ -111,9 +111,9 @@ class CandidateParameters(Parameters):
         description="llama-quantize's mixtures, as they are: what SAMQ's plans have to beat",
     )
     budgets: tuple[str, ...] = Field(
-        default=("size-of:Q4_K_M",),
+        default_factory=lambda given: tuple(f"size-of:{mixture}" for mixture in given.get("stock", ())),
         description="sizes to spend where it helps most: 1500MiB, 4.5bpw, size-of:Q4_K_M (which is then a candidate as "
-        "well), or vram:24GiB@8192",
+        "well), or vram:24GiB@8192; left out: the sizes of all stock mixtures, so that each meets a plan of its size",
     )
     budget_policy: BudgetPolicy = BudgetPolicy()
     ladder: tuple[str, ...] = Field(default=DEFAULT_TYPES, description="types that budgets choose from")

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.allocation import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
-from samq.budget_notation import plan_name, read_budget
+from samq.budget_notation import bits_budget, plan_name, read_budget
 from samq.errors import SamqError
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
-from samq.formats import bits_per_weight, check_type
+from samq.formats import MIXTURES, bits_per_weight, check_type
 from samq.prediction import SECOND_ORDER_LIMIT_NATS
 from samq.prices import plan_cost
 from samq.records import Plan, Price, PriceTable
@@ -97,7 +97,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
     """The plan of least predicted KL within the budget; bytes that would save nothing worth counting are left unspent.
 
     Where second order is not to be trusted with that KL, `why_doubted` says so.
-    Raises SamqError if even the smallest plan is larger, and says how large that is.
+    Raises SamqError if even the smallest plan is larger, and says which budget would be large enough.
     """
     options = {name: _allowed(name, prices, target, policy) for name in target.quantizable}
     counted = {
@@ -110,9 +110,8 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
     smallest = fixed + sum(min(price.bytes for price in types.values()) for types in counted.values())
     if smallest > budget.tensor_bytes:
         raise SamqError(
-            f"a budget of {budget.text} leaves {budget.tensor_bytes:,} bytes for tensors, and the smallest plan has "
-            f"{smallest:,} ({8 * smallest / sum(t.weights for t in target.tensors.values()):.2f} bits per weight); "
-            "raise it, or add smaller types to the ladder"
+            f"a budget of {budget.text} is too small for this model: in these types the smallest possible is "
+            f"{_smallest(target, budget, smallest)}; give that, or add smaller types to the ladder"
         )
     solution = solve(counted, budget.tensor_bytes - fixed)
     predicted = plan_cost(prices, solution.types)
@@ -134,6 +133,19 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
             "solver_gap": solution.gap,
         }
     )
+
+
+def _smallest(target: Target, budget: Budget, tensor_bytes: int) -> str:
+    """The smallest budget, in the form that this one was written in, that has room for so many bytes of tensors."""
+    written = read_budget(budget.text)
+    if written.form in ("size", "vram"):
+        return written.of_bytes(tensor_bytes + written.bytes - budget.tensor_bytes)  # the rest is the same
+    bits = bits_budget(tensor_bytes, sum(tensor.weights for tensor in target.tensors.values()))
+    if written.form == "bits":
+        return bits
+    sizes = {mixture: stock_plan(target, mixture).tensor_bytes for mixture in MIXTURES}
+    enough = [mixture for mixture, size in sizes.items() if size >= tensor_bytes]
+    return f"size-of:{min(enough, key=sizes.__getitem__)}, or {bits}" if enough else bits
 
 
 def why_doubted(plan: Plan) -> str | None:

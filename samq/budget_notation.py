@@ -2,6 +2,7 @@
 
 import math
 import re
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,7 @@ _FORMS = {
     "mixture": r"size-of:(?P<mixture>\w+)",
     "vram": rf"vram:{_SIZE}@(?P<context>[1-9]\d{{0,8}})(?:/(?P<kv>F16|Q8_0|Q4_0))?",
 }
+_ROUND_UP = Context(prec=5, rounding=ROUND_CEILING)
 _EXAMPLES = (
     "a size such as 1500MiB, 4.5bpw, size-of:Q4_K_M, or vram:24GiB@8192 (or @8192/Q8_0, with the KV cache's type)"
 )
@@ -34,7 +36,7 @@ class WrittenBudget(BaseModel):
     form: Literal["size", "bits", "mixture", "vram"]
     size: str = ""  # of the file, or of VRAM: 24GiB
     bytes: int = 0  # the same as a number
-    bits_per_weight: float = 0.0
+    bits_per_weight: Decimal = Decimal(0)
     mixture: str = ""
     context_tokens: int = 0
     kv_type: str = "F16"
@@ -53,6 +55,19 @@ class WrittenBudget(BaseModel):
                 cache = "" if self.kv_type == "F16" else f" and a KV cache in {self.kv_type}"
                 return f"{self.size} of VRAM at a context of {self.context_tokens} tokens{cache}"
 
+    def of_bytes(self, size: int) -> str:
+        """The least budget of this form (size or VRAM) and unit that is no less than `size` bytes, to five digits."""
+        unit = self.size.lstrip("0123456789.")
+        text = f"{_ROUND_UP.divide(size, _UNITS[unit]):f}{unit}" if _UNITS[unit] > 1 else f"{size}{unit}"
+        if self.form == "size":
+            return text
+        return f"vram:{text}@{self.context_tokens}" + (f"/{self.kv_type}" if self.kv_type != "F16" else "")
+
+
+def bits_budget(size: int, weights: int) -> str:
+    """The least budget in bits per weight that gives so many weights no less than `size` bytes, to five digits."""
+    return f"{_ROUND_UP.divide(8 * size, weights):f}bpw"
+
 
 def read_budget(text: str) -> WrittenBudget:
     """What a budget says; raises SamqError if it is none, or names an unknown mixture."""
@@ -62,8 +77,8 @@ def read_budget(text: str) -> WrittenBudget:
             return WrittenBudget(
                 form=form,  # type: ignore[arg-type]
                 size=(said.get("number") or "") + (said.get("unit") or ""),
-                bytes=math.floor(float(said.get("number") or 0) * _UNITS[said.get("unit") or ""]),
-                bits_per_weight=float(said.get("bits") or 0),
+                bytes=math.floor(Decimal(said.get("number") or 0) * _UNITS[said.get("unit") or ""]),
+                bits_per_weight=Decimal(said.get("bits") or 0),
                 mixture=check_mixture(said["mixture"]) if said.get("mixture") else "",
                 context_tokens=int(said.get("context") or 0),
                 kv_type=said.get("kv") or "F16",

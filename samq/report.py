@@ -32,6 +32,7 @@ from samq.selection import (
     of_its_size,
     pareto,
     percent,
+    rival_of,
     stock,
 )
 from samq.significance import PairedComparison
@@ -146,8 +147,9 @@ def verdict(
     results: Sequence[Result], best: Result | None, rule: SelectionRule, comparisons: Sequence[Comparison] = ()
 ) -> str:
     """Which candidate is the best and why, in a few sentences."""
+    held_against = _held_against(results)
     if best is None or best.kld is None:
-        return f"Nothing was chosen: there are no eligible {describe_rule(rule)} whose mean KLD was measured."
+        return f"Nothing was chosen: there are no eligible {describe_rule(rule)} whose mean KLD was measured.{held_against}"
     text = (
         f"{best.name} has the lowest mean KLD of all eligible {describe_rule(rule)}: "
         f"{KLD_COLUMN.show(best.evaluation, spread=True)} nats per token at {best.bytes / MB:.1f} MB "
@@ -158,9 +160,17 @@ def verdict(
         compared = next((c for c in comparisons if (c.candidate, c.rival) == (best.name, reference.name)), None)
         change = compared.in_words if compared else f"{percent(best.kld.value / reference.kld.value - 1)} mean KLD"
         text += f" Against {reference.name}: {change}, {percent(best.bytes / reference.bytes - 1)} bytes."
-    if stock(results) and any(result.plan.policy in BY_SENSITIVITY for result in results):
-        text += " A plan of SAMQ is eligible only if it beats, with confidence, all mixtures that are no larger or of its size."
-    return text
+    return text + held_against
+
+
+def _held_against(results: Sequence[Result]) -> str:
+    """A sentence on what SAMQ's plans had to beat, after a space; empty if there are none of them."""
+    policies = {result.plan.policy for result in results}
+    if "budget" in policies and not any(mixture.kld for mixture in stock(results)):
+        return " No plan by budget is eligible, as no stock mixture was measured that it could be held against."
+    if "stock" in policies and not policies.isdisjoint(BY_SENSITIVITY):
+        return " A plan of SAMQ is eligible only if it beats, with confidence, all mixtures that are no larger or of its size."
+    return ""
 
 
 def markdown_report(
@@ -218,35 +228,48 @@ _VERDICTS = {"win": "**wins**", "tie": "no difference", "loss": "loses"}
 
 
 def _same_bytes_section(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[str]:
-    """Each stock mixture and the plans by sensitivity of its size; empty if the sweep has not both."""
-    compared = {(one.candidate, one.rival): one for one in comparisons}
-    rows = []
+    """Each stock mixture and the plans by sensitivity of its size, and the plans by budget whose size no mixture has.
+
+    Empty if the sweep has no plan by sensitivity to hold a verdict on.
+    """
+    pairs: list[tuple[Result | None, Result | None]] = []
     for mixture in stock(results):
-        for result in of_its_size(mixture, results):
-            comparison = compared.get((result.name, mixture.name))
-            rows.append(
-                [
-                    f"{mixture.name}, {mixture.bytes:,}",
-                    f"{result.name}, {percent(result.bytes / mixture.bytes - 1)}",
-                    *(
-                        f"{column.show(mixture.evaluation)} → {column.show(result.evaluation)}"
-                        for column in (KLD_COLUMN, _P999)
-                    ),
-                    _show_predicted(result),
-                    comparison.in_words.replace(" mean KLD", "") if comparison else "–",
-                    _VERDICTS[comparison.verdict] if comparison else "not compared",
-                ]
-            )
-    if not rows:
+        plans = of_its_size(mixture, results)
+        pairs += [(mixture, plan) for plan in plans] if plans else [(mixture, None)]
+    shown = {plan.name for _, plan in pairs if plan}
+    others = [plan for plan in by_size(results) if plan.plan.policy == "budget" and plan.name not in shown]
+    if not shown and not others:
         return []
+    pairs += [(rival_of(plan, results), plan) for plan in others]
+    rows = [_same_bytes_row(mixture, plan, comparisons) for mixture, plan in pairs]
     heads = ["mixture, bytes", "candidate, bytes", KLD_COLUMN.heading, _P999.heading, PREDICTED, _CHANGE, "verdict"]
-    return ["## At the same bytes", _SAME_BYTES, markdown.table(heads, rows)]
+    words = f"{_SAME_BYTES} {_OTHER_BYTES}" if others else _SAME_BYTES
+    return ["## At the same bytes", words, markdown.table(heads, rows)]
+
+
+def _same_bytes_row(mixture: Result | None, plan: Result | None, comparisons: Sequence[Comparison]) -> list[str]:
+    """The cells of a mixture and a plan; where one of them is missing the other's figures stand alone."""
+    sizes = [f"{one.name}, {one.bytes:,}" if one else "–" for one in (mixture, plan)]
+    change, said = "–", "no plan of its size" if plan is None else "no mixture to hold it against"
+    if mixture and plan:
+        sizes[1] += f" ({percent(plan.bytes / mixture.bytes - 1)})"
+        found = next((one for one in comparisons if (one.candidate, one.rival) == (plan.name, mixture.name)), None)
+        change = found.in_words.replace(" mean KLD", "") if found else "–"
+        said = _VERDICTS[found.verdict] if found else "not compared"
+    figures = [
+        " → ".join(column.show(one.evaluation) for one in (mixture, plan) if one) for column in (KLD_COLUMN, _P999)
+    ]
+    return [*sizes, *figures, _show_predicted(plan) if plan else "–", change, said]
 
 
 _SAME_BYTES = (
     "Each stock mixture → the plans of its size that SAMQ chose, on the same held-out tokens. The interval is paired, and "
     "over whole chunks of text since the tokens of a chunk are alike. What does not win is not registered in place of the "
     "mixture."
+)
+_OTHER_BYTES = (
+    "A budget that gave a size no mixture has is held against the largest mixture that is no larger, if there is one, else "
+    "against the smallest: the sizes differ, and part of the change is theirs."
 )
 
 

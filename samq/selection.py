@@ -3,7 +3,7 @@
 A candidate is worth having when no other is both smaller and closer to full precision (the Pareto front of bytes and
 mean KL divergence). The best is the closest one within the limits of a `SelectionRule`, and never worse than
 llama-quantize's own mixtures: a plan by sensitivity must beat, with confidence, each of them that is no larger, and those
-at whose bytes it is shown.
+at whose bytes it is shown. A mixture that was not measured is not known to be worse.
 """
 
 import math
@@ -142,20 +142,21 @@ def exclusion(
     """Why the rule does not let this candidate be the best; None if it may be.
 
     A plan by sensitivity needs a comparison with every stock candidate of the sweep that it has to beat (`_to_beat`) and
-    that may be the best itself: what was not compared is not known to be better.
+    that is within the rule's limits itself: what was not compared is not known to be better. A plan by budget needs a
+    stock candidate that was measured, and the one whose bytes it was given.
     """
+    if result.plan.policy == "full":
+        return "the baseline"
+    if result.kld is None:
+        return "mean KLD was not measured"
     limit = _limit(result, results, rule)
     if limit is None and result.plan.policy in BY_SENSITIVITY:
-        return _not_better(result, results, rule, comparisons)
+        return _nothing_to_beat(result, results) or _not_better(result, results, rule, comparisons)
     return limit
 
 
 def _limit(result: Result, results: Sequence[Result], rule: SelectionRule) -> str | None:
     """Which limit of the rule the candidate breaks."""
-    if result.plan.policy == "full":
-        return "the baseline"
-    if result.kld is None:
-        return "mean KLD was not measured"
     if rule.reference is not None:
         reference = next((other for other in results if other.name == rule.reference), None)
         if reference is None:
@@ -174,6 +175,17 @@ def _limit(result: Result, results: Sequence[Result], rule: SelectionRule) -> st
     return None
 
 
+def _nothing_to_beat(result: Result, results: Sequence[Result]) -> str | None:
+    """Why what was measured cannot show that a plan by budget is no worse than llama-quantize's mixtures."""
+    if result.plan.policy != "budget":
+        return None
+    measured = {one.name for one in stock(results) if one.kld}
+    mixture = _budgeted_by(result)
+    if mixture and mixture not in measured:
+        return f"{mixture}, whose bytes it was given, was not measured"
+    return None if measured else "no stock mixture was measured that it could be held against"
+
+
 def _not_better(
     result: Result, results: Sequence[Result], rule: SelectionRule, comparisons: Sequence[Comparison]
 ) -> str | None:
@@ -183,6 +195,8 @@ def _not_better(
     for rival in _to_beat(result, results):
         if _limit(rival, results, rule) is not None:
             continue
+        if rival.kld is None:
+            return f"mean KLD of {rival.name}, which it has to beat, was not measured"
         if rival.name not in compared:
             return f"was not compared with {rival.name}, which it has to beat"
         if compared[rival.name].verdict != "win":
@@ -220,9 +234,15 @@ def of_its_size(mixture: Result, results: Sequence[Result]) -> list[Result]:
     return [
         one
         for one in no_larger(plans, mixture)
-        if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE)
-        or (one.plan.policy == "budget" and read_budget(str(one.plan.parameters["budget"])).mixture == mixture.name)
+        if one.bytes >= mixture.bytes * (1 - NEARLY_SAME_SIZE) or _budgeted_by(one) == mixture.name
     ]
+
+
+def _budgeted_by(result: Result) -> str | None:
+    """The mixture whose bytes were a plan's budget; None for other budgets and policies."""
+    if result.plan.policy != "budget":
+        return None
+    return read_budget(str(result.plan.parameters["budget"])).mixture or None
 
 
 def rival_of(result: Result, results: Sequence[Result]) -> Result | None:

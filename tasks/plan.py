@@ -1,17 +1,20 @@
 """Stage: plans, one a candidate."""
 
+import logging
 from pathlib import Path
 
 from prefect import task
 
 from samq import allocation
 from samq.allocation import ThresholdPolicy
-from samq.budget import BudgetPolicy, budget_plan, parse_budget
+from samq.budget import BudgetPolicy, budget_plan, parse_budget, why_doubted
 from samq.records import Plan, SensitivityMap, Toolchain
 from samq.store import Artifact
 from tasks.convert import open_target
 from tasks.price import load_prices
 from tasks.stage import stage
+
+log = logging.getLogger("samq.plan")
 
 PLAN_NAME = "plan.json"
 
@@ -44,7 +47,7 @@ def plan_threshold(
     allocation.threshold_plan(target, sensitivity, threshold, policy).save(folder / PLAN_NAME)
 
 
-@stage("plan", version=3, run_name="plan budget {budget}", packages=("llama-cpp-python",))
+@stage("plan", version=4, run_name="plan budget {budget}", packages=("llama-cpp-python",))
 def plan_budget(
     folder: Path,
     full: Artifact,
@@ -54,9 +57,12 @@ def plan_budget(
     policy: BudgetPolicy,
     toolchain: Toolchain,
 ) -> None:
-    """`plan.json`: the least predicted KL within the budget."""
+    """`plan.json`: the least predicted KL within the budget; a warning in the log where that is not to be relied on."""
     target = open_target(full, imatrix, toolchain)
-    budget_plan(target, load_prices(prices), parse_budget(budget, target), policy).save(folder / PLAN_NAME)
+    plan = budget_plan(target, load_prices(prices), parse_budget(budget, target), policy)
+    plan.save(folder / PLAN_NAME)
+    if doubt := why_doubted(plan):
+        log.warning("%s: %s", plan.name, doubt)
 
 
 @task(name="choose thresholds")

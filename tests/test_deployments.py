@@ -118,6 +118,12 @@ def test_a_wrong_parameter_file_is_one_sentence(tmp_path, text, message):
         load_parameters(tmp_path / "nothing.yaml")
 
 
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)
+def test_every_mixture_of_a_parameter_file_meets_a_plan_of_its_size(path):
+    wanted = load_parameters(path).candidates
+    assert {f"size-of:{mixture}" for mixture in wanted.mixtures} <= set(wanted.budgets)
+
+
 def test_a_mixture_whose_size_is_a_budget_is_a_candidate_too():
     wanted = CandidateParameters(stock=("Q5_K_M",), budgets=("size-of:q4_k_m", "4.5bpw", "size-of:Q5_K_M"))
     assert wanted.mixtures == ("Q5_K_M", "Q4_K_M")

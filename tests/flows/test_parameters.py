@@ -4,7 +4,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_model_name
 
-from flows.parameters import CalibrationParameters, TrackingParameters, load_parameters
+from flows.parameters import CalibrationParameters, CandidateParameters, TrackingParameters, load_parameters
 from samq.errors import SamqError
 
 CONFIG = """
@@ -34,6 +34,16 @@ def test_sequences_that_only_the_tokens_tell_are_counted_then():
     with pytest.raises(SamqError, match="3 calibration sequences, 2 of them kept apart by check_sequences"):
         calibration.sequences_left(3)
     assert CalibrationParameters(dataset=dataset, packing=True, check_sequences=0).sequences_left(2) == 2
+
+
+def test_budgets_that_are_not_given_are_the_sizes_of_the_stock_mixtures():
+    sizes = ("size-of:Q3_K_M", "size-of:Q4_K_S", "size-of:Q4_K_M", "size-of:Q5_K_M")
+    assert CandidateParameters().budgets == sizes
+    few = CandidateParameters(stock=("q4_k_m", "Q6_K"))
+    assert few.budgets == ("size-of:Q4_K_M", "size-of:Q6_K")
+    assert CandidateParameters.model_validate(few.model_dump(mode="json", exclude_defaults=True)) == few
+    assert CandidateParameters(stock=()).budgets == CandidateParameters(budgets=()).budgets == ()
+    assert CandidateParameters(budgets=("4.5bpw",)).budgets == ("4.5bpw",)
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "..a", "org/model", "a:b"])

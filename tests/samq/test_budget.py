@@ -1,15 +1,22 @@
 import itertools
+import re
+from decimal import Decimal
 
 import numpy as np
 import pytest
 
 from samq.allocation import Target
 from samq.budget import Budget, BudgetPolicy, budget_plan, parse_budget, solve, undominated, why_doubted
+from samq.budget_notation import read_budget
 from samq.errors import SamqError
+from samq.evaluation.memory import predict_memory
+from samq.evaluation.settings import EvaluationSettings
 from samq.formats import tensor_bytes
 from samq.prediction import SECOND_ORDER_LIMIT_NATS
+from samq.quantizer import GGUF_NAME, quantize
 from samq.records import Price, PriceTable, TensorPrices
-from tests.samq.serving.tiny_chat import write_chat_gguf
+from tests.conftest import write_tiny_gguf
+from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "F16")
 
@@ -75,20 +82,24 @@ def target(tiny_gguf, toolchain):
     return Target.open(tiny_gguf, toolchain)
 
 
-@pytest.fixture(scope="module")
-def prices(target):
+def random_prices(target, types=TYPES):
     random = np.random.default_rng(0)
     tensors = {}
     for name, tensor in target.quantizable.items():
         weight = random.lognormal()
-        types = {
+        priced = {
             kind: Price(bytes=tensor_bytes(kind, tensor.shape), kl_nats=weight * 4.0**-index if kind != "F16" else 0.0)
-            for index, kind in enumerate(TYPES)
+            for index, kind in enumerate(types)
         }
-        tensors[name] = TensorPrices(types=types, shares=(0.5, 0.3, 0.2))
+        tensors[name] = TensorPrices(types=priced, shares=(0.5, 0.3, 0.2))
     return PriceTable(
         gguf_sha256=target.sha256, map_digest="map", imatrix_sha256=None, sequence_tokens=(10, 10, 10), tensors=tensors
     )
+
+
+@pytest.fixture(scope="module")
+def prices(target):
+    return random_prices(target)
 
 
 def test_a_plan_keeps_to_the_size_of_a_mixture_and_says_what_it_costs(target, prices):
@@ -133,9 +144,98 @@ def test_a_context_of_no_tokens_is_no_budget(target):
             parse_budget(text, target)
 
 
-def test_an_impossible_budget_says_what_is_possible(target, prices):
-    with pytest.raises(SamqError, match=r"the smallest plan has [\d,]+ \(2\.\d\d bits per weight\)"):
-        budget_plan(target, prices, Budget("1000B", 1000), BudgetPolicy())
+def smallest_possible(text, target, prices):
+    """The budget that the refusal of this one calls the smallest possible."""
+    with pytest.raises(SamqError, match="the smallest possible is") as refused:
+        budget_plan(target, prices, parse_budget(text, target), BudgetPolicy())
+    said = re.fullmatch(
+        rf"a budget of {re.escape(text)} is too small for this model: "
+        r"in these types the smallest possible is (\S+?)(?:, or (\S+bpw))?; give .*",
+        str(refused.value),
+    )
+    return said[1], said[2]
+
+
+def a_little_less(text):
+    """The budget with its number one less in the last digit."""
+    digits = re.search(r"\d+(\.\d+)?", text)[0]
+    last = Decimal(1).scaleb(Decimal(digits).as_tuple().exponent)
+    return text.replace(digits, str(Decimal(digits) - last), 1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "form"),
+    [
+        ("1000B", r"\d{6}B"),
+        ("1000", r"\d{6}"),
+        ("0.1KiB", r"\d{3}\.\d\dKiB"),
+        ("0.0001GB", r"0\.000\d+GB"),
+        ("1bpw", r"2\.\d{1,4}bpw"),
+        ("vram:1B@512", r"vram:\d{7}B@512"),
+        ("vram:0.001MB@512/Q8_0", r"vram:\d\.\d{1,4}MB@512/Q8_0"),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_impossible_budget_says_the_smallest_possible_as_it_was_written(loadable, budget, form, tied):
+    target, prices = loadable[tied]
+    smallest, _ = smallest_possible(budget, target, prices)
+    assert re.fullmatch(form, smallest)
+    budget_plan(target, prices, parse_budget(smallest, target), BudgetPolicy())  # refuses nothing
+    assert smallest_possible(a_little_less(smallest), target, prices)[0] == smallest
+
+
+def test_the_smallest_possible_mixture_is_one_with_room_when_the_next_smaller_has_none(target):
+    prices = random_prices(target, ("Q4_K", "Q6_K"))
+    mixture, bits = smallest_possible("size-of:IQ4_XS", target, prices)
+    assert mixture == "size-of:IQ4_NL", "4.5 bits per weight, as Q4_K, where IQ4_XS has 4.25"
+    assert bits == smallest_possible("1bpw", target, prices)[0]
+    for smallest in (mixture, bits):
+        budget_plan(target, prices, parse_budget(smallest, target), BudgetPolicy())
+
+
+def test_sizes_are_read_to_the_last_byte():
+    assert read_budget("0.29MB").bytes == 290_000
+    assert read_budget("1.001KB").bytes == 1001
+    assert read_budget("4.35GB").bytes == 4_350_000_000
+
+
+@pytest.fixture(scope="module")
+def loadable(toolchain, tmp_path_factory):
+    """Whether embeddings are tied -> a model that llama.cpp can load, and prices of its tensors."""
+    folder = tmp_path_factory.mktemp("loadable")
+    made = {}
+    for tied in (False, True):
+        path = folder / f"{tied}.gguf"
+        write_tiny_gguf(path, vocabulary=260, tied=tied, add_tokenizer=lambda writer: add_byte_vocabulary(writer, None))
+        target = Target.open(path, toolchain)
+        assert target.tied == tied
+        made[tied] = target, random_prices(target)
+    return made
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("room", [0, 500_000])
+@pytest.mark.parametrize("kind", ["", "/Q8_0"])
+def test_the_gguf_of_a_vram_budget_needs_no_more_vram(loadable, tmp_path, tied, room, kind):
+    target, prices = loadable[tied]
+    smallest, _ = smallest_possible(f"vram:1B@2048{kind}", target, prices)
+    budget = read_budget(smallest).bytes + room
+    plan = budget_plan(target, prices, parse_budget(f"vram:{budget}@2048{kind}", target), BudgetPolicy())
+    quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={})
+    settings = EvaluationSettings(vram_context_tokens=2048, kv_type=kind.removeprefix("/") or "F16")
+    needed = predict_memory(tmp_path / GGUF_NAME, settings)["memory/predicted_vram_bytes"].value
+    assert 0.95 * budget < needed <= budget
+    assert tied or plan.types["token_embd.weight"] == "F16", "what lies in host memory costs nothing"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_gguf_of_a_size_is_no_larger(loadable, tmp_path, tied):
+    target, prices = loadable[tied]
+    smallest, _ = smallest_possible("1B", target, prices)
+    plan = budget_plan(target, prices, parse_budget(smallest, target), BudgetPolicy())
+    quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={"model": "x" * 120})
+    size = read_budget(smallest).bytes
+    assert size - 20_000 < (tmp_path / GGUF_NAME).stat().st_size <= size
 
 
 def test_bytes_that_would_save_next_to_nothing_are_left_unspent(target, prices):

@@ -8,8 +8,10 @@ from rich.console import Console
 from samq.records import Metric
 from samq.report import COLUMNS, PREDICTED, markdown_report, results_table, terminal_table, verdict
 from samq.selection import KLD, Comparison, Failure, SelectionRule, choose
+from tests.samq.sweep import make_sweep
 
 RULE = SelectionRule(max_size_ratio=1.6)
+SAME_BYTES = "At the same bytes"
 
 
 def report(sweep, best=None, results=None, failures=(), rule=RULE, comparisons=(), checks=()):
@@ -104,12 +106,12 @@ def test_markdown_says_which_mixture_a_plan_does_not_beat(sweep):
 
 
 def test_at_the_same_bytes_each_mixture_is_held_against_the_plans_of_its_size(sweep):
-    heads, _, *rows = section(report(sweep, comparisons=sweep.comparisons), "At the same bytes")[2:]
+    heads, _, *rows = section(report(sweep, comparisons=sweep.comparisons), SAME_BYTES)[2:]
     large, small = (dict(zip(cells(heads), cells(row), strict=True)) for row in rows)
     assert large["mixture, bytes"] == f"Q5_K_M, {sweep.result('Q5_K_M').bytes:,}"
-    assert large["candidate, bytes"] == "budget-size-of-Q5_K_M, -0.1 %"
-    assert small["candidate, bytes"] == "budget-size-of-Q4_K_M, +0.0 %"
-    stock, plan = sweep.result("Q4_K_M"), sweep.result("budget-size-of-Q4_K_M")
+    stock, plan, other = map(sweep.result, ("Q4_K_M", "budget-size-of-Q4_K_M", "budget-size-of-Q5_K_M"))
+    assert large["candidate, bytes"] == f"{other.name}, {other.bytes:,} (-0.1 %)"
+    assert small["candidate, bytes"] == f"{plan.name}, {plan.bytes:,} (+0.0 %)"
     assert small["mean KLD (nats)"] == f"{stock.kld.value:.5f} → {plan.kld.value:.5f}"
     p999 = [one.evaluation.metrics["fidelity/kld_p999_nats"].value for one in (stock, plan)]
     assert small["99.9 % KLD (nats)"] == "{:.4f} → {:.4f}".format(*p999)
@@ -125,13 +127,57 @@ def test_at_the_same_bytes_each_mixture_is_held_against_the_plans_of_its_size(sw
 def test_the_verdict_is_no_win_where_the_interval_holds_zero(sweep, interval, said):
     name = "budget-size-of-Q4_K_M"
     comparisons = [Comparison(name, "Q4_K_M", sum(interval) / 2, *interval)] if interval else []
-    rows = section(report(sweep, comparisons=comparisons), "At the same bytes")
+    rows = section(report(sweep, comparisons=comparisons), SAME_BYTES)
     assert [cells(row)[-1] for row in rows if name in row] == [said]
+
+
+def test_a_mixture_without_a_plan_of_its_size_has_a_row_that_says_so(sweep):
+    results = [result for result in sweep.results if result.name != "budget-size-of-Q5_K_M"]
+    large, small = map(cells, section(report(sweep, results=results, comparisons=sweep.comparisons), SAME_BYTES)[4:])
+    mixture = sweep.result("Q5_K_M")
+    kld, p999 = (mixture.evaluation.metrics[f"fidelity/{name}_nats"].value for name in ("mean_kld", "kld_p999"))
+    alone = [f"Q5_K_M, {mixture.bytes:,}", "–", f"{kld:.5f}", f"{p999:.4f}", "–", "–", "no plan of its size"]
+    assert large == alone
+    assert small[1].startswith("budget-size-of-Q4_K_M, ") and small[-1] == "**wins**"
+
+
+def test_a_plan_whose_size_no_mixture_has_has_a_row_against_the_largest_that_is_no_larger(tmp_path):
+    sweep = make_sweep(tmp_path, budgets=("size-of:Q5_K_M", "5.8bpw", "5bpw"))
+    words, _, heads, _, *rows = section(report(sweep, comparisons=sweep.comparisons), SAME_BYTES)
+    assert "part of the change is theirs" in words
+    rows = {row["candidate, bytes"]: row for row in (dict(zip(cells(heads), cells(row), strict=True)) for row in rows)}
+    between, smallest = sweep.result("budget-5.8bpw"), sweep.result("budget-5bpw")
+    stock = sweep.result("Q4_K_M")
+    assert between.bytes > stock.bytes > smallest.bytes
+    for plan in (between, smallest):  # all mixtures are larger than the smallest plan: it meets the smallest of them
+        row = rows[f"{plan.name}, {plan.bytes:,} ({100 * (plan.bytes / stock.bytes - 1):+.1f} %)"]
+        (found,) = (one for one in sweep.comparisons if (one.candidate, one.rival) == (plan.name, "Q4_K_M"))
+        assert row["mixture, bytes"] == f"Q4_K_M, {stock.bytes:,}"
+        assert row["mean KLD (nats)"] == f"{stock.kld.value:.5f} → {plan.kld.value:.5f}"
+        assert row["change of mean KLD"] == found.in_words.replace(" mean KLD", "")
+        assert row["verdict"] == {"win": "**wins**", "tie": "no difference", "loss": "loses"}[found.verdict]
+    assert rows["–"]["mixture, bytes"].startswith("Q4_K_M") and rows["–"]["verdict"] == "no plan of its size"
+    assert len(rows) == 4
+
+
+def test_without_a_measured_mixture_the_report_says_that_plans_by_budget_are_held_against_nothing(sweep):
+    results = [result for result in sweep.results if result.plan.policy not in ("stock", "threshold")]
+    rule = SelectionRule(reference=None)
+    text = report(sweep, choose(results, rule), results, rule=rule)
+    said = "No plan by budget is eligible, as no stock mixture was measured that it could be held against."
+    assert text.split("\n\n")[1] == (
+        f"Nothing was chosen: there are no eligible quantized candidates whose mean KLD was measured. {said}"
+    )
+    rows = [cells(row) for row in section(text, SAME_BYTES)[4:]]
+    plans = [result for result in sweep.results if result.plan.policy == "budget"]
+    assert [row[:2] for row in rows] == [["–", f"{plan.name}, {plan.bytes:,}"] for plan in plans[::-1]]
+    assert {row[-1] for row in rows} == {"no mixture to hold it against"}
+    assert said not in report(sweep) and said not in verdict(sweep.results, None, rule)
 
 
 def test_without_plans_of_a_mixtures_size_there_is_no_such_section(sweep):
     results = [result for result in sweep.results if result.plan.policy != "budget"]
-    assert "At the same bytes" not in report(sweep, results=results)
+    assert SAME_BYTES not in report(sweep, results=results)
 
 
 def test_predicted_stands_beside_measured_where_it_is_known(sweep):

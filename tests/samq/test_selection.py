@@ -138,6 +138,52 @@ def test_a_mixture_that_may_not_be_the_best_itself_need_not_be_beaten(sweep, tri
     assert exclusion(small, [full, stock, barred, small], rule, WINS) is None
 
 
+def budgeted(result, budget, **figures):
+    """The result of another budget."""
+    parameters = {**result.plan.parameters, "budget": budget}
+    plan = result.plan.model_copy(update={"name": f"plan-of-{budget}", "parameters": parameters})
+    return with_figures(dataclasses.replace(result, plan=plan), **figures)
+
+
+def test_a_plan_must_beat_the_mixture_whose_bytes_it_was_given_also_if_that_was_not_measured(trio, sweep):
+    full, stock, _, _ = trio
+    plan = budgeted(sweep.result("budget-size-of-Q4_K_M"), "size-of:q5_k_m", size=119_000_000, kld=0.01)
+    given = with_figures(sweep.result("Q5_K_M"), size=119_000_000, kld=None)
+    wins, why = [against("Q4_K_M", plan.name, 0.3, 0.5)], "Q5_K_M, whose bytes it was given, was not measured"
+    rule = SelectionRule(reference=None)
+    for results in ([full, stock, plan], [full, stock, given, plan]):
+        assert exclusion(plan, results, rule, wins) == why
+        assert choose(results, rule, wins) is stock
+    measured = [full, stock, with_figures(sweep.result("Q5_K_M"), size=119_000_000, kld=0.02), plan]
+    assert choose(measured, rule, [*wins, against("Q5_K_M", plan.name, 0.3, 0.5)]) is plan
+
+
+@pytest.mark.parametrize("budget", ["6.5bpw", "118MB", "vram:200MB@512", None])
+def test_a_mixture_without_a_kld_is_not_known_to_be_worse(trio, sweep, budget):
+    full, stock, _, large = trio
+    plan = budgeted(sweep.result("budget-size-of-Q4_K_M"), budget, size=118_000_000, kld=0.01) if budget else large
+    unknown = with_figures(sweep.result("Q5_K_M"), size=110_000_000, kld=None)
+    wins, rule = [against("Q4_K_M", plan.name, 0.3, 0.5)], SelectionRule(reference=None)
+    assert choose([full, stock, plan], rule, wins) is plan
+    assert exclusion(plan, [full, stock, unknown, plan], rule, wins) == (
+        "mean KLD of Q5_K_M, which it has to beat, was not measured"
+    )
+    assert choose([full, stock, unknown, plan], rule, wins) is stock
+    larger = with_figures(unknown, size=130_000_000)
+    assert choose([full, stock, larger, plan], rule, wins) is plan
+
+
+def test_a_plan_by_budget_that_nothing_was_measured_to_hold_against_is_not_chosen(trio, sweep):
+    full, stock, small, large = trio
+    plan = budgeted(sweep.result("budget-size-of-Q4_K_M"), "6.5bpw", size=90_000_000, kld=0.01)
+    rule, why = SelectionRule(reference=None), "no stock mixture was measured that it could be held against"
+    for results in ([full, plan], [full, with_figures(stock, kld=None), plan]):
+        assert exclusion(plan, results, rule) == why
+        assert choose(results, rule) is None
+    assert choose([full, stock, plan], rule) is plan, "it is smaller than every mixture"
+    assert choose([full, small, large], rule) is large, "thresholds do without"
+
+
 def test_the_rival_is_the_largest_mixture_that_is_no_larger(trio, sweep):
     full, _, small, large = trio
     other = with_figures(sweep.result("Q5_K_M"), size=110_000_000)

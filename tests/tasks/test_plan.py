@@ -1,0 +1,43 @@
+"""What the planning stage says of the plans that it makes."""
+
+import pytest
+
+from samq.budget import BudgetPolicy, why_doubted
+from samq.formats import tensor_bytes
+from samq.gguf_file import file_sha256
+from samq.quantizer import GGUF_NAME, quantizable_tensors
+from samq.records import Price, PriceTable, TensorPrices
+from samq.store import Store
+from tasks.plan import load_plan, plan_budget
+from tasks.price import PRICES_NAME
+from tests.conftest import write_tiny_gguf
+
+
+@pytest.mark.parametrize(("nats", "doubted"), [(0.1, False), (1.0, True)])
+def test_a_plan_beyond_second_order_is_doubted_in_the_log_when_it_is_made_and_not_again(
+    tmp_path, toolchain, caplog, nats, doubted
+):
+    store = Store(tmp_path / "store")
+    with store.publish("convert", "k") as folder:
+        gguf = write_tiny_gguf(folder / GGUF_NAME)
+        tensors = quantizable_tensors(gguf, toolchain)
+        digest = file_sha256(gguf)
+    with store.publish("price", "k") as folder:
+        PriceTable(
+            gguf_sha256=digest,
+            map_digest="map",
+            imatrix_sha256=None,
+            sequence_tokens=(10, 10),
+            tensors={
+                name: TensorPrices(
+                    types={"Q4_K": Price(bytes=tensor_bytes("Q4_K", tensor.shape), kl_nats=nats / len(tensors))},
+                    shares=(0.5, 0.5),
+                )
+                for name, tensor in tensors.items()
+            },
+        ).save(folder / PRICES_NAME)
+    full, prices = store.find("convert", "k"), store.find("price", "k")
+    made = [plan_budget.fn(store.root, full, None, prices, "5bpw", BudgetPolicy(), toolchain) for _ in range(2)]
+    assert made[0] == made[1]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "samq.plan"]
+    assert warnings == ([f"samq-5bpw: {why_doubted(load_plan(made[0]))}"] if doubted else [])
