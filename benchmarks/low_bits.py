@@ -9,17 +9,16 @@ quality.py, --bits apart, and keeps its work.
 """
 
 import json
+from collections import Counter
 
-import numpy as np
 import quality
 from setting import machine, versions
 
-from samq.allocation import Target, stock_plan
+from samq.allocation import stock_plan
 from samq.budget import Budget, BudgetPolicy, budget_plan
-from samq.gguf_file import open_gguf, read_rows
-from samq.ladder import DEFAULT_TYPES, Ladder, uniform_plan
-from samq.prices import plan_cost, rounding_error
-from samq.records import PriceTable
+from samq.ladder import DEFAULT_TYPES, uniform_plan
+from samq.prices import plan_cost
+from samq.records import Plan, PriceTable
 from samq.store import Store
 
 MIXTURE = "Q3_K_M"
@@ -43,7 +42,7 @@ def main() -> None:
         row = {
             "type": name,
             "bits": plan.bits_per_weight,
-            "length_change": length_change(target, ladder, name),
+            "length_change": prices.length_changes[most_common(plan)],
             "predicted": plan_cost(prices, plan.types).value,
             "measured": float(bench.measure(plan)["kld"].mean()),
         }
@@ -103,16 +102,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def length_change(target: Target, ladder: Ladder, name: str) -> float:
-    """Sum of <dW, W> over sum of <W, W>, over all quantizable tensors."""
-    originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
-    rounded = {tensor.name: tensor for tensor in open_gguf(ladder.rungs[name]).tensors}
-    along = whole = 0.0
-    for tensor in target.quantizable:
-        weights = read_rows(originals[tensor], slice(None)).astype(np.float64)
-        along += float(np.vdot(rounding_error(originals[tensor], rounded[tensor], slice(None)), weights))
-        whole += float(np.vdot(weights, weights))
-    return along / whole
+def most_common(plan: Plan) -> str:
+    """The type of most tensors: what a uniform plan asks for, or its fallback where rows do not allow that."""
+    return Counter(plan.types.values()).most_common(1)[0][0]
 
 
 def only(prices: PriceTable, types: set[str]) -> PriceTable:

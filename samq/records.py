@@ -283,6 +283,11 @@ class PriceTable(Record):
     rounding: Rounding = "nearest"
     sequence_tokens: tuple[int, ...] = Field(description="label tokens of each calibration sequence")
     tensors: dict[str, TensorPrices]
+    length_changes: dict[str, float] = Field(
+        default={},
+        description="type -> by how much rounding to the nearest value changes the length of weights, relative: the part of "
+        "the rounding errors along the weights themselves, over all tensors priced in it",
+    )
 
 
 class PredictionCheck(Record):

@@ -26,7 +26,7 @@ def load_prices(prices: Artifact) -> PriceTable:
     return PriceTable.load(prices.path(PRICES_NAME))
 
 
-@stage("price", version=2, run_name="price the ladder", packages=("llama-cpp-python",))
+@stage("price", version=3, run_name="price the ladder", packages=("llama-cpp-python",))
 def price(
     folder: Path,
     full: Artifact,

@@ -1,3 +1,4 @@
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from samq.errors import SamqError
 from samq.fisher import Fisher
 from samq.gguf_file import read_tensors, read_weights
 from samq.ladder import Ladder, make_rung, rung_names, uniform_plan
-from samq.prices import plan_cost, predicted_cost, price_table, sequences_wanted
+from samq.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
 from samq.records import Metric, SensitivityMap, TensorSensitivity
 from tests.conftest import write_tiny_gguf
 
@@ -68,6 +69,38 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
             assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
 
 
+def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(ladder):
+    target, rungs = ladder
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    along, whole = Counter(), Counter()
+    for name, held in rungs.sources().items():
+        for kind in held.keys() - {"F16"} if name in target.quantizable else ():
+            weights = read_weights(target.gguf, name).astype(float)
+            along[kind] += ((read_weights(held[kind], name) - weights) * weights).sum()
+            whole[kind] += (weights**2).sum()
+    assert table.length_changes == pytest.approx(
+        {kind: along[kind] / whole[kind] for kind in whole}, rel=1e-4, abs=1e-6
+    )
+
+
+def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, toolchain, tmp_path):
+    target = Target.open(tiny_gguf, toolchain)
+    rungs = {}
+    for name in ("Q2_K", "IQ3_S", "Q4_K"):
+        (tmp_path / name).mkdir()
+        rungs[name] = tmp_path / name / make_rung(target, name, tmp_path / name, provenance={}).file
+    ladder = Ladder(target.gguf, rungs)
+    table = price_table(
+        ladder, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256
+    )
+    assert table.length_changes["Q2_K"] < -0.01 < table.length_changes["Q4_K"] < 0.01 < table.length_changes["IQ3_S"]
+    assert {name: lengthened(table, uniform_plan(target, name)) for name in rungs} == {
+        "Q2_K": {},
+        "IQ3_S": {"IQ3_S": table.length_changes["IQ3_S"]},
+        "Q4_K": {},
+    }
+
+
 def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatch):
     random = np.random.default_rng(2)
     name, weights = "blk.0.ffn_up_exps.weight", random.standard_normal((3, 10, 64)).astype(np.float32)
@@ -87,8 +120,10 @@ def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatc
     monkeypatch.setattr("samq.prices._SLAB_WEIGHTS", 4 * 64)  # several slabs an expert, the last of them shorter
     ladder = Ladder(paths["F16"], {"Q8_0": paths["Q8_0"]})
     table = price_table(ladder, tensors, sensitivity_of(target), {name: fisher}, gguf_sha256="")
-    change = read_weights(paths["Q8_0"], name).astype(float) - read_weights(paths["F16"], name)
+    weights = read_weights(paths["F16"], name).astype(float)
+    change = read_weights(paths["Q8_0"], name) - weights
     assert table.tensors[name].types["Q8_0"].kl_nats == pytest.approx((products * change**2).sum() / 2, rel=1e-5)
+    assert table.length_changes["Q8_0"] == pytest.approx((change * weights).sum() / (weights**2).sum(), abs=1e-7)
 
 
 def test_a_plan_costs_the_sum_of_its_prices(ladder):

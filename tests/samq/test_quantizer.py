@@ -5,11 +5,12 @@ import pytest
 from samq.allocation import Target, full_plan, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.formats import TYPES, fallback
-from samq.gguf_file import file_sha256, read_metadata, read_tensors, read_weights
+from samq.gguf_file import file_sha256, imatrix_entries, open_gguf, read_metadata, read_tensors, read_weights
 from samq.quantizer import (
     check_imatrix,
     convert,
     link_or_copy,
+    measure_imatrix,
     mixture_types,
     planned_bytes,
     quantizable_tensors,
@@ -17,6 +18,7 @@ from samq.quantizer import (
 )
 from samq.records import ModelSource
 from tests.conftest import write_tiny_gguf
+from tests.tiny_models import add_byte_tokenizer, byte_tokenizer
 
 SMALL_TYPES = [name for name in TYPES if not name.startswith(("IQ1", "IQ2", "IQ3", "TQ"))]
 
@@ -33,6 +35,18 @@ def target(tiny_gguf, toolchain):
 
 def test_quantizable_tensors_are_the_2d_weights(target):
     assert set(target.quantizable) == {name for name, tensor in target.tensors.items() if len(tensor.shape) == 2}
+
+
+def test_factors_of_the_rotary_frequencies_stay_as_they_are(toolchain, tmp_path):
+    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", rope_factors=True), toolchain)
+    name = "rope_freqs.weight"
+    assert name in target.tensors and name not in target.quantizable
+    plan = stock_plan(target, "Q4_K_M")
+    assert name not in plan.types
+    model = make(target, plan, tmp_path / "out")
+    assert model.types[name] == "F32"
+    written = read_weights(tmp_path / "out" / model.file, name)
+    assert (written == read_weights(target.gguf, name)).all()
 
 
 def test_a_stock_plan_names_the_types_that_llama_quantize_chooses(target, tmp_path):
@@ -98,6 +112,22 @@ def test_a_plan_takes_the_importance_matrix_that_it_was_made_with_and_no_other(t
     for plan, imatrix in ((weighted, None), (weighted, other), (plain, own)):
         with pytest.raises(SamqError, match=r"plan Q4_K_M was made with"):
             make(target, plan, tmp_path / f"{plan.digest()}-{imatrix and imatrix.stem}", imatrix=imatrix)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_importance_matrix_has_an_entry_for_an_output_tensor_of_its_own(toolchain, tmp_path, tied):
+    gguf = write_tiny_gguf(
+        tmp_path / "tiny.gguf",
+        vocabulary=300,
+        tied=tied,
+        add_tokenizer=lambda writer: add_byte_tokenizer(writer, byte_tokenizer(), 300),
+    )
+    matrix = measure_imatrix(gguf, "the hat then the ant. " * 20, tmp_path, toolchain, context_tokens=32)
+    # Rows of the embedding are looked up; of an output that is tied to it llama-imatrix keeps nothing.
+    assert imatrix_entries(matrix) == quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
+    assert ("output.weight" in imatrix_entries(matrix)) == (not tied)
+    values = {tensor.name: tensor.data for tensor in open_gguf(matrix).tensors if tensor.name.endswith(".in_sum2")}
+    assert all(value.max() > 0 for value in values.values())
 
 
 def test_a_full_disk_is_found_before_the_work(target, tmp_path):
