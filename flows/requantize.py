@@ -17,7 +17,7 @@ from flows.parameters import CalibrationParameters, CandidateParameters, ModelPa
 from samq import __version__
 from samq.allocation import threshold_name
 from samq.audit import as_is
-from samq.benchmarking import with_benchmarks
+from samq.benchmarking import Candidate, with_benchmarks
 from samq.budget_notation import plan_name
 from samq.datasets import require_disjoint
 from samq.errors import SamqError
@@ -39,7 +39,7 @@ from samq.records import (
 )
 from samq.selection import Failure, Result, choose, finalists
 from samq.store import Artifact
-from samq.toolchain import find_toolchain
+from samq.toolchain import converter_build, find_toolchain
 from samq.tracking import TrackedSweep, TrackingSettings
 from tasks.benchmark import benchmark, compare_items, find_benchmarks
 from tasks.calibrate import MAP_NAME, calibrate
@@ -94,7 +94,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
 
     source = find_model(model.source, model.revision, model.hf_folder)
     text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
-    full = convert(store, source, tools, model.precision, limit)
+    full = convert(store, source, tools, converter_build(tools), model.precision, limit)
     tokens = tokenize(store, full, text, calibration.dataset.seed, calibration.sequence_tokens, calibration.packing)
     calibration_set = load_calibration_set(tokens, calibration.dataset)
     available = calibration.sequences_left(calibration_set.samples)
@@ -195,8 +195,9 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
     )
     paired = compare_items(results, parameters.benchmarks.margin, tracking)
     budgets = [plan_name(budget) for budget in wanted.budgets if calibration.check_sequences]
-    checked = {
-        name: check.submit(
+    checked: dict[str, PrefectFuture[Artifact]] = {}
+    for name in [name for name in budgets if name in ggufs]:
+        checked[name] = check.submit(
             store,
             name,
             source,
@@ -211,9 +212,7 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
             model.device,
             calibration.seed,
         )
-        for name in budgets
-        if name in ggufs
-    }
+        checked[name].wait()  # each holds the whole model: memory may have room for one only
     checks = [load_check(made) for made in _finished("check", checked, failures).values()]
 
     rule = parameters.selection
@@ -324,8 +323,7 @@ def _benchmark(
     asked = {
         (name, task): benchmark.submit(
             store,
-            result.name,
-            ggufs[name],
+            Candidate(name=result.name, gguf=result.gguf, sha256=ggufs[name].files[GGUF_NAME].sha256),
             task,
             digest,
             wanted.settings,
@@ -355,7 +353,7 @@ def _provenance(source: ModelSource, calibration: CalibrationSet, toolchain: Too
     """What every GGUF says of itself, beside its plan."""
     return {
         "version": __version__,
-        "model": source.name[-120:],
+        "model": source.name.encode()[-120:].decode(errors="ignore"),  # llama.cpp takes no more
         "model_sha256": source.weights_digest,
         "calibration": calibration.tokens_digest,
         "llama_cpp": f"{toolchain.version} {toolchain.build}",

@@ -18,23 +18,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from samq.benchmarking import join_items
 from samq.errors import SamqError
 from samq.records import Evaluation, Plan
 from samq.serving.registry import PRODUCTION, RegisteredGguf, aliases, find_version, model_names
 from samq.significance import ITEMS_NAME
 
 logger = logging.getLogger(__name__)
-
-JSON_ITEMS = "json/valid"
-_COLUMNS = [
-    "benchmark",
-    "metric",
-    "task",
-    "item",
-    "document",
-    "value",
-    "higher_is_better",
-]  # samq.evaluation.benchmarks
 
 
 @dataclass(frozen=True)
@@ -150,21 +140,7 @@ def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
 
         answers = pd.read_parquet(fetch("json.parquet")) if "json.parquet" in held else None
         benchmarks = pd.read_parquet(fetch(ITEMS_NAME)) if ITEMS_NAME in held else None
-        return Measured(name, Evaluation.load(fetch("evaluation.json")), items_of(answers, benchmarks))
-
-
-def items_of(answers: pd.DataFrame | None, benchmarks: pd.DataFrame | None) -> pd.DataFrame:
-    """One table of the JSON prompts' answers (id, valid) and the benchmarks' items (None: not measured)."""
-    tables = [] if benchmarks is None else [benchmarks[_COLUMNS]]
-    if answers is not None:
-        benchmark, metric = JSON_ITEMS.split("/")
-        named = {"benchmark": benchmark, "metric": metric, "task": benchmark, "higher_is_better": True}
-        tables.append(
-            pd.DataFrame(
-                {"item": answers["id"], "document": answers["id"], "value": answers["valid"].astype(float), **named}
-            )
-        )
-    return pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS, dtype=object)
+        return Measured(name, Evaluation.load(fetch("evaluation.json")), join_items(answers, benchmarks))
 
 
 @contextmanager

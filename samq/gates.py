@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from samq.audit import audit
 from samq.errors import SamqError
-from samq.evidence import JSON_ITEMS, Evidence, Measured, Reference
+from samq.evidence import Evidence, Measured, Reference
 from samq.gguf_file import file_sha256, read_metadata
 from samq.promotion_policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Evaluation
 from samq.report import COLUMNS
 from samq.selection import KLD, VRAM
-from samq.significance import PairedComparison, compare_items
+from samq.significance import JSON_ITEMS, PairedComparison, compare_items
 
 Verdict = Literal["pass", "fail", "not applicable"]
 LATENCY = "speed/latency_p99_ms"

@@ -11,12 +11,12 @@ from samq import markdown
 from samq.benchmarking import PRODUCTION
 from samq.cost import CostSettings, cost_section
 from samq.records import Evaluation, Metric
-from samq.selection import MB, VRAM, Result, by_size, percent
-from samq.significance import PairedComparison
+from samq.selection import BY_SENSITIVITY, MB, VRAM, Result, by_size, percent
+from samq.significance import JSON_ITEMS, PairedComparison
 
 _JSON = "json/valid_percent"
 # Metrics by which a benchmark is known, of those that it has; the first that is there is shown.
-_HEADLINES = ("exact_match_strict-match", "exact_match", "acc_norm", "acc", "pass_at_1", "valid")
+_HEADLINES = ("exact_match", "acc_norm", "acc", "pass_at_1", "valid")
 _SHARES = (
     "acc",
     "exact_match",
@@ -41,6 +41,16 @@ class _Row:
     def is_benchmark(self) -> bool:
         return self.metric == _JSON or self.metric.startswith("eval/")
 
+    @property
+    def compared(self) -> str:
+        """The metric that comparisons item by item are of: for JSON the share of which this is the percentage."""
+        return JSON_ITEMS if self.metric == _JSON else self.metric
+
+    @property
+    def compared_scale(self) -> float:
+        """What a comparison's difference is multiplied with."""
+        return 100.0 if self.metric == _JSON else self.scale
+
     def show(self, metric: Metric | None) -> str:
         if metric is None:
             return "–"
@@ -61,6 +71,7 @@ _MACHINE = (
     _Row("p99 latency (ms)", "speed/latency_p99_ms", ".0f"),
     _Row("throughput (tok/s)", "speed/generation_tokens_per_s"),
 )
+_JSON_ROW = _Row("JSON valid (%)", _JSON)
 
 
 def scorecard_section(
@@ -84,6 +95,10 @@ def scorecard_section(
     heads = ["", *(_heading(result, best) for result in shown)]
     table = [[row.heading, *(_against_full(row, result, full, comparisons) for result in shown)] for row in rows]
     parts = ["## Full precision, uniform and mixed", markdown.table(heads, table), _LEGEND]
+    if best is None:
+        parts.append("There is no mixed column: no candidate could be the best.")
+    elif best.plan.policy not in BY_SENSITIVITY:
+        parts.append(f"There is no mixed column: the best is {best.name}, llama-quantize's own mixture.")
     if gaps := list(_gaps(rows, shown)):
         parts.append(markdown.bullets(gaps))
     return parts + (cost_section(shown, cost) if cost else [])
@@ -108,10 +123,10 @@ def _against_full(row: _Row, result: Result, full: Result | None, comparisons: S
     change = row.show_change(metric, full.evaluation.metrics.get(row.metric))
     if not change:
         return text
-    found = _comparison(row.metric, result.name, full.name, comparisons)
+    found = _comparison(row.compared, result.name, full.name, comparisons)
     if found is None or found.stderr is None:
         return f"{text} ({change})"
-    return f"{text} ({change} ± {found.stderr * row.scale:{row.format}}, {found.verdict})"
+    return f"{text} ({change} ± {found.stderr * row.compared_scale:{row.format}}, {found.verdict})"
 
 
 def _comparison(
@@ -128,7 +143,7 @@ def _benchmark_rows(evaluations: Sequence[Evaluation]) -> list[_Row]:
     rows = [
         _eval_row("mmlu", headlines.pop("mmlu", "acc"), evaluations),
         _eval_row(gsm8k, headlines.pop(gsm8k, _HEADLINES[0]), evaluations),
-        _Row("JSON valid (%)", _JSON),
+        _JSON_ROW,
     ]
     return rows + [_eval_row(benchmark, metric, evaluations) for benchmark, metric in headlines.items()]
 
@@ -184,8 +199,8 @@ def benchmark_section(results: Sequence[Result], comparisons: Sequence[PairedCom
     table = [[row.heading, *(_against_full(row, one, full, comparisons) for one in asked)] for row in rows]
     parts = ["## Benchmarks", markdown.table(["", *(result.name for result in asked)], table), _VERDICTS]
     if against := [c for c in comparisons if c.reference == PRODUCTION]:
-        parts += ["### Against what is in production", _differences(rows, asked, against), _AGAINST]
-    undecided = [c for c in comparisons if c.verdict == "undecided" and c.items_needed]
+        parts += ["### Against what is in production", _differences([*rows, _JSON_ROW], asked, against), _AGAINST]
+    undecided = [c for c in comparisons if c.metric_name in names and c.verdict == "undecided" and c.items_needed]
     if undecided:
         needed = max(c.items_needed for c in undecided if c.items_needed)
         parts.append(f"For a verdict on all that is undecided, some {needed:,} items would be needed.")
@@ -197,7 +212,7 @@ def _differences(rows: Sequence[_Row], asked: Sequence[Result], against: Sequenc
     lines = []
     names = list(dict.fromkeys(one.name for one in asked if any(c.candidate == one.name for c in against)))
     for row in rows:
-        found = {c.candidate: c for c in against if c.metric_name == row.metric}
+        found = {c.candidate: c for c in against if c.metric_name == row.compared}
         if found:
             lines.append([row.heading, *(_difference(row, found.get(name)) for name in names)])
     return markdown.table(["", *names], lines)
@@ -206,8 +221,8 @@ def _differences(rows: Sequence[_Row], asked: Sequence[Result], against: Sequenc
 def _difference(row: _Row, found: PairedComparison | None) -> str:
     if found is None:
         return "–"
-    error = "" if found.stderr is None else f" ± {found.stderr * row.scale:{row.format}}"
-    return f"{found.difference * row.scale:+{row.format}}{error}, {found.verdict}"
+    error = "" if found.stderr is None else f" ± {found.stderr * row.compared_scale:{row.format}}"
+    return f"{found.difference * row.compared_scale:+{row.format}}{error}, {found.verdict}"
 
 
 _AGAINST = "The change against the version that had the alias `production`, on the same items, in points where it is in per cent."

@@ -28,6 +28,7 @@ from samq.errors import SamqError
 from samq.records import Metric, Record
 
 ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
+JSON_ITEMS = "json/valid"  # the JSON prompts' answers among the items: every evaluation may have them
 MARGIN = 0.01  # the founding goal: no more than 1 % worse
 _POWER = 0.8  # chance to decide with the items that are said to be needed, the usual one
 _ITEM = ["task", "item", "document"]
@@ -71,7 +72,8 @@ class PairedComparison(Record):
     @property
     def metric_name(self) -> str:
         """The metric's name in an evaluation."""
-        return f"eval/{self.benchmark}/{self.metric}"
+        name = f"{self.benchmark}/{self.metric}"
+        return name if name == JSON_ITEMS else f"eval/{name}"
 
 
 def compare_items(

@@ -56,6 +56,15 @@ def _fingerprint(programs: Path, libraries: Path) -> str:
     return _digest([*(programs / name for name in PROGRAMS), *_libraries(libraries, prefixes)])
 
 
+def converter_build(toolchain: Toolchain) -> str | None:
+    """First 12 hex digits of SHA-256 over the converter's scripts; None without one. The programs' build is apart."""
+    script = toolchain.converter
+    if script is None:
+        return None
+    packages = (script.parent / "conversion", script.parent / "gguf-py" / "gguf")
+    return _digest([script, *(file for package in packages for file in sorted(package.rglob("*.py")))])
+
+
 @lru_cache
 def python_library_build() -> str:
     """First 12 hex digits of SHA-256 over the libraries that llama_cpp loads: its version does not tell builds apart."""

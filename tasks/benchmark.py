@@ -5,14 +5,13 @@ from typing import Literal
 
 from prefect import task
 
-from samq.benchmarking import compare_benchmarks
+from samq.benchmarking import Candidate, compare_benchmarks
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
 from samq.evidence import production_items
-from samq.quantizer import GGUF_NAME
+from samq.progress import bar
 from samq.selection import Result
 from samq.serving.registry import connect
 from samq.significance import PairedComparison
-from samq.store import Artifact
 from samq.tracking import TrackingSettings
 from tasks.evaluate import measure_alone
 from tasks.stage import stage
@@ -24,16 +23,21 @@ def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[s
 
     Raises SamqError for an unknown task or a malformed file, before the heavy work.
     """
-    from samq.evaluation.benchmark_tasks import check_benchmarks  # lm-eval takes seconds to import
+    with bar("find benchmarks") as progress:
+        from samq.evaluation.benchmark_tasks import check_benchmarks  # lm-eval takes seconds to import
 
-    return check_benchmarks(settings)
+        return check_benchmarks(settings, progress)
 
 
-@stage("benchmark", version=2, run_name="{task} on {name}", packages=("llama-cpp-python", "lm-eval", "jsonschema"))
+@stage(
+    "benchmark",
+    version=3,
+    run_name="{task} on {candidate.name}",
+    packages=("llama-cpp-python", "lm-eval", "jsonschema"),
+)
 def benchmark(
     folder: Path,
-    name: str,
-    model: Artifact,
+    candidate: Candidate,
     task: str,
     task_digest: str,
     settings: BenchmarkSettings,
@@ -44,17 +48,18 @@ def benchmark(
 ) -> None:
     """`evaluation.json` with the task's figures, and `benchmarks.parquet` with each item's.
 
-    The key has `task_digest`, the content of the task and its data, beside the GGUF's and the settings.
+    The key has `task_digest`, the content of the task and its data, beside the GGUF's and the settings. What is stored has
+    no more of the candidate than its key: another one with the same GGUF gets it, too.
     """
     request = BenchmarkRequest(
-        name=name,
-        gguf=model.path(GGUF_NAME),
-        sha256=model.files[GGUF_NAME].sha256,
+        name=candidate.sha256[:12],
+        gguf=candidate.gguf,
+        sha256=candidate.sha256,
         output=folder,
         benchmarks=settings.model_copy(update={"tasks": (task,)}),
         settings=EvaluationSettings(kv_type=kv_type, threads=threads, gpu_layers=gpu_layers),
     )
-    measure_alone(request, folder, f"{task} on {name}", timeout_s)
+    measure_alone(request, folder, f"{task} on {candidate.name}", timeout_s)
 
 
 @task(name="compare benchmarks")
@@ -65,5 +70,6 @@ def compare_items(results: list[Result], margin: float, tracking: TrackingSettin
     """
     asked = any(result.benchmark_folders for result in results)
     name = tracking.registered_model
-    production = production_items(connect(tracking.tracking_uri), name) if asked and name else None
-    return compare_benchmarks(results, margin, production)
+    with bar("compare benchmarks"):
+        production = production_items(connect(tracking.tracking_uri), name) if asked and name else None
+        return compare_benchmarks(results, margin, production)

@@ -12,8 +12,13 @@ from tasks.stage import stage
 
 
 @stage("convert", version=1, run_name="convert {source.name} to {precision}", packages=("gguf", "transformers"))
-def convert(folder: Path, source: ModelSource, toolchain: Toolchain, precision: str, timeout_s: float) -> None:
-    """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter."""
+def convert(
+    folder: Path, source: ModelSource, toolchain: Toolchain, converter: str | None, precision: str, timeout_s: float
+) -> None:
+    """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter.
+
+    `converter` is for the key: the build of the scripts (`converter_build`), which the programs' build leaves out.
+    """
     with bar(f"convert {source.name}"):
         quantizer.convert(source, folder, toolchain, precision=precision, timeout_s=timeout_s)
 

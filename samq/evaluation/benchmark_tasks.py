@@ -25,6 +25,7 @@ from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings
 from samq.evaluation.tasks import FOLDER, judging
 from samq.markdown import one_line
+from samq.progress import Progress, silent
 from samq.records import digest_of
 
 _HUB = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec", "aiohttp")  # whose errors are of data
@@ -93,18 +94,25 @@ class TaskLibrary:
         is_file = name.endswith((".yaml", ".yml"))
         with quiet(), code_allowed(settings.run_code):
             try:
-                found = self._manager(name, is_file).load([name])
+                manager, config = self._manager(name, is_file)
+                # before it is loaded: lm-eval's own code tasks run code as they are imported
+                if not settings.run_code and _says_unsafe(manager, config):
+                    raise _code_refused(name)
+                found = manager.load([name])
             except SamqError:
                 raise
             except Exception as error:  # a task is a program of its author's
                 raise _explained(name, error) from error
         benchmark = Benchmark(Path(name).stem if is_file else name, found["tasks"], found.get("groups", {}))
         if benchmark.runs_code and not settings.run_code:
-            raise SamqError(f"{name} runs code that the model writes; allow it with run_code, or leave it out")
+            raise _code_refused(name)
         return benchmark
 
-    def _manager(self, name: str, is_file: bool) -> TaskManager:
-        """Who can open it. lm-eval's own tasks, 14,000 files, are looked through only if need be: it takes six seconds."""
+    def _manager(self, name: str, is_file: bool) -> tuple[TaskManager, dict[str, Any]]:
+        """Who can open it, and its configuration.
+
+        lm-eval's own tasks, 14,000 files, are looked through only if need be: it takes six seconds.
+        """
         if is_file:
             config = _read(Path(name))
             if not isinstance(config.get("group", config.get("task")), str):
@@ -113,11 +121,11 @@ class TaskLibrary:
             entry = self._near.task_index.get(name)
             config = (entry.cfg if entry else None) or {"group": name, "task": [name]}  # a tag, or an unknown name
         if "group" not in config or self._are_near(config.get("task") or []):
-            return self._near
+            return self._near, config
         manager = _lm_evals() if self._folders == [FOLDER] else TaskManager(include_path=self._folders)
         if not is_file and name not in manager.task_index:
             raise SamqError(f"there is no task {name!r}; {_nearest(name, manager.all_tasks)}")
-        return manager
+        return manager, config if is_file else _config(manager, name)
 
     def _are_near(self, members: Sequence[Any]) -> bool:
         """Whether all members of a group are known without lm-eval's own tasks."""
@@ -139,14 +147,15 @@ def _lm_evals() -> TaskManager:
     return TaskManager(include_path=FOLDER)
 
 
-def check_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[str, str]]:
+def check_benchmarks(settings: BenchmarkSettings, progress: Progress = silent) -> tuple[dict[str, str], dict[str, str]]:
     """The digest of each task that can be run, and for each other one why it cannot: as now, before a long run.
 
     Raises SamqError for what a person has to correct: an unknown task, a malformed file, a missing folder.
     """
     library = TaskLibrary(settings.task_folders)
     digests, missing = {}, {}
-    for name in settings.tasks:
+    for done, name in enumerate(settings.tasks):
+        progress(done, len(settings.tasks))
         with seeded(settings.seed), quiet():
             try:
                 digests[name] = library.open(name, settings).digest()
@@ -205,6 +214,31 @@ def _read(path: Path) -> dict[str, Any]:
         return load_yaml(path, resolve_func=False)
     except Exception as error:  # of PyYAML, or of lm-eval about what it includes
         raise SamqError(f"{path} is no task file ({one_line(str(error))}); correct it") from error
+
+
+def _config(manager: TaskManager, name: str) -> dict[str, Any]:
+    """The configuration of a task or a group, its functions unresolved; a tag's is that of a group of its tasks."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return {}
+    return entry.cfg or {"group": name, "task": sorted(entry.tags)}
+
+
+def _says_unsafe(manager: TaskManager, config: Mapping[str, Any]) -> bool:
+    """Whether a configuration, or that of a member of the group, says that code of the model's is run."""
+    if config.get("unsafe_code"):
+        return True
+    for member in config.get("task") or () if "group" in config else ():
+        if isinstance(member, Mapping) and _says_unsafe(manager, member):
+            return True
+        name = member.get("task") if isinstance(member, Mapping) else member
+        if isinstance(name, str) and _says_unsafe(manager, _config(manager, name)):
+            return True
+    return False
+
+
+def _code_refused(name: str) -> SamqError:
+    return SamqError(f"{name} runs code that the model writes; allow it with run_code, or leave it out")
 
 
 def _runs_code(task: Task) -> bool:

@@ -22,7 +22,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from samq.errors import SamqError
 from samq.evaluation.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
-from samq.evaluation.harness import GgufLM
+from samq.evaluation.harness import GgufLM, explain
 from samq.evaluation.llama import Model
 from samq.evaluation.measure import Report, make_folder, write_table
 from samq.evaluation.sandbox import isolation
@@ -101,16 +101,20 @@ def measure_benchmarks(
 def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
     """Put the tasks of the settings to an lm-eval model, one after another.
 
-    Metrics are named `eval/TASK/METRIC`, with the filter after it where a task has several; a group that aggregates its
-    tasks is reported in their place, and they are among the items only. A task that fails is named in `missing` as
-    `eval/TASK`. Raises SamqError if a folder of tasks is missing or holds a malformed file.
+    Metrics are named `eval/TASK/METRIC`: of a task's several filters those after the first have theirs in the name too, as
+    `exact_match_flexible-extract`. A group that aggregates its tasks is reported in their place, and they are among the
+    items only. A task that fails is named in `missing` as `eval/TASK`, and so is one of which a request failed: what
+    lm-eval makes of that is no figure. Raises SamqError if a folder of tasks is missing or holds a malformed file.
     """
     library = TaskLibrary(settings.task_folders)
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     environment = {"lm_eval": version("lm-eval")}
+    failures: Counter[str] = lm.failures if hasattr(lm, "failures") else Counter()
     for name in dict.fromkeys(settings.tasks):
+        failures.clear()
+        reason = ""
         try:
             with seeded(settings.seed):
                 benchmark = library.open(name, settings)
@@ -119,14 +123,19 @@ def run_benchmarks(lm: LM, settings: BenchmarkSettings) -> BenchmarkResults:
                         isolation() if benchmark.confines_code else _NOT_OURS
                     )
                 output = _run(lm, benchmark, settings)
-            metrics |= _metrics(benchmark, output)
-            rows += _items(benchmark, output)
+            found, items = _metrics(benchmark, output), list(_items(benchmark, output))
         except SamqError as error:
-            missing[benchmark_key(name)] = str(error)
+            reason = str(error)
         except Exception as error:  # a task is a program of its author's, and must not take the others along
             logger.warning("%s failed", name, exc_info=True)
-            reason = f"{type(error).__name__}: {one_line(str(error))}"
-            missing[benchmark_key(name)] = f"{name} failed in lm-eval ({reason}); its log has more"
+            raised = f"{type(error).__name__}: {one_line(str(error))}"
+            reason = f"{name} failed in lm-eval ({raised}); its log has more"
+        reason = explain(failures) or reason  # a task may have stumbled over the answer to a request that failed
+        if reason:
+            missing[benchmark_key(name)] = reason
+        else:
+            metrics |= found
+            rows += items
     return BenchmarkResults(metrics, missing, pd.DataFrame(rows, columns=ITEM_COLUMNS), environment)
 
 
@@ -156,7 +165,7 @@ def _metrics(benchmark: Benchmark, output: Mapping[str, Any]) -> dict[str, Metri
     whole = output.get("groups", {}).get(benchmark.name)
     found: dict[str, Metric] = {}
     for task, figures in ({benchmark.name: whole} if whole else output["results"]).items():
-        for key, name in _metric_names(figures).items():
+        for key, name in _metric_names(figures, _filters(benchmark, task)).items():
             value, error = figures[key], figures.get(key.replace(",", "_stderr,", 1))
             if _is_number(value):
                 stderr = float(error) if _is_number(error) else None
@@ -165,21 +174,31 @@ def _metrics(benchmark: Benchmark, output: Mapping[str, Any]) -> dict[str, Metri
     return found
 
 
-def _metric_names(keys: Iterable[str]) -> dict[str, str]:
-    """lm-eval's `metric,filter` of a task -> name; the filter is in it only where the metric has several."""
+def _filters(benchmark: Benchmark, task: str) -> list[str]:
+    """The filters of a task, or else of all tasks of the group, in their own order: lm-eval sorts those of a group."""
+    tasks = [benchmark.tasks[task]] if task in benchmark.tasks else benchmark.tasks.values()
+    return [each.name for one in tasks for each in getattr(one, "_filters", ())]
+
+
+def _metric_names(keys: Iterable[str], filters: Sequence[str]) -> dict[str, str]:
+    """lm-eval's `metric,filter` of a task -> name; the filter is in it only if it is not the metric's first."""
     pairs = [key.split(",", 1) for key in keys if "," in key]
-    scores = [(metric, filter_name) for metric, filter_name in pairs if not metric.endswith("_stderr")]
-    filters = Counter(metric for metric, _ in scores)
-    return {
-        f"{metric},{filter_name}": metric_part(f"{metric}_{filter_name}" if filters[metric] > 1 else metric)
-        for metric, filter_name in scores
-    }
+    found: dict[str, list[str]] = {}
+    for metric, filter_name in pairs:
+        if not metric.endswith("_stderr"):
+            found.setdefault(metric, []).append(filter_name)
+    names = {}
+    for metric, its_own in found.items():
+        first = next((name for name in filters if name in its_own), its_own[0])
+        for name in its_own:
+            names[f"{metric},{name}"] = metric_part(metric if name == first else f"{metric}_{name}")
+    return names
 
 
 def _items(benchmark: Benchmark, output: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of `BenchmarkResults.items`; what is no number for one item, as a pair for F1, is left out."""
     for task, samples in output["samples"].items():
-        names = _metric_names(output["results"][task])
+        names = _metric_names(output["results"][task], _filters(benchmark, task))
         better = output["higher_is_better"].get(task, {})
         generated = benchmark.tasks[task].OUTPUT_TYPE == "generate_until"
         for sample in samples:

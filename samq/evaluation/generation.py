@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from samq.errors import SamqError
 from samq.evaluation.llama import Context, Model
 from samq.evaluation.prefixes import Tokens, common_length
 from samq.evaluation.sampling import Sampling, choose
@@ -44,12 +45,17 @@ def generate(
     kv_type: str = "F16",
     threads: int | None = None,
     progress: Progress = silent,
+    failed: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Continue each prompt, by default with the most probable tokens.
 
     An answer ends when the model ends it, when `finished(text so far)`, or at `limit` tokens. What a prompt begins with in
     common with one that is in the cache is not evaluated again. What is drawn for a prompt depends on the seed and on its
     place among the prompts, not on what shares its batch.
+
+    A prompt after which logits are not finite, or whose batch llama.cpp fails on, has an empty answer: `failed` is told
+    its index and the reason, and the others are answered. Raises SamqError instead if there is no `failed`, and if there
+    is no memory.
     """
     longest = max(len(prompt) for prompt in prompts) + limit
     parallel = min(_PARALLEL, len(prompts))
@@ -57,22 +63,55 @@ def generate(
     waiting = deque(enumerate(prompts))
     held: dict[int, _Sequence] = {}  # what the cache holds
     free = list(range(parallel))
+    spoilt: list[int] = []  # places whose part of the cache has NaN
+
+    def report() -> None:
+        progress(len(prompts) - len(waiting) - len(set(held) - set(free)), len(prompts))
+
+    def lose(place: int, reason: str) -> None:
+        if failed is None:
+            raise SamqError(reason)
+        failed(held.pop(place).index, reason)
+        report()
+
     with model.context(longest, sequences=parallel, kv_type=kv_type, threads=threads) as context:
-        while waiting or len(free) < parallel:
-            while waiting and free:
-                index, prompt = waiting.popleft()
-                place, known = _admit(context, prompt, held, free)
-                free.remove(place)
-                random = np.random.default_rng([sampling.seed, index])
-                held[place] = _Sequence(index, prompt, known, prompt[known:].tolist(), random)
-            active = [(place, item) for place, item in sorted(held.items()) if place not in free]
-            batch = [
-                (token, item.position + offset, place, offset == len(item.tokens) - 1)
-                for place, item in active
-                for offset, token in enumerate(item.tokens)
-            ]
-            logits = context.decode(*zip(*batch, strict=True))
+
+        def forget_all() -> None:
+            context.clear(values=True)
+            held.clear()
+            spoilt.clear()
+            free[:] = range(parallel)
+
+        while waiting or set(held) - set(free):
+            if spoilt and not set(held) - set(free):
+                forget_all()
+            try:
+                while waiting and free:
+                    index, prompt = waiting[0]
+                    place, known = _admit(context, prompt, held, free)
+                    waiting.popleft()
+                    free.remove(place)
+                    random = np.random.default_rng([sampling.seed, index])
+                    held[place] = _Sequence(index, prompt, known, prompt[known:].tolist(), random)
+                active = [(place, item) for place, item in sorted(held.items()) if place not in free]
+                batch = [
+                    (token, item.position + offset, place, offset == len(item.tokens) - 1)
+                    for place, item in active
+                    for offset, token in enumerate(item.tokens)
+                ]
+                logits = context.decode(*zip(*batch, strict=True))
+            except SamqError as error:
+                if failed is None:
+                    raise
+                for place in sorted(set(held) - set(free)):
+                    lose(place, str(error))
+                forget_all()
+                continue
             for row, (place, item) in zip(logits, active, strict=True):
+                if not np.isfinite(row.max()):  # NaN if one of them is
+                    lose(place, f"{model.path} gives logits that are not finite; quantize it again")
+                    spoilt.append(place)
+                    continue
                 token = choose(row, sampling, item.random)
                 item.position += len(item.tokens)
                 item.tokens = [token]
@@ -82,7 +121,7 @@ def generate(
                 if model.is_end(token) or item.generated == limit or finished(text):
                     answers[item.index] = item.answer.decode(errors="replace")
                     free.append(place)
-                    progress(len(prompts) - len(waiting) - (parallel - len(free)), len(prompts))
+                    report()
     return answers
 
 

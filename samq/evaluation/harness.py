@@ -10,13 +10,13 @@ import hashlib
 import inspect
 import logging
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from lm_eval.__main__ import cli_evaluate
@@ -40,6 +40,7 @@ from samq.progress import Progress, bar, silent
 logger = logging.getLogger(__name__)
 
 _SAMPLING = ("temperature", "top_k", "top_p", "seed")
+_IMPOSSIBLE = (-float("inf"), False)  # the answer to a request that failed
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
 
 
@@ -58,8 +59,13 @@ class GgufLM(TemplateLM):
             cache is F32. For files only.
         progress: told how many requests of a call are done; None: a bar on the terminal.
 
+    A request that fails is answered as impossible, or with an empty text, and so spoils neither the others nor their order;
+    `failures` counts them by reason until it is cleared, and tells whether what is made of the answers can be believed.
+
     Raises SamqError if the file cannot be loaded, it lacks the tokens that are asked for, or there is no such `kv_type`.
     """
+
+    _by_name: ClassVar[list[Counter[str]]] = []  # the failures of the models that lm-eval made
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class GgufLM(TemplateLM):
             raise SamqError(f"{self.model.path} has no BOS token; leave add_bos_token out")
         self._prefix_token_id = prefix_token_id
         self._settings: dict[str, Any] = {"kv_type": "F32" if float32 else kv_type, "threads": threads}
+        self.failures: Counter[str] = Counter()
         self._progress = progress
         self._encoded = lru_cache(maxsize=1024)(self._encode)  # the choices of an item share their context
 
@@ -102,7 +109,9 @@ class GgufLM(TemplateLM):
             inspect.signature(cls).bind(**arg_dict)
         except TypeError as error:
             raise SamqError(f"--model_args of samq-gguf: {error}; write gguf=FILE,context_tokens=4096") from error
-        return cls(**arg_dict)
+        model = cls(**arg_dict)
+        cls._by_name.append(model.failures)
+        return model
 
     @property
     def eot_token_id(self) -> int:
@@ -144,11 +153,22 @@ class GgufLM(TemplateLM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each continuation after its context, and whether greedy decoding would give it.
 
-        An empty continuation has probability 1. One that is longer than the context alone has probability 0, with a
-        warning; so that one request can spoil neither the others nor their order.
+        An empty continuation has probability 1. One that fails has probability 0: of logits that are not finite, of a batch
+        that llama.cpp fails on, or because it is longer than the context alone.
         """
-        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
-        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        pairs: list[Pair] = []
+        reasons: dict[int, str] = {}
+        for index, request in enumerate(requests):
+            try:
+                pairs.append((request.args, *self._pair(*request.args)))
+            except SamqError as error:  # such as a model that names no token for an empty context
+                reasons[index] = str(error)
+                pairs.append((None, [], []))
+        answers = self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        for index in reasons:
+            answers[index] = _IMPOSSIBLE
+        self._count(reasons, len(requests))
+        return answers
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of context and continuation; neither shares a token with the other, and the context is not empty."""
@@ -162,58 +182,87 @@ class GgufLM(TemplateLM):
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         answers = [(0.0, True)] * len(requests)
+        reasons: dict[int, str] = {}
         asked = []
-        cut = too_long = 0
+        cut = 0
         for index, (_texts, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
-                answers[index] = (-float("inf"), False)
-                too_long += 1
+                reasons[index] = f"a continuation is longer than the context of {self.max_length} tokens; give it more"
             elif continuation:
                 room = self.max_length + 1 - len(continuation)  # the last token needs no room: nothing follows it
                 cut += len(context) > room
                 asked.append((index, Continuation(np.array(context[-room:]), np.array(continuation))))
         if cut:
             logger.warning(f"{cut} requests lose their beginning: the context has {self.max_length} tokens")
-        if too_long:
-            logger.warning(f"{too_long} continuations are longer than the context of {self.max_length} tokens: failed")
-        done = len(requests) - len(asked)
+        waiting = {index for index, _ in asked}
         with self._bar("loglikelihood", disable_tqdm) as progress:
-            for found in score(self.model, [continuation for _, continuation in asked], **self._settings):
-                index = asked[found.index][0]
-                answers[index] = (found.log_probability, found.is_greedy)
-                if (texts := requests[index][0]) is not None:  # None: a window of a rolling request
-                    self.cache_hook.add_partial("loglikelihood", texts, answers[index])
-                done += 1
-                progress(done, len(requests))
+
+            def finish(index: int) -> None:
+                waiting.remove(index)
+                progress(len(requests) - len(waiting), len(requests))
+
+            def failed(place: int, reason: str) -> None:
+                reasons[asked[place][0]] = reason
+                finish(asked[place][0])
+
+            try:
+                continuations = [continuation for _, continuation in asked]
+                for found in score(self.model, continuations, failed=failed, **self._settings):
+                    index = asked[found.index][0]
+                    answers[index] = (found.log_probability, found.is_greedy)
+                    if (texts := requests[index][0]) is not None:  # None: a window of a rolling request
+                        self.cache_hook.add_partial("loglikelihood", texts, answers[index])
+                    finish(index)
+            except SamqError as error:  # there is no memory for a context
+                reasons |= dict.fromkeys(waiting, str(error))
+        for index in reasons:
+            answers[index] = _IMPOSSIBLE
+        self._count(reasons, len(requests))
         return answers
+
+    def _count(self, reasons: Mapping[int, str], total: int) -> None:
+        """Remember which of a call's requests failed, and warn of them."""
+        if reasons:
+            logger.warning(f"{len(reasons)} of {total} requests failed: {'; '.join(dict.fromkeys(reasons.values()))}")
+            self.failures.update(reasons.values())
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability (nats) of each whole text, each token after as many before it as the context holds."""
         windows: list[Pair] = []
         counts = []
-        for request in requests:
-            found = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
-            )
-            texts = [(None, *make_disjoint_window(window)) for window in found]
+        reasons: dict[int, str] = {}
+        for index, request in enumerate(requests):
+            try:
+                found = get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+                )
+                texts = [(None, *make_disjoint_window(window)) for window in found]
+            except SamqError as error:
+                reasons[index] = str(error)
+                texts = []
             windows += texts
             counts.append(len(texts))
         scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
         totals = [sum(log_probability for log_probability, _ in islice(scores, count)) for count in counts]
+        for index in reasons:
+            totals[index] = -float("inf")
+        self._count(reasons, len(requests))
         for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            if total > -float("inf"):  # a failure is not to be kept
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each text up to its first stop string (left out), the end that the model makes, or `max_gen_toks`.
 
         Of the settings, `until`, `max_gen_toks` and its aliases, `do_sample`, `temperature`, `top_k`, `top_p`, `seed` and
-        `num_beams` 1 are known; others raise SamqError, and so do more tokens than the context has room for.
+        `num_beams` 1 are known; requests with others fail, and so do those for more tokens than the context has room for.
         """
         groups = defaultdict(list)  # what is generated alike, for one task: its prompts may begin with one preamble
         for index, request in enumerate(requests):
             groups[request.task_name, repr(request.args[1])].append(index)
         answers = [""] * len(requests)
+        reasons: dict[int, str] = {}
         done = 0
         with self._bar("generate", disable_tqdm) as progress:
             for group in groups.values():
@@ -221,26 +270,29 @@ class GgufLM(TemplateLM):
                 def report(count: int, _: int, before: int = done) -> None:
                     progress(before + count, len(requests))
 
+                def failed(place: int, reason: str, group: Sequence[int] = group) -> None:
+                    reasons[group[place]] = reason
+
                 prompts = [requests[index].args[0] for index in group]
-                for index, text in zip(group, self._continue(prompts, requests[group[0]].args[1], report), strict=True):
-                    answers[index] = text
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                try:
+                    texts = self._continue(prompts, requests[group[0]].args[1], report, failed)
+                except SamqError as error:  # with these settings, or this memory, nothing can be generated
+                    reasons.update(dict.fromkeys(group, str(error)))
+                    report(len(group), len(group))
+                else:
+                    for index, text in zip(group, texts, strict=True):
+                        if index not in reasons:
+                            answers[index] = text
+                            self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 done += len(group)
+        self._count(reasons, len(requests))
         return answers
 
-    def _continue(self, texts: Sequence[str], settings: dict[str, Any], progress: Progress) -> list[str]:
-        """The answers to prompts with the same settings."""
-        known: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        stops = [stop for stop in known.pop("until") if stop]
-        limit = known.pop("max_gen_toks")
-        if not 0 < limit < self.max_length:
-            raise SamqError(f"max_gen_toks {limit} leaves a context of {self.max_length} no prompt; change one of them")
-        sampled = known.pop("do_sample")
-        sampling = {name: known.pop(name) for name in _SAMPLING if name in known}
-        if known.get("num_beams") == 1:  # no search for beams: some of lm-eval's tasks say so
-            del known["num_beams"]
-        if known:
-            raise SamqError(f"generation cannot follow the setting {min(known)}; leave it out of the task")
+    def _continue(
+        self, texts: Sequence[str], settings: dict[str, Any], progress: Progress, failed: Callable[[int, str], None]
+    ) -> list[str]:
+        """The answers to prompts with the same settings; raises SamqError if these cannot be followed."""
+        limit, stops, sampling = self._understand(settings)
         prompts = [self.tok_encode(text) or [self.prefix_token_id] for text in texts]
         room = self.max_length - limit
         if cut := sum(len(prompt) > room for prompt in prompts):
@@ -251,11 +303,30 @@ class GgufLM(TemplateLM):
             [np.array(prompt[-room:], np.int32) for prompt in prompts],
             limit=limit,
             finished=lambda text: any(stop in text for stop in stops),
-            sampling=Sampling(**sampling) if sampled else Sampling(),
+            sampling=sampling,
             progress=progress,
+            failed=failed,
             **self._settings,
         )
         return [postprocess_generated_text(text, stops, None) for text in generated]
+
+    def _understand(self, settings: dict[str, Any]) -> tuple[int, list[str], Sampling]:
+        """How many tokens, what ends an answer, and how tokens are chosen."""
+        try:
+            known: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        except (TypeError, ValueError) as error:
+            raise SamqError(f"generation cannot follow the settings {settings}: {error}; correct the task") from error
+        stops = [stop for stop in known.pop("until") if stop]
+        limit = known.pop("max_gen_toks")
+        if not 0 < limit < self.max_length:
+            raise SamqError(f"max_gen_toks {limit} leaves a context of {self.max_length} no prompt; change one of them")
+        sampled = known.pop("do_sample")
+        sampling = {name: known.pop(name) for name in _SAMPLING if name in known}
+        if known.get("num_beams") == 1:  # no search for beams: some of lm-eval's tasks say so
+            del known["num_beams"]
+        if known:
+            raise SamqError(f"generation cannot follow the setting {min(known)}; leave it out of the task")
+        return limit, stops, Sampling(**sampling) if sampled else Sampling()
 
     def _bar(self, what: str, quiet: bool) -> AbstractContextManager[Progress]:
         """Where the progress of a call goes."""
@@ -265,7 +336,10 @@ class GgufLM(TemplateLM):
 
 
 def run_command_line(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line, with the model `samq-gguf` and SAMQ's tasks."""
+    """lm-eval's own command line, with the model `samq-gguf` and SAMQ's tasks.
+
+    Raises SamqError at its end if requests failed: lm-eval itself takes them for wrong answers.
+    """
     open_tasks = TaskManager.__init__
 
     def open_ours_too(manager: TaskManager, *args: Any, include_path: Any = None, **settings: Any) -> None:
@@ -275,3 +349,11 @@ def run_command_line(arguments: Sequence[str]) -> None:
     TaskManager.__init__ = open_ours_too  # lm-eval has no other way to add to its own
     sys.argv = ["lm-eval", *arguments]  # where lm-eval looks
     cli_evaluate()
+    failures: Counter[str] = sum(GgufLM._by_name, Counter())
+    if failures:
+        raise SamqError(f"the figures above are not to be believed: {explain(failures)}")
+
+
+def explain(failures: Mapping[str, int]) -> str:
+    """Why requests failed, and how many."""
+    return "; ".join(f"{reason} ({count} request{'s' if count > 1 else ''})" for reason, count in failures.items())

@@ -253,9 +253,12 @@ class Context:
             api.llama_free(self._context)
             self._context = None
 
-    def clear(self) -> None:
-        """Forget all sequences."""
-        api.llama_memory_clear(self._memory, False)
+    def clear(self, *, values: bool = False) -> None:
+        """Forget all sequences; with `values` zero what the cache holds, too.
+
+        What is forgotten is masked out, but NaN stays NaN under a mask: it would spread to what comes after it.
+        """
+        api.llama_memory_clear(self._memory, values)
 
     def forget(self, sequence: int, start: int = 0) -> bool:
         """Forget one sequence from position `start` on, so that its place can be used again.

@@ -5,7 +5,8 @@ multiple-choice question) cost nothing besides. Requests that share no beginning
 changes a log-probability by no more than rounding; the order of evaluation is fixed.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,18 +51,18 @@ def score(
     *,
     kv_type: str = "F16",
     threads: int | None = None,
+    failed: Callable[[int, str], None] | None = None,
 ) -> Iterator[Score]:
-    """Yield the score of each request, in an order of its own. Raises SamqError if a logit is not finite."""
+    """Yield the score of each request, in an order of its own.
+
+    A request whose logits are not finite (one can spread this to what shares its batch), or whose batch llama.cpp fails
+    on, has no score: `failed` is told its index and the reason, and the others are scored. Raises SamqError instead if
+    there is no `failed`, and if there is no memory.
+    """
     inputs = _distinct(requests)
     if not inputs:
         return
     longest = max(len(item.tokens) for item in inputs)
-    plan = trees(
-        [item.tokens for item in inputs],
-        [0 if model.is_recurrent else item.wanted_from for item in inputs],
-        tokens=PHYSICAL_BATCH_TOKENS,
-        members=1 if model.is_recurrent else _MEMBERS,
-    )
     with model.context(
         longest + PHYSICAL_BATCH_TOKENS,
         sequences=_MEMBERS + 1,
@@ -70,8 +71,36 @@ def score(
         threads=threads,
         shared=True,
     ) as context:
-        for tree in plan:
-            yield from _score_tree(context, tree, inputs, requests)
+        while inputs:
+            plan = trees(
+                [item.tokens for item in inputs],
+                [0 if model.is_recurrent else item.wanted_from for item in inputs],
+                tokens=PHYSICAL_BATCH_TOKENS,
+                members=1 if model.is_recurrent else _MEMBERS,
+            )
+            done: set[int] = set()
+            for tree in plan:
+                done.update(tree.members)
+                reasons: dict[int, str] = {}
+                try:
+                    scores = _score_tree(context, tree, inputs, requests)
+                except SamqError as error:
+                    if failed is None:
+                        raise
+                    scores, reasons = [], dict.fromkeys(_requests(tree, inputs), str(error))
+                for found in scores:
+                    if math.isnan(found.log_probability):
+                        reasons[found.index] = f"{model.path} gives logits that are not finite; quantize it again"
+                    else:
+                        yield found
+                for request, reason in reasons.items():
+                    if failed is None:
+                        raise SamqError(reason)
+                    failed(request, reason)
+                if reasons:  # what the next trees expect in the cache is lost or spoilt: they are planned anew
+                    context.clear(values=True)
+                    break
+            inputs = [item for index, item in enumerate(inputs) if index not in done]
 
 
 def _distinct(requests: Sequence[Continuation]) -> list[_Input]:
@@ -85,15 +114,23 @@ def _distinct(requests: Sequence[Continuation]) -> list[_Input]:
     return list(inputs.values())
 
 
+def _requests(tree: Tree, inputs: Sequence[_Input]) -> list[int]:
+    """The requests of a tree's members."""
+    return [request for index in tree.members for request in inputs[index].requests]
+
+
 def _score_tree(
     context: Context, tree: Tree, inputs: Sequence[_Input], requests: Sequence[Continuation]
-) -> Iterator[Score]:
-    """Evaluate a tree and score the requests of its members; the last member is left in the cache, as sequence 0."""
+) -> list[Score]:
+    """Evaluate a tree and score the requests of its members; the last member is left in the cache, as sequence 0.
+
+    The log-probability is NaN where logits are not finite.
+    """
     context.forget(0, tree.kept[0])
     for member, kept in enumerate(tree.kept):
         if kept:
             context.copy(0, 1 + member, kept)
-    found = [request for index in tree.members for request in inputs[index].requests]
+    found = _requests(tree, inputs)
     # a row for each token of a continuation: where in the batch its probability is known, and what it is
     nodes = np.concatenate(
         [
@@ -105,18 +142,23 @@ def _score_tree(
     targets = np.concatenate([requests[request].tokens for request in found])
     log_probabilities, is_best = _evaluate(context, tree, nodes, targets)
     ends = np.cumsum([len(requests[request].tokens) for request in found])
-    for request, begin, end in zip(found, [0, *ends[:-1]], ends, strict=True):
-        yield Score(request, float(log_probabilities[begin:end].sum()), bool(is_best[begin:end].all()))
     context.forget(0)
     context.copy(len(tree.members), 0)
     for member in range(len(tree.members)):
         context.forget(1 + member)
+    return [
+        Score(request, float(log_probabilities[begin:end].sum()), bool(is_best[begin:end].all()))
+        for request, begin, end in zip(found, [0, *ends[:-1]], ends, strict=True)
+    ]
 
 
 def _evaluate(
     context: Context, tree: Tree, nodes: NDArray[np.int64], targets: Tokens
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Run the tree's batch; for each node, the target's log-probability after it, and whether the target is the best."""
+    """Run the tree's batch; for each node, the target's log-probability after it, and whether the target is the best.
+
+    The log-probability is NaN where a logit is NaN or infinite.
+    """
     wanted = np.zeros(len(tree.tokens), bool)
     wanted[nodes] = True
     row_of = wanted.cumsum() - 1
@@ -133,17 +175,19 @@ def _evaluate(
             continue
         rows = row_of[nodes[here]] - wanted[:start].sum()
         partition, best = _reduce(logits)
-        if not np.isfinite(partition).all():
-            raise SamqError(f"{context.model.path} gives logits that are not finite; quantize it again")
         log_probabilities[here] = logits[rows, targets[here]] - partition[rows]
         is_best[here] = best[rows] == targets[here]
     return log_probabilities, is_best
 
 
 def _reduce(logits: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """For each row, the logarithm of the sum of the exponentials, and the index of the highest."""
+    """For each row, the logarithm of the sum of the exponentials, and the index of the highest.
+
+    The highest is the first NaN if there is one; the logarithm is NaN then, and where the highest is infinite.
+    """
     partition, best = np.empty(len(logits)), np.empty(len(logits), np.int64)
-    for index, row in enumerate(logits):  # one at a time: it stays in the processor's cache, which halves the time
-        best[index] = top = row.argmax()
-        partition[index] = row[top] + np.log(np.exp(row - row[top]).sum(dtype=np.float64))
+    with np.errstate(invalid="ignore"):
+        for index, row in enumerate(logits):  # one at a time: it stays in the processor's cache, which halves the time
+            best[index] = top = row.argmax()
+            partition[index] = row[top] + np.log(np.exp(row - row[top]).sum(dtype=np.float64))
     return partition, best

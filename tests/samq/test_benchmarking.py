@@ -1,16 +1,15 @@
 import pandas as pd
 import pytest
 
-from samq.benchmarking import PRODUCTION, compare_benchmarks, items_of, with_benchmarks
+from samq.benchmarking import PRODUCTION, compare_benchmarks, items_of, join_items, with_benchmarks
 from samq.cost import CostSettings
 from samq.errors import SamqError
 from samq.evaluation.settings import EVALUATION_NAME
-from samq.evidence import items_of as stored_items
 from samq.mlflow_values import benchmark_metrics
 from samq.records import Evaluation, Metric
 from samq.report import markdown_report
 from samq.selection import SelectionRule, finalists
-from samq.significance import ITEMS_NAME
+from samq.significance import ITEMS_NAME, JSON_ITEMS
 
 RIGHT = {"F16": [1, 1, 1, 0], "Q4_K_M": [0, 1, 0, 0], "threshold-0.2": [1, 1, 0, 1]}
 
@@ -71,12 +70,30 @@ def test_those_asked_are_compared_with_full_precision_and_with_production(result
 
 def test_production_whose_json_was_measured_too_is_compared(results):
     answers = pd.DataFrame({"id": ["invoice", "weather"], "valid": [True, False]})
-    production = stored_items(answers, table([1, 1, 1, 1]))
+    production = join_items(answers, table([1, 1, 1, 1]))
     found = compare_benchmarks(results, 0.01, production)
     assert [one for one in found if one.reference == PRODUCTION] == [
         one for one in compare_benchmarks(results, 0.01, table([1, 1, 1, 1])) if one.reference == PRODUCTION
     ]
     assert {one.difference for one in found if one.reference == PRODUCTION} == {-0.75, -0.25}
+
+
+def test_answers_to_json_prompts_are_compared_for_all_that_gave_any(results, sweep):
+    answers = {"F16": [True, True, False], "Q4_K_M": [True, False, False], "Q5_K_M": [True, True, True]}
+    for name, valid in answers.items():
+        pd.DataFrame({"id": ["a", "b", "c"], "valid": valid}).to_parquet(sweep.result(name).folder / "json.parquet")
+    production = join_items(pd.DataFrame({"id": ["a", "b", "c"], "valid": [True, True, True]}), None)
+    found = [one for one in compare_benchmarks(results, 0.01, production) if one.metric_name == JSON_ITEMS]
+    assert {(one.candidate, one.reference): one.difference for one in found} == {
+        ("Q4_K_M", "F16"): pytest.approx(-1 / 3),
+        ("Q4_K_M", PRODUCTION): pytest.approx(-2 / 3),
+        ("Q5_K_M", "F16"): pytest.approx(1 / 3),
+        ("Q5_K_M", PRODUCTION): 0,
+    }
+    assert "json/valid_delta_vs_f16" in benchmark_metrics(named(results, "Q5_K_M"), found, None)
+    assert set(items_of(named(results, "Q4_K_M"))["benchmark"]) == {"samq_hellaswag"}, (
+        "MLflow has the answers beside it"
+    )
 
 
 def test_production_asked_otherwise_is_left_out_and_a_candidate_is_an_error(results, sweep, tmp_path, caplog):

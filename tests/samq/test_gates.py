@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from samq.allocation import Target
+from samq.benchmarking import join_items
 from samq.errors import SamqError
-from samq.evidence import Evidence, Measured, Reference, items_of
+from samq.evidence import Evidence, Measured, Reference
 from samq.gates import failed, judge
 from samq.promotion_policy import AccuracyPolicy, JsonPolicy, load_policy
 from samq.serving.registry import RegisteredGguf
@@ -30,7 +31,7 @@ def results(tmp_path_factory, toolchain):
 
 
 def of(result, name, valid=300, right=300, first=0):
-    return Measured(name, result.evaluation, items_of(answers(valid, first), benchmark_items(right)))
+    return Measured(name, result.evaluation, join_items(answers(valid, first), benchmark_items(right)))
 
 
 @pytest.fixture
@@ -225,15 +226,15 @@ def test_a_benchmark_that_was_not_run_fails_with_the_evaluations_reason(evidence
 
 
 def test_a_candidate_without_any_table_of_items_fails(evidence):
-    found = gate(with_candidate(evidence, items=items_of(None, None)), "json/valid against production")
+    found = gate(with_candidate(evidence, items=join_items(None, None)), "json/valid against production")
     assert found.reason == "version 2 was not measured: its evaluation does not say why; run the sweep again"
 
 
 def test_tables_of_items_are_read_whatever_else_they_hold():
-    both = items_of(answers(1), benchmark_items(1))
+    both = join_items(answers(1), benchmark_items(1))
     assert set(both["benchmark"] + "/" + both["metric"]) == {"json/valid", "arc/acc"}
-    assert len(items_of(answers(1), None)) == len(answers(1))
-    assert isinstance(items_of(None, None), pd.DataFrame)
+    assert len(join_items(answers(1), None)) == len(answers(1))
+    assert isinstance(join_items(None, None), pd.DataFrame)
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)

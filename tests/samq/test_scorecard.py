@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from samq.benchmarking import compare_benchmarks
+from samq.benchmarking import compare_benchmarks, join_items
 from samq.cost import CostSettings, cost_metrics, cost_section
 from samq.records import Metric
 from samq.scorecard import benchmark_section, scorecard_section, why_missing
@@ -15,6 +15,7 @@ from samq.significance import ITEMS_NAME
 
 COST = CostSettings(price_per_gpu_hour=2.5, gpu_memory_bytes=70_000_000)
 ACCURACY = {"F16": 0.5, "Q4_K_M": 0.4, "budget-size-of-Q4_K_M": 0.49}
+ARTICLE = "## Full precision, uniform and mixed"
 BEST = "budget-size-of-Q4_K_M"
 
 
@@ -33,7 +34,7 @@ def items_of(accuracy, count=200):
             "task": "samq_gsm8k",
             "item": range(count),
             "document": [str(item) for item in range(count)],
-            "metric": "exact_match_strict-match",
+            "metric": "exact_match",
             "value": (np.arange(count) < accuracy * count).astype(float),
             "higher_is_better": True,
             "answer": "",
@@ -48,7 +49,7 @@ def asked(sweep):
     for result in sweep.results:
         if (accuracy := ACCURACY.get(result.name)) is not None:
             items_of(accuracy).to_parquet(result.folder / ITEMS_NAME)
-            gsm8k = {"eval/samq_gsm8k/exact_match_strict-match": Metric(value=accuracy, stderr=0.035, n=200)}
+            gsm8k = {"eval/samq_gsm8k/exact_match": Metric(value=accuracy, stderr=0.035, n=200)}
             result = with_evaluation(result, metrics=gsm8k, missing={"eval/mmlu": "the hub cannot be reached"})
             result = replace(result, benchmark_folders=(result.folder,))
         results.append(result)
@@ -81,16 +82,29 @@ def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
         "p99 latency (ms)",
         "throughput (tok/s)",
         "mmlu: acc (%)",
-        "samq_gsm8k: exact_match_strict-match (%), 200 items",
+        "samq_gsm8k: exact_match (%), 200 items",
         "JSON valid (%)",
     ]
-    rows = table_of(section, "## Full precision, uniform and mixed")
+    rows = table_of(section, ARTICLE)
     full, mixed = (named(asked, name).evaluation.metrics[VRAM].value for name in ("F16", BEST))
     assert rows["VRAM (MB)"][0] == f"{full / 1e6:.1f}"
     assert rows["VRAM (MB)"][2] == f"{mixed / 1e6:.1f} ({100 * (mixed / full - 1):+.1f} %)"
-    gsm8k = rows["samq_gsm8k: exact_match_strict-match (%), 200 items"]
+    gsm8k = rows["samq_gsm8k: exact_match (%), 200 items"]
     assert gsm8k[0] == "50.0 ± 3.5" and gsm8k[1].startswith("40.0 ± 3.5 (-10.0 ± 2.1, inferior")
     assert gsm8k[2].startswith("49.0 ± 3.5 (-1.0 ± 0.7, undecided")
+
+
+def test_json_has_its_paired_error_and_its_verdict(asked):
+    for name, valid in (("F16", 40), ("Q4_K_M", 10), (BEST, 38)):
+        answers = pd.DataFrame({"id": list(map(str, range(40))), "valid": np.arange(40) < valid})
+        answers.to_parquet(named(asked, name).folder / "json.parquet")
+    production = join_items(pd.DataFrame({"id": answers["id"], "valid": True}), None)
+    comparisons = compare_benchmarks(asked, 0.01, production)
+    rows = table_of(scorecard_section(asked, named(asked, BEST), comparisons=comparisons), ARTICLE)
+    # the change is that of the percentages measured; its error is of the answers, in points too
+    assert rows["JSON valid (%)"][1].endswith(" ± 6.9, inferior)") and "± 3.5, undecided)" in rows["JSON valid (%)"][2]
+    rows = table_of(benchmark_section(asked, comparisons), "### Against what is in production")
+    assert sorted(rows["JSON valid (%)"]) == ["-5.0 ± 3.5, undecided", "-75.0 ± 6.9, inferior"]
 
 
 def test_a_figure_that_is_not_there_says_why(asked):
@@ -100,7 +114,7 @@ def test_a_figure_that_is_not_there_says_why(asked):
         missing={"speed": "no timed requests", "memory": "odd"},
     )
     section = scorecard_section([full, *asked[1:]], named(asked, BEST))
-    rows = table_of(section, "## Full precision, uniform and mixed")
+    rows = table_of(section, ARTICLE)
     assert rows["mmlu: acc (%)"] == ["–", "–", "–"] and rows["VRAM (MB)"][0] == "–"
     assert "(" not in rows["VRAM (MB)"][1], "there is nothing to compare with"
     gaps = section[3].split("\n")
@@ -120,7 +134,13 @@ def test_reasons_are_looked_up_from_the_metric_to_what_it_belongs_to(asked):
 
 
 def test_without_a_choice_or_a_mixture_the_columns_that_are_there_are_shown(asked):
-    assert scorecard_section(asked, None)[1].startswith("|  | F16 | Q4_K_M |\n")
+    without = scorecard_section(asked, None)
+    assert without[1].startswith("|  | F16 | Q4_K_M |\n")
+    assert "There is no mixed column: no candidate could be the best." in without
+    for name in ("Q4_K_M", "Q5_K_M"):
+        uniform = scorecard_section(asked, named(asked, name))
+        assert f"There is no mixed column: the best is {name}, llama-quantize's own mixture." in uniform
+    assert not any("no mixed column" in part for part in scorecard_section(asked, named(asked, BEST)))
     assert scorecard_section(asked, named(asked, BEST), uniform=None)[1].startswith(f"|  | F16 | {BEST} ★ |\n")
     stock = named(asked, "Q4_K_M")
     assert scorecard_section(asked, stock)[1].startswith("|  | F16 | Q4_K_M ★ |\n")

@@ -6,7 +6,7 @@ import pytest
 
 from samq.errors import ToolError
 from samq.process import run
-from samq.toolchain import PROGRAMS, environment, find_toolchain, program, python_library_build
+from samq.toolchain import PROGRAMS, converter_build, environment, find_toolchain, program, python_library_build
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -32,6 +32,21 @@ def test_a_users_own_build_is_used(toolchain, monkeypatch, tmp_path):
     found = find_toolchain()
     assert (found.version, found.build) == ("user build", toolchain.build)
     assert found.converter == own / "convert_hf_to_gguf.py"
+
+
+def test_the_build_of_the_converter_is_that_of_its_scripts(toolchain, tmp_path):
+    installed = toolchain.converter.parent
+    script = tmp_path / "convert_hf_to_gguf.py"
+    shutil.copyfile(toolchain.converter, script)
+    for package in ("conversion", "gguf-py"):
+        shutil.copytree(installed / package, tmp_path / package)
+    copied = toolchain.model_copy(update={"converter": script})
+    assert converter_build(copied) == converter_build(toolchain)
+    with (tmp_path / "conversion" / "llama.py").open("a") as module:
+        module.write("# another release\n")
+    assert converter_build(copied) != converter_build(toolchain)
+    assert copied.digest() == toolchain.digest(), "what the programs made stays"
+    assert converter_build(toolchain.model_copy(update={"converter": None})) is None
 
 
 def test_the_build_of_pythons_library_is_that_of_its_files(monkeypatch, tmp_path):

@@ -2,6 +2,8 @@ import pytest
 
 from samq.allocation import Target, stock_plan
 from samq.datasets import DatasetSpec, load_texts
+from samq.errors import SamqError
+from samq.evaluation.llama import Context
 from samq.model import describe_source
 from samq.quantizer import GGUF_NAME, convert, quantize
 
@@ -30,3 +32,21 @@ def heldout_text(tmp_path_factory):
     texts = load_texts(DatasetSpec(name="humaneval", start=100, samples=12))
     path.write_text("\n".join(texts))
     return path
+
+
+@pytest.fixture
+def decode_fails(monkeypatch):
+    """Call it to let the batch number `at` from now on fail, and no other."""
+    decode = Context.decode
+    left = []
+
+    def failing(self, *arguments, **settings):
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                left.clear()
+                raise SamqError("llama.cpp failed on a batch")
+        return decode(self, *arguments, **settings)
+
+    monkeypatch.setattr(Context, "decode", failing)
+    return lambda at: left.append(at)

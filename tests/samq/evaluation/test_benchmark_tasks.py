@@ -1,5 +1,6 @@
 import random
 
+import nltk
 import numpy as np
 import pytest
 
@@ -21,8 +22,10 @@ def test_a_task_of_the_users_is_found_by_its_folder_and_by_its_file(tmp_path):
     assert open_task(path).name == "colours"
 
 
-def test_lm_evals_own_tasks_are_known_but_need_the_hub():
-    for name in ("hellaswag", "mmlu", "humaneval"):
+def test_lm_evals_own_tasks_are_known_but_need_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "tokenizers/punkt_tab").mkdir(parents=True)  # which ifeval would fetch as it is imported
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    for name in ("hellaswag", "mmlu", "humaneval", "gsm8k", "ifeval"):
         with pytest.raises(UnavailableError, match=rf"^the data of {name} cannot be had \(.*connect to the network"):
             open_task(name, settings=CODE)
 
@@ -75,6 +78,25 @@ def test_code_is_run_only_where_the_settings_allow_it():
     with pytest.raises(SamqError, match=r"^samq_humaneval runs code that the model writes; allow it with run_code"):
         open_task("samq_humaneval")
     assert open_task("samq_humaneval", settings=CODE).runs_code
+
+
+def test_a_task_that_runs_code_as_it_is_imported_is_refused_before_that(tmp_path):
+    (tmp_path / "utils.py").write_text(
+        "import os\n\nif os.environ.get('HF_ALLOW_CODE_EVAL') != '1':\n    raise ValueError('as code_eval does')\n\n\n"
+        "def process_docs(docs):\n    return docs\n"
+    )
+    path = write_task(tmp_path, name="coded", more="process_docs: !function utils.process_docs\nunsafe_code: true\n")
+    (tmp_path / "again.yaml").write_text("include: coded.yaml\ntask: again\n")
+    (tmp_path / "inner.yaml").write_text("group: inner\ntask: [again]\n")
+    (tmp_path / "outer.yaml").write_text("group: outer\ntask: [inner]\n")
+    (tmp_path / "changed.yaml").write_text("group: changed\ntask: [{task: coded, num_fewshot: 0}]\n")
+    for name in ("coded", str(path), "again", "inner", "outer", "changed"):
+        with pytest.raises(SamqError) as caught:
+            open_task(name, folders=[tmp_path])
+        assert str(caught.value) == f"{name} runs code that the model writes; allow it with run_code, or leave it out"
+        assert open_task(name, folders=[tmp_path], settings=CODE).runs_code
+    with pytest.raises(SamqError, match=r"^humaneval runs code that the model writes; allow it"):
+        open_task("humaneval")  # lm-eval's own
 
 
 def test_a_digest_is_of_configuration_and_items_and_not_of_the_place(tmp_path):

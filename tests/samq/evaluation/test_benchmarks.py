@@ -15,6 +15,7 @@ from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, Evalua
 from samq.records import Evaluation
 from samq.significance import ITEMS_NAME, compare_items
 from tests.samq.evaluation.lm import RuleLM
+from tests.samq.evaluation.nonsense import nonsense_after
 from tests.samq.evaluation.task_files import COLOURS, write_task
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
@@ -37,16 +38,42 @@ def test_each_item_is_kept_with_its_value_and_its_answer(tmp_path):
     assert items["document"].nunique() == 4 and items["higher_is_better"].all()
 
 
-def test_metrics_have_legal_names_with_the_filter_where_there_are_several():
+def test_metrics_have_legal_names_with_the_filter_where_it_is_not_the_first():
     results = run(RuleLM(write=lambda prompt: "#### 18"), "samq_gsm8k", "samq_humaneval", limit=2, run_code=True)
     assert set(results.metrics) == {
-        "eval/samq_gsm8k/exact_match_strict-match",
+        "eval/samq_gsm8k/exact_match",
         "eval/samq_gsm8k/exact_match_flexible-extract",
         "eval/samq_humaneval/pass_at_1",
     }
     names = results.items["benchmark"] + "/" + results.items["metric"]
     assert {f"eval/{name}" for name in names} == set(results.metrics), "items and metrics are named alike"
     assert set(results.items[results.items["task"] == "samq_gsm8k"]["answer"]) == {"#### 18"}
+
+
+FILTERS = """filter_list:
+  - {{name: {0}, filter: [{{function: regex, regex_pattern: "{1}"}}, {{function: take_first}}]}}
+  - {{name: {2}, filter: [{{function: regex, regex_pattern: "{3}"}}, {{function: take_first}}]}}
+output_type: generate_until
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_the_first_filter_has_the_plain_name_in_a_group_too(tmp_path):
+    first, last = ("zeroth", "^([a-z]+)"), ("any", "([a-z]+)$")
+    write_task(tmp_path, name="one", more=FILTERS.format(*first, *last))
+    write_task(tmp_path, name="other", more=FILTERS.format(*first, *last))
+    (tmp_path / "all.yaml").write_text(
+        "group: all\ntask: [one, other]\naggregate_metric_list: [{metric: exact_match}]\n"
+    )
+    lm = RuleLM(write=lambda prompt: f"{'white' if 'snow' in prompt else 'red'}, or not")  # two of four items are right
+    for task in ("one", "all"):
+        results = run(lm, task, task_folders=(tmp_path,))
+        value = {name: metric.value for name, metric in results.metrics.items()}
+        assert value == {f"eval/{task}/exact_match": 0.5, f"eval/{task}/exact_match_any": 0.0}
+        means = results.items.groupby("metric")["value"].mean().to_dict()
+        assert means == {"exact_match": 0.5, "exact_match_any": 0.0}
+        (one, other) = compare_items("a", results.items, "b", results.items)
+        assert {one.metric_name, other.metric_name} == set(value)
 
 
 def test_a_group_is_reported_in_place_of_its_tasks_which_its_items_stand_for(tmp_path):
@@ -87,6 +114,31 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(tmp_path):
     assert "connect to the network" in results.missing["eval/hellaswag"]
     assert "nearest are samq_hellaswag" in results.missing["eval/samq_helaswag"]
     assert results.missing["eval/samq_gsm8k"] == "the model is tired; let it rest"
+
+
+def test_a_task_of_which_a_request_failed_has_no_figure(tmp_path):
+    (tmp_path / "utils.py").write_text("def judge(document, answers):\n    return {'acc': 1 / len(answers[0])}\n")
+    write_task(tmp_path, name="picky", more="process_results: !function utils.judge\noutput_type: generate_until\n")
+    tasks = ("samq_hellaswag", "samq_gsm8k", "picky")
+    settings = BenchmarkSettings(tasks=tasks, task_folders=(tmp_path,), limit=2, context_tokens=2048)
+    with nonsense_after(None, tmp_path, max_position_embeddings=2048) as model:
+        results = measure_benchmarks(model, settings)
+    assert not results.metrics and results.items.empty and set(results.missing) == {f"eval/{task}" for task in tasks}
+    reason = f"{tmp_path}/nonsense.gguf gives logits that are not finite; quantize it again"
+    assert results.missing["eval/samq_hellaswag"] == f"{reason} (8 requests)"
+    assert results.missing["eval/samq_gsm8k"] == results.missing["eval/picky"] == f"{reason} (2 requests)"
+
+
+def test_a_batch_that_fails_once_costs_its_task_and_no_other(tmp_path, decode_fails):
+    path = write_llama_gguf(
+        tiny_llama(vocab_size=264, max_position_embeddings=2048), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer()
+    )
+    decode_fails(at=1)
+    with Model(path) as model:
+        results = measure_benchmarks(model, BenchmarkSettings(tasks=("samq_hellaswag", "samq_truthfulqa_mc1"), limit=2))
+    assert set(results.metrics) == {"eval/samq_truthfulqa_mc1/acc"}
+    assert set(results.missing) == {"eval/samq_hellaswag"}
+    assert "llama.cpp failed on a batch" in results.missing["eval/samq_hellaswag"]
 
 
 def test_an_error_in_a_tasks_own_code_does_not_take_the_others_along(tmp_path, caplog):
@@ -200,7 +252,7 @@ def test_a_real_model_is_measured_on_all_that_come_with_samq(smollm2_q4_k_m):
     assert (12, 12) in seen and (3, 3) in seen, "four endings each of three items, three questions"
     answers = results.items.set_index(["task", "metric"])["answer"]
     assert all(len(json.loads(answer)) == 4 for answer in answers["samq_hellaswag", "acc"])
-    assert any(answer.strip() for answer in answers["samq_gsm8k", "exact_match_strict-match"])
+    assert any(answer.strip() for answer in answers["samq_gsm8k", "exact_match"])
 
 
 @pytest.mark.e2e

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 
+from samq.errors import SamqError
 from samq.evaluation.generation import generate
 from samq.evaluation.llama import Context, Model
 from samq.evaluation.sampling import Sampling, choose
+from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 
 VOCABULARY = 264
@@ -69,6 +71,54 @@ def test_prompts_with_nothing_in_common_share_batches(model, evaluated):
     prompts = [prompt[100 - size :] for size, prompt in enumerate(prompts_with_preambles(1, 16))]
     answers(model, prompts)
     assert len(evaluated) == LIMIT
+
+
+@pytest.mark.parametrize("kv_type", ["F16", "F32"])
+def test_a_prompt_after_which_all_is_nonsense_fails_alone(tmp_path, kv_type):
+    prompts = prompts_with_preambles(1, 20)
+    for prompt in prompts:
+        prompt[prompt == 7] = 8
+    prompts = [prompt[-9:] for prompt in prompts]
+    with nonsense_after(7, tmp_path, max_position_embeddings=512) as model:
+        expected = answers(model, prompts, kv_type=kv_type)
+        prompts[3][1] = prompts[18][1] = 7  # the second in a place that was free before
+        reasons = {}
+        told = []
+        found = answers(
+            model,
+            prompts,
+            kv_type=kv_type,
+            failed=reasons.__setitem__,
+            progress=lambda done, total: told.append((done, total)),
+        )
+        assert set(reasons) == {3, 18} and "nonsense.gguf gives logits that are not finite" in reasons[3]
+        assert found == ["" if index in reasons else text for index, text in enumerate(expected)]
+        assert [done for done, _ in told] == list(range(1, 21))
+        for sampling in (Sampling(), Sampling(temperature=1.0)):
+            with pytest.raises(SamqError, match="logits that are not finite"):
+                answers(model, prompts, sampling=sampling)
+
+
+def test_where_all_is_nonsense_every_prompt_fails(tmp_path):
+    with nonsense_after(None, tmp_path) as model:
+        reasons = {}
+        assert answers(model, prompts_with_preambles(1, 40), failed=reasons.__setitem__) == [""] * 40
+        assert sorted(reasons) == list(range(40))
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 9])  # among them batches of a preamble alone
+def test_a_batch_that_fails_once_takes_its_own_prompts_along_and_no_others(model, decode_fails, at):
+    prompts = prompts_with_preambles(3, 9)
+    prompts += prompts[:3]  # which begin like some that were answered before the failure
+    expected = answers(model, prompts)
+    decode_fails(at)
+    reasons = {}
+    found = answers(model, prompts, failed=reasons.__setitem__)
+    assert 0 < len(reasons) <= 16 and set(reasons.values()) == {"llama.cpp failed on a batch"}
+    assert found == ["" if index in reasons else text for index, text in enumerate(expected)]
+    decode_fails(at)
+    with pytest.raises(SamqError, match=r"llama.cpp failed"):
+        answers(model, prompts)
 
 
 def test_a_draw_is_that_of_the_softmax_cut_as_asked():

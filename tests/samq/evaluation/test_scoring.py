@@ -5,6 +5,7 @@ from scipy.special import log_softmax
 from samq.errors import SamqError
 from samq.evaluation.llama import Model
 from samq.evaluation.scoring import Continuation, score
+from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 
 VOCABULARY = 264
@@ -85,8 +86,37 @@ def test_nothing_asked_is_nothing_scored(model):
 
 
 def test_a_model_that_computes_nonsense_is_named(tmp_path):
-    network = tiny_llama(vocab_size=VOCABULARY)
-    network.lm_head.weight.data[3] = float("nan")
-    write_llama_gguf(network, tmp_path / "nonsense.gguf", tokenizer=byte_tokenizer())
-    with Model(tmp_path / "nonsense.gguf") as model, pytest.raises(SamqError, match=r"nonsense.gguf gives logits"):
-        list(score(model, [Continuation(*random_tokens(3, 2))]))
+    with nonsense_after(7, tmp_path) as model, pytest.raises(SamqError, match=r"nonsense.gguf gives logits"):
+        list(score(model, [Continuation(np.array([7], np.int32), random_tokens(2)[0])]))
+
+
+def test_nonsense_spreads_no_further_than_its_batch(tmp_path):
+    with nonsense_after(7, tmp_path) as model:
+        tokens = random_tokens(*[11] * 150)
+        requests = [Continuation(each[:9], each[9:]) for each in tokens]
+        for request in requests:
+            request.context[request.context == 7] = 8
+        requests[0].context[:] = 0  # sorts first, into the first batch
+        requests[0].context[4] = 7
+        reasons = {}
+        scores = list(score(model, requests, kv_type="F32", failed=reasons.__setitem__))
+        assert 0 in reasons and "nonsense.gguf gives logits that are not finite" in reasons[0]
+        assert sorted([*reasons, *(found.index for found in scores)]) == list(range(150))
+        assert len(scores) >= 150 - 64
+        expected = [alone(model, requests[found.index])[0] for found in scores[:9]]
+        assert [found.log_probability for found in scores[:9]] == pytest.approx(expected, rel=1e-5, abs=5e-3)
+
+
+def test_a_batch_that_fails_once_takes_no_other_along(model, decode_fails):
+    preamble, *questions = random_tokens(40, *[5] * 150)
+    requests = [Continuation(np.concatenate([preamble, question]), question[:2]) for question in questions]
+    decode_fails(at=2)
+    reasons = {}
+    scores = list(score(model, requests, kv_type="F32", failed=reasons.__setitem__))
+    assert set(reasons.values()) == {"llama.cpp failed on a batch"} and len(reasons) <= 64
+    assert sorted([*reasons, *(found.index for found in scores)]) == list(range(150))
+    for found in scores[:: len(scores) // 9]:
+        assert found.log_probability == pytest.approx(alone(model, requests[found.index])[0], rel=1e-5, abs=5e-3)
+    decode_fails(at=2)
+    with pytest.raises(SamqError, match=r"llama.cpp failed"):
+        list(score(model, requests))
