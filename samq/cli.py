@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
@@ -90,6 +90,11 @@ def lm_eval_main() -> None:
     main(["lm-eval", *sys.argv[1:]])
 
 
+def _imports() -> AbstractContextManager[object]:
+    """A sign of life while a command imports what it needs: torch, transformers, MLflow and lm-eval take seconds."""
+    return bar("load Python packages")
+
+
 @app.callback(invoke_without_command=True)
 def _start(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
@@ -128,13 +133,14 @@ def requantize(
 ) -> None:
     """Convert, calibrate, plan, quantize, evaluate, track: the whole flow, as the file says."""
     _prepare_prefect()
-    from flows.parameters import load_parameters
+    with _imports():
+        from flows.parameters import load_parameters
 
     parameters = load_parameters(config)
     if no_imatrix:
         calibration = parameters.calibration.model_copy(update={"imatrix": False})
         parameters = parameters.model_copy(update={"calibration": calibration})
-    with console.status("starting Prefect"):
+    with bar("start Prefect"):
         from flows.requantize import requantize as flow
 
         _require_prefect()
@@ -190,13 +196,14 @@ def calibrate(
 ) -> None:
     """Measure how much each weight tensor matters: gradient norms and Fisher information on calibration text."""
     _prepare_prefect()
-    from samq.datasets import DatasetSpec
-    from samq.model import describe_source
-    from samq.records import SensitivityMap
-    from samq.toolchain import find_toolchain
-    from tasks.calibrate import FISHER_NAME, MAP_NAME
-    from tasks.calibrate import calibrate as calibrate_stage
-    from tasks.convert import convert
+    with _imports():
+        from samq.datasets import DatasetSpec
+        from samq.model import describe_source
+        from samq.records import SensitivityMap
+        from samq.toolchain import converter_build, find_toolchain
+        from tasks.calibrate import FISHER_NAME, MAP_NAME
+        from tasks.calibrate import calibrate as calibrate_stage
+        from tasks.convert import convert
 
     if labels not in ("model", "text"):
         raise SamqError(f"--labels {labels} is neither model nor text; choose one of them")
@@ -206,7 +213,8 @@ def calibrate(
     with bar(f"find {model}"):
         source = describe_source(model, revision=revision, hf_folder=hf_folder)
     # A stage's function without Prefect: the same store, the same keys, no server.
-    full = convert.fn(store_folder(), source, find_toolchain(), "F16", TIMEOUT_S)
+    toolchain = find_toolchain()
+    full = convert.fn(store_folder(), source, toolchain, converter_build(toolchain), "F16", TIMEOUT_S)
     tokens, count = _tokenize(full, text, sequence_tokens)
     made = calibrate_stage.fn(
         store_folder(), source, full, tokens, count, None, batch_size, dtype, device, labels, seed
@@ -240,12 +248,13 @@ def _read_calibration(
     from samq.datasets import is_one_document, load_texts
     from samq.records import TextSet
 
-    if packing is not False and is_one_document(spec.name):
-        text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
-        return _CalibrationText(text, spec.seed, True, samples or default, exact=samples is not None)
-    spec = spec.model_copy(update={"samples": samples})
-    texts = load_texts(spec)[: samples or default]
-    return _CalibrationText(TextSet(dataset=spec.name, texts=tuple(texts)), spec.seed, bool(packing))
+    with bar(f"read {spec.name}"):
+        if packing is not False and is_one_document(spec.name):
+            text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+            return _CalibrationText(text, spec.seed, True, samples or default, exact=samples is not None)
+        spec = spec.model_copy(update={"samples": samples})
+        texts = load_texts(spec)[: samples or default]
+        return _CalibrationText(TextSet(dataset=spec.name, texts=tuple(texts)), spec.seed, bool(packing))
 
 
 def _tokenize(full: "Artifact", text: _CalibrationText, sequence_tokens: int) -> "tuple[Artifact, int]":
@@ -277,10 +286,11 @@ def imatrix(
 ) -> None:
     """Measure which inputs of each layer are large, for llama-quantize to spare (llama-imatrix)."""
     _prepare_prefect()
-    from samq.datasets import DatasetSpec
-    from samq.quantizer import GGUF_NAME, IMATRIX_NAME
-    from samq.toolchain import find_toolchain
-    from tasks.imatrix import imatrix as imatrix_stage
+    with _imports():
+        from samq.datasets import DatasetSpec
+        from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+        from samq.toolchain import find_toolchain
+        from tasks.imatrix import imatrix as imatrix_stage
 
     check_file(out)
     spec = _settings(DatasetSpec, name=dataset, fields=tuple(field or ()), split=split, seed=seed)
@@ -333,27 +343,33 @@ def plan(
 
 def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, imatrix: Path | None) -> "Plan":
     """The plan of a budget, printed; the ladder and its prices are kept in the store."""
+    import logging
+
     _prepare_prefect()
-    from samq.budget import BudgetPolicy, why_doubted
-    from samq.budget_notation import read_budget
-    from samq.description import describe_plan
-    from samq.ladder import DEFAULT_TYPES
-    from samq.quantizer import GGUF_NAME, IMATRIX_NAME
-    from samq.toolchain import find_toolchain
-    from tasks.calibrate import FISHER_NAME, MAP_NAME
-    from tasks.ladder import choose_rungs, rung
-    from tasks.plan import load_plan, plan_budget
-    from tasks.price import price
+    with _imports():
+        from samq.budget import BudgetPolicy, why_doubted
+        from samq.budget_notation import read_budget
+        from samq.description import describe_plan
+        from samq.ladder import DEFAULT_TYPES
+        from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+        from samq.toolchain import find_toolchain
+        from tasks.calibrate import FISHER_NAME, MAP_NAME
+        from tasks.ladder import choose_rungs, rung
+        from tasks.plan import load_plan, plan_budget
+        from tasks.price import price
 
     read_budget(budget)  # refuses what is none, before the work
+    logging.getLogger("samq.plan").disabled = True  # its doubt is printed below, of a plan made earlier too
     store, tools = store_folder(), find_toolchain()
     full = _adopt({GGUF_NAME: gguf})
     matrix = _adopt({IMATRIX_NAME: imatrix}) if imatrix else None
     sensitivities = _adopt({MAP_NAME: map, FISHER_NAME: _fisher_beside(map)})
-    names = choose_rungs.fn(full, matrix, types or DEFAULT_TYPES, [], tools)
+    with bar(f"plan {gguf.name}"):
+        names = choose_rungs.fn(full, matrix, types or DEFAULT_TYPES, [], tools)
     rungs = {name: rung.fn(store, name, full, matrix, tools, TIMEOUT_S) for name in names}
     prices = price.fn(store, full, rungs, sensitivities, matrix, tools)
-    made = load_plan(plan_budget.fn(store, full, matrix, prices, budget, BudgetPolicy(), tools))
+    with bar(f"plan {budget}"):
+        made = load_plan(plan_budget.fn(store, full, matrix, prices, budget, BudgetPolicy(), tools))
     console.print(f"{made.tensor_bytes / 1e6:.1f} MB. {describe_plan(made)}", highlight=False)
     if doubt := why_doubted(made):
         console.print(f"Warning: {doubt}", highlight=False)
@@ -447,12 +463,13 @@ def compensate(
 ) -> None:
     """Round a GGUF's weights anew so that errors make up for each other (GPTQ): the same size and types, nearer to F16."""
     _prepare_prefect()
-    from samq import compensation
-    from samq.datasets import DatasetSpec
-    from samq.gram import GRAM_TOKENS, GramMatrices
-    from samq.model import compute_device, describe_source
-    from samq.quantizer import GGUF_NAME
-    from tasks.compensate import GRAM_NAME, gram
+    with _imports():
+        from samq import compensation
+        from samq.datasets import DatasetSpec
+        from samq.gram import GRAM_TOKENS, GramMatrices
+        from samq.model import compute_device, describe_source
+        from samq.quantizer import GGUF_NAME
+        from tasks.compensate import GRAM_NAME, gram
 
     check_file(out)
     spec = _settings(DatasetSpec, name=dataset, fields=tuple(field or ()), split=split, seed=seed)
@@ -506,28 +523,30 @@ def evaluate(
 ) -> None:
     """Measure fidelity to full precision, JSON compliance, speed and memory of one GGUF."""
     _prepare_prefect()
-    from samq.datasets import DatasetSpec, is_file, load_texts
-    from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
-    from samq.model import describe_source
-    from samq.quantizer import GGUF_NAME
-    from samq.records import Evaluation, TextSet
-    from samq.toolchain import find_toolchain
-    from tasks.convert import convert
-    from tasks.evaluate import baseline as baseline_stage
-    from tasks.evaluate import evaluate as evaluate_stage
-    from tasks.text import heldout
+    with _imports():
+        from samq.datasets import DatasetSpec, is_file, load_texts
+        from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
+        from samq.model import describe_source
+        from samq.quantizer import GGUF_NAME
+        from samq.records import Evaluation, TextSet
+        from samq.toolchain import converter_build, find_toolchain
+        from tasks.convert import convert
+        from tasks.evaluate import baseline as baseline_stage
+        from tasks.evaluate import evaluate as evaluate_stage
+        from tasks.text import heldout
 
     if out:
         make_folder(out)
     if start is None:
         start = 0 if is_file(dataset) else HELDOUT_START
     spec = _settings(DatasetSpec, name=dataset, start=start, samples=samples, fields=tuple(field or ()), split=split)
-    text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+    with bar(f"read {spec.name}"):
+        text = TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
     settings = _settings(EvaluationSettings, context_tokens=context_tokens, chunks=chunks)
     store, toolchain = store_folder(), find_toolchain()
     with bar(f"find {baseline.name}"):
         source = describe_source(str(baseline))
-    full = convert.fn(store, source, toolchain, "F16", TIMEOUT_S)
+    full = convert.fn(store, source, toolchain, converter_build(toolchain), "F16", TIMEOUT_S)
     candidate = _adopt({GGUF_NAME: gguf})
     tokens = heldout.fn(store, full, text)
     base = baseline_stage.fn(store, full, tokens, settings, TIMEOUT_S)
@@ -551,7 +570,8 @@ def evaluate(
 )
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval's own command line on a GGUF: --model samq-gguf --model_args gguf=FILE --tasks hellaswag ..."""
-    from samq.evaluation.harness import run_command_line
+    with _imports():
+        from samq.evaluation.harness import run_command_line
 
     run_command_line(context.args)
 
@@ -569,9 +589,10 @@ def serve(
     """Answer OpenAI's API with a model, and follow its alias; SAMQ_API_KEY is the key that clients must send."""
     import logging
 
-    from samq.serving.server import serve as run
-    from samq.serving.settings import load_settings
-    from samq.serving.source import find_source
+    with _imports():
+        from samq.serving.server import serve as run
+        from samq.serving.settings import load_settings
+        from samq.serving.source import find_source
 
     key = os.environ.get("SAMQ_API_KEY") or None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -586,7 +607,8 @@ def inspect(gguf: Annotated[Path, typer.Argument(help="a GGUF file")]) -> None:
     """Types, sizes, bits per weight and provenance of a GGUF."""
     from samq.gguf_file import read_metadata, read_tensors
 
-    tensors, metadata = read_tensors(gguf), read_metadata(gguf)
+    with bar(f"open {gguf.name}"):
+        tensors, metadata = read_tensors(gguf), read_metadata(gguf)
     table = Table("type", "tensors", "weights", "MB", "bits per weight", title=str(gguf))
     for kind in sorted({tensor.type for tensor in tensors.values()}):
         of_kind = [tensor for tensor in tensors.values() if tensor.type == kind]
@@ -616,13 +638,14 @@ def promote(
     reason: Annotated[str, typer.Option(help="recorded with what is done")] = "",
 ) -> None:
     """Let a registered version serve if it passes the gates; exit code 3 if it does not, and nothing has moved."""
-    from samq.history import check_reason
-    from samq.promotion_policy import load_policy
+    with _imports():
+        from samq.history import check_reason
+        from samq.promotion_policy import load_policy
 
     gates = load_policy(policy)
     reason = check_reason(reason, "--force") if force or reason else ""
     _prepare_prefect()
-    with console.status("starting Prefect"):
+    with bar("start Prefect"):
         from flows.promote import PromoteParameters, RefusedError
         from flows.promote import promote as flow
         from samq.gate_report import describe, gates_table
@@ -644,12 +667,14 @@ def rollback(
     reason: Annotated[str, typer.Option(help="recorded")],
 ) -> None:
     """Let the version serve that did before the one in production; again, and it is swapped back."""
-    from samq.gate_report import describe
-    from samq.home import mlflow_uri
-    from samq.promotion import rollback as swap
-    from samq.serving.registry import connect
+    with _imports():
+        from samq.gate_report import describe
+        from samq.home import mlflow_uri
+        from samq.promotion import rollback as swap
+        from samq.serving.registry import connect
 
-    event = swap(connect(mlflow_uri()), name, reason)
+    with bar(f"roll {name} back"):
+        event = swap(connect(mlflow_uri()), name, reason)
     console.print(f"{name} {describe(event)}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -659,16 +684,18 @@ def status(
     last: Annotated[int, typer.Option(min=1, help="how many versions and events")] = 10,
 ) -> None:
     """Which versions serve, and the last promotions, refusals and rollbacks."""
-    from samq.gate_report import history_table, status_table
-    from samq.history import history
-    from samq.home import mlflow_uri
-    from samq.serving.registry import aliases, connect, model_names, notable_versions
+    with _imports():
+        from samq.gate_report import history_table, status_table
+        from samq.history import history
+        from samq.home import mlflow_uri
+        from samq.serving.registry import aliases, connect, model_names, notable_versions
 
-    client = connect(mlflow_uri())
-    for model in [name] if name else model_names(client):
-        console.print(status_table(model, aliases(client, model), notable_versions(client, model, last)))
-        if events := history(client, model)[:last]:
-            console.print(history_table(events))
+    with bar("ask MLflow"):
+        client = connect(mlflow_uri())
+        for model in [name] if name else model_names(client):
+            console.print(status_table(model, aliases(client, model), notable_versions(client, model, last)))
+            if events := history(client, model)[:last]:
+                console.print(history_table(events))
 
 
 @app.command()
@@ -676,11 +703,13 @@ def prune(
     older_than_days: Annotated[float, typer.Option(min=0, help="remove what no run used for so long")],
 ) -> None:
     """Free disk: remove what the store holds and no run used lately; GGUFs that an alias points at stay."""
-    from samq.home import mlflow_uri
-    from samq.serving.registry import aliased_files, connect
-    from samq.store import Store
+    with _imports():
+        from samq.home import mlflow_uri
+        from samq.serving.registry import aliased_files, connect
+        from samq.store import Store
 
-    freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))
+    with bar("free disk"):
+        freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))
     console.print(f"{freed / 1e6:,.1f} MB freed in {store_folder()}", highlight=False, soft_wrap=True)
 
 
@@ -689,7 +718,8 @@ def doctor() -> None:
     """Say what is installed, what is missing, and how to get it."""
     from samq.doctor import diagnose
 
-    findings = diagnose()
+    with bar("look at this machine"):  # a program's first start may take a minute
+        findings = diagnose()
     table = Table("", "what", "found", "what to do")
     for finding in findings:
         table.add_row(finding.state, finding.name, finding.found, finding.advice)
@@ -757,7 +787,8 @@ def _adopt(files: dict[str, Path]) -> "Artifact":
 
     for name, path in files.items():
         if name == GGUF_NAME:
-            read_tensors(path)  # refuses what is no GGUF
+            with bar(f"open {path.name}"):
+                read_tensors(path)  # refuses what is no GGUF
         elif not path.is_file():
             raise SamqError(f"there is no file {path}; check the path, or make it again")
     store, key = Store(store_folder()), digest_of({name: _sha256(path) for name, path in files.items()})

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq.errors import SamqError
+from samq.errors import SamqError, UnreachableError
 
 Row = Mapping[str, Any]
 
@@ -64,6 +64,7 @@ def load_texts(spec: DatasetSpec) -> list[str]:
     joined by a newline, unless the part before already ends in white space.
 
     Raises:
+        UnreachableError: the hub does not answer.
         SamqError: the data set, a field or a row's text is missing or not what it should be, or the rows are too few.
     """
     rows, fields = _rows(spec)
@@ -232,6 +233,8 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 def _read_hub(spec: DatasetSpec) -> Sequence[Row]:
     import datasets  # takes a second, and most calibration text needs no hub
 
+    from samq.hub import is_unreachable
+
     split = spec.split or "train"
     if "[" in split:
         raise SamqError(f"split {split!r} holds a slice; slice by start and samples, so that overlaps can be found")
@@ -239,6 +242,11 @@ def _read_hub(spec: DatasetSpec) -> Sequence[Row]:
         return datasets.load_dataset(spec.name, spec.config, split=split)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow all raise their own
         reason = str(error).strip().split("\n")[0]
+        if is_unreachable(error):
+            raise UnreachableError(
+                f"{spec.name} is not one of {', '.join(_PACKAGED)}, nor a file, and the hub did not answer "
+                f"({type(error).__name__}: {reason}); check the network and try again, or give a file"
+            ) from error
         raise SamqError(
             f"{spec.name} is not one of {', '.join(_PACKAGED)}, nor a file, and the hub gave no such data set "
             f"({type(error).__name__}: {reason}); check its name, its split {split!r} and the network"

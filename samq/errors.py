@@ -7,3 +7,7 @@ class SamqError(Exception):
 
 class ToolError(SamqError):
     """A program of llama.cpp failed, hung or is missing; the message names its log."""
+
+
+class UnreachableError(SamqError):
+    """The network, or a server beyond it, failed for now: the same may well work when tried again."""

@@ -19,9 +19,9 @@ from samq.progress import Progress, silent
 from samq.quantizer import quantize
 from samq.records import Plan, QuantizedModel
 
-# IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them by less. An error of one sign costs more
-# than prices without terms between weights say, and plans that mix it in come out worse. IQ3_XXS has no such error and brings
-# under 1 % (benchmarks/low_bits.py).
+# IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them. That costs more than prices without terms
+# between weights say (samq.prices.LENGTHENING_LIMIT), and plans that mix it in come out worse. IQ3_XXS has no such error and
+# brings under 1 % (benchmarks/low_bits.py).
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 

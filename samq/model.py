@@ -4,20 +4,30 @@ import importlib.util
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
-from samq.errors import SamqError
+from samq.errors import SamqError, UnreachableError
 from samq.gguf_file import file_sha256, open_gguf
+from samq.hub import is_unreachable
+from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -35,6 +45,9 @@ TOKENIZER_FILES = (
     "chat_template*",
     "*.model",
 )
+# transformers' bar over a GGUF's tensors is the one that `set_tqdm_hook` does not reach; make it like the others.
+modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm
+_loading = threading.Lock()  # the hook is one for all threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,6 +61,7 @@ def describe_source(model: str | Path, revision: str | None = None, hf_folder: P
         hf_folder: where a GGUF's configuration and tokenizer are read from, instead of the GGUF.
 
     Raises:
+        UnreachableError: the hub does not answer.
         SamqError: a file is missing or cut short, or it is no causal LM that transformers knows.
     """
     path = _in_package(str(model)) if str(model).startswith("package:") else Path(model)
@@ -109,8 +123,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         folder = fetch(revision, HUB_FILES)
         return folder if any(folder.glob("*.safetensors")) else fetch(folder.name, HUB_FILES + TORCH_FILES)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # huggingface_hub, httpx and hf_xet all raise their own
         reason = str(error).strip().split("\n")[0]
+        if is_unreachable(error):
+            raise UnreachableError(
+                f"there is no folder {hub_id}, and the hub did not answer ({type(error).__name__}: {reason}); check the "
+                "network and try again, or give a folder"
+            ) from error
         raise SamqError(
             f"there is no folder {hub_id}, and the hub did not give a model of that name ({type(error).__name__}: "
             f"{reason}); check the name and the network, or give a folder"
@@ -203,7 +222,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: ModelSource, dtype: str = "float32", device: str = "auto"
+    source: ModelSource, dtype: str = "float32", device: str = "auto", progress: Progress = silent
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode, and its tokenizer; nothing is downloaded.
 
@@ -212,6 +231,7 @@ def load_model(
             tokenizer from its folder when it has one.
         dtype: float32, bfloat16 or float16.
         device: a torch device, or auto: all GPUs where there are any, else cpu.
+        progress: told how many tensors are read of a GGUF, and then how many the model has.
 
     Raises:
         SamqError: unknown dtype, or the model cannot be loaded there.
@@ -222,7 +242,7 @@ def load_model(
     folder, from_gguf = _places(source)
     if not from_gguf:
         weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
-    with _transformers_errors(f"{source.name} as {dtype} on {place}"):
+    with _transformers_errors(f"{source.name} as {dtype} on {place}"), _bars_told_to(progress):
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -257,6 +277,29 @@ def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
     if source.folder is None:
         raise SamqError(f"{source.name} has neither a folder nor a GGUF on this machine; describe the source again")
     return source.folder, {}
+
+
+@contextmanager
+def _bars_told_to(progress: Progress) -> Iterator[None]:
+    """What transformers' bars would show goes to `progress`; they draw over SAMQ's, and fill logs with half lines."""
+
+    def tell(_draw: Callable[..., Any], arguments: tuple[Any, ...], _options: dict[str, Any]) -> Iterator[Any]:
+        (items,) = arguments
+        return _told(items, progress)
+
+    with _loading:
+        before = transformers_logging.set_tqdm_hook(tell)
+        try:
+            yield
+        finally:
+            transformers_logging.set_tqdm_hook(before)
+
+
+def _told(items: Any, progress: Progress) -> Iterator[Any]:
+    for done, item in enumerate(items):
+        progress(done, len(items))
+        yield item
+    progress(len(items), len(items))
 
 
 @contextmanager

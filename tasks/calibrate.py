@@ -67,7 +67,8 @@ def open_model(
 ) -> tuple[PreTrainedModel, Callable[[str], str | None], dict[str, np.ndarray]]:
     """The model in torch, its GGUF names, and the row orders of `full`."""
     model, names = load_full(source, full, dtype, device)
-    return model, names, row_orders(weights_of(model, names), full.path(GGUF_NAME))
+    with bar(f"compare {source.name} with its GGUF") as progress:
+        return model, names, row_orders(weights_of(model, names), full.path(GGUF_NAME), progress)
 
 
 def load_full(
@@ -76,5 +77,6 @@ def load_full(
     """The model in torch, and its GGUF names; a GGUF source's weights come from the full-precision GGUF made of it."""
     gguf = full.path(GGUF_NAME)
     weights = source.model_copy(update={"gguf": gguf}) if source.gguf else source
-    model, _ = load_model(weights, dtype=dtype, device=device)
-    return model, gguf_names(read_metadata(gguf))
+    with bar(f"load {source.name}") as progress:
+        model, _ = load_model(weights, dtype=dtype, device=device, progress=progress)
+        return model, gguf_names(read_metadata(gguf))

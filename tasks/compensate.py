@@ -83,5 +83,6 @@ def compensate(
             progress=progress,
         )
     done.save(folder / COMPENSATION_NAME)
-    metadata = {key: str(value) for key, value in read_metadata(nearest).items() if key.startswith("samq.")}
-    audit.accept(partial, wanted, metadata).save(folder / MODEL_NAME)
+    with bar(f"check what {name} became"):
+        metadata = {key: str(value) for key, value in read_metadata(nearest).items() if key.startswith("samq.")}
+        audit.accept(partial, wanted, metadata).save(folder / MODEL_NAME)

@@ -10,6 +10,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -22,7 +23,8 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
 from samq import __version__
-from samq.errors import SamqError
+from samq.errors import UnreachableError
+from samq.progress import bar
 from samq.records import Record, Toolchain, digest_of
 from samq.store import Artifact, Store
 from samq.toolchain import python_library_build
@@ -31,6 +33,7 @@ log = logging.getLogger("samq.stage")
 
 # Inputs that say where or how long, not what.
 NOT_IDENTITY = frozenset({"store", "timeout_s"})
+RETRY_DELAYS_S = [5.0, 60.0]
 
 
 def identity(value: Any) -> Any:
@@ -112,8 +115,10 @@ def _builds(value: Any) -> set[str]:
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether trying again may help: a network or file-system hiccup, and nothing a person has to put right."""
     error = state.result(raise_on_failure=False)
-    transient = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
-    return isinstance(error, transient) and not isinstance(error, SamqError)
+    kinds = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError, UnreachableError)
+    if transient := isinstance(error, kinds):
+        log.warning("failed for now, tried again within a minute: %s", error)  # else the terminal is still until then
+    return transient
 
 
 def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:
@@ -143,8 +148,9 @@ def stage(
             artifact = store.find(name, key)
             if artifact is None:  # also when Prefect has forgotten what the store still has
                 started = time.monotonic()
-                with store.publish(name, key, policy.made_by(arguments)) as folder:
+                with ExitStack() as publishing, store.publish(name, key, policy.made_by(arguments)) as folder:
                     make(folder, **arguments)
+                    publishing.enter_context(bar(f"keep what {name} made"))  # it is read once more, for its hashes
                 artifact = store.find(name, key)
                 log.debug("%s %s took %.1f s", name, key[:12], time.monotonic() - started)
             assert artifact is not None, "an artifact just published is there"
@@ -163,7 +169,7 @@ def stage(
             persist_result=True,
             result_serializer="json",
             retries=retries,
-            retry_delay_seconds=[5.0, 60.0][:retries],
+            retry_delay_seconds=RETRY_DELAYS_S[:retries],
             retry_condition_fn=is_transient,
             on_completion=[announce],
             on_failure=[announce],

@@ -12,15 +12,22 @@ from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.records import CalibrationSet, TextSet
 from samq.store import Artifact
-from tasks.stage import stage
+from tasks.stage import RETRY_DELAYS_S, is_transient, stage
 
 TOKENS_NAME, HELDOUT_NAME, SET_NAME = "tokens.npz", "heldout.npz", "calibration-set.json"
 
 
-@task(name="load text", task_run_name="load text {spec.name}")
+@task(
+    name="load text",
+    task_run_name="load text {spec.name}",
+    retries=len(RETRY_DELAYS_S),
+    retry_delay_seconds=RETRY_DELAYS_S,
+    retry_condition_fn=is_transient,
+)
 def load_text(spec: DatasetSpec) -> TextSet:
     """Read a dataset. Not cached: only reading it tells whether it changed."""
-    return TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
+    with bar(f"read {spec.name}"):
+        return TextSet(dataset=spec.name, texts=tuple(load_texts(spec)))
 
 
 @stage("tokenize", version=3, run_name="tokenize {texts.dataset}", packages=("llama-cpp-python",))
@@ -51,6 +58,6 @@ def load_calibration_set(tokens: Artifact, spec: DatasetSpec) -> CalibrationSet:
 @stage("heldout", version=1, run_name="tokenize held-out {texts.dataset}", packages=("llama-cpp-python",))
 def heldout(folder: Path, full: Artifact, texts: TextSet) -> None:
     """`heldout.npz`: the held-out text's token ids, by the GGUF's own tokenizer, concatenated."""
-    with Model(full.path(GGUF_NAME), allocate=False) as model:
+    with bar(f"tokenize {texts.dataset}"), Model(full.path(GGUF_NAME), allocate=False) as model:
         ids = model.tokenize("\n\n".join(texts.texts))
     TokenBatch.of([ids.tolist()]).save(folder / HELDOUT_NAME)

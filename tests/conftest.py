@@ -1,5 +1,6 @@
 import atexit
 import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from rich.console import Console
 
+from samq import progress
 from samq.toolchain import find_toolchain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,6 +48,22 @@ def no_strays():
     assert known_strays == before
 
 
+class Eager(progress.RichProgress):
+    """Draws every step, not ten a second."""
+
+    def update(self, *arguments, **fields):
+        super().update(*arguments, **fields, refresh=True)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a person saw on the terminal of this process: each step of each bar."""
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=200))
+    monkeypatch.setattr(progress, "RichProgress", Eager)
+    return screen
+
+
 @pytest.fixture(scope="session")
 def toolchain():
     return find_toolchain()
@@ -63,10 +82,12 @@ def write_tiny_gguf(
     spread=0.02,
     add_tokenizer=lambda writer: None,
     rare=(),
+    rope_factors=False,
 ) -> Path:
     """A Llama with random weights: all that llama-quantize looks at.
 
-    It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones.
+    It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones. With
+    `rope_factors` it scales the rotary frequencies, as Llama 3.1 does.
     """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -97,6 +118,8 @@ def write_tiny_gguf(
         add(f"blk.{block}.ffn_up.weight", hidden, width)
         add(f"blk.{block}.ffn_down.weight", width, hidden)
     add("output_norm.weight", width)
+    if rope_factors:
+        add("rope_freqs.weight", width // 4 // 2)  # one for each pair of a head's dimensions
     if not tied:
         output = random.normal(0, spread, (vocabulary, width)).astype(np.float16)
         output[list(rare)] = 0

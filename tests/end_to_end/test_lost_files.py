@@ -32,6 +32,11 @@ def largest_file(artifact):
     return artifact.path(name)
 
 
+def smallest_file(artifact):
+    names = [name for name in artifact.files if not name.endswith(".log")]
+    return artifact.path(min(names, key=lambda name: artifact.files[name].bytes))
+
+
 def run_again(sweep):
     """Run the flow again; the GGUFs are those of the first run, byte for byte."""
     again = requantize(RequantizeParameters.model_validate(SMALL))
@@ -53,6 +58,19 @@ def test_a_deleted_file_is_made_again_and_nothing_that_came_of_it(sweep, home, o
     run_again(sweep)
     assert rebuilt(before, artifacts(home)) == [stage]
     assert Store(home / "store").find(stage, artifact.key, thorough=True) is not None
+
+
+def test_the_smallest_files_of_all_stages_with_several_lost_at_once_cost_these_artifacts_and_no_more(
+    sweep, home, of_stage
+):
+    lost = {stage: smallest_file(of_stage(stage)[0]) for stage in STAGES}
+    lost = {stage: path for stage, path in lost.items() if path != of_stage(stage)[1]}  # others have only that one
+    assert {"tokenize", "calibrate", "rung", "compensate", "evaluate"} <= lost.keys()
+    before = artifacts(home)
+    for path in lost.values():
+        path.unlink()
+    run_again(sweep)
+    assert rebuilt(before, artifacts(home)) == sorted(lost)
 
 
 @pytest.mark.parametrize("stage", ["convert", "assemble"])

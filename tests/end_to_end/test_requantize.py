@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,25 +12,35 @@ import time
 from pathlib import Path
 from uuid import UUID
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from safetensors.torch import load_file, save_file
 
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
+from samq.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
-from samq.gguf_file import read_metadata
+from samq.gguf_file import file_sha256, read_metadata, read_tensors, read_weights
+from samq.model import write_hf_folder
+from samq.quantizer import GGUF_NAME
 from samq.records import Compensation
 from samq.selection import KLD
 from samq.significance import ITEMS_NAME
 from samq.store import Store
+from tasks.calibrate import MAP_NAME
 from tasks.compensate import COMPENSATION_NAME
+from tests.command_line import samq
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
+
+FIRST_BLOCKS = 3
 
 
 def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
@@ -73,10 +84,15 @@ def test_mlflow_has_a_parent_a_child_each_and_the_best_as_candidate(sweep, home)
     assert version.tags["sha256"] == sweep.best.model.sha256
 
 
-def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(sweep, home):
+def flow_run_of(sweep, home):
+    """The flow run's id, and the filter that Prefect finds what belongs to it by."""
     parent = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}").get_run(sweep.tracked.parent_run_id)
     flow_run_id = UUID(parent.data.tags["prefect.flow_run"])
-    this = {"flow_run_filter": FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))}
+    return flow_run_id, {"flow_run_filter": FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))}
+
+
+def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(sweep, home):
+    flow_run_id, this = flow_run_of(sweep, home)
     with get_client(sync_client=True) as prefect:
         assert prefect.read_flow_run(flow_run_id).name == "small"
         pages = {artifact.key: artifact for artifact in prefect.read_artifacts(**this)}
@@ -115,20 +131,94 @@ def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_miss
     assert "the data of mmlu cannot be had" in made.best.evaluation.missing["eval/mmlu"]
 
 
-def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, home):
+def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(made_by_sweep, home, tmp_path):
+    folders = {stage: home / "store" / stage / key for stage, key in made_by_sweep}
+    sensitivity, gguf = folders["calibrate"] / MAP_NAME, folders["convert"] / GGUF_NAME
+    planned = samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    groups = re.search(r"threshold 0\.85 keeps \d+ of 211 tensors \((\d+) blocks or single tensors\)", planned.stderr)
+    assert groups and int(groups[1]) <= 1, planned.stderr
+    rows = re.findall(r"│ ([\d.]+) +│ (\d+) +│ [\d.]+ +│ [\d.]+ +│", planned.stderr)
+    cuts, kept = [float(cut) for cut, _ in rows], [int(count) for _, count in rows]
+    assert len(rows) > 1 and max(cuts) < 0.85
+    assert sorted(kept) == kept and len({*kept}) == len(kept), "each proposal is another plan"
+
+
+def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, made_by_sweep, home):
     before = artifacts(home)
     again = requantize(RequantizeParameters.model_validate(SMALL))
     assert rebuilt(before, artifacts(home)) == []
     assert again.tracked.model_version == sweep.tracked.model_version
+    _, this = flow_run_of(again, home)
+    with get_client(sync_client=True) as prefect:
+        stages = [run for run in prefect.read_task_runs(**this) if "store" in run.task_inputs]
+    assert len(stages) >= len(made_by_sweep)
+    assert {run.name: run.state_name for run in stages if run.state_name != "Cached"} == {}
 
 
-def test_other_calibration_text_recalibrates_and_does_not_reconvert(sweep, home):
-    before = artifacts(home)
-    other = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": {"name": "humaneval", "samples": 6}}}
-    requantize(RequantizeParameters.model_validate(other))
-    stages = rebuilt(before, artifacts(home))
-    assert {"tokenize", "calibrate", "imatrix", "rung", "price", "plan", "assemble", "evaluate"} <= set(stages)
-    assert not {"convert", "heldout", "baseline"} & set(stages)
+def test_one_changed_calibration_sample_makes_all_again_but_what_no_calibration_text_shapes(
+    sweep, made_by_sweep, home, tmp_path
+):
+    rows, file = packaged_rows("humaneval"), tmp_path / "rows.jsonl"
+    dataset = {"name": str(file), "fields": ["prompt", "canonical_solution"], "samples": 5}
+    parameters = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": dataset}}
+
+    def run():
+        """Run the flow on the rows as they are now; returns what it made, and the stages whose artifacts are new."""
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        before = artifacts(home)
+        made = requantize(RequantizeParameters.model_validate(parameters))
+        return made, rebuilt(before, artifacts(home))
+
+    assert run()[1] == []  # the same text by another name
+    text = load_texts(DatasetSpec(**dataset))[0]
+    (number,) = [number for number, row in enumerate(rows) if text.startswith(row["prompt"])]
+    rows[number] = {**rows[number], "prompt": f"# Another first line.\n{rows[number]['prompt']}"}
+    made, stages = run()
+    assert set(stages) == {stage for stage, _ in made_by_sweep} - {"convert", "heldout", "baseline"}
+    assert stages.count("evaluate") == len(made.results) - 1  # full precision is what it was
+
+
+@pytest.fixture
+def hf_folder(sweep, tmp_path):
+    """The sweep's model as a folder in Hugging Face's layout, without all but its first blocks: a tenth of the work."""
+    (full,) = [result.gguf for result in sweep.results if result.plan.policy == "full"]
+    folder = write_hf_folder(full, tmp_path / "SmolLM2-first-blocks")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    kept = {
+        name: weight
+        for name, weight in load_file(weights).items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < FIRST_BLOCKS
+    }
+    save_file(kept, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": FIRST_BLOCKS}))
+    return folder
+
+
+def test_a_folder_from_hugging_face_is_requantized_in_the_precision_asked_for(sweep, hf_folder):
+    asked = {
+        **SMALL,
+        "model": {"source": str(hf_folder), "precision": "BF16"},
+        # Few rungs.
+        "candidates": {"stock": ["Q4_0"], "budgets": [], "proposed_thresholds": 1, "policy": {"base": "Q4_0"}},
+        "evaluation": {"context_tokens": 64, "chunks": 1, "json_prompts": 0, "speed_requests": 0},
+        "benchmarks": {"tasks": []},
+        "tracking": {"experiment": "hf-folder"},
+    }
+    made = requantize(RequantizeParameters.model_validate(asked))
+    assert made.failures == []
+    results = {result.plan.policy: result for result in made.results}
+    assert results.keys() == {"full", "stock", "threshold"}
+    assert abs(results["full"].evaluation.metrics[KLD].value) < 1e-6
+    assert results["stock"].bytes < results["threshold"].bytes < results["full"].bytes
+    (whole,) = [result.gguf for result in sweep.results if result.plan.policy == "full"]
+    tensors = read_tensors(results["full"].gguf)
+    assert len(tensors) == 2 + 9 * FIRST_BLOCKS
+    for name, tensor in tensors.items():
+        weights = torch.tensor(read_weights(whole, name))
+        assert tensor.type == ("BF16" if weights.ndim == 2 else "F32")
+        wanted = weights.bfloat16().float() if weights.ndim == 2 else weights
+        assert np.array_equal(read_weights(results["full"].gguf, name), wanted.numpy()), name
 
 
 def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
@@ -152,7 +242,6 @@ COMPENSATED = {
     "benchmarks": {"tasks": []},
     "tracking": {"experiment": "compensated"},
 }
-BUILDS = ["rung", "assemble", "compensate", "evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +253,45 @@ def compensated(home, prefect_home):
     return sweep
 
 
-@pytest.mark.parametrize("stage", [stage for stage in BUILDS if stage != "assemble"])  # it only copies, for a second
+# Killed stage -> the stages whose artifacts are lost before, so that its work and what comes of it have to be done.
+LOST = {
+    "rung": ("rung", "assemble", "compensate"),
+    "quantize": ("assemble", "compensate"),
+    "compensate": ("compensate",),
+    "evaluate": ("evaluate",),
+}
+
+
+def is_half_done(store, stage):
+    """Whether an artifact of the stage is being made: a part of its GGUF is written, or of the text is scored."""
+    try:
+        if stage == "evaluate":
+            logs = (store.root / ".tmp").glob("evaluate-*/evaluate.log")
+            return any("progress: fidelity" in log.read_text() for log in logs)
+        parts = (store.root / ".tmp").glob(f"{stage}-*/{GGUF_NAME}.partial")
+        return any(part.stat().st_size for part in parts)
+    except FileNotFoundError:  # whole in this moment
+        return False
+
+
+def built(home):
+    """SHA-256 of every candidate's GGUF in the store of a SAMQ folder."""
+    stages = ("quantize", "assemble", "compensate")
+    found = Store(home / "store").artifacts()
+    return {artifact.files[GGUF_NAME].sha256 for artifact in found if artifact.stage in stages}
+
+
+@pytest.mark.parametrize("stage", LOST)
 def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_ggufs(
     compensated, home, tmp_path, stage
 ):
     killed = tmp_path / "samq"
-    shutil.copytree(home / "store", killed / "store", symlinks=True)
+    shutil.copytree(home / "store", killed / "store", symlinks=True, ignore=shutil.ignore_patterns(*LOST[stage]))
     store = Store(killed / "store")
-    for artifact in list(store.artifacts()):
-        if artifact.stage in BUILDS[BUILDS.index(stage) :]:
-            shutil.rmtree(artifact.folder)
+    # What is made by llama-quantize itself is what is assembled from the ladder otherwise.
+    candidates = {**COMPENSATED["candidates"], "requantize": stage == "quantize"}
     config = tmp_path / "compensated.yaml"
-    config.write_text(yaml.safe_dump(COMPENSATED))
+    config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
     environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
@@ -186,22 +302,22 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=root, start_new_session=True)
 
     flow = start()
-    while not any((killed / "store" / ".tmp").glob(f"{stage}-*.lock")):
+    while not is_half_done(store, stage):
         assert flow.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.02)
     flow.send_signal(signal.SIGKILL)
     flow.wait()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(flow.pid, signal.SIGKILL)  # Prefect's server, which lives on otherwise
-    whole = {
-        artifact.stage for artifact in store.artifacts() if store.find(artifact.stage, artifact.key, thorough=True)
-    }
-    assert "convert" in whole
+    assert is_half_done(store, stage), "killed in the midst of it"
+    left = list(store.artifacts())
+    assert "convert" in {artifact.stage for artifact in left}
+    for artifact in left:
+        for name, entry in artifact.files.items():
+            assert file_sha256(artifact.folder / name) == entry.sha256, artifact.folder / name
+    assert {path.relative_to(store.root).parts[0] for path in store.root.rglob("*.partial")} <= {".tmp"}
+
     assert start().wait(timeout=600) == 0, (tmp_path / "log").read_text()
-    made = {
-        artifact.files["model.gguf"].sha256
-        for artifact in Store(killed / "store").artifacts()
-        if artifact.stage in ("assemble", "compensate")
-    }
-    assert made >= {result.model.sha256 for result in compensated.results if result.plan.policy != "full"}
+    wanted = {result.model.sha256 for result in compensated.results if result.plan.policy != "full"}
+    assert wanted <= built(killed) <= built(home)
     assert list((killed / "store" / ".tmp").glob("*.lock")) == []

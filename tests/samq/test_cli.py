@@ -9,16 +9,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from io import StringIO
 from pathlib import Path
 
 import gguf as gguf_package
 import numpy as np
 import psutil
 import pytest
-from rich.console import Console
 
-from samq import cli, progress
+from samq import cli
 from samq.allocation import Target, stock_plan
 from samq.fisher import Fisher, save_fisher
 from samq.gguf_file import file_sha256, read_metadata
@@ -102,7 +100,7 @@ def test_a_budgets_plan_keeps_to_it_and_says_what_it_is_predicted_to_cost(tmp_pa
     known = SensitivityMap.load(sensitivity)
     random = np.random.default_rng(0)
     fisher = {
-        name: Fisher(*(random.random(extent, np.float32) for extent in tensor.shape))
+        name: Fisher(*(10 * random.random(extent, np.float32) for extent in tensor.shape))
         for name, tensor in known.tensors.items()
     }
     save_fisher(tmp_path / "map.fisher.safetensors", fisher)
@@ -117,8 +115,9 @@ def test_a_budgets_plan_keeps_to_it_and_says_what_it_is_predicted_to_cost(tmp_pa
     assert plan.bits_per_weight <= 5
     assert set(plan.types.values()) == {"Q4_K", "Q6_K"}
     assert "predicted" in made.stderr
+    assert made.stderr.count("is over 0.3, where rounding is no small change") == 1, "not by the stage as well"
     assert refused(samq(*arguments, "much", home=tmp_path / "home"), "'much' is not a budget")
-    assert refused(samq(*arguments, "1bpw", home=tmp_path / "home"), "the smallest plan has")
+    assert refused(samq(*arguments, "1bpw", home=tmp_path / "home"), "the smallest possible is 4.")
     assert refused(
         samq(*arguments, "5bpw", "--threshold", "0.5", home=tmp_path), "give one of --budget and --threshold"
     )
@@ -304,8 +303,10 @@ def test_an_importance_matrix_is_made_and_used(tmp_path):
     text, matrix = tmp_path / "text.txt", tmp_path / "matrix.gguf"
     text.write_text("the man ran and ran\n" * 40)
     arguments = ("imatrix", "--gguf", full, "--dataset", text, "--sequence-tokens", 64, "--out", matrix)
-    done = samq(*arguments, home=tmp_path / "h")
+    done = samq(*arguments, home=tmp_path / "h", FORCE_COLOR="1")
     assert done.returncode == 0, done.stderr
+    for what in ("load Python packages", f"read {text}", "open full.gguf"):
+        assert what in done.stderr
     assert read_metadata(matrix)["general.type"] == "imatrix"
     sensitivity = save_map(tmp_path / "map.json", full, lambda number, count: number / count)
     plan = ("plan", "--map", sensitivity, "--gguf", full, "--imatrix", matrix, "--out", tmp_path / "p.json")
@@ -323,16 +324,20 @@ def test_plain_text_files_are_calibrated_and_evaluated_on(tmp_path):
     text.write_text("".join(f"line {number} of one document\n\n" for number in range(150)))
     other.write_text("the other text\n" * 40)
     calibrate = ("calibrate", full, "--dataset", text, "--sequence-tokens", 64, "--out", tmp_path / "map.json")
-    done = samq(*calibrate, home=tmp_path / "home")
+    done = samq(*calibrate, home=tmp_path / "home", FORCE_COLOR="1")
     assert done.returncode == 0, done.stderr
+    for what in ("load Python packages", f"read {text}", f"tokenize {text}", "load full", "compare full with its GGUF"):
+        assert what in done.stderr, "long work is seen on a terminal"
     assert SensitivityMap.load(tmp_path / "map.json").sequence_tokens == (63,) * cli.CALIBRATION_SAMPLES
     done = samq(*calibrate, "--samples", 1000, home=tmp_path / "home")
     assert refused(done, "sequences of 64 tokens, too few for 1000; ask for fewer or shorter ones")
     done = samq(
         "evaluate", full, "--baseline", full, "--dataset", other, "--context-tokens", 64, "--chunks", 2,
-        home=tmp_path / "home",
+        home=tmp_path / "home", FORCE_COLOR="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    for what in ("load Python packages", f"read {other}", f"tokenize {other}"):
+        assert what in done.stderr
     assert "fidelity/mean_kld_nats" in done.stderr
     assert "from sample 0 on" in done.stderr
 
@@ -358,20 +363,40 @@ def test_a_gguf_of_a_vocabulary_alone_is_inspected(tmp_path):
     assert re.search(r"all +│ 0 +│ 0 +│ 0.00 +│ +│", shown.stderr)
 
 
-def test_reading_a_large_file_is_seen_on_the_terminal(tmp_path, gguf, plan, sensitivity, monkeypatch):
-    def seen(*arguments):
-        monkeypatch.setattr(progress, "console", Console(file=StringIO(), force_terminal=True, width=200))
+@pytest.fixture
+def seen(terminal):
+    """Run a command here, and tell what was on the terminal while it worked."""
+
+    def run(*arguments):
+        start = terminal.tell()
         with suppress(SystemExit):
             cli.main([*map(str, arguments)])
-        return progress.console.file.getvalue()
+        return terminal.getvalue()[start:]
 
-    monkeypatch.setenv("SAMQ_HOME", str(tmp_path / "home"))
-    assert "read tiny.gguf" in seen("inspect", gguf)
+    return run
+
+
+def test_reading_a_large_file_is_seen_on_the_terminal(tmp_path, gguf, plan, sensitivity, samq_home, seen, terminal):
+    inspected = seen("inspect", gguf)
+    assert "open tiny.gguf" in inspected and "read tiny.gguf" in inspected
     assert "plan tiny.gguf" in seen("plan", "--map", sensitivity, "--gguf", gguf)
     assert "read tiny.gguf" in seen("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out.gguf")
-    with progress.bar("adopt"):
-        cli._adopt({"model.gguf": gguf})
-    assert "read tiny.gguf" in progress.console.file.getvalue()
+    start = terminal.tell()
+    cli._adopt({"model.gguf": gguf})
+    adopted = terminal.getvalue()[start:]
+    assert "open tiny.gguf" in adopted and "read tiny.gguf" in adopted
+
+
+def test_asking_mlflow_and_looking_around_are_seen_on_the_terminal(samq_home, seen, mlflow_uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
+    for command, what in {
+        ("status",): "ask MLflow",
+        ("rollback", "nothing", "--reason", "x"): "roll nothing back",
+        ("prune", "--older-than-days", 1): "free disk",
+    }.items():
+        said = seen(*command)
+        assert "load Python packages" in said and what in said
+    assert "look at this machine" in seen("doctor")
 
 
 @pytest.mark.e2e

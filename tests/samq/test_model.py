@@ -75,6 +75,16 @@ def test_a_gguf_with_its_folder_gives_torchs_weights_back(folder, tmp_path):
     assert len(row_orders(weights_of(model, names_of(model)), path)) == 4
 
 
+def test_loading_tells_of_its_progress_and_draws_nothing_itself(folder, tmp_path, capfd):
+    path = write_llama_gguf(tiny_llama(), tmp_path / "tiny-f16.gguf")
+    for source in (describe_source(path, hf_folder=folder), describe_source(folder)):
+        told = []
+        load_model(source, device="cpu", progress=lambda done, total, told=told: told.append((done, total)))
+        count = len(list(tiny_llama().parameters()))
+        assert told == [(done, count) for done in range(count + 1)] * (2 if source.gguf else 1)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_ggufs_name_is_not_its_identity(tmp_path):
     path = write_llama_gguf(tiny_llama(), tmp_path / "one.gguf")
     source = describe_source(path)

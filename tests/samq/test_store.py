@@ -65,6 +65,27 @@ def test_a_damaged_artifact_is_not_found_and_is_removed(store, damage):
     assert not artifact.folder.exists()
 
 
+@pytest.mark.parametrize("damage", ["delete", "truncate", "alter"])
+@pytest.mark.parametrize("name", ["large.bin", "small.json", "stage.log"])
+def test_damage_to_any_one_file_of_several_is_found(store, name, damage):
+    with store.publish("stage", "k") as folder:
+        for file, content in {"large.bin": bytes(10000), "small.json": b"{}", "stage.log": b"done"}.items():
+            (folder / file).write_bytes(content)
+    artifact = store.find("stage", "k")
+    path = artifact.path(name)
+    content = path.read_bytes()
+    match damage:
+        case "delete":
+            path.unlink()
+        case "truncate":
+            path.write_bytes(content[:-1])
+        case "alter":
+            path.write_bytes(content[:-1] + b"?")
+            os.utime(path, ns=(0, 0))  # a clock's tick may be longer than this test
+    assert store.find("stage", "k") is None
+    assert not artifact.folder.exists()
+
+
 def test_a_touched_but_unaltered_file_is_still_whole(store):
     artifact = publish(store)
     os.utime(artifact.path("file.txt"))

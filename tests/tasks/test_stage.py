@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from samq import __version__
 from samq.datasets import DatasetSpec
-from samq.errors import SamqError, ToolError
+from samq.errors import SamqError, ToolError, UnreachableError
 from samq.evaluation.settings import BenchmarkSettings
 from samq.model import describe_source
 from samq.process import run as run_program
@@ -144,6 +144,24 @@ def test_a_failing_stage_publishes_nothing_and_an_error_of_the_users_is_not_retr
     assert list(Store(tmp_path / "store").artifacts()) == []
 
 
+def test_a_transient_fault_is_tried_again_and_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tasks.stage.RETRY_DELAYS_S", [0.0, 0.0])
+    attempts = []
+
+    @stage("fetch", version=1, run_name="fetch")
+    def fetch(folder: Path, number: int) -> None:
+        attempts.append(number)
+        if len(attempts) == 1:
+            raise ConnectionError("reset by peer")
+        (folder / "whole.txt").write_text("whole")
+
+    state = run(fetch, tmp_path / "store", 1)
+    assert state.name == "Completed"
+    assert attempts == [1, 1]
+    assert "failed for now, tried again within a minute: reset by peer" in caplog.text
+    assert state.result().path("whole.txt").read_text() == "whole"
+
+
 def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(tmp_path, toolchain):
     def made(version):
         @stage("count", version=version, run_name="count", packages=("numpy",))
@@ -212,7 +230,13 @@ def test_a_submitted_stage_whose_child_hangs_fails_at_its_limit_and_its_log_stay
 
 @pytest.mark.parametrize(
     ("error", "transient"),
-    [(ConnectionError("reset"), True), (TimeoutError(), True), (SamqError("no"), False), (ValueError("bug"), False)],
+    [
+        (ConnectionError("reset"), True),
+        (TimeoutError(), True),
+        (UnreachableError("the hub did not answer"), True),
+        (SamqError("no"), False),
+        (ValueError("bug"), False),
+    ],
 )
 def test_only_transient_faults_are_retried(error, transient):
     assert is_transient(None, None, Failed(data=error)) is transient

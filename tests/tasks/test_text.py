@@ -6,7 +6,7 @@ from samq.calibration import TokenBatch
 from samq.datasets import DatasetSpec
 from samq.records import TextSet
 from samq.store import Store
-from tasks.text import TOKENS_NAME, heldout, load_calibration_set, tokenize
+from tasks.text import TOKENS_NAME, heldout, load_calibration_set, load_text, tokenize
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 TEXTS = TextSet(dataset="words", texts=("the other bathtub", "an ant", "x"))
@@ -46,3 +46,16 @@ def test_the_same_text_under_another_name_is_the_same_artifact_and_has_the_name_
     assert heldout.fn(stores[0].root, full, TEXTS) == heldout.fn(stores[0].root, full, moved)
     record = load_calibration_set(made, spec)
     assert (record.dataset, record.fields, record.samples) == ("/moved/words.txt", ("body",), 2)
+
+
+def test_reading_and_tokenizing_held_out_text_are_seen_on_the_terminal(tmp_path, terminal):
+    store = Store(tmp_path / "store")
+    with store.publish("convert", "k") as folder:
+        write_llama_gguf(tiny_llama(vocab_size=300), folder / "model.gguf", tokenizer=byte_tokenizer())
+    rows = tmp_path / "rows.txt"
+    rows.write_text("the other bathtub")
+    text = load_text.fn(DatasetSpec(name=str(rows)))
+    assert f"read {rows}" in terminal.getvalue()
+    heldout.fn(store.root, store.find("convert", "k"), text)
+    assert f"tokenize {rows}" in terminal.getvalue()
+    assert "keep what heldout made" in terminal.getvalue()

@@ -1,0 +1,23 @@
+"""What calibration does before its own bar shows anything."""
+
+from samq.layout import weights_of
+from samq.model import describe_source
+from samq.store import Store
+from tasks.calibrate import open_model
+from tests.tiny_models import save_folder, tiny_llama, write_llama_gguf
+
+
+def test_loading_a_model_and_comparing_it_with_its_gguf_are_seen_on_the_terminal(tmp_path, terminal):
+    model, store = tiny_llama(), Store(tmp_path / "store")
+    with store.publish("convert", "k") as folder:
+        write_llama_gguf(model, folder / "model.gguf")
+    source = describe_source(save_folder(model, tmp_path / "tiny"))
+    opened, names, orders = open_model(source, store.find("convert", "k"), "float32", "cpu")
+    parameters, weights = len(list(model.parameters())), len(weights_of(opened, names))
+    assert len(orders) == 4 and weights < parameters
+    load, compare = (
+        [line for line in terminal.getvalue().splitlines() if what in line]
+        for what in ("load tiny", "compare tiny with its GGUF")
+    )
+    assert f"{parameters}/{parameters}" in load[-1]
+    assert f"{weights}/{weights}" in compare[-1]
