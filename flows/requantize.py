@@ -25,7 +25,7 @@ from samq.evaluation.settings import EVALUATION_NAME, benchmark_key
 from samq.gguf_file import read_tensors
 from samq.home import mlflow_uri, store_folder
 from samq.ladder import rungs_of
-from samq.prices import plan_cost, predicted_cost, sequences_wanted
+from samq.prices import lengthened, plan_cost, predicted_cost, sequences_wanted
 from samq.quantizer import GGUF_NAME
 from samq.records import (
     CalibrationSet,
@@ -367,5 +367,6 @@ def _result(planned: Artifact, gguf: Artifact, measured: Artifact, prices: dict[
     else:
         model = QuantizedModel.load(gguf.path(MODEL_NAME))
     evaluation = Evaluation.load(measured.path(EVALUATION_NAME))
-    predicted = predicted_cost(prices[plan.rounding], plan)
-    return Result(plan, model, evaluation, path, measured.folder, predicted)
+    table = prices[plan.rounding]
+    predicted, longer = predicted_cost(table, plan), lengthened(table, plan)
+    return Result(plan, model, evaluation, path, measured.folder, predicted, lengthened=longer)

@@ -19,8 +19,8 @@ from samq.errors import SamqError
 from samq.evaluation.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.formats import MIXTURES, bits_per_weight, check_type
-from samq.prediction import SECOND_ORDER_LIMIT_NATS
-from samq.prices import plan_cost
+from samq.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
+from samq.prices import lengthened, plan_cost
 from samq.records import Plan, Price, PriceTable
 
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
@@ -148,14 +148,21 @@ def _smallest(target: Target, budget: Budget, tensor_bytes: int) -> str:
     return f"size-of:{min(enough, key=sizes.__getitem__)}, or {bits}" if enough else bits
 
 
-def why_doubted(plan: Plan) -> str | None:
+def why_doubted(plan: Plan, prices: PriceTable) -> str | None:
     """Why a plan's prediction is not to be relied on, and what to do, in a sentence; None if it may be."""
-    if plan.predicted_kl_nats is None or plan.predicted_kl_nats <= SECOND_ORDER_LIMIT_NATS:
-        return None
-    return (
-        f"a predicted KL of {plan.predicted_kl_nats:.2f} nats is over {SECOND_ORDER_LIMIT_NATS:g}, where rounding is no small "
-        "change and second order fails; raise the budget, or set least_type, and rely on what is measured only"
-    )
+    doubts = []
+    if plan.predicted_kl_nats is not None and plan.predicted_kl_nats > SECOND_ORDER_LIMIT_NATS:
+        doubts.append(
+            f"a predicted KL of {plan.predicted_kl_nats:.2f} nats is over {SECOND_ORDER_LIMIT_NATS:g}, where rounding is no "
+            "small change and second order fails; raise the budget, or set least_type, and rely on what is measured only"
+        )
+    if changes := lengthened(prices, plan):
+        types = " and ".join(changes)
+        doubts.append(
+            f"predictions of plans with {types} are too low against other plans': {lengthening(changes)}; leave {types} out of "
+            "the ladder, or rely on what is measured only"
+        )
+    return "; and ".join(doubts) or None
 
 
 def _allowed(name: str, prices: PriceTable, target: Target, policy: BudgetPolicy) -> dict[str, Price]:

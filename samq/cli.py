@@ -356,7 +356,7 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
         from tasks.calibrate import FISHER_NAME, MAP_NAME
         from tasks.ladder import choose_rungs, rung
         from tasks.plan import load_plan, plan_budget
-        from tasks.price import price
+        from tasks.price import load_prices, price
 
     read_budget(budget)  # refuses what is none, before the work
     logging.getLogger("samq.plan").disabled = True  # its doubt is printed below, of a plan made earlier too
@@ -371,7 +371,7 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
     with bar(f"plan {budget}"):
         made = load_plan(plan_budget.fn(store, full, matrix, prices, budget, BudgetPolicy(), tools))
     console.print(f"{made.tensor_bytes / 1e6:.1f} MB. {describe_plan(made)}", highlight=False)
-    if doubt := why_doubted(made):
+    if doubt := why_doubted(made, load_prices(prices)):
         console.print(f"Warning: {doubt}", highlight=False)
     return made
 

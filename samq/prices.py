@@ -24,9 +24,10 @@ from samq.ladder import Ladder
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
 
-# From this on (relative) weights that a type makes longer cost more, mixed with others, than their prices say: their errors
-# have one sign. IQ3_S lengthens by 2 to 3 %, no other type by a thousandth. Shortening does no such harm, though it has one
-# sign as well: Q3_K takes 1 % and Q2_K 4 %, and both are predicted as others are (benchmarks/low_bits.py).
+# Weights that a type makes longer by so much (relative) cost more, mixed with others, than their prices say: their errors have
+# one sign. IQ3_S lengthens by 2 to 3 %, no other type by a thousandth (benchmarks/low_bits.py). Shorter is another matter: Q3_K
+# takes 1 % of the length and Q2_K 4 %, as values in the middle of what is rounded to them are, and Q3_K given back its length
+# does no better.
 LENGTHENING_LIMIT = 0.01
 _SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 

@@ -7,8 +7,8 @@ at whose bytes it is shown. A mixture that was not measured is not known to be w
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,8 @@ class Result:
     folder: Path  # of the evaluation: evaluation.json and the parquet files
     predicted: Metric | None = None  # KL by the price table, nats per token; None where the plan's types have no price
     benchmark_folders: tuple[Path, ...] = ()  # a task each: evaluation.json and benchmarks.parquet
+    # The plan's types whose rounding lengthens weights, and by how much; see samq.prices.lengthened.
+    lengthened: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

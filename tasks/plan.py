@@ -58,10 +58,10 @@ def plan_budget(
     toolchain: Toolchain,
 ) -> None:
     """`plan.json`: the least predicted KL within the budget; a warning in the log where that is not to be relied on."""
-    target = open_target(full, imatrix, toolchain)
-    plan = budget_plan(target, load_prices(prices), parse_budget(budget, target), policy)
+    target, table = open_target(full, imatrix, toolchain), load_prices(prices)
+    plan = budget_plan(target, table, parse_budget(budget, target), policy)
     plan.save(folder / PLAN_NAME)
-    if doubt := why_doubted(plan):
+    if doubt := why_doubted(plan, table):
         log.warning("%s: %s", plan.name, doubt)
 
 

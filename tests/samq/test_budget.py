@@ -289,10 +289,27 @@ def test_a_plan_beyond_second_order_is_doubted(target, prices, scale, doubted):
         )
         for name, tensor in prices.tensors.items()
     }
-    doubt = why_doubted(budget_plan(target, prices.model_copy(update={"tensors": scaled}), budget, BudgetPolicy()))
+    table = prices.model_copy(update={"tensors": scaled})
+    doubt = why_doubted(budget_plan(target, table, budget, BudgetPolicy()), table)
     assert bool(doubt) == doubted
     if doubt:
         assert "a predicted KL of 0.33 nats is over 0.3" in doubt
+
+
+@pytest.mark.parametrize(("change", "doubted"), [(0.0217, True), (0.009, False), (-0.04, False)])
+def test_a_plan_with_a_type_that_lengthens_weights_is_doubted(target, prices, change, doubted):
+    plan = budget_plan(target, prices, parse_budget("4bpw", target), BudgetPolicy())
+    changes = dict.fromkeys(plan.types.values(), 0.0) | {plan.types["output.weight"]: change, "IQ3_S": 0.0217}
+    plan = plan.model_copy(update={"predicted_kl_nats": 0.1})
+    doubt = why_doubted(plan, prices.model_copy(update={"length_changes": changes}))
+    kind = plan.types["output.weight"]
+    sentence = (
+        f"predictions of plans with {kind} are too low against other plans': rounding to {kind} lengthens weights by 2.2 %, "
+        f"and errors of one sign add up where the prediction takes them for noise; leave {kind} out of the ladder, or rely on "
+        "what is measured only"
+    )
+    assert doubt == (sentence if doubted else None)
+    assert why_doubted(plan, prices) is None, "a table of before has no lengths"
 
 
 def test_guards_are_least_types(target, prices):

@@ -4,6 +4,7 @@ import pytest
 
 from samq.prediction import SECOND_ORDER_LIMIT_NATS, agreement, beyond_second_order, prediction_section
 from samq.records import Metric
+from samq.selection import by_size
 from tests.samq.sweep import make_sweep
 
 
@@ -68,6 +69,17 @@ def test_candidates_beyond_second_order_are_warned_of(tmp_path):
     assert low.kld.value < SECOND_ORDER_LIMIT_NATS < high.kld.value
     assert beyond_second_order([predicted(low, 0.1), predicted(high, 10)]) == ["Q5_K_M", "Q4_K_M"], "either is enough"
     assert beyond_second_order([predicted(low, 1.0)]) == []
+
+
+def test_plans_by_budget_with_types_that_lengthen_weights_are_warned_of(sweep):
+    longer = [dataclasses.replace(result, lengthened={"IQ3_S": 0.0217}) for result in sweep.results]
+    names = [result.name for result in by_size(longer) if result.plan.policy == "budget"]
+    assert 0 < len(names) < len(longer)
+    assert prediction_section(longer, [])[-1] == (
+        f"**Against other plans' the prediction of {', '.join(names)} is too low**: rounding to IQ3_S lengthens weights by "
+        "2.2 %, and errors of one sign add up where the prediction takes them for noise. What was measured holds."
+    )
+    assert not any("too low" in part for part in prediction_section(sweep.results, []))
 
 
 def check(sweep, additive, joint, stderr=0.0005):

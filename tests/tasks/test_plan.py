@@ -9,13 +9,13 @@ from samq.quantizer import GGUF_NAME, quantizable_tensors
 from samq.records import Price, PriceTable, TensorPrices
 from samq.store import Store
 from tasks.plan import load_plan, plan_budget
-from tasks.price import PRICES_NAME
+from tasks.price import PRICES_NAME, load_prices
 from tests.conftest import write_tiny_gguf
 
 
-@pytest.mark.parametrize(("nats", "doubted"), [(0.1, False), (1.0, True)])
-def test_a_plan_beyond_second_order_is_doubted_in_the_log_when_it_is_made_and_not_again(
-    tmp_path, toolchain, caplog, nats, doubted
+@pytest.mark.parametrize(("nats", "longer", "doubted"), [(0.1, 0.0, False), (1.0, 0.0, True), (0.1, 0.02, True)])
+def test_a_plan_whose_prediction_fails_is_doubted_in_the_log_when_it_is_made_and_not_again(
+    tmp_path, toolchain, caplog, nats, longer, doubted
 ):
     store = Store(tmp_path / "store")
     with store.publish("convert", "k") as folder:
@@ -35,9 +35,10 @@ def test_a_plan_beyond_second_order_is_doubted_in_the_log_when_it_is_made_and_no
                 )
                 for name, tensor in tensors.items()
             },
+            length_changes={"Q4_K": longer},
         ).save(folder / PRICES_NAME)
     full, prices = store.find("convert", "k"), store.find("price", "k")
     made = [plan_budget.fn(store.root, full, None, prices, "5bpw", BudgetPolicy(), toolchain) for _ in range(2)]
     assert made[0] == made[1]
     warnings = [record.getMessage() for record in caplog.records if record.name == "samq.plan"]
-    assert warnings == ([f"samq-5bpw: {why_doubted(load_plan(made[0]))}"] if doubted else [])
+    assert warnings == ([f"samq-5bpw: {why_doubted(load_plan(made[0]), load_prices(prices))}"] if doubted else [])

@@ -90,13 +90,14 @@ def test_a_task_that_runs_code_as_it_is_imported_is_refused_before_that(tmp_path
     (tmp_path / "inner.yaml").write_text("group: inner\ntask: [again]\n")
     (tmp_path / "outer.yaml").write_text("group: outer\ntask: [inner]\n")
     (tmp_path / "changed.yaml").write_text("group: changed\ntask: [{task: coded, num_fewshot: 0}]\n")
-    for name in ("coded", str(path), "again", "inner", "outer", "changed"):
+    names = ("coded", str(path), "again", "inner", "outer", "changed")
+    for name in names:  # all of them before it is imported
         with pytest.raises(SamqError) as caught:
             open_task(name, folders=[tmp_path])
         assert str(caught.value) == f"{name} runs code that the model writes; allow it with run_code, or leave it out"
-        assert open_task(name, folders=[tmp_path], settings=CODE).runs_code
     with pytest.raises(SamqError, match=r"^humaneval runs code that the model writes; allow it"):
         open_task("humaneval")  # lm-eval's own
+    assert all(open_task(name, folders=[tmp_path], settings=CODE).runs_code for name in names)
 
 
 def test_a_digest_is_of_configuration_and_items_and_not_of_the_place(tmp_path):
