@@ -1,7 +1,7 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
-model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> assemble x N -> evaluate x N
-             (those of budgets: compensate) -> compare, choose, benchmark the finalists, check, report, track, register
+model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N (budgets': compensate the rungs' tensors)
+             -> assemble x N -> evaluate x N -> compare, choose, benchmark the finalists, check, report, track, register
 """
 
 import logging
@@ -45,7 +45,7 @@ from tasks.benchmark import benchmark, compare_items, find_benchmarks
 from tasks.calibrate import MAP_NAME, calibrate
 from tasks.check import check, load_check
 from tasks.compare import compare
-from tasks.compensate import compensate, gram, price_compensated
+from tasks.compensate import compensate, compensate_rung, gram, price_compensated
 from tasks.convert import convert
 from tasks.evaluate import baseline, evaluate
 from tasks.imatrix import imatrix
@@ -150,25 +150,21 @@ def requantize(parameters: RequantizeParameters) -> Sweep:
         },
         failures,
     )
-    provenance = _provenance(source, calibration_set, tools)
-    tensors = read_tensors(full.path(GGUF_NAME))
-
-    def build(name: str, plan: Artifact) -> PrefectFuture[Artifact]:
-        held = None if wanted.requantize else rungs_of(load_plan(plan), tensors, rungs)
-        if not held:
-            return quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
-        return assemble.submit(store, name, full, plan, {rung: rungs[rung] for rung in held}, provenance)
-
     ggufs = {FULL: full} if FULL in plans else {}
-    ggufs |= _finished("quantize", {name: build(name, plan) for name, plan in plans.items() if name != FULL}, failures)
-    if grams:
-        rounded = {name: gguf for name, gguf in ggufs.items() if load_plan(plans[name]).rounding == "compensated"}
-        again = {
-            name: compensate.submit(store, name, full, plans[name], gguf, grams, model.device)
-            for name, gguf in rounded.items()
-        }
-        ggufs = {name: gguf for name, gguf in ggufs.items() if name not in rounded}
-        ggufs |= _finished("compensate", again, failures)
+    ggufs |= _build(
+        store,
+        full,
+        matrix,
+        {name: plan for name, plan in plans.items() if name != FULL},
+        rungs,
+        grams,
+        _provenance(source, calibration_set, tools),
+        wanted.requantize,
+        model.device,
+        tools,
+        limit,
+        failures,
+    )
     measured = _finished(
         "evaluate",
         {
@@ -261,6 +257,62 @@ def _finished(stage: str, futures: dict[str, PrefectFuture[Artifact]], failures:
         if not isinstance(result, Artifact)
     ]
     return {name: result for name, result in made.items() if isinstance(result, Artifact)}
+
+
+def _build(
+    store: Path,
+    full: Artifact,
+    matrix: Artifact | None,
+    plans: dict[str, Artifact],
+    rungs: dict[str, Artifact],
+    grams: Artifact | None,
+    provenance: dict[str, str],
+    requantize: bool,
+    device: str,
+    tools: Toolchain,
+    limit: float,
+    failures: list[Failure],
+) -> dict[str, Artifact]:
+    """The plans' GGUFs: copied from the ladder where it has all of a plan's tensors, and else made by llama-quantize.
+
+    What is rounded anew is so once for all plans: each rung's tensors that some plan takes from it.
+    """
+    tensors = read_tensors(full.path(GGUF_NAME))
+    held = {name: None if requantize else rungs_of(load_plan(plan), tensors, rungs) for name, plan in plans.items()}
+    anew = {name for name, plan in plans.items() if grams and load_plan(plan).rounding == "compensated"}
+    wanted: dict[str, set[str]] = {}
+    for name in anew:
+        for step, taken in (held[name] or {}).items():
+            wanted.setdefault(step, set()).update(taken)
+    steps = {
+        step: compensate_rung.submit(store, step, full, rungs[step], sorted(taken), grams, device)
+        for step, taken in sorted(wanted.items())
+    }
+    failed: list[Failure] = []
+    compensated = _finished("compensate", steps, failed)
+    reasons = {failure.name: failure.reason for failure in failed}
+
+    def build(name: str, plan: Artifact, steps: dict[str, list[str]] | None) -> PrefectFuture[Artifact]:
+        if not steps:
+            return quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
+        mine = {step: compensated[step] for step in steps if name in anew}
+        return assemble.submit(store, name, full, plan, {step: rungs[step] for step in steps}, mine, provenance)
+
+    asked = {}
+    for name, plan in plans.items():
+        lacking = [f"{step}: {reasons[step]}" for step in held[name] or () if name in anew and step in reasons]
+        if lacking:
+            failures.append(Failure(name=name, stage="compensate", reason="; ".join(lacking)))
+        else:
+            asked[name] = build(name, plan, held[name])
+    made = _finished("quantize", asked, failures)
+    again = {
+        name: compensate.submit(store, name, full, plans[name], gguf, grams, device)
+        for name, gguf in made.items()
+        if name in anew and not held[name]
+    }
+    made = {name: gguf for name, gguf in made.items() if name not in again}
+    return made | _finished("compensate", again, failures)
 
 
 def _calibrate(

@@ -2,7 +2,8 @@
 
 The file is the one that llama-quantize would write for the same plan, byte for byte: the metadata of a rung (that
 llama-quantize wrote, with the same importance matrix) with the plan's own provenance and file type in their places,
-and each tensor's bytes from the rung that has it in the plan's type. Offsets are recomputed as gguf_set_tensor_type of
+and each tensor's bytes from the rung that has it in the plan's type; tensors of compensated rounding come from what
+`samq.compensation.compensate_rung` made of their rung. Offsets are recomputed as gguf_set_tensor_type of
 llama.cpp's ggml/src/gguf.cpp does.
 """
 
@@ -73,17 +74,20 @@ def write_assembled(
     if not ladder.rungs:
         raise SamqError("the ladder has no rung to take the metadata from; make one first")
     require_alignment(ladder.gguf)
-    paths = (*ladder.rungs.values(), ladder.gguf)
-    first = _read_header(paths[0])
-    headers = {paths[0]: first} | {path: _read_header(path, first.values) for path in paths[1:]}
+    # the first that has a tensor in the type wanted is where it is copied from
+    compensated = ladder.compensated if plan.rounding == "compensated" else ()
+    first = _read_header(next(iter(ladder.rungs.values())))
+    paths = (*compensated, *ladder.rungs.values(), ladder.gguf)
+    headers = {path: _read_header(path, first.values) for path in paths}
     pieces = []  # (file, offset in it, bytes), in the order of writing
     infos = bytearray()
     offset = 0
     for name, tensor in first.tensors.items():
         wanted = plan.types.get(name, headers[ladder.gguf].tensors[name].type)
-        holder = next((file for file, header in headers.items() if header.tensors[name].type == wanted), None)
+        holders = {file: header.tensors[name].type for file, header in headers.items() if name in header.tensors}
+        holder = next((file for file, kind in holders.items() if kind == wanted), None)
         if holder is None:
-            held = sorted({header.tensors[name].type for header in headers.values()})
+            held = sorted({*holders.values()})
             advice = "add that rung"
             if wanted in NEEDS_IMATRIX:
                 advice = "add that rung, with an importance matrix that has an entry for this tensor"

@@ -8,19 +8,18 @@ reads the file as any other.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from gguf import ReaderTensor
+from gguf import GGUFWriter, ReaderTensor
 from numpy.typing import NDArray
 
 from samq.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
 from samq.errors import SamqError
-from samq.gguf_file import open_gguf, read_rows, read_tensors, to_float
+from samq.gguf_file import open_gguf, read_metadata, read_rows, read_tensors, to_float
 from samq.gpu_memory import needs_gpu_memory
 from samq.gram import GramMatrices
 from samq.prices import rounding_error
@@ -60,55 +59,108 @@ def compensate(
     Raises:
         SamqError: the files do not hold the same tensors, or the output cannot be written.
     """
+    wanted = _compensable(full, quantized, grams)
+    errors: dict[str, OutputError] = {}
+    with _writing(output):
+        shutil.copyfile(quantized, output)
+        with open(output, "r+b") as file:
+            for tensor, blocks, error in _compensated(wanted, grams, device, progress):
+                file.seek(int(tensor.data_offset))
+                file.write(blocks.tobytes())
+                errors[tensor.name] = error
+    return Compensation(tensors=dict(sorted(errors.items())))
+
+
+def compensate_rung(
+    full: Path,
+    rung: Path,
+    tensors: Collection[str],
+    grams: GramMatrices,
+    output: Path,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Compensation:
+    """Write a GGUF of those of `tensors` alone that `compensate` would change in a rung of the ladder, as it would.
+
+    What becomes of a tensor depends on no other one, so plans that have it in this type can all take it from here
+    (`samq.assembly`). Arguments and errors are those of `compensate`.
+    """
+    wanted = [pair for pair in _compensable(full, rung, grams) if pair[1].name in tensors]
+    errors: dict[str, OutputError] = {}
+    with _writing(output):
+        writer = GGUFWriter(output, read_metadata(full)["general.architecture"])
+        for _, tensor in wanted:
+            data = tensor.data
+            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, blocks, error in _compensated(wanted, grams, device, progress):
+            writer.write_tensor_data(blocks)
+            errors[tensor.name] = error
+        writer.close()
+    return Compensation(tensors=dict(sorted(errors.items())))
+
+
+def _compensable(full: Path, quantized: Path, grams: GramMatrices) -> list[tuple[ReaderTensor, ReaderTensor]]:
+    """The tensors whose codes are to be rounded anew, in full precision and quantized; those of one input side by side."""
     originals = {tensor.name: tensor for tensor in open_gguf(full).tensors}
     shapes = [{tensor.name: tensor.shape for tensor in read_tensors(path).values()} for path in (full, quantized)]
     if shapes[0] != shapes[1]:
         raise SamqError(f"{quantized} and {full} do not hold the same tensors; give the GGUF that it was made from")
     wanted = [
-        tensor
+        (originals[tensor.name], tensor)
         for tensor in open_gguf(quantized).tensors
         if tensor.tensor_type.name in TYPES_WITH_CODES
         and tensor.name in grams
         and originals[tensor.name].tensor_type != tensor.tensor_type
+        and not _is_exact(originals[tensor.name], tensor)
     ]
-    wanted.sort(key=lambda tensor: grams.source[tensor.name])
-    errors: dict[str, OutputError] = {}
+    return sorted(wanted, key=lambda pair: grams.source[pair[1].name])
+
+
+def _compensated(
+    wanted: Sequence[tuple[ReaderTensor, ReaderTensor]], grams: GramMatrices, device: str, progress: Progress
+) -> Iterator[tuple[ReaderTensor, NDArray[np.uint8], OutputError]]:
+    """Each quantized tensor, its blocks with the codes rounded anew, and its errors before and after."""
+    source, compensator = "", None
+    for done, (original, tensor) in enumerate(wanted):
+        progress(done, len(wanted))
+        with _on_device(tensor.name):
+            if compensator is None or grams.source[tensor.name] != source:
+                source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
+            blocks, error = _compensate_tensor(original, tensor, compensator)
+        yield tensor, blocks, error
+    progress(len(wanted), len(wanted))
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Say in one sentence why the output cannot be written."""
     try:
-        shutil.copyfile(quantized, output)
-        with open(output, "r+b") as file:
-            source, compensator = "", None
-            for done, tensor in enumerate(wanted):
-                progress(done, len(wanted))
-                if _is_exact(originals[tensor.name], tensor):
-                    continue
-                with _on_device(tensor.name):
-                    if compensator is None or grams.source[tensor.name] != source:
-                        source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
-                    errors[tensor.name] = _compensate_tensor(originals[tensor.name], tensor, compensator, file)
-            progress(len(wanted), len(wanted))
+        yield
     except OSError as error:
         raise SamqError(f"cannot write {output}: {error.strerror}; choose a folder that can be written to") from error
-    return Compensation(tensors=dict(sorted(errors.items())))
 
 
 def _compensate_tensor(
-    original: ReaderTensor, quantized: ReaderTensor, compensator: "Compensator", file: IO[bytes]
-) -> OutputError:
-    """Write the tensor's rows to the file where they lie; returns their errors before and after."""
+    original: ReaderTensor, quantized: ReaderTensor, compensator: "Compensator"
+) -> tuple[NDArray[np.uint8], OutputError]:
+    """The tensor's blocks with the codes rounded anew, in the shape of its data, and its errors before and after."""
     kind, row_length = quantized.tensor_type, int(quantized.shape[0])
-    stored = quantized.data.reshape(-1, quantized.data.shape[-1])
+    blocks = np.array(quantized.data)
+    stored = blocks.reshape(-1, blocks.shape[-1])
     before = after = 0.0
     for rows in _slabs(quantized, _SLAB_WEIGHTS if compensator.device.type == "cpu" else _GPU_SLAB_WEIGHTS):
-        nearest, weights = np.array(stored[rows]), read_rows(original, rows)
-        blocks = write_codes(kind.name, nearest, compensator.codes(weights, read_grid(kind.name, nearest)))
-        errors = [compensator.output_error(to_float(kind, data, row_length) - weights) for data in (nearest, blocks)]
-        worse = errors[1] >= errors[0]
-        blocks[worse] = nearest[worse]
+        nearest, weights = stored[rows], read_rows(original, rows)
+        rounded = write_codes(kind.name, nearest, compensator.codes(weights, read_grid(kind.name, nearest)))
+        errors = [compensator.output_error(to_float(kind, data, row_length) - weights) for data in (nearest, rounded)]
+        better = errors[1] < errors[0]
         before += float(errors[0].sum())
         after += float(np.minimum(*errors).sum())
-        file.seek(int(quantized.data_offset) + rows.start * stored.shape[1])
-        file.write(blocks.tobytes())
-    return OutputError(nearest=before, compensated=after)
+        stored[rows][better] = rounded[better]
+    return blocks, OutputError(nearest=before, compensated=after)
 
 
 def _is_exact(original: ReaderTensor, quantized: ReaderTensor) -> bool:

@@ -7,7 +7,7 @@ weights, its type and the importance matrix, so any plan's tensors can be taken 
 plan's rounding errors can be read from them (samq.prices).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,14 @@ DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 @dataclass(frozen=True)
 class Ladder:
-    """The full-precision GGUF and its rungs; `rungs` maps the type asked for to the file."""
+    """The full-precision GGUF and its rungs; `rungs` maps the type asked for to the file.
+
+    `compensated` are files of single tensors of the rungs, rounded anew (`samq.compensation.compensate_rung`).
+    """
 
     gguf: Path
     rungs: Mapping[str, Path]
+    compensated: Sequence[Path] = ()
 
     def sources(self) -> dict[str, dict[str, Path]]:
         """Tensor -> type -> a file that holds the tensor in that type, the full-precision one included."""
@@ -71,17 +75,20 @@ def _by_bits(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (bits_per_weight(name), name))
 
 
-def rungs_of(plan: Plan, tensors: Mapping[str, TensorInfo], rungs: Iterable[str]) -> list[str] | None:
-    """The rungs that together hold every tensor in the plan's type, full precision apart; None if some tensor is missing."""
-    needed: dict[str, None] = {}
+def rungs_of(plan: Plan, tensors: Mapping[str, TensorInfo], rungs: Iterable[str]) -> dict[str, list[str]] | None:
+    """The rungs that together hold every tensor in the plan's type, full precision apart, each with the tensors it is for.
+
+    None if no rung holds some tensor so.
+    """
+    needed: dict[str, list[str]] = {}
     rungs = list(rungs)
     for name, kind in plan.types.items():
         if kind != tensors[name].type:
             holder = next((rung for rung in rungs if fallback(rung, tensors[name].row_length) == kind), None)
             if holder is None:
                 return None
-            needed[holder] = None
-    return _by_bits(needed)
+            needed.setdefault(holder, []).append(name)
+    return {rung: needed[rung] for rung in _by_bits(needed)}
 
 
 def threshold_types(target: Target, policy: ThresholdPolicy) -> set[str]:

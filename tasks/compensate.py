@@ -1,4 +1,4 @@
-"""Stages of compensated rounding: Gram matrices, what the ladder's types cost with it, and the GGUFs rounded anew."""
+"""Stages of compensated rounding: Gram matrices, what the ladder's types cost with it, and what is rounded anew."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from samq.store import Artifact
 from tasks.calibrate import load_full
 from tasks.plan import load_plan
 from tasks.price import PRICES_NAME, load_prices
-from tasks.quantize import MODEL_NAME
+from tasks.quantize import COMPENSATED_NAME, MODEL_NAME
 from tasks.stage import stage
 from tasks.text import TOKENS_NAME
 
@@ -65,11 +65,35 @@ def price_compensated(folder: Path, prices: Artifact, grams: Artifact, device: s
     table.save(folder / PRICES_NAME)
 
 
+@stage("compensate_rung", version=1, run_name="compensate ladder {name}", packages=("torch",))
+def compensate_rung(
+    folder: Path, name: str, full: Artifact, rung: Artifact, tensors: list[str], grams: Artifact, device: str
+) -> None:
+    """`compensated.gguf`: those of `tensors` that can be rounded anew, as the rung has them; and `compensation.json`.
+
+    All plans that have a tensor in this type take it from here, so that one more candidate is one more copy.
+    """
+    with bar(f"compensate ladder {name}") as progress:
+        done = compensation.compensate_rung(
+            full.path(GGUF_NAME),
+            rung.path(GGUF_NAME),
+            tensors,
+            GramMatrices(grams.path(GRAM_NAME)),
+            folder / COMPENSATED_NAME,
+            device=compute_device(device),
+            progress=progress,
+        )
+    done.save(folder / COMPENSATION_NAME)
+
+
 @stage("compensate", version=1, run_name="compensate {name}", packages=("torch", "llama-cpp-python"))
 def compensate(
     folder: Path, name: str, full: Artifact, plan: Artifact, rounded: Artifact, grams: Artifact, device: str
 ) -> None:
-    """The files of `quantize`, every tensor's errors made up for where that is possible, and `compensation.json`."""
+    """The files of `quantize`, every tensor's errors made up for where that is possible, and `compensation.json`.
+
+    For what llama-quantize itself wrote; what is assembled takes its tensors from `compensate_rung`.
+    """
     wanted, nearest = load_plan(plan), rounded.path(GGUF_NAME)
     audit.require_space(folder, wanted, nearest.stat().st_size)
     partial = folder / f"{GGUF_NAME}.partial"

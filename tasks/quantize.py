@@ -1,5 +1,6 @@
 """Stage: GGUFs, one a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from samq import assembly, quantizer
@@ -11,7 +12,7 @@ from tasks.plan import load_plan
 from tasks.price import open_ladder
 from tasks.stage import stage
 
-MODEL_NAME = "quantized-model.json"
+MODEL_NAME, COMPENSATED_NAME = "quantized-model.json", "compensated.gguf"
 
 
 @stage("quantize", version=1, run_name="quantize {name}")
@@ -42,11 +43,22 @@ def quantize(
 
 @stage("assemble", version=1, run_name="assemble {name}")
 def assemble(
-    folder: Path, name: str, full: Artifact, plan: Artifact, rungs: dict[str, Artifact], provenance: dict[str, str]
+    folder: Path,
+    name: str,
+    full: Artifact,
+    plan: Artifact,
+    rungs: dict[str, Artifact],
+    compensated: dict[str, Artifact],
+    provenance: dict[str, str],
 ) -> None:
-    """The files of `quantize`, byte for byte, from the ladder's rungs that hold the plan's types."""
+    """The files of `quantize`, byte for byte, from the ladder's rungs that hold the plan's types.
+
+    For a plan of compensated rounding, tensors are taken from `compensated` (rung -> artifact of `compensate_rung`) where
+    those have them.
+    """
+    ladder = replace(
+        open_ladder(full, rungs), compensated=[made.path(COMPENSATED_NAME) for made in compensated.values()]
+    )
     with bar(f"assemble {name}") as progress:
-        model = assembly.assemble(
-            open_ladder(full, rungs), load_plan(plan), folder, provenance=provenance, progress=progress
-        )
+        model = assembly.assemble(ladder, load_plan(plan), folder, provenance=provenance, progress=progress)
     model.save(folder / MODEL_NAME)

@@ -35,6 +35,7 @@ from samq.significance import ITEMS_NAME
 from samq.store import Store
 from tasks.calibrate import MAP_NAME
 from tasks.compensate import COMPENSATION_NAME
+from tasks.quantize import COMPENSATED_NAME
 from tests.command_line import samq
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
@@ -53,15 +54,16 @@ def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
     assert sweep.best is not None
 
 
-def test_the_budgets_plan_is_compensated_and_the_others_are_as_llama_quantize_writes_them(sweep):
+def test_the_budgets_plan_is_compensated_and_the_others_are_as_llama_quantize_writes_them(sweep, home, made_by_sweep):
     rounding = {result.name: result.plan.rounding for result in sweep.results}
     assert {name for name, kind in rounding.items() if kind == "compensated"} == {"samq-Q4_K_M"}
     (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
     # The package has the embedding as Q8_0 and the rest as Q4_1; the plan finds that out, and next to nothing is lost.
     assert result.plan.types == {name: "Q4_1" for name in result.plan.types} | {"token_embd.weight": "Q8_0"}
     assert result.predicted.value < 1e-5
-    compensated = Compensation.load(result.gguf.parent / COMPENSATION_NAME).tensors
-    assert all(error.compensated <= error.nearest for error in compensated.values())
+    # What full precision was itself made from is not rounded anew.
+    made = [Store(home / "store").find(*made) for made in made_by_sweep if made[0] == "compensate_rung"]
+    assert [Compensation.load(steps.path(COMPENSATION_NAME)).tensors for steps in made] == [{}] * len(made) != []
 
 
 def test_ggufs_carry_where_they_come_from(sweep):
@@ -249,15 +251,18 @@ def compensated(home, prefect_home):
     """A sweep in which tensors are compensated."""
     sweep = requantize(RequantizeParameters.model_validate(COMPENSATED))
     (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
-    assert Compensation.load(result.gguf.parent / COMPENSATION_NAME).tensors
+    assert result.plan.rounding == "compensated"
+    made = [steps for steps in Store(home / "store").artifacts() if steps.stage == "compensate_rung"]
+    assert any(Compensation.load(steps.path(COMPENSATION_NAME)).tensors for steps in made)
     return sweep
 
 
 # Killed stage -> the stages whose artifacts are lost before, so that its work and what comes of it have to be done.
 LOST = {
-    "rung": ("rung", "assemble", "compensate"),
-    "quantize": ("assemble", "compensate"),
-    "compensate": ("compensate",),
+    "rung": ("rung", "assemble", "compensate_rung"),
+    "compensate_rung": ("assemble", "compensate_rung"),
+    "quantize": ("assemble",),
+    "compensate": ("assemble",),
     "evaluate": ("evaluate",),
 }
 
@@ -268,7 +273,8 @@ def is_half_done(store, stage):
         if stage == "evaluate":
             logs = (store.root / ".tmp").glob("evaluate-*/evaluate.log")
             return any("progress: fidelity" in log.read_text() for log in logs)
-        parts = (store.root / ".tmp").glob(f"{stage}-*/{GGUF_NAME}.partial")
+        name = COMPENSATED_NAME if stage == "compensate_rung" else f"{GGUF_NAME}.partial"
+        parts = (store.root / ".tmp").glob(f"{stage}-*/{name}")
         return any(part.stat().st_size for part in parts)
     except FileNotFoundError:  # whole in this moment
         return False
@@ -289,7 +295,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     shutil.copytree(home / "store", killed / "store", symlinks=True, ignore=shutil.ignore_patterns(*LOST[stage]))
     store = Store(killed / "store")
     # What is made by llama-quantize itself is what is assembled from the ladder otherwise.
-    candidates = {**COMPENSATED["candidates"], "requantize": stage == "quantize"}
+    candidates = {**COMPENSATED["candidates"], "requantize": stage in ("quantize", "compensate")}
     config = tmp_path / "compensated.yaml"
     config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
     environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}

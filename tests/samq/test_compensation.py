@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from samq.allocation import Target
 from samq.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
-from samq.compensation import Compensator, compensate, compensated_prices
+from samq.compensation import Compensator, compensate, compensate_rung, compensated_prices
 from samq.errors import SamqError
 from samq.gguf_file import open_gguf, read_metadata, read_tensors, read_weights
 from samq.gram import GramMatrices
@@ -88,6 +88,19 @@ def test_tensors_whose_input_was_not_measured_stay(rounded, grams):
     _, nearest, compensated, _ = rounded
     for before, after in zip(open_gguf(nearest).tensors, open_gguf(compensated).tensors, strict=True):
         assert (before.name in grams) == bool((before.data != after.data).any())
+
+
+def test_a_rungs_tensors_become_what_they_become_in_a_whole_file(rounded, target, grams, tmp_path):
+    _, nearest, compensated, done = rounded
+    wanted = {"blk.0.attn_k.weight", "output.weight", "blk.1.ffn_up.weight"}  # the last was not measured
+    some = compensate_rung(target.gguf, nearest, wanted, grams, tmp_path / "some.gguf")
+    assert some.tensors == {name: done.tensors[name] for name in wanted - {"blk.1.ffn_up.weight"}}
+    found = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
+    assert found.keys() == some.tensors.keys()
+    for tensor in open_gguf(compensated).tensors:
+        if tensor.name in found:
+            assert found[tensor.name].tensor_type == tensor.tensor_type
+            assert (found[tensor.name].data == tensor.data).all()
 
 
 def test_full_precision_stays(target, grams, tmp_path):
@@ -173,6 +186,8 @@ def test_a_matrix_that_cannot_be_inverted_is_an_error(target, tmp_path):
 def test_an_output_that_cannot_be_written_is_an_error(target, grams, tmp_path):
     with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
         compensate(target.gguf, target.gguf, grams, tmp_path / "nowhere" / "out.gguf")
+    with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
+        compensate_rung(target.gguf, target.gguf, (), grams, tmp_path / "nowhere" / "out.gguf")
 
 
 def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
@@ -188,6 +203,8 @@ def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
                 file.write(read_weights(nearest, tensor.name).astype(np.float16).tobytes())
     again = tmp_path / make_rung(Target.open(full, toolchain), "F16", tmp_path, provenance={}).file
     assert compensate(full, again, grams, tmp_path / "out.gguf").tensors == {}
+    assert compensate_rung(full, again, grams.source, grams, tmp_path / "some.gguf").tensors == {}
+    assert read_tensors(tmp_path / "some.gguf") == {}
 
 
 def test_a_gguf_of_another_model_is_refused_before_anything_is_written(target, grams, tmp_path):

@@ -48,15 +48,17 @@ def test_plans_join_the_types_that_no_other_rung_gives(tiny_gguf, toolchain):
 def test_a_plan_takes_the_rungs_that_hold_its_types_and_no_other(tiny_gguf, toolchain):
     target = Target.open(tiny_gguf, toolchain)
     plan = stock_plan(target, "Q4_K_M")
-    assert rungs_of(plan, target.tensors, ["Q8_0", "Q6_K", "Q4_K"]) == ["Q4_K", "Q6_K"]
+    held = rungs_of(plan, target.tensors, ["Q8_0", "Q6_K", "Q4_K"])
+    assert held and list(held) == ["Q4_K", "Q6_K"]
+    assert {name: rung for rung, names in held.items() for name in names} == plan.types
     assert rungs_of(plan, target.tensors, ["Q8_0", "Q6_K"]) is None
-    assert rungs_of(full_plan(target), target.tensors, []) == []
+    assert rungs_of(full_plan(target), target.tensors, []) == {}
 
 
 def test_a_rung_of_a_type_that_rows_do_not_allow_serves_plans_of_its_fallback():
     tensor = rows_of(96)[0]
     plan = plan_of(tensor.name, "Q5_0")
-    assert rungs_of(plan, {tensor.name: tensor}, ["Q4_K"]) == ["Q4_K"]
+    assert rungs_of(plan, {tensor.name: tensor}, ["Q4_K"]) == {"Q4_K": [tensor.name]}
     assert rung_names([tensor], ["Q4_K"], imatrix=False, plans=[plan]) == ["Q4_K", "Q4_1"]
 
 

@@ -6,17 +6,18 @@ from transformers import AutoModelForCausalLM
 
 from samq.audit import audit
 from samq.budget import BudgetPolicy
-from samq.gguf_file import file_sha256, read_metadata
+from samq.gguf_file import file_sha256, read_metadata, read_tensors
+from samq.ladder import rungs_of
 from samq.model import describe_source
 from samq.prices import plan_cost
 from samq.records import CalibrationSet, Compensation, QuantizedModel
 from samq.store import Store
 from tasks.calibrate import calibrate
-from tasks.compensate import COMPENSATION_NAME, compensate, gram, price_compensated
+from tasks.compensate import COMPENSATION_NAME, compensate, compensate_rung, gram, price_compensated
 from tasks.ladder import rung
 from tasks.plan import load_plan, plan_budget
 from tasks.price import load_prices, price
-from tasks.quantize import MODEL_NAME, assemble
+from tasks.quantize import COMPENSATED_NAME, MODEL_NAME, assemble
 from tasks.text import SET_NAME, TOKENS_NAME
 from tests.tiny_models import random_tokens, save_folder, tiny_llama, write_llama_gguf
 
@@ -26,7 +27,7 @@ BUDGET = "5bpw"
 
 @pytest.fixture(scope="module")
 def made(toolchain, tmp_path_factory):
-    """Stage -> artifact, of a budget's plan from its prices to the GGUF before and after compensation."""
+    """Stage -> artifact, of a budget's plan from its prices to the GGUF without and with compensation."""
     folder = tmp_path_factory.mktemp("compensate")
     model, store = tiny_llama(hidden_size=256, intermediate_size=256, initializer_range=0.06), Store(folder / "store")
     source = describe_source(save_folder(model, folder / "model"))
@@ -52,9 +53,16 @@ def made(toolchain, tmp_path_factory):
     nearest_prices = price.fn(root, full, rungs, sensitivities, None, toolchain)
     prices = price_compensated.fn(root, nearest_prices, grams, "cpu")
     plan = plan_budget.fn(root, full, None, prices, BUDGET, BudgetPolicy(), toolchain)
-    nearest = assemble.fn(root, "it", full, plan, rungs, {"version": "1"})
-    done = compensate.fn(root, "it", full, plan, nearest, grams, "cpu")
-    return dict(full=full, nearest_prices=nearest_prices, prices=prices, plan=plan, nearest=nearest, compensated=done)
+    held = rungs_of(load_plan(plan), read_tensors(full.path("model.gguf")), rungs)
+    anew = {name: compensate_rung.fn(root, name, full, rungs[name], held[name], grams, "cpu") for name in held}
+    provenance = {"version": "1"}
+    nearest = assemble.fn(root, "it", full, plan, rungs, {}, provenance)
+    done = assemble.fn(root, "it", full, plan, rungs, anew, provenance)
+    whole = compensate.fn(root, "it", full, plan, nearest, grams, "cpu")
+    return dict(
+        full=full, nearest_prices=nearest_prices, prices=prices, plan=plan, nearest=nearest, compensated=done,
+        whole=whole, **{f"{name} anew": made for name, made in anew.items()},
+    )  # fmt: skip
 
 
 def test_the_plan_says_how_it_is_rounded_and_costs_less(made):
@@ -71,8 +79,22 @@ def test_the_gguf_is_the_plans_and_described(made):
     assert model.sha256 == file_sha256(gguf) != file_sha256(made["nearest"].path("model.gguf"))
     assert model.metadata == {key: v for key, v in read_metadata(gguf).items() if key.startswith("samq.")}
     assert model.metadata["samq.plan"] == plan.digest() and model.metadata["samq.version"] == "1"
-    errors = Compensation.load(made["compensated"].path(COMPENSATION_NAME)).tensors
+    errors = Compensation.load(made["whole"].path(COMPENSATION_NAME)).tensors
     assert {"output.weight", "blk.1.ffn_down.weight"} <= errors.keys()
+
+
+def test_a_copy_of_compensated_tensors_is_what_compensating_the_whole_file_gives(made):
+    """So a plan costs a copy, whatever other plans have rounded anew before."""
+    assert made["compensated"].files["model.gguf"].sha256 == made["whole"].files["model.gguf"].sha256
+    plan, wholes = load_plan(made["plan"]), Compensation.load(made["whole"].path(COMPENSATION_NAME)).tensors
+    parts = {name.removesuffix(" anew"): part for name, part in made.items() if name.endswith(" anew")}
+    assert len(parts) > 1
+    for name, part in parts.items():
+        held = read_tensors(part.path(COMPENSATED_NAME))
+        assert held and {tensor.type for tensor in held.values()} == {name}
+        assert all(plan.types[tensor] == name for tensor in held)
+        errors = Compensation.load(part.path(COMPENSATION_NAME)).tensors
+        assert errors == {tensor: wholes[tensor] for tensor in held}
 
 
 @torch.no_grad()
