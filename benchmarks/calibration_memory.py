@@ -99,7 +99,7 @@ def main() -> None:
         print(json.dumps(calibrate(Path(gguf), *map(int, numbers))))
         return
 
-    from setting import machine, versions
+    from setting import conclude
 
     from samq.model import describe_source
     from samq.quantizer import convert
@@ -116,8 +116,6 @@ def main() -> None:
         "samples": arguments.samples,
         "sequence_tokens": arguments.sequence_tokens,
         "batch_size": arguments.batch_size,
-        "versions": versions(),
-        "machine": machine(),
         "float32_weights_bytes": weights_bytes,
         "imports_peak_bytes": imports,
         "load_peak_bytes": measured["load_peak_bytes"],
@@ -146,12 +144,7 @@ def main() -> None:
         f"peak under {MEMORY_LIMIT:g} x the weights": result["peak_over_weights"] < MEMORY_LIMIT,
         f"fisher at most {COST_LIMIT:g} x norms": max(result["fisher_over_norms"].values()) <= COST_LIMIT,
     }
-    for claim, holds in verdicts.items():
-        print(f"{claim}: {'yes' if holds else 'NO'}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**result, "verdicts": verdicts}, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
+    conclude(result, verdicts, arguments.json)
 
 
 if __name__ == "__main__":

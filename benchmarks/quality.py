@@ -17,7 +17,6 @@ everything is calibrated --repeats times more with the first seed: the plans and
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from setting import machine, versions
+from setting import conclude, versions
 from transformers import PreTrainedModel
 
 from samq import compensation
@@ -177,26 +176,18 @@ def main() -> None:
     first = made_at(bench, prices) if arguments.repeats else {}
     repeats = [again(arguments, store, bench, number) for number in range(1, arguments.repeats + 1)]
     verdicts = judge(rows, spearman, len(points), spread, first, repeats)
-    for claim, holds in verdicts.items():
-        print(f"{claim}: {'yes' if holds else 'NO'}")
-    if arguments.json:
-        result = {
-            "mixtures": rows,
-            "spearman": spearman,
-            "gram_tokens": gram_tokens(arguments)[1],
-            "plans": points,
-            "seeds": seeds,
-            "seed_spread": spread,
-            "repeats": repeats,
-            "verdicts": verdicts,
-            "calibration_tokens": sensitivity.tokens,
-            "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
+    result = {
+        "mixtures": rows,
+        "spearman": spearman,
+        "gram_tokens": gram_tokens(arguments)[1],
+        "plans": points,
+        "seeds": seeds,
+        "seed_spread": spread,
+        "repeats": repeats,
+        "calibration_tokens": sensitivity.tokens,
+        "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
+    }
+    conclude(result, verdicts, arguments.json)
 
 
 def judge(

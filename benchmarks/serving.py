@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 import psutil
 from llama_cpp import Llama
-from setting import machine, versions
+from setting import conclude
 
 from samq.evaluation.llama import default_threads
 from samq.gguf_file import file_sha256
@@ -256,26 +256,18 @@ def main() -> None:
         f"memory {found['rss_bytes_early'] / 1e6:.0f} -> {found['rss_bytes_late'] / 1e6:.0f} MB"
     )
     verdicts = judge(rows, found)
-    for claim, holds in verdicts.items():
-        print(f"{claim}: {'yes' if holds else 'NO'}")
-    if arguments.json:
-        result = {
-            "overhead": rows,
-            "crowd": found,
-            "verdicts": verdicts,
-            "gguf": {
-                "name": arguments.gguf.name,
-                "bytes": arguments.gguf.stat().st_size,
-                "sha256": file_sha256(arguments.gguf),
-            },
-            "tokens": arguments.tokens,
-            "threads": arguments.threads,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
+    result = {
+        "overhead": rows,
+        "crowd": found,
+        "gguf": {
+            "name": arguments.gguf.name,
+            "bytes": arguments.gguf.stat().st_size,
+            "sha256": file_sha256(arguments.gguf),
+        },
+        "tokens": arguments.tokens,
+        "threads": arguments.threads,
+    }
+    conclude(result, verdicts, arguments.json)
 
 
 if __name__ == "__main__":

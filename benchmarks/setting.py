@@ -1,8 +1,11 @@
-"""What figures of a benchmark depend on beside its arguments; every benchmark's JSON has it."""
+"""What every benchmark ends with: what its figures depend on beside its arguments, and whether its claims hold."""
 
+import json
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from samq.evaluation.llama import system_info
 from samq.toolchain import find_toolchain
@@ -19,3 +22,17 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, str | int | None]:
     """The processor: its cores, and the instructions that llama.cpp uses of it."""
     return {"cores": os.cpu_count(), "llama.cpp": system_info()}
+
+
+def conclude(result: dict[str, Any], verdicts: dict[str, bool], path: Path | None) -> None:
+    """Print claim -> whether it holds, and write the result, if there is a path, with the verdicts and the setting.
+
+    Exits 1 if a claim does not hold.
+    """
+    for claim, holds in verdicts.items():
+        print(f"{claim}: {'yes' if holds else 'NO'}")
+    if path:
+        whole = {**result, "verdicts": verdicts, "versions": versions(), "machine": machine()}
+        path.write_text(json.dumps(whole, indent=1) + "\n")
+    if not all(verdicts.values()):
+        raise SystemExit(1)

@@ -65,9 +65,10 @@ def compensate(
         shutil.copyfile(quantized, output)
         with open(output, "r+b") as file:
             for tensor, blocks, error in _compensated(wanted, grams, device, progress):
-                file.seek(int(tensor.data_offset))
-                file.write(blocks.tobytes())
-                errors[tensor.name] = error
+                if error:
+                    file.seek(int(tensor.data_offset))
+                    file.write(blocks.tobytes())
+                    errors[tensor.name] = error
     return Compensation(tensors=dict(sorted(errors.items())))
 
 
@@ -81,7 +82,7 @@ def compensate_rung(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Compensation:
-    """Write a GGUF of those of `tensors` alone that `compensate` would change in a rung of the ladder, as it would.
+    """Write a GGUF of those of `tensors` alone that `compensate` would round anew in a rung of the ladder, as it would.
 
     What becomes of a tensor depends on no other one, so plans that have it in this type can all take it from here
     (`samq.assembly`). Arguments and errors are those of `compensate`.
@@ -98,13 +99,14 @@ def compensate_rung(
         writer.write_ti_data_to_file()
         for tensor, blocks, error in _compensated(wanted, grams, device, progress):
             writer.write_tensor_data(blocks)
-            errors[tensor.name] = error
+            if error:
+                errors[tensor.name] = error
         writer.close()
     return Compensation(tensors=dict(sorted(errors.items())))
 
 
 def _compensable(full: Path, quantized: Path, grams: GramMatrices) -> list[tuple[ReaderTensor, ReaderTensor]]:
-    """The tensors whose codes are to be rounded anew, in full precision and quantized; those of one input side by side."""
+    """The tensors whose codes can be rounded anew, in full precision and quantized; those of one input side by side."""
     originals = {tensor.name: tensor for tensor in open_gguf(full).tensors}
     shapes = [{tensor.name: tensor.shape for tensor in read_tensors(path).values()} for path in (full, quantized)]
     if shapes[0] != shapes[1]:
@@ -115,18 +117,23 @@ def _compensable(full: Path, quantized: Path, grams: GramMatrices) -> list[tuple
         if tensor.tensor_type.name in TYPES_WITH_CODES
         and tensor.name in grams
         and originals[tensor.name].tensor_type != tensor.tensor_type
-        and not _is_exact(originals[tensor.name], tensor)
     ]
     return sorted(wanted, key=lambda pair: grams.source[pair[1].name])
 
 
 def _compensated(
     wanted: Sequence[tuple[ReaderTensor, ReaderTensor]], grams: GramMatrices, device: str, progress: Progress
-) -> Iterator[tuple[ReaderTensor, NDArray[np.uint8], OutputError]]:
-    """Each quantized tensor, its blocks with the codes rounded anew, and its errors before and after."""
+) -> Iterator[tuple[ReaderTensor, NDArray[np.uint8], OutputError | None]]:
+    """Each quantized tensor, its blocks with the codes rounded anew, and its errors before and after.
+
+    No errors: its weights are held as F16 would, and it stays.
+    """
     source, compensator = "", None
     for done, (original, tensor) in enumerate(wanted):
         progress(done, len(wanted))
+        if _is_exact(original, tensor):
+            yield tensor, tensor.data, None
+            continue
         with _on_device(tensor.name):
             if compensator is None or grams.source[tensor.name] != source:
                 source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))

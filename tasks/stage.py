@@ -14,9 +14,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task
+from prefect import Task, task
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
@@ -30,6 +30,9 @@ from samq.store import Artifact, Store
 from samq.toolchain import python_library_build
 
 log = logging.getLogger("samq.stage")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Inputs that say where or how long, not what.
 NOT_IDENTITY = frozenset({"store", "timeout_s"})
@@ -119,6 +122,17 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     if transient := isinstance(error, kinds):
         log.warning("failed for now, tried again within a minute: %s", error)  # else the terminal is still until then
     return transient
+
+
+def retried(name: str, run_name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Decorate a function into a Prefect task that is not cached, and tried again after transient faults."""
+    return task(
+        name=name,
+        task_run_name=run_name,
+        retries=len(RETRY_DELAYS_S),
+        retry_delay_seconds=RETRY_DELAYS_S,
+        retry_condition_fn=is_transient,
+    )
 
 
 def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:

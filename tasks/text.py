@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from prefect import task
-
 from samq import calibration
 from samq.calibration import TokenBatch
 from samq.datasets import DatasetSpec, load_texts
@@ -12,18 +10,12 @@ from samq.progress import bar
 from samq.quantizer import GGUF_NAME
 from samq.records import CalibrationSet, TextSet
 from samq.store import Artifact
-from tasks.stage import RETRY_DELAYS_S, is_transient, stage
+from tasks.stage import retried, stage
 
 TOKENS_NAME, HELDOUT_NAME, SET_NAME = "tokens.npz", "heldout.npz", "calibration-set.json"
 
 
-@task(
-    name="load text",
-    task_run_name="load text {spec.name}",
-    retries=len(RETRY_DELAYS_S),
-    retry_delay_seconds=RETRY_DELAYS_S,
-    retry_condition_fn=is_transient,
-)
+@retried("load text", run_name="load text {spec.name}")
 def load_text(spec: DatasetSpec) -> TextSet:
     """Read a dataset. Not cached: only reading it tells whether it changed."""
     with bar(f"read {spec.name}"):

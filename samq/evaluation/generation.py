@@ -65,8 +65,11 @@ def generate(
     free = list(range(parallel))
     spoilt: list[int] = []  # places whose part of the cache has NaN
 
+    def at_work() -> list[int]:
+        return sorted(set(held) - set(free))
+
     def report() -> None:
-        progress(len(prompts) - len(waiting) - len(set(held) - set(free)), len(prompts))
+        progress(len(prompts) - len(waiting) - len(at_work()), len(prompts))
 
     def lose(place: int, reason: str) -> None:
         if failed is None:
@@ -82,8 +85,8 @@ def generate(
             spoilt.clear()
             free[:] = range(parallel)
 
-        while waiting or set(held) - set(free):
-            if spoilt and not set(held) - set(free):
+        while waiting or at_work():
+            if spoilt and not at_work():
                 forget_all()
             try:
                 while waiting and free:
@@ -93,7 +96,7 @@ def generate(
                     free.remove(place)
                     random = np.random.default_rng([sampling.seed, index])
                     held[place] = _Sequence(index, prompt, known, prompt[known:].tolist(), random)
-                active = [(place, item) for place, item in sorted(held.items()) if place not in free]
+                active = [(place, held[place]) for place in at_work()]
                 batch = [
                     (token, item.position + offset, place, offset == len(item.tokens) - 1)
                     for place, item in active
@@ -103,7 +106,7 @@ def generate(
             except SamqError as error:
                 if failed is None:
                     raise
-                for place in sorted(set(held) - set(free)):
+                for place in at_work():
                     lose(place, str(error))
                 forget_all()
                 continue
