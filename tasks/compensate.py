@@ -65,7 +65,7 @@ def price_compensated(folder: Path, prices: Artifact, grams: Artifact, device: s
     table.save(folder / PRICES_NAME)
 
 
-@stage("compensate_rung", version=1, run_name="compensate ladder {name}", packages=("torch",))
+@stage("compensate_rung", version=1, run_name="compensate ladder {name}", packages=("torch", "llama-cpp-python"))
 def compensate_rung(
     folder: Path, name: str, full: Artifact, rung: Artifact, tensors: list[str], grams: Artifact, device: str
 ) -> None:
