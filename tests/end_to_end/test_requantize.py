@@ -238,6 +238,19 @@ def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
         requantize(RequantizeParameters.model_validate(wrong))
 
 
+def test_a_rung_that_cannot_be_compensated_costs_the_plans_that_need_it_and_no_other(sweep, monkeypatch):
+    def fail(*_, **__):
+        raise SamqError("the Gram matrix of blk.0.attn_q.weight cannot be inverted; measure it on more text")
+
+    monkeypatch.setattr("samq.compensation.compensate_rung", fail)
+    candidates = {**SMALL["candidates"], "budgets": ["5.2bpw"], "proposed_thresholds": 0}
+    made = requantize(RequantizeParameters.model_validate({**SMALL, "candidates": candidates, "benchmarks": {}}))
+    (failure,) = made.failures
+    assert (failure.name, failure.stage) == ("samq-5.2bpw", "compensate")
+    assert failure.reason.endswith("blk.0.attn_q.weight cannot be inverted; measure it on more text")
+    assert [result.name for result in made.results] == ["F16", "Q4_K_M"]
+
+
 # Fewer bytes than the types that the model was made from take, so there are errors to be made up for.
 COMPENSATED = {
     **SMALL,
@@ -263,7 +276,6 @@ LOST = {
     "rung": ("rung", "assemble", "compensate_rung"),
     "compensate_rung": ("assemble", "compensate_rung"),
     "quantize": ("assemble",),
-    "compensate": ("assemble",),
     "evaluate": ("evaluate",),
 }
 
@@ -296,7 +308,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     shutil.copytree(home / "store", killed / "store", symlinks=True, ignore=shutil.ignore_patterns(*LOST[stage]))
     store = Store(killed / "store")
     # What is made by llama-quantize itself is what is assembled from the ladder otherwise.
-    anew = stage in ("quantize", "compensate")
+    anew = stage == "quantize"
     candidates = {**COMPENSATED["candidates"], "requantize": anew}
     config = tmp_path / "compensated.yaml"
     config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
