@@ -76,9 +76,10 @@ def write_assembled(
     require_alignment(ladder.gguf)
     # the first that has a tensor in the type wanted is where it is copied from
     compensated = ladder.compensated if plan.rounding == "compensated" else ()
-    first = _read_header(next(iter(ladder.rungs.values())))
+    base = next(iter(ladder.rungs.values()))
+    first = _read_header(base)
     paths = (*compensated, *ladder.rungs.values(), ladder.gguf)
-    headers = {path: _read_header(path, first.values) for path in paths}
+    headers = {path: first if path == base else _read_header(path, first.values) for path in paths}
     pieces = []  # (file, offset in it, bytes), in the order of writing
     infos = bytearray()
     offset = 0

@@ -82,7 +82,7 @@ def compensate_rung(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Compensation:
-    """Write a GGUF of those of `tensors` alone that `compensate` would round anew in a rung of the ladder, as it would.
+    """Write a GGUF of those of `tensors` alone that can be rounded anew in a rung of the ladder, as `compensate` leaves them.
 
     What becomes of a tensor depends on no other one, so plans that have it in this type can all take it from here
     (`samq.assembly`). Arguments and errors are those of `compensate`.
