@@ -273,38 +273,23 @@ def _build(
     limit: float,
     failures: list[Failure],
 ) -> dict[str, Artifact]:
-    """The plans' GGUFs: copied from the ladder where it has all of a plan's tensors, and else made by llama-quantize.
-
-    What is rounded anew is so once for all plans: each rung's tensors that some plan takes from it.
-    """
+    """The plans' GGUFs: copied from the ladder where it has all of a plan's tensors, and else made by llama-quantize."""
     tensors = read_tensors(full.path(GGUF_NAME))
-    held = {name: None if requantize else rungs_of(load_plan(plan), tensors, rungs) for name, plan in plans.items()}
-    anew = {name for name, plan in plans.items() if grams and load_plan(plan).rounding == "compensated"}
-    wanted: dict[str, set[str]] = {}
-    for name in anew:
-        for step, taken in (held[name] or {}).items():
-            wanted.setdefault(step, set()).update(taken)
-    steps = {
-        step: compensate_rung.submit(store, step, full, rungs[step], sorted(taken), grams, device)
-        for step, taken in sorted(wanted.items())
-    }
-    failed: list[Failure] = []
-    compensated = _finished("compensate", steps, failed)
-    reasons = {failure.name: failure.reason for failure in failed}
-
-    def build(name: str, plan: Artifact, steps: dict[str, list[str]] | None) -> PrefectFuture[Artifact]:
-        if not steps:
-            return quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
-        mine = {step: compensated[step] for step in steps if name in anew}
-        return assemble.submit(store, name, full, plan, {step: rungs[step] for step in steps}, mine, provenance)
-
+    loaded = {name: load_plan(plan) for name, plan in plans.items()}
+    held = {name: {} if requantize else rungs_of(plan, tensors, rungs) or {} for name, plan in loaded.items()}
+    anew = {name for name, plan in loaded.items() if grams and plan.rounding == "compensated"}
+    compensated = _compensate_rungs(store, full, [held[name] for name in sorted(anew)], rungs, grams, device)
     asked = {}
     for name, plan in plans.items():
-        lacking = [f"{step}: {reasons[step]}" for step in held[name] or () if name in anew and step in reasons]
+        copied = {step: rungs[step] for step in held[name]}
+        rounded = {step: compensated[step] for step in held[name] if name in anew}
+        lacking = [f"{step}: {reason}" for step, reason in rounded.items() if isinstance(reason, str)]
         if lacking:
             failures.append(Failure(name=name, stage="compensate", reason="; ".join(lacking)))
+        elif copied:
+            asked[name] = assemble.submit(store, name, full, plan, copied, rounded, provenance)
         else:
-            asked[name] = build(name, plan, held[name])
+            asked[name] = quantize.submit(store, name, full, plan, matrix, provenance, tools, limit)
     made = _finished("quantize", asked, failures)
     again = {
         name: compensate.submit(store, name, full, plans[name], gguf, grams, device)
@@ -313,6 +298,28 @@ def _build(
     }
     made = {name: gguf for name, gguf in made.items() if name not in again}
     return made | _finished("compensate", again, failures)
+
+
+def _compensate_rungs(
+    store: Path,
+    full: Artifact,
+    held: list[dict[str, list[str]]],
+    rungs: dict[str, Artifact],
+    grams: Artifact | None,
+    device: str,
+) -> dict[str, Artifact | str]:
+    """Rung -> those of its tensors that some plan takes from it, rounded anew once for all plans; or why that failed."""
+    wanted: dict[str, set[str]] = {}
+    for steps in held:
+        for step, taken in steps.items():
+            wanted.setdefault(step, set()).update(taken)
+    asked = {
+        step: compensate_rung.submit(store, step, full, rungs[step], sorted(taken), grams, device)
+        for step, taken in sorted(wanted.items())
+    }
+    failed: list[Failure] = []
+    made = _finished("compensate", asked, failed)
+    return {**made, **{failure.name: failure.reason for failure in failed}}
 
 
 def _calibrate(

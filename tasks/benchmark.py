@@ -31,7 +31,7 @@ def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[s
 
 @stage(
     "benchmark",
-    version=3,
+    version=4,
     run_name="{task} on {candidate.name}",
     packages=("llama-cpp-python", "lm-eval", "jsonschema"),
 )

@@ -126,13 +126,12 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
 
 def retried(name: str, run_name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Decorate a function into a Prefect task that is not cached, and tried again after transient faults."""
-    return task(
-        name=name,
-        task_run_name=run_name,
-        retries=len(RETRY_DELAYS_S),
-        retry_delay_seconds=RETRY_DELAYS_S,
-        retry_condition_fn=is_transient,
-    )
+    return task(name=name, task_run_name=run_name, **_retries(len(RETRY_DELAYS_S)))
+
+
+def _retries(count: int) -> dict[str, Any]:
+    """Prefect's settings for a task that is tried again after transient faults, at most so often."""
+    return {"retries": count, "retry_delay_seconds": RETRY_DELAYS_S[:count], "retry_condition_fn": is_transient}
 
 
 def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:
@@ -182,9 +181,7 @@ def stage(
             cache_policy=policy,
             persist_result=True,
             result_serializer="json",
-            retries=retries,
-            retry_delay_seconds=RETRY_DELAYS_S[:retries],
-            retry_condition_fn=is_transient,
+            **_retries(retries),
             on_completion=[announce],
             on_failure=[announce],
         )
