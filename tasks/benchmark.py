@@ -31,7 +31,7 @@ def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[s
 
 @stage(
     "benchmark",
-    version=4,
+    version=3,
     run_name="{task} on {candidate.name}",
     packages=("llama-cpp-python", "lm-eval", "jsonschema"),
 )

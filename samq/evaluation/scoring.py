@@ -17,9 +17,6 @@ from samq.evaluation.llama import PHYSICAL_BATCH_TOKENS, Context, Model
 from samq.evaluation.prefixes import Tokens, Tree, trees
 
 _MEMBERS = 64  # sequences of a batch; that of the batch before, which the cache keeps, comes on top
-# A token of a batch attends to those of all its members, under a mask: few tokens save a processor what is masked; a GPU
-# is busy with many only.
-_CPU_TREE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,8 @@ def score(
     if not inputs:
         return
     longest = max(len(item.tokens) for item in inputs)
-    tree_tokens = PHYSICAL_BATCH_TOKENS if model.gpu_layers else _CPU_TREE_TOKENS
     with model.context(
-        longest + tree_tokens,
+        longest + PHYSICAL_BATCH_TOKENS,
         sequences=_MEMBERS + 1,
         outputs=PHYSICAL_BATCH_TOKENS,
         kv_type=kv_type,
@@ -79,7 +75,7 @@ def score(
             plan = trees(
                 [item.tokens for item in inputs],
                 [0 if model.is_recurrent else item.wanted_from for item in inputs],
-                tokens=tree_tokens,
+                tokens=PHYSICAL_BATCH_TOKENS,
                 members=1 if model.is_recurrent else _MEMBERS,
             )
             done: set[int] = set()
