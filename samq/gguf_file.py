@@ -39,7 +39,7 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-class _Reader(GGUFReader):
+class MappedReader(GGUFReader):
     """gguf's reader, three times as fast: a vocabulary is hundreds of thousands of slices, which np.memmap is slow at."""
 
     @property  # type: ignore[override]
@@ -64,7 +64,7 @@ def open_gguf(path: Path) -> GGUFReader:
 @lru_cache(maxsize=4)  # parsing a vocabulary of 128k tokens takes seconds; a changed file is another entry
 def _open(path: Path, size: int, mtime_ns: int) -> GGUFReader:
     try:
-        return _Reader(path)
+        return MappedReader(path)
     except Exception as error:  # the reader raises whatever the damaged bytes lead it to
         raise SamqError(f"{path} is not a whole GGUF file ({error}); copy or convert it again") from error
 

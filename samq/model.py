@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from samq.errors import SamqError, UnreachableError
-from samq.gguf_file import file_sha256, open_gguf
+from samq.gguf_file import MappedReader, file_sha256, open_gguf
 from samq.hub import is_unreachable
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
@@ -301,7 +301,8 @@ def _bars_told_to(progress: Progress) -> Iterator[None]:
 def _gguf_read_once() -> Iterator[None]:
     """What transformers asks of gguf is shared: it parses a vocabulary three times a model, and maps names anew a module."""
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    shared = {"GGUFReader": open_gguf, "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    # not `open_gguf`: a reader that outlives the loading keeps in memory what was read through it
+    shared = {"GGUFReader": lru_cache(MappedReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
     try:
         for name, function in shared.items():
             setattr(gguf, name, function)
