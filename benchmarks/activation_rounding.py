@@ -14,10 +14,10 @@ import quality
 import torch
 from setting import machine, versions
 
-from samq.allocation import stock_plan
-from samq.budget import Budget, BudgetPolicy, budget_plan
-from samq.ladder import rung_names
-from samq.model import describe_source, load_model
+from samq.allocation.threshold import stock_plan
+from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
+from samq.allocation.ladder import rung_names
+from samq.sensitivity.hf_model import describe_source, load_model
 from samq.progress import bar
 from samq.store import Store
 

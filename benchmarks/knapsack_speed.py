@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from setting import machine, versions
 
-from samq.budget import solve
-from samq.formats import tensor_bytes
+from samq.allocation.budget import solve
+from samq.gguf.formats import tensor_bytes
 from samq.records import Price
 
 LIMIT_S = 2.0

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from samq.evaluation.llama import system_info
-from samq.toolchain import find_toolchain
+from samq.llamacpp.runtime import system_info
+from samq.llamacpp.toolchain import find_toolchain
 
 _PACKAGES = ("llama-cpp-python", "lm-eval", "torch", "transformers", "numpy", "fastapi", "uvicorn")
 

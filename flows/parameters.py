@@ -5,21 +5,21 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from samq.allocation import ThresholdPolicy, resolve_threshold
-from samq.budget import BudgetPolicy
-from samq.budget_notation import read_budget
-from samq.cost import CostSettings
-from samq.datasets import DatasetSpec
+from samq.allocation.threshold import ThresholdPolicy, resolve_threshold
+from samq.allocation.budget import BudgetPolicy
+from samq.allocation.budget_notation import read_budget
+from samq.sweep.cost import CostSettings
+from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
-from samq.formats import check_mixture, check_type
-from samq.gram import GRAM_TOKENS
-from samq.ladder import DEFAULT_TYPES
+from samq.gguf.formats import check_mixture, check_type
+from samq.sensitivity.gram import GRAM_TOKENS
+from samq.allocation.ladder import DEFAULT_TYPES
 from samq.records import Rounding
-from samq.selection import Finalists, SelectionRule
-from samq.sensitivity import Labels
+from samq.sweep.selection import Finalists, SelectionRule
+from samq.sensitivity.measure import Labels
 from samq.settings_file import read_settings
-from samq.significance import MARGIN
+from samq.sweep.significance import MARGIN
 
 LEAST_SEQUENCES = 2  # to calibrate on: one alone has no standard error
 

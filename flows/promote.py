@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 
 from flows.parameters import Parameters
 from samq.errors import SamqError
-from samq.gate_report import describe
-from samq.history import MAX_REASON_CHARACTERS, Event
+from samq.promotion.gate_report import describe
+from samq.promotion.history import MAX_REASON_CHARACTERS, Event
 from samq.home import mlflow_uri
-from samq.promotion import Judgement
-from samq.promotion_policy import PromotionPolicy, load_policy
-from samq.serving.registry import CANDIDATE
+from samq.promotion.move import Judgement
+from samq.promotion.policy import PromotionPolicy, load_policy
+from samq.tracking.registry import CANDIDATE
 from tasks.promote import judge, move
 
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does

@@ -15,18 +15,18 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq import __version__
-from samq.allocation import threshold_name
-from samq.audit import as_is
-from samq.benchmarking import Candidate, with_benchmarks
-from samq.budget_notation import plan_name
-from samq.datasets import require_disjoint
+from samq.allocation.threshold import threshold_name
+from samq.gguf.audit import as_is
+from samq.sweep.benchmarking import Candidate, with_benchmarks
+from samq.allocation.budget_notation import plan_name
+from samq.data.datasets import require_disjoint
 from samq.errors import SamqError
 from samq.evaluation.settings import EVALUATION_NAME, benchmark_key
-from samq.gguf_file import read_tensors
+from samq.gguf.file import read_tensors
 from samq.home import mlflow_uri, store_folder
-from samq.ladder import rungs_of
-from samq.prices import lengthened, plan_cost, predicted_cost, sequences_wanted
-from samq.quantizer import GGUF_NAME
+from samq.allocation.ladder import rungs_of
+from samq.allocation.prices import lengthened, plan_cost, predicted_cost, sequences_wanted
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import (
     CalibrationSet,
     Evaluation,
@@ -37,10 +37,10 @@ from samq.records import (
     SensitivityMap,
     Toolchain,
 )
-from samq.selection import Failure, Result, choose, finalists
+from samq.sweep.selection import Failure, Result, choose, finalists
 from samq.store import Artifact
-from samq.toolchain import converter_build, find_toolchain
-from samq.tracking import TrackedSweep, TrackingSettings
+from samq.llamacpp.toolchain import converter_build, find_toolchain
+from samq.tracking.sweep_runs import TrackedSweep, TrackingSettings
 from tasks.benchmark import benchmark, compare_items, find_benchmarks
 from tasks.calibrate import MAP_NAME, calibrate
 from tasks.check import check, load_check

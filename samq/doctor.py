@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from samq.errors import ToolError
 from samq.home import home, mlflow_uri, store_folder
 from samq.records import Toolchain
-from samq.toolchain import PROGRAMS, environment, find_toolchain, program
+from samq.llamacpp.toolchain import PROGRAMS, environment, find_toolchain, program
 
 PYTHON = (3, 11)
 DISK_BYTES = 3 * 10**9  # the demo's store and MLflow's copies of its tables, with room

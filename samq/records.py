@@ -199,7 +199,7 @@ class Substitution(BaseModel):
     reason: str
 
 
-# nearest: every weight at the nearest value of its block, as llama-quantize writes it; compensated: samq.compensation.
+# nearest: every weight at the nearest value of its block, as llama-quantize writes it; compensated: samq.quantization.compensation.
 Rounding = Literal["nearest", "compensated"]
 
 

@@ -14,7 +14,7 @@ import psutil
 
 from samq.errors import SamqError
 from samq.home import home, mlflow_uri
-from samq.process import kill_group
+from samq.llamacpp.process import kill_group
 
 WORK_POOL = "samq"
 PATIENCE_S = 15

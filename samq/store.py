@@ -20,7 +20,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.output import remove_all_but_logs
 from samq.records import Record, digest_of
 

@@ -5,14 +5,14 @@ from typing import Literal
 
 from prefect import task
 
-from samq.benchmarking import Candidate, compare_benchmarks
+from samq.sweep.benchmarking import Candidate, compare_benchmarks
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
-from samq.evidence import production_items
+from samq.promotion.evidence import production_items
 from samq.progress import bar
-from samq.selection import Result
-from samq.serving.registry import connect
-from samq.significance import PairedComparison
-from samq.tracking import TrackingSettings
+from samq.sweep.selection import Result
+from samq.tracking.registry import connect
+from samq.sweep.significance import PairedComparison
+from samq.tracking.sweep_runs import TrackingSettings
 from tasks.evaluate import measure_alone
 from tasks.stage import stage
 
@@ -24,7 +24,7 @@ def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[s
     Raises SamqError for an unknown task or a malformed file, before the heavy work.
     """
     with bar("find benchmarks") as progress:
-        from samq.evaluation.benchmark_tasks import check_benchmarks  # lm-eval takes seconds to import
+        from samq.evaluation.lm_eval.benchmark_tasks import check_benchmarks  # lm-eval takes seconds to import
 
         return check_benchmarks(settings, progress)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from samq.calibration import TokenBatch
-from samq.fisher import load_fisher, save_fisher
-from samq.gguf_file import gguf_names, read_metadata
-from samq.layout import row_orders, weights_of
-from samq.model import load_model
+from samq.data.tokens import TokenBatch
+from samq.sensitivity.fisher import load_fisher, save_fisher
+from samq.gguf.file import gguf_names, read_metadata
+from samq.sensitivity.layout import row_orders, weights_of
+from samq.sensitivity.hf_model import load_model
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import CalibrationSet, ModelSource, SensitivityMap
-from samq.sensitivity import Labels, measure_sensitivity, merge
+from samq.sensitivity.measure import Labels, measure_sensitivity, merge
 from samq.store import Artifact
 from tasks.stage import stage
 from tasks.text import SET_NAME, TOKENS_NAME

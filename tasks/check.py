@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from samq.calibration import TokenBatch
-from samq.prediction_check import check_prediction
-from samq.prices import plan_cost
+from samq.data.tokens import TokenBatch
+from samq.allocation.check import check_prediction
+from samq.allocation.prices import plan_cost
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import ModelSource, PredictionCheck
 from samq.store import Artifact
 from tasks.calibrate import open_model

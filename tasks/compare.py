@@ -2,8 +2,8 @@
 
 from prefect import task
 
-from samq.comparison import compare_sweep
-from samq.selection import Comparison, Result
+from samq.sweep.comparison import compare_sweep
+from samq.sweep.selection import Comparison, Result
 
 
 @task(name="compare")

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from samq import audit, compensation
-from samq.calibration import TokenBatch
-from samq.gguf_file import read_metadata
-from samq.gram import GramMatrices, measure_gram
-from samq.model import compute_device
+from samq.gguf import audit
+from samq.quantization import compensation
+from samq.data.tokens import TokenBatch
+from samq.gguf.file import read_metadata
+from samq.sensitivity.gram import GramMatrices, measure_gram
+from samq.sensitivity.hf_model import compute_device
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import ModelSource
 from samq.store import Artifact
 from tasks.calibrate import load_full

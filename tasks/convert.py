@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from samq import quantizer
-from samq.allocation import Target
+from samq.llamacpp import programs as quantizer
+from samq.allocation.threshold import Target
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
 from samq.records import ModelSource, Toolchain
 from samq.store import Artifact
 from tasks.stage import stage

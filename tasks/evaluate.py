@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
-from samq.process import run
+from samq.llamacpp.process import run
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME
+from samq.llamacpp.programs import GGUF_NAME
 from samq.store import Artifact
 from tasks.stage import stage
 from tasks.text import HELDOUT_NAME

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME, measure_imatrix
+from samq.llamacpp.programs import GGUF_NAME, measure_imatrix
 from samq.records import TextSet, Toolchain
 from samq.store import Artifact
 from tasks.stage import stage

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from prefect import task
 
-from samq.allocation import ThresholdPolicy
-from samq.ladder import make_rung, rung_names, threshold_types
+from samq.allocation.threshold import ThresholdPolicy
+from samq.allocation.ladder import make_rung, rung_names, threshold_types
 from samq.progress import bar
 from samq.records import Toolchain
 from samq.store import Artifact

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from prefect import task
 
-from samq import allocation
-from samq.allocation import ThresholdPolicy
-from samq.budget import BudgetPolicy, budget_plan, parse_budget, why_doubted
+from samq.allocation import threshold as allocation
+from samq.allocation.threshold import ThresholdPolicy
+from samq.allocation.budget import BudgetPolicy, budget_plan, parse_budget, why_doubted
 from samq.records import Plan, SensitivityMap, Toolchain
 from samq.store import Artifact
 from tasks.convert import open_target

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from samq.fisher import load_fisher
-from samq.ladder import Ladder
-from samq.prices import price_table
+from samq.sensitivity.fisher import load_fisher
+from samq.allocation.ladder import Ladder
+from samq.allocation.prices import price_table
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import PriceTable, SensitivityMap, Toolchain
 from samq.store import Artifact
 from tasks.calibrate import FISHER_NAME, MAP_NAME

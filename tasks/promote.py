@@ -3,12 +3,12 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
-from samq.gate_report import markdown_gates
-from samq.history import Event
+from samq.promotion.gate_report import markdown_gates
+from samq.promotion.history import Event
 from samq.progress import bar
-from samq.promotion import Judgement, judge_version, promote
-from samq.promotion_policy import PromotionPolicy
-from samq.serving.registry import connect, find_version, resolve
+from samq.promotion.move import Judgement, judge_version, promote
+from samq.promotion.policy import PromotionPolicy
+from samq.tracking.registry import connect, find_version, resolve
 
 
 @task(name="judge", task_run_name="judge {model}")

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from samq import assembly, quantizer
+from samq.quantization import assembly
+from samq.llamacpp import programs as quantizer
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME, IMATRIX_NAME
+from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
 from samq.records import Toolchain
 from samq.store import Artifact
 from tasks.plan import load_plan

@@ -3,11 +3,11 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from samq.cost import CostSettings
+from samq.sweep.cost import CostSettings
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, TextSet, Toolchain
-from samq.report import markdown_report, results_table
-from samq.selection import Comparison, Failure, Result, SelectionRule
-from samq.significance import PairedComparison
+from samq.report.markdown_report import markdown_report, results_table
+from samq.sweep.selection import Comparison, Failure, Result, SelectionRule
+from samq.sweep.significance import PairedComparison
 
 
 @task(name="report")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from samq.model import describe_source
+from samq.sensitivity.hf_model import describe_source
 from samq.progress import bar
 from samq.records import ModelSource
 from tasks.stage import retried

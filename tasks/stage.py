@@ -27,7 +27,7 @@ from samq.errors import UnreachableError
 from samq.progress import bar
 from samq.records import Record, Toolchain, digest_of
 from samq.store import Artifact, Store
-from samq.toolchain import python_library_build
+from samq.llamacpp.toolchain import python_library_build
 
 log = logging.getLogger("samq.stage")
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from samq import calibration
-from samq.calibration import TokenBatch
-from samq.datasets import DatasetSpec, load_texts
-from samq.evaluation.llama import Model
+from samq.data import tokens as calibration
+from samq.data.tokens import TokenBatch
+from samq.data.datasets import DatasetSpec, load_texts
+from samq.llamacpp.runtime import Model
 from samq.progress import bar
-from samq.quantizer import GGUF_NAME
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import CalibrationSet, TextSet
 from samq.store import Artifact
 from tasks.stage import retried, stage

@@ -4,12 +4,12 @@ from typing import Any
 
 from prefect import task
 
-from samq.cost import CostSettings
+from samq.sweep.cost import CostSettings
 from samq.progress import bar
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
-from samq.selection import Comparison, Failure, Result
-from samq.significance import PairedComparison
-from samq.tracking import TrackedSweep, TrackingSettings, track_sweep
+from samq.sweep.selection import Comparison, Failure, Result
+from samq.sweep.significance import PairedComparison
+from samq.tracking.sweep_runs import TrackedSweep, TrackingSettings, track_sweep
 
 
 @task(name="track", task_run_name="track {settings.run_name}")

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from samq import progress
-from samq.toolchain import find_toolchain
+from samq.llamacpp.toolchain import find_toolchain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

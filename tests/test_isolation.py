@@ -12,7 +12,7 @@ from pathlib import Path
 
 import prefect
 from samq.home import home, mlflow_uri
-from samq.serving.registry import connect
+from samq.tracking.registry import connect
 
 
 def test_a_place_of_its_own(tmp_path):

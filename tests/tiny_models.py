@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from samq.calibration import TokenBatch
-from samq.gguf_file import gguf_names
-from samq.layout import rotary_row_order
+from samq.data.tokens import TokenBatch
+from samq.gguf.file import gguf_names
+from samq.sensitivity.layout import rotary_row_order
 
 VOCABULARY = 64
 SHAPE = dict(

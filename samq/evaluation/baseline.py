@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from samq.errors import SamqError
-from samq.evaluation.llama import Model
+from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import EvaluationSettings
 from samq.progress import Progress, silent
 from samq.records import Record
@@ -36,9 +36,9 @@ class Baseline(Record):
 
 
 def read_tokens(path: Path) -> NDArray[np.int32]:
-    """The held-out token ids of a TokenBatch that samq.calibration saved, sequence after sequence.
+    """The held-out token ids of a TokenBatch that samq.data.tokens saved, sequence after sequence.
 
-    Read here because samq.calibration brings torch and transformers, which an evaluation has no use for.
+    Read here because samq.data.tokens brings torch and transformers, which an evaluation has no use for.
     """
     try:
         with np.load(path, allow_pickle=False) as content:

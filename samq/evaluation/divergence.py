@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from samq.evaluation.baseline import open_baseline, scored_logits
-from samq.evaluation.llama import Model, default_threads
+from samq.llamacpp.runtime import Model, default_threads
 from samq.evaluation.settings import EvaluationSettings
 from samq.progress import Progress, silent
 from samq.records import Metric

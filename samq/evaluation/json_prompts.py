@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq.evaluation.chat import tokenize_chat
-from samq.evaluation.llama import Model
+from samq.evaluation.lm_eval.chat import tokenize_chat
+from samq.llamacpp.runtime import Model
 
 
 class JsonPrompt(BaseModel):

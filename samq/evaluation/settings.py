@@ -106,7 +106,7 @@ class BaselineRequest(Record):
 
     gguf: Path = Field(description="the full-precision GGUF")
     sha256: str = Field(description="SHA-256 of that file")
-    tokens: Path = Field(description="the held-out TokenBatch, as samq.calibration saves it (npz)")
+    tokens: Path = Field(description="the held-out TokenBatch, as samq.data.tokens saves it (npz)")
     output: Path = Field(description="folder that gets baseline.json and logits.npy")
     settings: EvaluationSettings = EvaluationSettings()
 
@@ -119,7 +119,7 @@ class EvaluationRequest(Record):
     name: str = Field(description="the candidate's name in reports")
     gguf: Path
     sha256: str = Field(description="SHA-256 of that file")
-    tokens: Path = Field(description="the held-out TokenBatch, as samq.calibration saves it (npz)")
+    tokens: Path = Field(description="the held-out TokenBatch, as samq.data.tokens saves it (npz)")
     baseline: Path | None = Field(default=None, description="folder of a baseline; None: fidelity is not measured")
     output: Path = Field(description="folder that gets evaluation.json and the per-item parquet files")
     settings: EvaluationSettings = EvaluationSettings()

@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from samq.evaluation.llama import Context, Model
+from samq.llamacpp.runtime import Context, Model
 from samq.evaluation.settings import EvaluationSettings
 from samq.progress import Progress, silent
 from samq.records import Metric

@@ -8,9 +8,9 @@ import numpy as np
 import psutil
 
 from samq.errors import SamqError
-from samq.evaluation import gpu
-from samq.evaluation.llama import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
-from samq.evaluation.memory import predict_memory
+from samq.llamacpp import gpu
+from samq.llamacpp.runtime import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
+from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.serving.model import Loading, ServedModel
 from samq.serving.sampling import Sampling

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samq.evaluation.llama import Model
+from samq.llamacpp.runtime import Model
 from samq.serving.model import Token
 
 

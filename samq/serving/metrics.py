@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from samq.evaluation import gpu
+from samq.llamacpp import gpu
 from samq.serving.source import ServedGguf
 
 # Seconds; close together around 0.1, where the alert on p99 has its limit.

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from samq.evaluation.llama import Context, Model, captured_log, first_error
+from samq.llamacpp.runtime import Context, Model, captured_log, first_error
 from samq.serving.refusal import Refused
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data

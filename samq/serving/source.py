@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samq.errors import SamqError
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.home import mlflow_uri
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def registry_source(name: str, alias: str, tracking_uri: str) -> Source:
 
     def look_up() -> ServedGguf:
         # Here, as MLflow takes seconds to import, and a file needs none of it.
-        from samq.serving.registry import connect, resolve
+        from samq.tracking.registry import connect, resolve
 
         found = resolve(connect(tracking_uri), name, alias)
         return ServedGguf(

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from samq.serving.answers import Shape
 from samq.serving.engine import Delta, Engine, Event, Finished, Job, Work
-from samq.serving.gate import STATUS
+from samq.serving.middleware import STATUS
 from samq.serving.refusal import Refused
 
 logger = logging.getLogger(__name__)

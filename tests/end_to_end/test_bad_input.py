@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 # The command once for each (parameter file, environment), in one process: its imports take longest by far.
 COMMANDS = """
 import json, os, sys
-from samq.cli import main
+from samq.cli.app import main
 
 for config, environment in json.loads(sys.argv[1]):
     os.environ |= environment

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.services import mlflow_page
-from samq.serving.registry import PREVIOUS, PRODUCTION, aliases
+from samq.tracking.registry import PREVIOUS, PRODUCTION, aliases
 from tests.end_to_end.conftest import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
@@ -73,7 +73,7 @@ def free_port():
 
 def samq(environment, *arguments, code=0):
     """Run a command to its end; returns what it printed."""
-    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "samq.cli.app", *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
@@ -89,7 +89,7 @@ def serve(environment, tmp_path):
         config, log = tmp_path / "serving.yaml", tmp_path / "serve.log"
         config.write_text(yaml.safe_dump({**SERVING, "port": free_port()}))
         address = f"http://127.0.0.1:{yaml.safe_load(config.read_text())['port']}"
-        command = [sys.executable, "-m", "samq.cli", "serve", f"models:/{MODEL}@production", "--config", str(config)]
+        command = [sys.executable, "-m", "samq.cli.app", "serve", f"models:/{MODEL}@production", "--config", str(config)]
         with log.open("wb") as output:
             root = Path(__file__).parents[2]
             child = subprocess.Popen(command, env=environment, cwd=root, stdout=output, stderr=output)

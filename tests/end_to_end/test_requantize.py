@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
-from samq.datasets import DatasetSpec, load_texts, packaged_rows
+from samq.data.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
-from samq.gguf_file import file_sha256, read_metadata, read_tensors, read_weights
-from samq.model import write_hf_folder
-from samq.quantizer import GGUF_NAME
+from samq.gguf.file import file_sha256, read_metadata, read_tensors, read_weights
+from samq.sensitivity.hf_model import write_hf_folder
+from samq.llamacpp.programs import GGUF_NAME
 from samq.records import Compensation
-from samq.selection import KLD
-from samq.significance import ITEMS_NAME
+from samq.sweep.selection import KLD
+from samq.sweep.significance import ITEMS_NAME
 from samq.store import Store
 from tasks.calibrate import MAP_NAME
 from tasks.compensate import COMPENSATION_NAME
@@ -242,7 +242,7 @@ def test_a_rung_that_cannot_be_compensated_costs_the_plans_that_need_it_and_no_o
     def fail(*_, **__):
         raise SamqError("the Gram matrix of blk.0.attn_q.weight cannot be inverted; measure it on more text")
 
-    monkeypatch.setattr("samq.compensation.compensate_rung", fail)
+    monkeypatch.setattr("samq.quantization.compensation.compensate_rung", fail)
     candidates = {**SMALL["candidates"], "budgets": ["5.2bpw"], "proposed_thresholds": 0}
     made = requantize(RequantizeParameters.model_validate({**SMALL, "candidates": candidates, "benchmarks": {}}))
     (failure,) = made.failures
@@ -314,7 +314,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
     environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
     environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
+    command = [sys.executable, "-m", "samq.cli.app", "requantize", "--config", str(config)]
 
     def start():
         log = (tmp_path / "log").open("ab")

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from flows.promote import PromoteParameters, Promotion, RefusedError
 from flows.promote import promote as flow
-from samq.serving.registry import aliases, connect
+from samq.tracking.registry import aliases, connect
 from tests.command_line import refused, samq
 from tests.samq.versions import NAME, POLICY, three_nights
 

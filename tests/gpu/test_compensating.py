@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from samq.codes import Grid
-from samq.compensation import Compensator, compensate
-from samq.gram import GramMatrices
-from tests.samq.test_compensation import random_gram
-from tests.samq.test_prediction_check import write_gguf
+from samq.gguf.codes import Grid
+from samq.quantization.compensation import Compensator, compensate
+from samq.sensitivity.gram import GramMatrices
+from tests.samq.quantization.test_compensation import random_gram
+from tests.samq.allocation.test_check import write_gguf
 
 DEVICES = ("cpu", "cuda", "cuda")
 

@@ -6,14 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from samq.calibration import TokenBatch
+from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.evaluation import gpu
+from samq.llamacpp import gpu
 from samq.evaluation.divergence import compare
-from samq.evaluation.generation import generate
-from samq.evaluation.llama import Model, captured_log
+from samq.evaluation.lm_eval.generation import generate
+from samq.llamacpp.runtime import Model, captured_log
 from samq.evaluation.measure import compute_baseline, evaluate
-from samq.evaluation.memory import predict_memory
+from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 
 MIB = 2**20

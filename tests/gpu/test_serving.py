@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samq.evaluation import gpu
+from samq.llamacpp import gpu
 from samq.serving.source import FileSource
 from tests.samq.serving.conftest import put, running, serves
 

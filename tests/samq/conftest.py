@@ -5,8 +5,8 @@ import pytest
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
 
-from samq.serving.registry import connect
-from tests.samq.sweep import make_sweep
+from samq.tracking.registry import connect
+from tests.samq.sweeps import make_sweep
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from samq import cli, doctor
-from samq.toolchain import PROGRAMS
+from samq import doctor
+from samq.cli import app as cli
+from samq.llamacpp.toolchain import PROGRAMS
 
 
 def by_name():

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from samq.gguf_file import read_tensors
+from samq.gguf.file import read_tensors
 
 
 def write_tiny_imatrix(path: Path, source: Path, without: Collection[str] = ()) -> Path:

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samq.allocation import Target, full_plan, stock_plan
-from samq.audit import as_is
-from samq.gguf_file import file_sha256
-from samq.promotion_policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
-from samq.quantizer import quantize
+from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.gguf.audit import as_is
+from samq.gguf.file import file_sha256
+from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
+from samq.llamacpp.programs import quantize
 from samq.records import Toolchain
-from samq.selection import Result
-from samq.tracking import TrackingSettings, track_sweep
+from samq.sweep.selection import Result
+from samq.tracking.sweep_runs import TrackingSettings, track_sweep
 from tests.conftest import write_tiny_gguf
-from tests.samq.sweep import Sweep, make_sweep
+from tests.samq.sweeps import Sweep, make_sweep
 
 NAME = "llama"
 PROMPTS = 400

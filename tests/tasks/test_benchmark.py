@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from samq.benchmarking import Candidate
+from samq.sweep.benchmarking import Candidate
 from samq.evaluation.settings import BenchmarkSettings
 from tasks.benchmark import benchmark, find_benchmarks
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from samq.audit import audit
-from samq.budget import BudgetPolicy
-from samq.gguf_file import file_sha256, read_metadata, read_tensors
-from samq.ladder import rungs_of
-from samq.model import describe_source
-from samq.prices import plan_cost
+from samq.gguf.audit import audit
+from samq.allocation.budget import BudgetPolicy
+from samq.gguf.file import file_sha256, read_metadata, read_tensors
+from samq.allocation.ladder import rungs_of
+from samq.sensitivity.hf_model import describe_source
+from samq.allocation.prices import plan_cost
 from samq.records import CalibrationSet, Compensation, QuantizedModel
 from samq.store import Store
 from tasks.calibrate import calibrate

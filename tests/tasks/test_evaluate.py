@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from samq.calibration import TokenBatch
+from samq.data.tokens import TokenBatch
 from samq.errors import ToolError
 from samq.evaluation.settings import EvaluationSettings
 from samq.store import Store

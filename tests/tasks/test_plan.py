@@ -2,10 +2,10 @@
 
 import pytest
 
-from samq.budget import BudgetPolicy, why_doubted
-from samq.formats import tensor_bytes
-from samq.gguf_file import file_sha256
-from samq.quantizer import GGUF_NAME, quantizable_tensors
+from samq.allocation.budget import BudgetPolicy, why_doubted
+from samq.gguf.formats import tensor_bytes
+from samq.gguf.file import file_sha256
+from samq.llamacpp.programs import GGUF_NAME, quantizable_tensors
 from samq.records import Price, PriceTable, TensorPrices
 from samq.store import Store
 from tasks.plan import load_plan, plan_budget

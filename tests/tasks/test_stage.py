@@ -12,11 +12,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
 from samq import __version__
-from samq.datasets import DatasetSpec
+from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError, ToolError, UnreachableError
 from samq.evaluation.settings import BenchmarkSettings
-from samq.model import describe_source
-from samq.process import run as run_program
+from samq.sensitivity.hf_model import describe_source
+from samq.llamacpp.process import run as run_program
 from samq.records import ModelSource, TextSet, Toolchain
 from samq.store import MANIFEST, Artifact, Store
 from tasks.stage import ContentCache, identity, is_transient, stage

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from samq.datasets import packaged_rows
+from samq.data.datasets import packaged_rows
 from samq.evaluation.json_prompts import SHOWN, JsonPrompt, load_prompts, question
 
 Splits = dict[str, Dataset]

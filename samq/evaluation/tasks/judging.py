@@ -6,7 +6,7 @@ from typing import Any
 
 from samq.evaluation.json_compliance import judge
 from samq.evaluation.json_prompts import JsonPrompt, load_prompts
-from samq.evaluation.sandbox import run_tests
+from samq.evaluation.sandbox.run import run_tests
 
 
 def humaneval(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:

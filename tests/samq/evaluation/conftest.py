@@ -1,11 +1,11 @@
 import pytest
 
-from samq.allocation import Target, stock_plan
-from samq.datasets import DatasetSpec, load_texts
+from samq.allocation.threshold import Target, stock_plan
+from samq.data.datasets import DatasetSpec, load_texts
 from samq.errors import SamqError
-from samq.evaluation.llama import Context
-from samq.model import describe_source
-from samq.quantizer import GGUF_NAME, convert, quantize
+from samq.llamacpp.runtime import Context
+from samq.sensitivity.hf_model import describe_source
+from samq.llamacpp.programs import GGUF_NAME, convert, quantize
 
 
 @pytest.fixture(scope="session")

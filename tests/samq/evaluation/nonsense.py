@@ -1,6 +1,6 @@
 """A model that computes nonsense after one token, as a damaged or badly quantized file does."""
 
-from samq.evaluation.llama import Model
+from samq.llamacpp.runtime import Model
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.serving.app import Server, create_app
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.serving.grammar import json_grammar
 from samq.serving.loading import load
 from samq.serving.refusal import Refused

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from samq.errors import SamqError
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.serving.loading import GPU_SPARE_BYTES, KV_Q4_WARNING, attempts, fits_beside, load
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource, find_source
@@ -100,13 +100,13 @@ def test_what_proves_not_to_fit_beside_the_old_model_replaces_it_and_is_as_the_s
 
 def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf, monkeypatch):
     """Memory that ends while llama.cpp computes would end the server, so what loads with none to spare does not count."""
-    monkeypatch.setattr("samq.evaluation.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES - 1])
+    monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES - 1])
     settings = ServingSettings(gpu_layers=-1, context_tokens=512)
     served = load(FileSource(chat_gguf)(), settings)
     assert (served.loading.gpu_layers, served.loading.context_tokens) == (0, 512)
     assert served.loading.notes[0].startswith("1023 MiB of a GPU's memory would be left, and llama.cpp may take 1024")
     served.close()
-    monkeypatch.setattr("samq.evaluation.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES])
+    monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES])
     served = load(FileSource(chat_gguf)(), settings)
     assert served.loading.gpu_layers == 3 and not served.loading.notes
     served.close()
@@ -115,7 +115,7 @@ def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf,
 def test_what_would_leave_too_little_of_a_gpu_to_compute_does_not_fit_beside(chat_gguf, monkeypatch):
     gguf, settings = FileSource(chat_gguf)(), ServingSettings(gpu_layers=-1, context_tokens=512)
     for free, fits in ((GPU_SPARE_BYTES + 64 * 2**20, True), (GPU_SPARE_BYTES, False)):
-        monkeypatch.setattr("samq.evaluation.gpu.free_bytes", lambda free=free: [free])
+        monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda free=free: [free])
         assert fits_beside(gguf, settings) == fits
 
 

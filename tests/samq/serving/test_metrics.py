@@ -5,7 +5,7 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.serving.source import FileSource
 from tests.samq.serving.conftest import running
 
@@ -60,7 +60,7 @@ def test_the_model_is_shown_with_all_that_names_it(server, chat_gguf):
 def test_a_gpu_on_which_the_driver_does_not_see_this_process_has_no_sample_and_no_wrong_0(server, monkeypatch):
     name = "samq_process_gpu_memory_bytes"
     for used, shown in ((7, {7}), (0, set()), (None, set())):
-        monkeypatch.setattr("samq.evaluation.gpu.used_bytes", lambda used=used: used)
+        monkeypatch.setattr("samq.llamacpp.gpu.used_bytes", lambda used=used: used)
         assert {value for (sample, _), value in samples(server).items() if sample == name} == shown
 
 

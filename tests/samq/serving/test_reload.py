@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
-from samq.gguf_file import file_sha256
+from samq.gguf.file import file_sha256
 from samq.serving.refusal import Refused
-from samq.serving.registry import connect
+from samq.tracking.registry import connect
 from samq.serving.source import FileSource, registry_source
 from tests.conftest import write_tiny_gguf
 from tests.samq.serving.conftest import put, running, serves

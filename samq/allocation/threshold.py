@@ -1,0 +1,281 @@
+"""From sensitivities to a plan: which ggml type each tensor gets.
+
+The threshold policy is the founding method: what scores above the threshold keeps more bits, the rest gets the base.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from samq.errors import SamqError
+from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type, fallback, without_entry
+from samq.gguf.file import TensorInfo, file_sha256, imatrix_entries, read_tensors
+from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
+from samq.records import Plan, SensitivityMap, Substitution, Toolchain
+
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+
+
+class ThresholdPolicy(BaseModel):
+    """Parameters of the threshold policy, the threshold itself apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    keep: str = Field(default="Q8_0", description="type of what scores above the threshold")
+    base: str = Field(default="Q4_K_M", description="type or llama-quantize mixture of the rest")
+    grouping: Literal["block", "tensor"] = Field(
+        default="block",
+        description="a transformer block is kept as a whole, scored by its highest tensor; or each tensor alone",
+    )
+    output_guard: str | None = Field(
+        default="Q8_0",
+        description="least type of output.weight, or of token_embd.weight when it is tied to it",
+    )
+    embedding_guard: str | None = Field(default=None, description="least type of an untied token_embd.weight")
+
+    @field_validator("keep")
+    @classmethod
+    def _known_type(cls, name: str) -> str:
+        return check_type(name)
+
+    @field_validator("output_guard", "embedding_guard")
+    @classmethod
+    def _known_guard(cls, name: str | None) -> str | None:
+        return check_type(name) if name else None
+
+    @field_validator("base")
+    @classmethod
+    def _known_base(cls, name: str) -> str:
+        return check_mixture(name) if name.upper() in MIXTURES else check_type(name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The full-precision GGUF a plan is for, and what llama-quantize says of it."""
+
+    gguf: Path
+    sha256: str
+    tensors: dict[str, TensorInfo]
+    quantizable: dict[str, TensorInfo]
+    toolchain: Toolchain
+    imatrix: Path | None = None
+
+    @classmethod
+    def open(
+        cls,
+        gguf: Path,
+        toolchain: Toolchain,
+        imatrix: Path | None = None,
+        sha256: str | None = None,
+    ) -> "Target":
+        """Read the file's tensors and ask llama-quantize which of them it quantizes."""
+        return cls(
+            gguf=gguf,
+            sha256=sha256 or file_sha256(gguf),
+            tensors=read_tensors(gguf),
+            quantizable=quantizable_tensors(gguf, toolchain),
+            toolchain=toolchain,
+            imatrix=imatrix,
+        )
+
+    @property
+    def imatrix_sha256(self) -> str | None:
+        """SHA-256 of the importance matrix, if there is one."""
+        return file_sha256(self.imatrix) if self.imatrix else None
+
+    def legal_type(self, name: str, requested: str) -> tuple[str, Substitution | None]:
+        """What llama-quantize can write to a tensor for which `requested` is asked, and why, if that is another type."""
+        tensor = self.quantizable[name]
+        asked = fallback(requested, tensor.row_length)
+        reason = f"rows of {tensor.row_length} do not allow {requested}"
+        used = asked if name in self._imatrix_entries else fallback(without_entry(asked, name), tensor.row_length)
+        if used != asked:
+            reason = (
+                "the importance matrix has no entry for it" if self.imatrix else f"{asked} needs an importance matrix"
+            )
+        return used, None if used == requested else Substitution(requested=requested, used=used, reason=reason)
+
+    @cached_property
+    def _imatrix_entries(self) -> frozenset[str]:
+        return imatrix_entries(self.imatrix) if self.imatrix else frozenset()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection shares the token embedding."""
+        return OUTPUT not in self.tensors
+
+
+def full_plan(target: Target) -> Plan:
+    """The baseline: every tensor as it is."""
+    kinds = {tensor.type for tensor in target.quantizable.values()}
+    kind = "F16" if "F16" in kinds else min(kinds)
+    types = {name: tensor.type for name, tensor in target.quantizable.items()}
+    return make_plan(target, kind, "full", {}, types, mixture=kind)
+
+
+def stock_plan(target: Target, mixture: str) -> Plan:
+    """What llama-quantize makes of `mixture` by itself, with the same importance matrix, named tensor by tensor."""
+    mixture = check_mixture(mixture)
+    types, substitutions = mixture_types(target.gguf, mixture, target.toolchain, imatrix=target.imatrix)
+    types = {name: types[name] for name in target.quantizable}
+    return make_plan(target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture)
+
+
+def threshold_plan(
+    target: Target,
+    sensitivity: SensitivityMap,
+    threshold: float | str,
+    policy: ThresholdPolicy,
+) -> Plan:
+    """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
+
+    `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. Guards are applied after,
+    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly.
+    """
+    scores = group_scores(sensitivity, target.quantizable, policy.grouping)
+    cut = resolve_threshold(threshold, scores)
+    types, substitutions = _base_types(target.gguf, target.sha256, policy.base, target.toolchain, target.imatrix)
+    substitutions = dict(substitutions)
+    kept = {name for name in target.quantizable if scores[group_of(name, policy.grouping)] > cut}
+    guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
+    if not target.tied:
+        guards[EMBEDDING] = policy.embedding_guard
+    chosen: dict[str, str] = {}
+    for name in target.quantizable:
+        requested = policy.keep if name in kept else types[name]
+        guard = guards.get(name)
+        if guard and bits_per_weight(requested) < bits_per_weight(guard):
+            requested = guard
+        if requested != types[name]:
+            substitutions.pop(name, None)
+        chosen[name], swap = target.legal_type(name, requested)
+        if swap:
+            substitutions[name] = swap
+    parameters = {
+        **policy.model_dump(),
+        "threshold": cut,
+        "quantile": float(threshold[1:]) if isinstance(threshold, str) else None,
+        "kept_tensors": len(kept),
+        "kept_groups": len({group_of(name, policy.grouping) for name in kept}),
+    }
+    mixture = policy.base if policy.base in MIXTURES else "Q4_K_M"
+    plan = make_plan(target, threshold_name(threshold), "threshold", parameters, chosen, substitutions, mixture)
+    return plan.model_copy(update={"map_digest": sensitivity.digest()})
+
+
+@lru_cache(maxsize=8)  # a sweep asks for the same base once a threshold
+def _base_types(
+    gguf: Path, sha256: str, base: str, toolchain: Toolchain, imatrix: Path | None
+) -> tuple[dict[str, str], dict[str, Substitution]]:
+    if base in MIXTURES:
+        return mixture_types(gguf, base, toolchain, imatrix=imatrix)
+    return dict.fromkeys(read_tensors(gguf), base), {}
+
+
+def threshold_name(threshold: float | str) -> str:
+    """What the plan of a threshold is called: `threshold-0.35`, `threshold-q0.75`; other thresholds, other names."""
+    text = str(threshold)
+    if not text.startswith("q"):
+        value = float(text)
+        text = next(digits for digits in (f"{value:.{count}g}" for count in range(4, 18)) if float(digits) == value)
+    return f"threshold-{text}"
+
+
+def resolve_threshold(threshold: float | str, scores: dict[str, float]) -> float:
+    """The score that a threshold means; raises SamqError if it is outside 0..1 or is not a number or `q<number>`."""
+    text = str(threshold)
+    match = re.fullmatch(r"(q?)(\d*\.?\d+(?:e-?\d+)?)", text)
+    value = float(match[2]) if match else -1.0
+    if not 0 <= value <= 1:
+        raise SamqError(f"threshold {text} is not in 0..1; give a score such as 0.35, or a quantile such as q0.75")
+    assert match is not None
+    return float(np.quantile(sorted(scores.values()), value)) if match[1] else value
+
+
+def group_of(name: str, grouping: str) -> str:
+    """The group that a tensor is kept or not with: its block (`blk.11`) or itself."""
+    block = re.match(r"blk\.\d+", name)
+    return block[0] if block and grouping == "block" else name
+
+
+def group_scores(sensitivity: SensitivityMap, names: Iterable[str], grouping: str) -> dict[str, float]:
+    """Each group's score: the highest of its tensors'. Raises SamqError for a tensor the map does not score."""
+    scores: dict[str, float] = {}
+    for name in names:
+        if name not in sensitivity.tensors:
+            raise SamqError(f"the sensitivity map has no score for {name}; calibrate this model again")
+        group = group_of(name, grouping)
+        scores[group] = max(scores.get(group, 0.0), sensitivity.tensors[name].score)
+    return scores
+
+
+def change_points(sensitivity: SensitivityMap, names: Iterable[str], grouping: str) -> list[tuple[float, int]]:
+    """The thresholds at which the plan changes, highest first: (threshold, groups kept at it).
+
+    Each lies between two neighbouring scores and is written with as few digits as that takes.
+    """
+    values = np.array(list(group_scores(sensitivity, names, grouping).values()))
+    scores = sorted({*values.tolist(), 0.0}, reverse=True)
+    cuts = [_between(low, high) for high, low in itertools.pairwise(scores)]
+    return [(cut, int((values > cut).sum())) for cut in cuts]
+
+
+def _between(low: float, high: float) -> float:
+    """A number with few digits in the half-open interval from `low` to `high`, near its middle."""
+    middle = (low + high) / 2
+    for digits in range(1, 17):
+        if low <= (rounded := round(middle, digits)) < high:
+            return rounded
+    return middle
+
+
+def propose_thresholds(target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int) -> list[float]:
+    """At most `count` thresholds, highest first, whose plans differ and whose sizes rise in about equal steps.
+
+    Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out.
+    """
+
+    def size(threshold: float) -> int:
+        return threshold_plan(target, sensitivity, threshold, policy).tensor_bytes
+
+    smallest = size(1.0)
+    free: dict[int, float] = {}  # bytes -> the highest threshold that takes them
+    for cut, _ in change_points(sensitivity, target.quantizable, policy.grouping):
+        free.setdefault(size(cut), cut)
+    free.pop(smallest, None)
+    largest = max(free, default=smallest)
+    chosen: list[float] = []
+    for step in range(1, min(count, len(free)) + 1):
+        wanted = smallest + step / (count + 1) * (largest - smallest)
+        chosen.append(free.pop(min(free, key=lambda taken: abs(taken - wanted))))
+    return sorted(chosen, reverse=True)
+
+
+def make_plan(
+    target: Target,
+    name: str,
+    policy: Literal["full", "stock", "uniform", "threshold", "budget"],
+    parameters: dict[str, float | int | str | bool | None],
+    types: dict[str, str],
+    substitutions: dict[str, Substitution] | None = None,
+    mixture: str = "Q4_K_M",
+) -> Plan:
+    """The record of a plan that gives the quantizable tensors these types; the others keep theirs."""
+    return Plan(
+        name=name,
+        policy=policy,
+        parameters=parameters,
+        types=types,
+        substitutions=substitutions or {},
+        mixture=mixture,
+        tensor_bytes=planned_bytes(target.tensors, types),
+        weights=sum(tensor.weights for tensor in target.tensors.values()),
+        gguf_sha256=target.sha256,
+        imatrix_sha256=target.imatrix_sha256,
+    )

@@ -1,0 +1,1 @@
+"""Text in: data sets, the hub, and the token sequences that calibration runs on."""

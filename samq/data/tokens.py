@@ -1,0 +1,143 @@
+"""Text -> token batches: which sequences of token ids the model is measured on."""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from samq.data.datasets import DatasetSpec
+from samq.errors import SamqError
+from samq.records import CalibrationSet
+
+IGNORED = -100  # the label that cross entropy skips, as everywhere in torch
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences of token ids: `ids` (N, T) int32, zero past each sequence's end, and `lengths` (N,) int32."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    def sequence(self, index: int) -> np.ndarray:
+        """The token ids of one sequence, without padding."""
+        return self.ids[index, : self.lengths[index]]
+
+    def part(self, first: int, last: int) -> Self:
+        """The sequences from `first` to before `last`."""
+        return type(self)(self.ids[first:last], self.lengths[first:last])
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the lengths and the ids, in order; padding does not enter."""
+        content = hashlib.sha256(self.lengths.astype("<i4").tobytes())
+        for index in range(len(self)):
+            content.update(self.sequence(index).astype("<i4").tobytes())
+        return content.hexdigest()
+
+    def save(self, path: Path) -> Path:
+        """Write an npz file, whole or not at all; the same tokens give the same bytes, as numpy dates entries 1980."""
+        content = io.BytesIO()
+        np.savez_compressed(content, ids=self.ids, lengths=self.lengths)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(content.getvalue())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise SamqError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote; raises SamqError if the file is missing or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return cls(content["ids"], content["lengths"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise SamqError(f"cannot read tokens from {path}: {error}; make the calibration set again") from error
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> Self:
+        """Pad sequences of token ids to the longest."""
+        lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
+        ids = np.zeros((len(sequences), max(lengths, default=0)), dtype=np.int32)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        return cls(ids, lengths)
+
+
+def tokenize(
+    texts: Sequence[str],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    bos: int | None,
+    spec: DatasetSpec,
+    sequence_tokens: int,
+    packing: bool = False,
+) -> tuple[CalibrationSet, TokenBatch]:
+    """Cut texts into sequences of 2 to `sequence_tokens` tokens.
+
+    `encode` gives a text's token ids, with what the model wants before a text; where that is `bos`, every sequence starts
+    with it. Without `packing` a text is one sequence, cut at `sequence_tokens`. With it a long text goes on in further
+    sequences of that length, and what is left at its end is dropped. Texts of a single token are left out.
+
+    Raises:
+        SamqError: no sequence came out.
+    """
+    if sequence_tokens < 2:
+        raise SamqError(f"sequences of {sequence_tokens} tokens hold nothing to predict; ask for 2 or more")
+    sequences: list[list[int]] = []
+    for text in texts:
+        parts = _cut(list(encode(text)), bos, sequence_tokens, packing)
+        sequences += [part for part in parts if len(part) > 1]
+    if packing:
+        order = np.random.default_rng(spec.seed).permutation(len(sequences))
+        sequences = [sequences[index] for index in order]
+    if not sequences:
+        raise SamqError(f"{spec.name} gives no sequence of 2 to {sequence_tokens} tokens; give more text")
+    tokens = TokenBatch.of(sequences)
+    return (
+        CalibrationSet(
+            dataset=spec.name,
+            split=spec.split,
+            fields=spec.fields,
+            samples=len(tokens),
+            sequence_tokens=sequence_tokens,
+            tokens=int(tokens.lengths.sum()),
+            seed=spec.seed,
+            tokens_digest=tokens.digest(),
+        ),
+        tokens,
+    )
+
+
+def _cut(ids: list[int], bos: int | None, longest: int, packing: bool) -> list[list[int]]:
+    if not packing or len(ids) <= longest:
+        return [ids[:longest]]
+    start = ids[:1] if ids[0] == bos else []
+    rest, step = ids[len(start) :], longest - len(start)
+    return [start + rest[first : first + step] for first in range(0, len(rest) - step + 1, step)]
+
+
+def batches(tokens: TokenBatch, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield (ids, attention mask, labels), int64 (B, T) each, T the longest of the batch, in order.
+
+    Labels are the ids, not shifted, and -100 on padding, as transformers takes them.
+    """
+    for first in range(0, len(tokens), batch_size):
+        lengths = torch.from_numpy(tokens.lengths[first : first + batch_size].astype(np.int64))
+        longest = int(lengths.max())
+        ids = torch.from_numpy(tokens.ids[first : first + batch_size, :longest].astype(np.int64))
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        yield ids, mask, ids.masked_fill(mask == 0, IGNORED)

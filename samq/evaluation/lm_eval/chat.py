@@ -1,0 +1,78 @@
+"""Chats as text and tokens, by the model's own template: what transformers makes of it, but for the date.
+
+Templates that tell the model the date tell it the same day in all measurements, so that answers do not depend on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from numpy.typing import NDArray
+
+from samq.errors import SamqError
+from samq.llamacpp.runtime import Model
+
+Message = Mapping[str, str]
+_CUT = "END-OF-THE-LAST-MESSAGE "  # transformers' way to find where it ends: the space shows whether spaces are kept
+
+
+def tokenize_chat(model: Model, messages: Sequence[Message], *, dated: bool = False) -> NDArray[np.int32]:
+    """Token ids of `messages`, up to where the model's answer begins; see `render_chat`."""
+    text = render_chat(model, messages, dated=dated)
+    if model.adds_bos and model.bos is not None:
+        text = text.removeprefix(model.token_text(model.bos))  # the tokenizer adds it
+    return model.tokenize(text, add_special=True, parse_special=True)
+
+
+def render_chat(model: Model, messages: Sequence[Message], *, continue_last: bool = False, dated: bool = False) -> str:
+    """The text of `messages` (role and content each), up to where the model's answer begins.
+
+    With `continue_last` it ends with the last message's content, for the model to go on with. A template that refuses
+    a system message gets the chat without it. `dated`: with today's date where the template has one. Raises SamqError if
+    the model has no template, or it refuses the chat.
+    """
+    if model.chat_template is None:
+        raise SamqError(f"{model.path} has no chat template; use it without one")
+    shown = [dict(message) for message in messages]
+    if continue_last:
+        shown[-1]["content"] += _CUT
+    bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
+    formatter = _formatter(model.chat_template, bos, eos, not continue_last, dated)
+    try:
+        text = _format(formatter, shown)
+    except (TemplateError, ValueError) as error:
+        raise SamqError(
+            f"the chat template of {model.path} refuses a chat: {error}; leave the template or that message out"
+        ) from error
+    if not continue_last:
+        return text
+    text, found, rest = text.rpartition(_CUT.strip())
+    if not found:
+        raise SamqError(f"the chat template of {model.path} drops the last message; evaluate without it")
+    return text if rest.startswith(" ") else text.rstrip()
+
+
+def _format(formatter: Jinja2ChatFormatter, messages: list[Any]) -> str:
+    try:
+        return formatter(messages=messages).prompt
+    except (TemplateError, ValueError):
+        others = [message for message in messages if message["role"] != "system"]
+        if len(others) == len(messages):
+            raise
+        return formatter(messages=others).prompt
+
+
+@lru_cache
+def _formatter(template: str, bos: str, eos: str, add_generation_prompt: bool, dated: bool) -> Jinja2ChatFormatter:
+    kind = Jinja2ChatFormatter if dated else _DatelessFormatter
+    return kind(template, eos, bos, add_generation_prompt)
+
+
+class _DatelessFormatter(Jinja2ChatFormatter):
+    @staticmethod
+    def strftime_now(f: str) -> str:
+        return datetime(2024, 7, 26).strftime(f)

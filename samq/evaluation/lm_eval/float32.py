@@ -1,0 +1,62 @@
+"""A GGUF with its 16-bit weights held in 32 bits: the same values, computed with in float32.
+
+llama.cpp rounds what it multiplies F16 weights with to F16 as well. That is how the model is served, and how it is measured;
+but against a program that computes in float32, as transformers does on a processor, it is a difference of its own.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+
+from samq.errors import SamqError
+from samq.llamacpp.runtime import Model
+from samq.gguf.file import open_gguf, read_rows
+
+_WIDENED = frozenset({GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
+
+
+def load_float32(path: Path) -> Model:
+    """The model of `path`, with F16 and BF16 weights in F32; quantized ones stay as they are.
+
+    It takes twice the memory, and while it is loaded as much of the folder for temporary files. Raises SamqError if the
+    file cannot be loaded, or there is no room for the copy.
+    """
+    reader = open_gguf(path)
+    with tempfile.TemporaryDirectory(prefix="samq-") as folder:
+        copy = Path(folder) / path.name
+        try:
+            _write(reader, copy)
+        except OSError as error:
+            raise SamqError(
+                f"cannot write a float32 copy of {path} to {folder}: {error.strerror}; set TMPDIR to a folder with room"
+            ) from error
+        model = Model(copy)
+    model.path = path
+    return model
+
+
+def _write(reader: GGUFReader, path: Path) -> None:
+    """Write what was read with wider weights, a tensor at a time."""
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(path, architecture, endianess=reader.endianess)
+    writer.data_alignment = reader.alignment
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":  # which the writer has written
+            continue
+        kind = field.types[0]
+        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    for tensor in reader.tensors:
+        if tensor.tensor_type in _WIDENED:
+            shape = tuple(int(extent) for extent in reversed(tensor.shape))
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(tensor.n_elements))
+        else:
+            data = tensor.data
+            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in reader.tensors:
+        writer.write_tensor_data(read_rows(tensor, slice(None)) if tensor.tensor_type in _WIDENED else tensor.data)
+    writer.close()

@@ -1,0 +1,285 @@
+"""llama.cpp's programs as functions: convert, importance matrix, types of a mixture, quantize.
+
+Every program runs in its own process group with a time limit, inside the folder of its output and with file names
+relative to it: llama.cpp writes the names it was given into the GGUF, and a name that said where this machine keeps
+its files would make the same model differ from machine to machine.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from samq.gguf.audit import accept, provenance_metadata, require_space
+from samq.errors import SamqError, ToolError
+from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.gguf.file import TensorInfo, file_sha256, read_tensors
+from samq.llamacpp.process import run
+from samq.progress import Progress, silent
+from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
+from samq.llamacpp.toolchain import environment, program
+
+FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
+GGUF_NAME = "model.gguf"
+IMATRIX_NAME = "imatrix.gguf"
+
+_STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
+_ARROW = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")
+_FALLBACK = re.compile(
+    r"warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)"
+)
+
+
+def convert(
+    source: ModelSource,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    precision: str = "F16",
+    timeout_s: float = 6 * 3600,
+) -> Path:
+    """Write the model as a full-precision GGUF (`precision`: F16 or BF16) into `folder` and return its path.
+
+    A Hugging Face folder goes through llama.cpp's own converter; a GGUF that already is in full precision is linked
+    or copied; a quantized one is dequantized (what was lost stays lost). Raises SamqError for a model that the
+    converter does not support.
+    """
+    target = folder / GGUF_NAME
+    log = folder / "convert.log"
+    if source.gguf:
+        if _is_full_precision(source.gguf):
+            link_or_copy(source.gguf, target)
+        else:
+            dequantize: list[str | Path] = [
+                program(toolchain, "llama-quantize"),
+                "--allow-requantize",
+                source.gguf.absolute(),
+                target,
+            ]
+            run(
+                [*dequantize, precision],
+                log=log,
+                timeout_s=timeout_s,
+                env=environment(toolchain),
+            )
+        return target
+    assert source.folder is not None, "a ModelSource has a folder or a GGUF"
+    if toolchain.converter is None:
+        raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
+    command: list[str | Path] = [
+        sys.executable,
+        toolchain.converter,
+        source.folder.absolute(),
+        "--outfile",
+        target,
+    ]
+    try:
+        run(
+            [
+                *command,
+                "--outtype",
+                precision.lower(),
+                "--model-name",
+                source.name.rsplit("/", 1)[-1],
+            ],
+            log=log,
+            timeout_s=timeout_s,
+            env={"NO_LOCAL_GGUF": "1"} if not (toolchain.converter.parent / "gguf-py").is_dir() else None,
+        )
+    except ToolError as error:
+        said = log.read_text(errors="replace")
+        if "BPE pre-tokenizer was not recognized" in said:
+            raise SamqError(
+                f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model where it does, and "
+                "give the GGUF with the folder as hf_folder"
+            ) from error
+        if unsupported := re.search(r"Model (\S+) is not supported", said):
+            raise SamqError(
+                f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
+            ) from error
+        raise
+    return target
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Give a file, not a symbolic link to it, a second name; where file systems do not allow that, copy it."""
+    path = path.resolve()
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def _is_full_precision(gguf: Path) -> bool:
+    return all(tensor.type in FULL_PRECISION for tensor in read_tensors(gguf).values())
+
+
+def measure_imatrix(
+    gguf: Path,
+    text: str,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    context_tokens: int = 512,
+    threads: int | None = None,
+    timeout_s: float = 6 * 3600,
+) -> Path:
+    """Run llama-imatrix over `text` and return the importance matrix's path.
+
+    The output tensor is included where it has weights of its own; of one tied to the embedding llama-imatrix keeps none.
+    """
+    (folder / "calibration.txt").write_text(text)
+    command: list[str | Path] = [
+        program(toolchain, "llama-imatrix"),
+        "-m",
+        gguf.absolute(),
+        "-f",
+        "calibration.txt",
+        "-o",
+        IMATRIX_NAME,
+    ]
+    command += [
+        "--process-output",
+        "--no-ppl",
+        "-c",
+        str(context_tokens),
+        "-b",
+        str(context_tokens),
+    ]
+    command += ["-t", str(threads)] if threads else []
+
+    log = folder / "imatrix.log"
+    text_out = run(
+        command,
+        log=log,
+        timeout_s=timeout_s,
+        cwd=folder,
+        env=environment(toolchain),
+    )
+    (folder / "calibration.txt").unlink()
+    if not (folder / IMATRIX_NAME).is_file():
+        reason = next(
+            (line for line in text_out.splitlines() if "error" in line.lower()),
+            "no reason given",
+        )
+        raise ToolError(f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text")
+    return folder / IMATRIX_NAME
+
+
+def mixture_types(
+    gguf: Path,
+    mixture: str,
+    toolchain: Toolchain,
+    *,
+    imatrix: Path | None = None,
+    pure: bool = False,
+) -> tuple[dict[str, str], dict[str, Substitution]]:
+    """The type that llama-quantize itself would give each tensor, asked by `--dry-run`.
+
+    Returns (tensor -> type for every tensor of the file, tensor -> substitution where its row length forced one).
+    """
+    command: list[str | Path] = [
+        program(toolchain, "llama-quantize"),
+        "--dry-run",
+        *(["--pure"] if pure else []),
+    ]
+    command += ["--imatrix", imatrix.absolute()] if imatrix else []
+    with tempfile.TemporaryDirectory() as scratch:
+        output = run(
+            [*command, gguf.absolute(), check_mixture(mixture)],
+            log=Path(scratch) / "dry-run.log",
+            timeout_s=600,
+            env=environment(toolchain),
+        )
+    types = {name: tensor.type for name, tensor in read_tensors(gguf).items()}
+    substitutions = {}
+    for line in output.splitlines():
+        if step := _STEP.match(line):
+            if arrow := _ARROW.search(line):
+                types[step[3]] = arrow[1].upper()
+        elif warning := _FALLBACK.search(line):
+            name, columns, block, requested, used = warning.groups()
+            reason = f"rows of {columns} are not a multiple of {block}"
+            substitutions[name] = Substitution(requested=requested.upper(), used=used.upper(), reason=reason)
+    return types, substitutions
+
+
+def quantizable_tensors(gguf: Path, toolchain: Toolchain) -> dict[str, TensorInfo]:
+    """The tensors that llama-quantize would quantize, asked of llama-quantize itself; the others keep their type."""
+    types, _ = mixture_types(gguf, "Q8_0", toolchain, pure=True)
+    return {name: tensor for name, tensor in read_tensors(gguf).items() if types[name] != tensor.type}
+
+
+def quantize(
+    gguf: Path,
+    plan: Plan,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    provenance: dict[str, str],
+    imatrix: Path | None = None,
+    timeout_s: float = 6 * 3600,
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Write the plan's GGUF into `folder` by llama-quantize, audit it, and describe it.
+
+    `provenance` joins the metadata as `samq.<key>` (at most 127 characters a value, llama.cpp's limit). Weights are
+    rounded to the nearest values, whatever the plan's rounding: `samq.quantization.compensation` goes on from there. Raises SamqError
+    when the importance matrix is not the plan's or the disk is too full, ToolError when llama-quantize fails or what it
+    wrote is not the plan.
+    """
+    check_imatrix(plan, imatrix)
+    require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
+    partial = folder / f"{GGUF_NAME}.partial"
+    types_file = folder / "tensor-types.txt"
+    types_file.write_text("".join(f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in plan.types.items()))
+    metadata = provenance_metadata(plan, provenance)
+    command: list[str | Path] = [
+        program(toolchain, "llama-quantize"),
+        "--allow-requantize",
+        "--tensor-type-file",
+        types_file.name,
+    ]
+    if imatrix:
+        shutil.copyfile(imatrix, folder / IMATRIX_NAME)
+        command += ["--imatrix", IMATRIX_NAME]
+    for key, value in metadata.items():
+        if len(value.encode()) > 127:
+            raise SamqError(f"provenance {key} is longer than 127 bytes; shorten {value!r}")
+        command += ["--override-kv", f"{key}=str:{value}"]
+
+    def on_line(line: str) -> None:
+        if step := _STEP.match(line):
+            progress(int(step[1]), int(step[2]))
+
+    run(
+        [*command, gguf.absolute(), partial.name, plan.mixture],
+        log=folder / "quantize.log",
+        timeout_s=timeout_s,
+        cwd=folder,
+        env=environment(toolchain),
+        on_line=on_line,
+    )
+    (folder / IMATRIX_NAME).unlink(missing_ok=True)
+    return accept(partial, plan, metadata)
+
+
+def check_imatrix(plan: Plan, imatrix: Path | None) -> None:
+    """Raise SamqError unless it is the importance matrix, or none, that the plan's types and costs are for."""
+    if imatrix and not imatrix.is_file():
+        raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
+    given = file_sha256(imatrix) if imatrix else None
+    if given != plan.imatrix_sha256:
+        own = (
+            f"with importance matrix {plan.imatrix_sha256[:12]}" if plan.imatrix_sha256 else "without importance matrix"
+        )
+        other = given[:12] if given else "none"
+        advice = "give that one" if plan.imatrix_sha256 else "leave it out"
+        raise SamqError(f"plan {plan.name} was made {own} and {other} is given; {advice}, or plan again")
+
+
+def planned_bytes(tensors: dict[str, TensorInfo], types: dict[str, str]) -> int:
+    """Bytes of all tensors when those that `types` names take its types and the others keep theirs."""
+    return sum(tensor_bytes(types.get(name, tensor.type), tensor.shape) for name, tensor in tensors.items())

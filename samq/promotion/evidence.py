@@ -1,0 +1,153 @@
+"""What MLflow holds about a registered version: its plan, what was measured of it, and what it is held against.
+
+A version names its candidate's run; that run's artifacts are the plan and the evaluation with its tables of items, and
+full precision is a sibling of it under the same sweep.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from samq.sweep.benchmarking import join_items
+from samq.errors import SamqError
+from samq.records import Evaluation, Plan
+from samq.tracking.registry import PRODUCTION, RegisteredGguf, aliases, find_version, model_names
+from samq.sweep.significance import ITEMS_NAME
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one GGUF. `items` has a row for each item and metric (columns as the benchmarks' table)."""
+
+    name: str
+    evaluation: Evaluation
+    items: pd.DataFrame
+
+    def of(self, items: str) -> pd.DataFrame:
+        """The rows of one `BENCHMARK/METRIC`; none if it was not measured."""
+        return self.items[self.items["benchmark"] + "/" + self.items["metric"] == items]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a candidate is held against, or why there is nothing."""
+
+    kind: str  # full precision, or production
+    name: str
+    measured: Measured | None
+    reason: str = ""  # why nothing is known of it
+    expected: bool = True  # False where there is none, and that is as it should be
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the gates look at."""
+
+    version: RegisteredGguf
+    tags: Mapping[str, str]
+    plan: Plan
+    candidate: Measured
+    references: tuple[Reference, ...]
+    production: str | None  # the version that is in production now
+
+
+def gather(client: MlflowClient, version: RegisteredGguf) -> Evidence:
+    """Read a version's evidence; raises SamqError if MLflow does not hold its plan and its evaluation any more."""
+    name = f"version {version.version}"
+    with _reading(f"what was measured of {version.name} {name}"):
+        run = client.get_run(version.run_id)
+        plan, candidate = _plan(client, run), _measured(client, run, name)
+        tags = client.get_model_version(version.name, version.version).tags
+    production = aliases(client, version.name).get(PRODUCTION)
+    return Evidence(
+        version=version,
+        tags=tags,
+        plan=plan,
+        candidate=candidate,
+        references=(_full_precision(client, run), _production(client, version.name, production)),
+        production=production,
+    )
+
+
+def production_items(client: MlflowClient, name: str) -> pd.DataFrame | None:
+    """The benchmark items of what is in production under a name, to hold others against; None if there are none."""
+    version = aliases(client, name).get(PRODUCTION) if name in model_names(client) else None
+    reference = _production(client, name, version)
+    if reference.measured is None and reference.expected:
+        logger.warning("nothing is compared with production: %s", reference.reason)
+    return reference.measured.items if reference.measured else None
+
+
+def _full_precision(client: MlflowClient, run: Run) -> Reference:
+    """The baseline of the sweep that a run belongs to."""
+    kind = "full precision"
+    parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID, "")
+    try:
+        with _reading("what was measured of full precision"):
+            query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and params.policy = 'full'"
+            found = client.search_runs([run.info.experiment_id], query, max_results=1)
+            if not found:
+                raise SamqError(f"the sweep {parent or 'of this version'} has no full-precision run; run it again")
+            return Reference(kind, kind, _measured(client, found[0], kind))
+    except SamqError as error:
+        return Reference(kind, kind, None, str(error))
+
+
+def _production(client: MlflowClient, name: str, version: str | None) -> Reference:
+    """What is in production now."""
+    kind = "production"
+    if version is None:
+        return Reference(kind, kind, None, "nothing is in production yet", expected=False)
+    label = f"{kind} (version {version})"
+    try:
+        with _reading(f"what was measured of version {version}, which is in production"):
+            run = client.get_run(find_version(client, name, version).run_id)
+            return Reference(kind, label, _measured(client, run, label))
+    except SamqError as error:
+        return Reference(kind, label, None, str(error))
+
+
+def _plan(client: MlflowClient, run: Run) -> Plan:
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(run.info.run_id, "plan.json", folder)
+        fields = json.loads(Path(path).read_text())
+        fields.pop("schema", None)  # which older runs lack
+        return Plan.model_validate(fields)
+
+
+def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
+    """A run's evaluation, with the items of its JSON prompts and benchmarks as far as there are any."""
+    run_id = run.info.run_id
+    with tempfile.TemporaryDirectory() as folder:
+        held = {Path(one.path).name: one.path for one in client.list_artifacts(run_id, "evaluation")}
+        if "evaluation.json" not in held:
+            raise SamqError(f"run {run_id} has no evaluation; run the sweep again")
+
+        def fetch(file: str) -> Path:
+            return Path(client.download_artifacts(run_id, held[file], folder))
+
+        answers = pd.read_parquet(fetch("json.parquet")) if "json.parquet" in held else None
+        benchmarks = pd.read_parquet(fetch(ITEMS_NAME)) if ITEMS_NAME in held else None
+        return Measured(name, Evaluation.load(fetch("evaluation.json")), join_items(answers, benchmarks))
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say in one sentence what MLflow does not hold."""
+    try:
+        yield
+    except (MlflowException, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SamqError(f"MLflow does not give {what}: {reason}; run the sweep again") from error

@@ -1,0 +1,1 @@
+"""Plans become files: assembly from the ladder, and compensated rounding (GPTQ)."""

@@ -1,0 +1,183 @@
+"""Gram matrices: how the inputs of every linear layer vary together, measured on calibration text.
+
+With x what enters a layer, its Gram matrix is the mean of x x^T over tokens, (row length, row length). llama-imatrix
+keeps its diagonal; all of it tells what an error dW of a row does to the layer's output: the mean square of that
+output's error is dW G dW^T.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from samq.data.tokens import TokenBatch, batches
+from samq.errors import SamqError
+from samq.sensitivity.gpu_memory import needs_gpu_memory
+from samq.sensitivity.layout import Weight, weights_of
+from samq.progress import Progress, silent
+
+GRAM_TOKENS = 2**16  # more bring little: a third of that is 2 % worse on code-46m
+MEMORY_BYTES = 8 * 2**30  # of matrices summed up in one pass over the text
+_SOURCE = "source"  # key of the file's metadata
+
+
+class GramMatrices:
+    """The matrices in a file that `measure_gram` wrote: `matrices[tensor]` reads one, (row length, row length) float32.
+
+    Tensors that take the same input (a layer's query, key and value) share a matrix; `source` tells which.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, "pt")
+            self.source: dict[str, str] = json.loads(self._file.metadata()[_SOURCE])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise SamqError(f"cannot read Gram matrices from {path}: {error}; measure them again") from error
+
+    def __contains__(self, tensor: str) -> bool:
+        """Whether the tensor's input was measured."""
+        return tensor in self.source
+
+    def __getitem__(self, tensor: str) -> torch.Tensor:
+        """The matrix of the tensor's input."""
+        return self._file.get_tensor(self.source[tensor])
+
+
+def measure_gram(
+    model: PreTrainedModel,
+    tokens: TokenBatch,
+    path: Path,
+    *,
+    names: Callable[[str], str | None],
+    batch_size: int = 1,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress = silent,
+) -> None:
+    """Write the Gram matrix of every linear layer's input to `path`, as safetensors.
+
+    Stacked experts are left out: each sees only the tokens that the router sends it.
+
+    Args:
+        model: in any floating type, on any device; matrices are summed up in float32.
+        tokens: at least one sequence; padding does not count.
+        path: of the file to write; its metadata maps every tensor's GGUF name to the name that its matrix has. The same
+            matrices give the same bytes.
+        names: torch's parameter name -> GGUF's, see `samq.gguf.file.gguf_names`.
+        batch_size: sequences a forward pass.
+        memory_bytes: most that the matrices of one pass may take; where all take more, there are several passes.
+        progress: told of sequences done, over all passes.
+
+    Raises:
+        SamqError: NaN or Inf in what enters a layer, or the file cannot be written.
+    """
+    model.eval()
+    weights = {weight.name: weight for weight in weights_of(model, names)}
+    layers = _layers(model, weights.values())
+    with _Inputs(layers, frozenset()) as first:  # one sequence tells which layers share their input
+        first.forward(model, tokens.part(0, 1), 1)
+    groups = _groups({name: weights[name].shape[-1] for name in dict.fromkeys(first.source.values())}, memory_bytes)
+    matrices: dict[str, torch.Tensor] = {}
+    for done, group in enumerate(groups):
+
+        def say(sequences: int, total: int, done: int = done) -> None:
+            progress(done * total + sequences, len(groups) * total)
+
+        with (
+            _Inputs(layers, frozenset(group)) as inputs,
+            needs_gpu_memory(
+                f"{len(group)} Gram matrices beside the model and {batch_size} sequences",
+                "use a smaller batch size, shorter sequences, or more GPUs",
+            ),
+        ):
+            inputs.forward(model, tokens, batch_size, say)
+        for name, matrix in inputs.sums.items():
+            if not torch.isfinite(matrix).all():
+                raise SamqError(f"what enters {name} has NaN or Inf on the calibration text; load the model in float32")
+            if matrix.any():  # an input that is always zero says nothing
+                matrices[name] = (matrix / int(tokens.lengths.sum())).cpu()
+    source = {name: key for name, key in sorted(first.source.items()) if key in matrices}
+    try:
+        # One entry: safetensors writes several in any order, and the same matrices are to give the same bytes.
+        save_file(dict(sorted(matrices.items())), path, metadata={_SOURCE: json.dumps(source)})
+    except (OSError, SafetensorError) as error:
+        raise SamqError(f"cannot write {path}: {error}; choose a folder that can be written to") from error
+
+
+class _Inputs:
+    """Hooks on linear layers for the time of a `with` block, that sum x x^T up over the tokens of all sequences."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], wanted: frozenset[str]) -> None:
+        self.source: dict[str, str] = {}  # layer -> the first layer with the same input
+        self.sums: dict[str, torch.Tensor] = {}  # of the layers wanted
+        self._layers, self._wanted = layers, wanted
+        self._handles: list[Any] = []
+        self._inside = torch.ones(0, dtype=torch.bool)  # of the batch's tokens, those that are no padding
+        self._last: tuple[torch.Tensor, str] | None = None  # what entered the layer before, and that layer
+
+    def __enter__(self) -> Self:
+        self._handles = [
+            layer.register_forward_pre_hook(partial(self._before_forward, name)) for name, layer in self._layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def forward(self, model: PreTrainedModel, tokens: TokenBatch, batch_size: int, progress: Progress = silent) -> None:
+        """Run the sequences through the model."""
+        done = 0
+        for ids, mask, _ in batches(tokens, batch_size):
+            self._inside = mask.bool().flatten()
+            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            self._last = None
+            done += len(ids)
+            progress(done, len(tokens))
+
+    def _before_forward(self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        entered = inputs[0]
+        if entered.numel() // entered.shape[-1] != len(self._inside):
+            return  # an expert's own tokens: which of them are padding is not to be seen here
+        if self._last and entered is self._last[0]:
+            self.source[name] = self._last[1]
+            return
+        self._last = entered, name
+        self.source[name] = name
+        if name in self._wanted:
+            inside = entered.flatten(0, -2)[self._inside.to(entered.device)].float()
+            if name not in self.sums:
+                self.sums[name] = inside.new_zeros(inside.shape[-1], inside.shape[-1])
+            self.sums[name].addmm_(inside.t(), inside)
+
+
+def _layers(model: PreTrainedModel, weights: Iterable[Weight]) -> dict[str, nn.Module]:
+    """GGUF name -> the linear layer that has the weight; an output tied to the embedding goes by the embedding's name."""
+    by_parameter = {id(weight.parameter): weight.name for weight in weights}
+    return {
+        by_parameter[id(module.weight)]: module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in by_parameter
+    }
+
+
+def _groups(row_lengths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:
+    """Inputs, in order, parted so that the matrices of a group fit into the memory; one alone always does."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, row_length in row_lengths.items():
+        size = 4 * row_length**2
+        if groups[-1] and used + size > memory_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups

@@ -1,0 +1,349 @@
+"""A causal LM in full precision: what it is made of, whether it is whole, and how torch gets it."""
+
+import importlib.util
+import json
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from samq.errors import SamqError, UnreachableError
+from samq.gguf.file import MappedReader, file_sha256, open_gguf
+from samq.data.hub import is_unreachable
+from samq.progress import Progress, silent
+from samq.records import ModelSource, digest_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# Top-level files only: some repositories keep the same weights in other formats in folders.
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+TORCH_FILES = ["pytorch_model*.bin"]  # fetched where a repository has no safetensors
+TOKENIZER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+# transformers' bar over a GGUF's tensors is the one that `set_tqdm_hook` does not reach; make it like the others.
+modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm
+_loading = threading.Lock()  # what is changed of transformers and gguf meanwhile is so for all threads
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def describe_source(model: str | Path, revision: str | None = None, hf_folder: Path | None = None) -> ModelSource:
+    """What a model is, by the contents of its files.
+
+    Args:
+        model: an HF folder; a GGUF file, also one inside an installed package as package:<module>/<file>; or a hub id,
+            whose files are then downloaded.
+        revision: branch, tag or commit of a hub id.
+        hf_folder: where a GGUF's configuration and tokenizer are read from, instead of the GGUF.
+
+    Raises:
+        UnreachableError: the hub does not answer.
+        SamqError: a file is missing or cut short, or it is no causal LM that transformers knows.
+    """
+    path = _in_package(str(model)) if str(model).startswith("package:") else Path(model)
+    if path.suffix == ".gguf":
+        return _describe_gguf(path, hf_folder)
+    if hf_folder is not None:
+        raise SamqError(f"{model} is no GGUF, so it brings its own tokenizer; leave the other folder {hf_folder} out")
+    commit = None
+    if not path.exists() and HUB_ID.fullmatch(str(model)):
+        path = _download(str(model), revision)
+        commit = path.name  # a snapshot's folder is named after its commit
+    _check_architecture(read_config(path), path)
+    return ModelSource(
+        name=str(model) if commit else path.resolve().name,
+        revision=commit,
+        weights_digest=_digest(weight_files(path)),
+        tokenizer_digest=_digest(_tokenizer_files(path)),
+        folder=path.resolve(),
+    )
+
+
+def _describe_gguf(path: Path, folder: Path | None) -> ModelSource:
+    open_gguf(path)
+    content = file_sha256(path)
+    if folder is not None:
+        _check_architecture(read_config(folder), folder)
+    return ModelSource(
+        name=path.stem,
+        weights_digest=content,
+        tokenizer_digest=_digest(_tokenizer_files(folder)) if folder is not None else content,
+        folder=folder.resolve() if folder is not None else None,
+        gguf=path.resolve(),
+    )
+
+
+def _in_package(name: str) -> Path:
+    """The path behind package:<module>/<file>."""
+    module, _, file = name.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None or found.origin is None:
+        raise SamqError(f"{name}: there is no package {module}; install it, or write package:<module>/<file>")
+    return Path(found.origin).parent / file
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
+
+
+def _digest(files: Iterable[Path]) -> str:
+    return digest_of({file.name: file_sha256(file) for file in files})
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    def fetch(revision: str | None, files: list[str]) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+        )
+
+    try:
+        folder = fetch(revision, HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch(folder.name, HUB_FILES + TORCH_FILES)
+    except Exception as error:  # huggingface_hub, httpx and hf_xet all raise their own
+        reason = str(error).strip().split("\n")[0]
+        if is_unreachable(error):
+            raise UnreachableError(
+                f"there is no folder {hub_id}, and the hub did not answer ({type(error).__name__}: {reason}); check the "
+                "network and try again, or give a folder"
+            ) from error
+        raise SamqError(
+            f"there is no folder {hub_id}, and the hub did not give a model of that name ({type(error).__name__}: "
+            f"{reason}); check the name and the network, or give a folder"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; raises SamqError if there is none or it is no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SamqError(f"{folder} is no model folder: it has no config.json; give a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise SamqError(f"{path} is not JSON ({error}); copy it again") from error
+    if not isinstance(config, dict):
+        raise SamqError(f"{path} holds no JSON object; copy it again")
+    return config
+
+
+def _check_architecture(config: dict[str, Any], folder: Path) -> None:
+    names = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))]
+    if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise SamqError(
+            f"{folder} is a {names[0] or config.get('model_type')}, not a causal language model that transformers "
+            "knows; give a ...ForCausalLM model"
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise SamqError(f"{folder} is quantized already ({method}); give the full-precision model it was made from")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of an HF folder, sorted; raises SamqError if one is missing or cut short.
+
+    safetensors come before torch's own format, as in transformers and in llama.cpp's converter.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        whole = folder / f"{stem}.{suffix}"
+        if index.is_file():
+            files = _shards(index)
+        elif whole.is_file():
+            files = [whole]
+        else:
+            continue
+        for file in files:
+            if suffix == "safetensors":
+                _check_safetensors(file)
+        return files
+    raise SamqError(
+        f"{folder} has no weights (model.safetensors or pytorch_model.bin, or shards of one with an index); give a model "
+        "that has"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SamqError(f"{index} is no index of weight files; copy it again") from error
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise SamqError(f"{index.parent} lacks {name}, which {index.name} names; download the model again")
+    return [index.parent / name for name in names]
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare the size that the header promises with the file's: a second's work for a model of any size."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SamqError(f"{path} has a damaged header; download that file again") from error
+    if size != promised:
+        raise SamqError(f"{path} has {size} bytes where its header promises {promised}; download that file again")
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer, from the source's folder when it has one, else from its GGUF; raises SamqError if that fails."""
+    folder, from_gguf = _places(source)
+    with _transformers_errors(f"the tokenizer of {source.name}"), _loading, _gguf_read_once():
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
+        )
+
+
+def load_model(
+    source: ModelSource, dtype: str = "float32", device: str = "auto", progress: Progress = silent
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode, and its tokenizer; nothing is downloaded.
+
+    Args:
+        source: from `describe_source`. The weights come from its GGUF when it has one, the configuration and the
+            tokenizer from its folder when it has one.
+        dtype: float32, bfloat16 or float16.
+        device: a torch device, or auto: all GPUs where there are any, else cpu.
+        progress: told how many tensors are read of a GGUF, and then how many the model has.
+
+    Raises:
+        SamqError: unknown dtype, or the model cannot be loaded there.
+    """
+    if dtype not in DTYPES:
+        raise SamqError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    place = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    folder, from_gguf = _places(source)
+    if not from_gguf:
+        weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
+    what = f"{source.name} as {dtype} on {place}"
+    with _transformers_errors(what), _loading, _bars_told_to(progress), _gguf_read_once():
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            device_map=place,
+            local_files_only=True,
+            output_loading_info=True,
+            **from_gguf,
+        )
+        model, info = loaded[0].eval(), loaded[1]
+    if info["missing_keys"]:  # transformers only warns, and leaves them random
+        raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
+    if any(
+        parameter.is_meta for parameter in model.parameters()
+    ):  # left on the host or on disk, out of autograd's reach
+        raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
+    return model, load_tokenizer(source)
+
+
+def compute_device(device: str) -> str:
+    """The torch device for work that is no model's: of `auto` the first GPU, or the CPU where there is none."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
+    """The folder to load from, and what names the GGUF in it to transformers."""
+    if source.gguf is not None:
+        return source.folder or source.gguf.parent, {"gguf_file": str(source.gguf)}
+    if source.folder is None:
+        raise SamqError(f"{source.name} has neither a folder nor a GGUF on this machine; describe the source again")
+    return source.folder, {}
+
+
+@contextmanager
+def _bars_told_to(progress: Progress) -> Iterator[None]:
+    """What transformers' bars would show goes to `progress`; they draw over SAMQ's, and fill logs with half lines."""
+
+    def tell(_draw: Callable[..., Any], arguments: tuple[Any, ...], _options: dict[str, Any]) -> Iterator[Any]:
+        (items,) = arguments
+        return _told(items, progress)
+
+    before = transformers_logging.set_tqdm_hook(tell)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """What transformers asks of gguf is shared: it parses a vocabulary three times a model, and maps names anew a module."""
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    # not `open_gguf`: a reader that outlives the loading keeps in memory what was read through it
+    shared = {"GGUFReader": lru_cache(MappedReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    try:
+        for name, function in shared.items():
+            setattr(gguf, name, function)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
+
+
+def _told(items: Any, progress: Progress) -> Iterator[Any]:
+    for done, item in enumerate(items):
+        progress(done, len(items))
+        yield item
+    progress(len(items), len(items))
+
+
+@contextmanager
+def _transformers_errors(what: str) -> Iterator[None]:
+    """transformers and torch raise their own errors, of many kinds and sentences; keep the first sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SamqError(
+            f"transformers cannot load {what} ({type(error).__name__}: {reason}); check its files and the device"
+        ) from error
+
+
+def write_hf_folder(gguf: Path, folder: Path) -> Path:
+    """Write a full-precision GGUF's model as an HF folder that llama.cpp's converter takes; returns the folder.
+
+    transformers refuses `save_pretrained` for a model that came from a GGUF, so the weights are saved directly.
+    """
+    source = describe_source(gguf)
+    model, tokenizer = load_model(source, device="cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    del model.config.quantization_config  # says that the weights came from a GGUF; they are plain float32 now
+    tied = set(model.all_tied_weights_keys)  # the copies; safetensors takes no tensor twice
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""MLflow: a sweep as runs, and the registry of models."""

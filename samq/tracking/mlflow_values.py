@@ -1,0 +1,149 @@
+"""What MLflow gets to know of a candidate: its metrics and parameters, under keys that MLflow accepts."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from samq import __version__
+from samq.sweep.benchmarking import PRODUCTION
+from samq.sweep.cost import CostSettings, cost_metrics
+from samq.errors import SamqError
+from samq.records import CalibrationSet, ModelSource, Plan, TextSet, Toolchain
+from samq.report.markdown_report import kept_tensors
+from samq.sweep.selection import Comparison, Result, rival_of
+from samq.sweep.significance import PairedComparison, delta_metrics
+
+# What a policy may have been asked for.
+_ASKED = tuple("budget output_guard embedding_guard least_type threshold quantile keep base grouping".split())
+
+
+def legal_metric_name(name: str) -> str:
+    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, and a tidy path.
+
+    lm-eval names a metric with its filter, `acc,none`: no filter is left out, another stays (`acc_strict-match`).
+    """
+    name = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name.replace(",none", ""))
+    parts = [part for part in name.split("/") if part.strip(".")]
+    if not parts:
+        raise SamqError(f"{name!r} has nothing that MLflow accepts in a metric's name; rename the metric")
+    return "/".join(parts)
+
+
+def metrics_of(
+    result: Result, results: Sequence[Result] = (), comparisons: Sequence[Comparison] = ()
+) -> dict[str, float]:
+    """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
+
+    The plan's own figures are among them, for axes of plots, the same ones for every candidate wherever they have a
+    meaning, since MLflow leaves out of parallel coordinates what lacks one of the axes:
+
+    - `plan/threshold` is 0 for full precision, which keeps every tensor, and 1 for a stock mixture, which keeps none; a
+      budget plan has neither a threshold nor `plan/kept_tensors`.
+    - `plan/budget_bytes` of a plan without a budget is what its tensors take.
+    - `plan/predicted_kl_nats` is absent where a type of the plan has no price.
+    - `comparison/...` is against the stock mixture of the sweep that `samq.sweep.selection.rival_of` names; for a mixture
+      itself it is 0 %, for full precision 100 %. The ends of the interval are absent where there is none.
+
+    What was not measured is absent.
+    """
+    plan = result.plan
+    predicted = result.predicted
+    values: dict[str, float | None] = {
+        "plan/bits_per_weight": plan.bits_per_weight,
+        "plan/kept_tensors": kept_tensors(plan),
+        "plan/threshold": _threshold(plan),
+        "plan/budget_bytes": float(plan.parameters.get("budget_bytes") or plan.tensor_bytes),
+        "plan/predicted_kl_nats": predicted.value if predicted else None,
+        "plan/predicted_kl_nats_stderr": predicted.stderr if predicted else None,
+        **_against_rival(result, results, comparisons),
+    }
+    for name, metric in result.evaluation.metrics.items():
+        values[legal_metric_name(name)] = metric.value
+        values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
+    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def benchmark_metrics(
+    result: Result, comparisons: Sequence[PairedComparison], cost: CostSettings | None
+) -> dict[str, float]:
+    """A candidate's differences on benchmarks from full precision and from production, and what serving it costs."""
+    values: dict[str, float] = {}
+    mine = [one for one in comparisons if one.candidate == result.name]
+    for against, references in (("f16", False), (PRODUCTION, True)):
+        for name, metric in delta_metrics(
+            [one for one in mine if (one.reference == PRODUCTION) is references], against
+        ).items():
+            values[legal_metric_name(name)] = metric.value
+            if metric.stderr is not None:
+                values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
+    if cost:
+        values |= {name: metric.value for name, metric in cost_metrics(result.evaluation, cost).items()}
+    return values
+
+
+def _against_rival(
+    result: Result, results: Sequence[Result], comparisons: Sequence[Comparison]
+) -> dict[str, float | None]:
+    """How much closer to full precision a candidate is than the stock mixture it is held against, in percent."""
+    rival = rival_of(result, results)
+    if rival is None:
+        return {}
+    if result.plan.policy in ("full", "stock"):
+        low = reduction = high = 1.0 if result.plan.policy == "full" else 0.0
+    else:
+        found = [one for one in comparisons if (one.candidate, one.rival) == (result.name, rival.name)]
+        if not found:
+            return {}
+        low, reduction, high = found[0].low, found[0].reduction, found[0].high
+    return {
+        "comparison/kld_reduction_percent": 100 * reduction,
+        "comparison/kld_reduction_low_percent": 100 * low,
+        "comparison/kld_reduction_high_percent": 100 * high,
+        "comparison/size_difference_percent": 100 * (result.bytes / rival.bytes - 1),
+    }
+
+
+def _threshold(plan: Plan) -> float | None:
+    threshold = {"full": 0.0, "stock": 1.0}.get(plan.policy)
+    given = plan.parameters.get("threshold")
+    return threshold if given is None else float(given)
+
+
+def params_of(plan: Plan) -> dict[str, str]:
+    """What a candidate is: the same keys for every policy, empty where they have no meaning."""
+    asked = {key: plan.parameters.get(key) for key in _ASKED}
+    return {
+        "policy": plan.policy,
+        "rounding": plan.rounding,
+        **{key: "" if value is None else str(value) for key, value in asked.items()},
+        "mixture": plan.mixture,
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested parameters as one level: `{"a": {"b": 1}}` becomes `{"a.b": "1"}`."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = "" if value is None else str(value)
+    return flat
+
+
+def common_params(
+    source: ModelSource, calibration: CalibrationSet, heldout: TextSet, toolchain: Toolchain
+) -> dict[str, str]:
+    """What all candidates of a sweep have in common."""
+    return {
+        "model": source.name,
+        "revision": source.revision or "",
+        "weights_digest": source.weights_digest,
+        "dataset": calibration.dataset,
+        "dataset_digest": calibration.tokens_digest,
+        "heldout_digest": heldout.digest(),
+        "llama_cpp": toolchain.version,
+        "llama_cpp_build": toolchain.build,
+        "samq": __version__,
+    }

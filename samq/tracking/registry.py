@@ -1,0 +1,296 @@
+"""MLflow's model registry: GGUFs as versions of a registered model, found by alias.
+
+A version points at the GGUF where it lies and holds no copy of it: its tags say where (`gguf_uri`), which (`sha256`) and
+how large (`size_bytes`), and its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
+"""
+
+import fcntl
+import getpass
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric, Run
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
+
+from samq.report.description import describe_plan
+from samq.errors import SamqError
+from samq.records import Evaluation, Plan, QuantizedModel
+from samq.report.markdown_report import COLUMNS
+from samq.sweep.selection import MB
+from samq.serving.source import NothingNamed, Unreachable
+
+CANDIDATE = "candidate"
+PRODUCTION = "production"
+PREVIOUS = "previous"
+HELDOUT = "heldout"  # context of the dataset that fidelity is measured on, among a run's inputs
+
+
+@dataclass(frozen=True)
+class RegisteredGguf:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    uri: str
+    sha256: str
+    size_bytes: int
+    plan_digest: str
+    run_id: str
+
+    @property
+    def path(self) -> Path:
+        """The GGUF on this machine; raises SamqError if it lies elsewhere."""
+        if urlsplit(self.uri).scheme != "file":
+            raise SamqError(
+                f"version {self.version} of {self.name} lies at {self.uri}, not on this machine; copy it here"
+            )
+        return _local(self.uri)
+
+
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of one MLflow server or database, which is made if it is a SQLite file that does not exist.
+
+    Several processes may connect to a new SQLite file at once: MLflow makes its tables without a lock, so this takes one.
+    Raises Unreachable if MLflow cannot be used there.
+    """
+    folder = sqlite_folder(tracking_uri)
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".mlflow.lock", "w") if folder else nullcontext() as lock:
+            if lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            client.search_experiments(max_results=1)
+        return client
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Unreachable(
+            f"cannot use MLflow at {tracking_uri}: {reason}; start its server, or give sqlite:///FILE"
+        ) from error
+
+
+def sqlite_folder(tracking_uri: str) -> Path | None:
+    """Folder of the SQLite file that a tracking URI names; None for a server."""
+    prefix = "sqlite:///"
+    return Path(tracking_uri.removeprefix(prefix)).absolute().parent if tracking_uri.startswith(prefix) else None
+
+
+def register(
+    client: MlflowClient,
+    name: str,
+    run_id: str,
+    *,
+    model: QuantizedModel,
+    gguf: Path,
+    plan: Plan,
+    evaluation: Evaluation,
+    alias: str = CANDIDATE,
+) -> str:
+    """Make the GGUF a version of the registered model `name`, give it the alias, and return the version.
+
+    A GGUF (by SHA-256) that already is a version keeps that version: a night without news registers nothing.
+    `run_id` is the candidate's run, whose metrics and parameters the version shows.
+    """
+    uri = gguf.absolute().as_uri()
+    try:
+        _create_registered_model(client, name)
+        version = _find(client, name, model.sha256)
+        if version is None:
+            version = _create_version(client, name, client.get_run(run_id), model, uri, plan, evaluation)
+        elif version.tags.get("gguf_uri") != uri:  # the same bytes, made again elsewhere
+            client.set_model_version_tag(name, version.version, "gguf_uri", uri)
+        client.set_registered_model_alias(name, alias, version.version)
+    except MlflowException as error:
+        raise SamqError(f"cannot register {gguf} as {name}: {str(error).splitlines()[0]}") from error
+    return str(version.version)
+
+
+def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE) -> RegisteredGguf:
+    """The version that an alias points at; raises SamqError if there is none, or it is not one that SAMQ registered."""
+    with answering(client, f"no model {name} with the alias {alias}"):
+        version = client.get_model_version_by_alias(name, alias)
+    return _described(version, f"move the alias {alias} to one it did")
+
+
+def find_version(client: MlflowClient, name: str, version: str) -> RegisteredGguf:
+    """A version by its number; raises SamqError if there is none, or it is not one that SAMQ registered."""
+    with answering(client, f"no version {version} of a model {name}"):
+        return _described(client.get_model_version(name, version), "name one it did")
+
+
+def aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    """Alias -> version of a registered model; raises SamqError if there is no such model."""
+    with answering(client, f"no model {name}"):
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+
+@contextmanager
+def answering(client: MlflowClient, absent: str) -> Iterator[None]:
+    """What MLflow refuses, as one sentence: that it has `absent` (such as "no model x"), or why it cannot be used."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise NothingNamed(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
+        reason = str(error).splitlines()[0]
+        raise Unreachable(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
+
+
+def user() -> str:
+    """Who does what MLflow is told of."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return "unknown"
+
+
+def _described(version: ModelVersion, advice: str) -> RegisteredGguf:
+    """What the tags of a version say; raises SamqError if SAMQ did not write them."""
+    tags = version.tags
+    missing = [tag for tag in ("gguf_uri", "sha256", "size_bytes", "plan_digest") if tag not in tags]
+    if missing:
+        raise SamqError(
+            f"version {version.version} of {version.name} has no tag {missing[0]}, so SAMQ did not register it; {advice}"
+        )
+    return RegisteredGguf(
+        name=version.name,
+        version=str(version.version),
+        uri=tags["gguf_uri"],
+        sha256=tags["sha256"],
+        size_bytes=int(tags["size_bytes"]),
+        plan_digest=tags["plan_digest"],
+        run_id=version.run_id or "",
+    )
+
+
+def aliased_files(client: MlflowClient) -> list[Path]:
+    """The GGUFs on this machine that an alias of any registered model points at: what is served, or may be again."""
+    uris = []
+    for model in _registered_models(client):
+        for version in sorted(set(model.aliases.values())):
+            uris.append(client.get_model_version(model.name, version).tags.get("gguf_uri", ""))
+    return [_local(uri) for uri in uris if urlsplit(uri).scheme == "file"]
+
+
+def model_names(client: MlflowClient) -> list[str]:
+    """The registered models, in the order of their names."""
+    with answering(client, "no registered models"):
+        return sorted(model.name for model in _registered_models(client))
+
+
+def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelVersion]:
+    """The newest versions of a registered model, and those that an alias points at; the newest first."""
+    aliased = aliases(client, name).values()
+    with answering(client, f"no model {name}"):
+        newest = client.search_model_versions(f"name = '{name}'", max_results=count, order_by=["version_number DESC"])
+        known = {str(version.version): version for version in newest}
+        known |= {version: client.get_model_version(name, version) for version in aliased if version not in known}
+    return sorted(known.values(), key=lambda version: -int(version.version))
+
+
+def _registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
+    page = None
+    while page != "":
+        found = client.search_registered_models(page_token=page)
+        yield from found
+        page = found.token or ""
+
+
+def _local(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path))
+
+
+def _create_registered_model(client: MlflowClient, name: str) -> None:
+    description = (
+        "GGUFs that SAMQ built and measured. Each version points at a file; its tags say where it lies and its SHA-256. "
+        f"The alias `{CANDIDATE}` marks the best of the last sweep, `{PRODUCTION}` what is served, `{PREVIOUS}` what was."
+    )
+    try:
+        client.create_registered_model(name, description=description)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _find(client: MlflowClient, name: str, sha256: str) -> ModelVersion | None:
+    """The newest version of this content."""
+    found = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{sha256}'")
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def _create_version(
+    client: MlflowClient, name: str, run: Run, model: QuantizedModel, uri: str, plan: Plan, evaluation: Evaluation
+) -> ModelVersion:
+    description = _description(model, plan, evaluation)
+    # What mlflow.create_external_model does, without its global tracking URI.
+    logged = client.create_logged_model(
+        run.info.experiment_id,
+        name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows these for registered models, and not here
+        source_run_id=run.info.run_id,
+        tags={MLFLOW_MODEL_IS_EXTERNAL: "true", MLFLOW_RUN_NOTE: description, "sha256": model.sha256},
+        params={key: value for key, value in run.data.params.items() if value},
+        model_type="gguf",
+    )
+    _link_metrics(client, run, logged.model_id)
+    client.finalize_logged_model(logged.model_id, "READY")
+    # `models:/<id>` as the source would be looked up by MLflow's global client; the artifact location need not be, and
+    # a server accepts it as it belongs to the model.
+    version = client.create_model_version(
+        name,
+        source=logged.artifact_location,
+        run_id=run.info.run_id,
+        model_id=logged.model_id,
+        description=description,
+        tags={
+            "candidate": plan.name,
+            "gguf_uri": uri,
+            "sha256": model.sha256,
+            "size_bytes": str(model.file_bytes),
+            "plan_digest": model.plan_digest,
+            "parent_run": run.data.tags.get("mlflow.parentRunId", ""),
+        },
+    )
+    links = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: links})
+    return version
+
+
+def _link_metrics(client: MlflowClient, run: Run, model_id: str) -> None:
+    """Show the run's metrics on the model's page: logged again as they are, with the model's id, they are not doubled."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    heldout = next((one.dataset for one in inputs if HELDOUT in [tag.value for tag in one.tags]), None)
+    metrics = [
+        Metric(
+            key=key,
+            value=value,
+            timestamp=run.info.start_time,
+            step=0,
+            model_id=model_id,
+            run_id=run.info.run_id,
+            dataset_name=heldout.name if heldout and key.startswith("fidelity/") else None,
+            dataset_digest=heldout.digest if heldout and key.startswith("fidelity/") else None,
+        )
+        for key, value in run.data.metrics.items()
+    ]
+    client.log_batch(run.info.run_id, metrics=metrics)
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model_id, step=0)])
+
+
+def _description(model: QuantizedModel, plan: Plan, evaluation: Evaluation) -> str:
+    """Markdown for the version's page."""
+    rows = [
+        ("size", f"{model.file_bytes / MB:.1f} MB, {model.bits_per_weight:.2f} bits per weight"),
+        *((column.heading, column.show(evaluation, spread=True)) for column in COLUMNS),
+        ("sha256", f"`{model.sha256}`"),
+    ]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"**{plan.name}**. {describe_plan(plan)}\n\n| | |\n| --- | --- |\n{table}\n"

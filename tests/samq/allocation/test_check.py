@@ -1,0 +1,239 @@
+import itertools
+import math
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from samq.data.tokens import batches
+from samq.errors import SamqError
+from samq.gguf.formats import fits
+from samq.gguf.file import read_tensors, read_weights
+from samq.sensitivity.layout import rotary_row_order, weights_of
+from samq.allocation.check import check_prediction
+from samq.records import Metric, Plan
+from samq.sensitivity.measure import measure_sensitivity
+from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
+
+MODELS = {
+    "untied llama": (tiny_llama, "llama"),
+    "tied llama": (lambda: tiny_llama(tied=True), "llama"),
+    "mixtral": (tiny_mixtral, "llama"),
+    "gpt2": (tiny_gpt2, "gpt2"),
+}
+PREDICTED = Metric(value=0.5, stderr=0.1, n=7)
+
+
+def write_gguf(path, tensors, types):
+    """Name -> float32 values, in the types given, or F16; rounded by the gguf package."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, values in tensors.items():
+        kind = GGMLQuantizationType[types.get(name, "F16")]
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def plan_of(types):
+    return Plan(
+        name="mixed", policy="uniform", parameters={}, types=types, tensor_bytes=1, weights=1, gguf_sha256="0" * 64
+    )
+
+
+def quantized(model, folder, kinds, architecture="llama"):
+    """The arguments of `check_prediction` for a plan that gives tensors `kinds` in turn, where their rows allow it."""
+    names = names_of(model, architecture)
+    weights = weights_of(model, names)
+    config = model.config
+    heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": getattr(config, "num_key_value_heads", 0)}
+    orders = {
+        weight.name: rotary_row_order(weight.shape[0], heads[kind])
+        for weight in weights
+        if (kind := weight.name.split(".", 2)[-1]) in heads
+    }
+    tensors = {weight.name: weight.view(weight.parameter.detach()).numpy() for weight in weights}
+    tensors |= {name: tensors[name][order] for name, order in orders.items()}
+    types = {
+        name: kind if fits(kind, values.shape[-1]) else "F16"
+        for (name, values), kind in zip(tensors.items(), itertools.cycle(kinds))
+    }
+    return dict(
+        plan=plan_of(types),
+        predicted=PREDICTED,
+        names=names,
+        original=write_gguf(folder / "original.gguf", tensors, {}),
+        rounded=write_gguf(folder / "rounded.gguf", tensors, types),
+        row_orders=orders,
+    )
+
+
+def changes(arguments):
+    """Name -> rounding error, in torch's order of rows."""
+    found = {}
+    for name in arguments["plan"].types:
+        change = read_weights(arguments["rounded"], name).astype(float) - read_weights(arguments["original"], name)
+        found[name] = np.empty_like(change)
+        found[name][arguments["row_orders"].get(name, slice(None))] = change
+    return {name: torch.from_numpy(change) for name, change in found.items()}
+
+
+def costs_by_autograd(model, tokens, arguments, seed=0):
+    """(figure, sequence): additive, by tensor and joint cost, the plain way."""
+    weights, change = weights_of(model, arguments["names"]), changes(arguments)
+    costs = []
+    for number, (ids, _, _) in enumerate(batches(tokens, 1)):
+        logits = model(input_ids=ids).logits[0, :-1]
+        sums = torch.softmax(logits.detach(), dim=-1).cumsum(-1, dtype=torch.float64)
+        stream = np.random.default_rng(np.random.SeedSequence((seed, number), spawn_key=(1,)))
+        labels = torch.searchsorted(sums, torch.from_numpy(stream.random(len(sums)))[:, None])[:, 0]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        products = [weight.view(weight.parameter.grad) * change[weight.name] for weight in weights]
+        dots = torch.stack([product.sum() for product in products])
+        squares = sum((product**2).sum() for product in products)
+        costs.append([squares / 2, (dots**2).sum() / 2, dots.sum() ** 2 / 2])
+    return np.array(costs).T
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size"), [*((kind, 1) for kind in MODELS), ("untied llama", 4), ("tied llama", 4)]
+)
+def test_the_figures_are_those_of_autograd(kind, batch_size, tmp_path, monkeypatch):
+    for module in ("gradients", "prediction_check"):
+        monkeypatch.setattr(f"samq.{module}.BAND_WEIGHTS", 200)  # several bands even for these small weights
+    make, architecture = MODELS[kind]
+    model, tokens = make(), random_tokens(lengths=(12, 5, 9, 2, 12, 7))
+    arguments = quantized(model, tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
+    found = check_prediction(model, tokens, **arguments, batch_size=batch_size)
+    wanted = costs_by_autograd(model, tokens, arguments).sum(axis=1) / found.tokens
+    assert found.additive.value == pytest.approx(wanted[0], rel=1e-4)
+    assert found.by_tensor.value == pytest.approx(wanted[1], rel=1e-4)
+    assert found.joint.value == pytest.approx(wanted[2], rel=1e-4)
+    assert min(wanted) > 0 and len(set(wanted)) == 3
+
+
+def test_the_check_says_what_it_was_made_on(tmp_path):
+    model, tokens = tiny_llama(), random_tokens()
+    arguments = quantized(model, tmp_path, ["Q4_0"])
+    seen = []
+    found = check_prediction(model, tokens, **arguments, batch_size=2, progress=lambda *done: seen.append(done))
+    assert (found.plan, found.plan_digest) == ("mixed", arguments["plan"].digest())
+    assert (found.samples, found.tokens, found.predicted) == (5, 35, PREDICTED)
+    assert found.additive.n == found.by_tensor.n == found.joint.n == 5
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_standard_errors_of_sequences_of_one_length_are_those_of_a_mean(tmp_path):
+    model, tokens = tiny_llama(), random_tokens(lengths=(9,) * 6)
+    arguments = quantized(model, tmp_path, ["Q4_0"])
+    found = check_prediction(model, tokens, **arguments)
+    costs = costs_by_autograd(model, tokens, arguments) / 8
+    errors = costs.std(axis=1, ddof=1) / math.sqrt(6)
+    assert [found.additive.stderr, found.by_tensor.stderr, found.joint.stderr] == pytest.approx(errors, rel=1e-3)
+
+
+def test_two_checks_are_identical_and_another_seed_draws_other_labels(tmp_path):
+    model, tokens = tiny_llama(), random_tokens()
+    arguments = quantized(model, tmp_path, ["Q4_0"])
+    one, two, other = (check_prediction(model, tokens, **arguments, seed=seed) for seed in (0, 0, 1))
+    assert one == two
+    assert other.additive.value != pytest.approx(one.additive.value, rel=1e-3)
+
+
+def test_labels_are_not_the_calibrations(tmp_path):
+    model, tokens = tiny_llama(), random_tokens()
+    arguments = quantized(model, tmp_path, ["Q4_0"])
+    _, fisher = measure_sensitivity(
+        model,
+        tokens,
+        names=arguments["names"],
+        model_digest="model",
+        calibration_digest="text",
+        labels="model",
+    )
+    calibrated = sum(
+        (fisher[name].rows[:, None] * fisher[name].profile() * change.numpy() ** 2).sum() / 2
+        for name, change in changes(arguments).items()
+    )
+    found = check_prediction(model, tokens, **arguments)
+    assert found.additive.value != pytest.approx(calibrated, rel=1e-3)
+
+
+def test_a_plan_that_changes_nothing_costs_nothing(tmp_path):
+    model = tiny_llama()
+    found = check_prediction(model, random_tokens(), **quantized(model, tmp_path, ["F16"]))
+    assert found.additive == found.by_tensor == found.joint == Metric(value=0, stderr=0, n=5)
+
+
+def test_the_joint_form_is_the_divergence_of_a_small_change(tmp_path):
+    model, tokens = tiny_llama(), random_tokens(lengths=(24,) * 400)
+    arguments = quantized(model, tmp_path, ["Q8_0"])
+    found = check_prediction(model, tokens, **arguments, batch_size=50)
+    ids = torch.from_numpy(tokens.ids.astype(np.int64))
+    change = changes(arguments)
+    with torch.no_grad():
+        before = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
+        for weight in weights_of(model, arguments["names"]):
+            weight.parameter.add_(change[weight.name])
+        after = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
+    measured = (before.exp() * (before - after)).sum(-1).mean().item()
+    assert found.joint.stderr < 0.1 * measured
+    assert found.joint.value == pytest.approx(measured, abs=3 * found.joint.stderr)
+    assert 0.75 < measured / found.by_tensor.value < 1.33
+    assert 0.75 < measured / found.additive.value < 1.33
+
+
+def test_one_sequence_is_too_few(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(SamqError, match="at least 2 sequences, not 1"):
+        check_prediction(model, random_tokens(lengths=(5,)), **quantized(model, tmp_path, ["Q8_0"]))
+
+
+@pytest.mark.parametrize("which", ["original", "rounded"])
+def test_a_gguf_of_another_model_is_named(which, tmp_path):
+    model = tiny_llama()
+    arguments = quantized(model, tmp_path, ["Q8_0"])
+    tensors = {name: read_weights(arguments[which], name) for name in read_tensors(arguments[which])}
+    types = arguments["plan"].types if which == "rounded" else {}
+    output = tensors.pop("output.weight")
+    arguments[which] = write_gguf(tmp_path / "tied.gguf", tensors, types)
+    with pytest.raises(SamqError, match=r"output\.weight is \(64, 32\) in torch, but .*tied\.gguf has no such tensor"):
+        check_prediction(model, random_tokens(), **arguments)
+    arguments[which] = write_gguf(tmp_path / "small.gguf", tensors | {"output.weight": output[:48]}, types)
+    with pytest.raises(SamqError, match=r"output\.weight is \(64, 32\) in torch, but .*small\.gguf has \(48, 32\)"):
+        check_prediction(model, random_tokens(), **arguments)
+
+
+def test_a_gguf_of_another_plan_is_named(tmp_path):
+    model = tiny_llama()
+    arguments = quantized(model, tmp_path, ["Q8_0"])
+    types = arguments["plan"].types
+    with pytest.raises(SamqError, match=r"output\.weight is Q8_0 in .*rounded\.gguf and Q4_0 in plan mixed"):
+        check_prediction(model, random_tokens(), **arguments | {"plan": plan_of(types | {"output.weight": "Q4_0"})})
+    with pytest.raises(SamqError, match=r"plan mixed names blk\.2\.ffn_up\.weight, which the model in torch lacks"):
+        check_prediction(model, random_tokens(), **arguments | {"plan": plan_of({"blk.2.ffn_up.weight": "Q8_0"})})
+
+
+def test_a_damaged_gguf_is_named(tmp_path):
+    model = tiny_llama()
+    arguments = quantized(model, tmp_path, ["Q8_0"])
+    tensors = {name: read_weights(arguments["original"], name) for name in arguments["plan"].types}
+    tensors["blk.0.ffn_up.weight"][3] = math.nan
+    with np.errstate(invalid="ignore"):
+        arguments["rounded"] = write_gguf(tmp_path / "damaged.gguf", tensors, arguments["plan"].types)
+    with pytest.raises(SamqError, match=r"blk\.0\.ffn_up\.weight in .*damaged\.gguf holds NaN or Inf"):
+        check_prediction(model, random_tokens(), **arguments)
+
+
+def test_a_damaged_model_is_named_with_the_sequence(tmp_path):
+    model = tiny_llama()
+    arguments = quantized(model, tmp_path, ["Q8_0"])
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = math.nan
+    with pytest.raises(SamqError, match=r"loss of check sequence 0 is nan: output\.weight holds NaN or Inf"):
+        check_prediction(model, random_tokens(), **arguments)

@@ -1,0 +1,180 @@
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+
+from samq.allocation.threshold import Target
+from samq.errors import SamqError
+from samq.sensitivity.fisher import Fisher
+from samq.gguf.file import read_tensors, read_weights
+from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
+from samq.allocation.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
+from samq.records import Metric, SensitivityMap, TensorSensitivity
+from tests.conftest import write_tiny_gguf
+
+TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
+
+
+@pytest.fixture(scope="module", params=[256, 96], ids=["K types fit", "K types fall back"])
+def ladder(request, toolchain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ladder")
+    target = Target.open(
+        write_tiny_gguf(folder / "tiny.gguf", width=request.param, hidden=2 * request.param), toolchain
+    )
+    rungs = {}
+    for name in rung_names(target.quantizable.values(), TYPES, imatrix=False):
+        (folder / name).mkdir()
+        rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
+    return target, Ladder(target.gguf, rungs)
+
+
+def sensitivity_of(target):
+    tensors = {
+        name: TensorSensitivity(
+            shape=tensor.shape, gradient_norm=1.0, gradient_norm_stderr=0.1, score=1.0, sequence_squares=(1.0, 2.0, 5.0)
+        )
+        for name, tensor in target.quantizable.items()
+    }
+    return SensitivityMap(
+        model_digest="m", calibration_digest="c", labels="model", seed=0, sequence_tokens=(10, 20, 20), loss_nats=1.0,
+        tied_embeddings=False, tensors=tensors,
+    )  # fmt: skip
+
+
+def fisher_of(target, seed=None):
+    """Random, or that of weights which all matter alike."""
+    random = np.random.default_rng(seed)
+    made = {}
+    for name, tensor in target.quantizable.items():
+        rows, columns = ((random.random(n) if seed else np.ones(n)).astype(np.float32) for n in tensor.shape)
+        made[name] = Fisher(rows, columns * (rows.mean() / columns.mean()))
+    return made
+
+
+def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
+    target, rungs = ladder
+    fisher = fisher_of(target, seed=1)
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
+    sources = rungs.sources()
+    for name in target.quantizable:
+        held = sources[name]
+        assert table.tensors[name].types.keys() == held.keys()
+        assert table.tensors[name].types["F16"].kl_nats == 0
+        weights = np.outer(fisher[name].rows, fisher[name].columns) / fisher[name].rows.mean()
+        for kind, path in held.items():
+            change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
+            assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
+
+
+def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(ladder):
+    target, rungs = ladder
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    along, whole = Counter(), Counter()
+    for name, held in rungs.sources().items():
+        for kind in held.keys() - {"F16"} if name in target.quantizable else ():
+            weights = read_weights(target.gguf, name).astype(float)
+            along[kind] += ((read_weights(held[kind], name) - weights) * weights).sum()
+            whole[kind] += (weights**2).sum()
+    assert table.length_changes == pytest.approx(
+        {kind: along[kind] / whole[kind] for kind in whole}, rel=1e-4, abs=1e-6
+    )
+
+
+def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, toolchain, tmp_path):
+    target = Target.open(tiny_gguf, toolchain)
+    rungs = {}
+    for name in ("Q2_K", "IQ3_S", "Q4_K"):
+        (tmp_path / name).mkdir()
+        rungs[name] = tmp_path / name / make_rung(target, name, tmp_path / name, provenance={}).file
+    ladder = Ladder(target.gguf, rungs)
+    table = price_table(
+        ladder, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256
+    )
+    assert table.length_changes["Q2_K"] < -0.01 < table.length_changes["Q4_K"] < 0.01 < table.length_changes["IQ3_S"]
+    assert {name: lengthened(table, uniform_plan(target, name)) for name in rungs} == {
+        "Q2_K": {},
+        "IQ3_S": {"IQ3_S": table.length_changes["IQ3_S"]},
+        "Q4_K": {},
+    }
+
+
+def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatch):
+    random = np.random.default_rng(2)
+    name, weights = "blk.0.ffn_up_exps.weight", random.standard_normal((3, 10, 64)).astype(np.float32)
+    paths = {}
+    for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0):
+        paths[kind.name] = tmp_path / f"{kind.name}.gguf"
+        writer = GGUFWriter(paths[kind.name], "llama")
+        writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    products = random.random((3, 10, 1)) * random.random((3, 1, 64))
+    fisher = Fisher(products.mean(axis=-1).astype(np.float32), products.mean(axis=-2).astype(np.float32))
+    tensors = read_tensors(paths["F16"])
+    target = SimpleNamespace(quantizable=tensors)
+    monkeypatch.setattr("samq.allocation.prices._SLAB_WEIGHTS", 4 * 64)  # several slabs an expert, the last of them shorter
+    ladder = Ladder(paths["F16"], {"Q8_0": paths["Q8_0"]})
+    table = price_table(ladder, tensors, sensitivity_of(target), {name: fisher}, gguf_sha256="")
+    weights = read_weights(paths["F16"], name).astype(float)
+    change = read_weights(paths["Q8_0"], name) - weights
+    assert table.tensors[name].types["Q8_0"].kl_nats == pytest.approx((products * change**2).sum() / 2, rel=1e-5)
+    assert table.length_changes["Q8_0"] == pytest.approx((change * weights).sum() / (weights**2).sum(), abs=1e-7)
+
+
+def test_a_plan_costs_the_sum_of_its_prices(ladder):
+    target, rungs = ladder
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    kinds = {
+        name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
+        for name, prices in table.tensors.items()
+    }
+    found = plan_cost(table, kinds)
+    assert found.value == pytest.approx(sum(table.tensors[name].types[kind].kl_nats for name, kind in kinds.items()))
+    # Sequences of 20, 40 and 40 % of the tokens bring 1/8, 2/8 and 5/8 of the cost.
+    residuals = np.array([1 / 8 - 0.2, 2 / 8 - 0.4, 5 / 8 - 0.4])
+    assert found.stderr == pytest.approx(found.value * np.sqrt(3 / 2 * (residuals**2).sum()))
+    assert found.n == 3
+    with pytest.raises(SamqError, match=r"no price for .* in IQ1_S"):
+        plan_cost(table, kinds | {"output.weight": "IQ1_S"})
+
+
+def test_fisher_of_another_shape_is_an_error(ladder):
+    target, rungs = ladder
+    fisher = {name: Fisher(np.ones(1, np.float32), np.ones(1, np.float32)) for name in target.quantizable}
+    with pytest.raises(SamqError, match=r"is of \(1, 1\) weights, not .*; calibrate this model again"):
+        price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
+    with pytest.raises(SamqError, match=r"no Fisher information for .*; calibrate this model again"):
+        price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.sha256)
+
+
+def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
+    target, rungs = ladder
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    plan = uniform_plan(target, "Q8_0")
+    assert predicted_cost(table, plan) == plan_cost(table, plan.types)
+    assert predicted_cost(table, uniform_plan(target, "Q5_1")) is None
+
+
+def test_more_sequences_are_wanted_until_the_least_known_cost_is_known():
+    known, unsure = Metric(value=1.0, stderr=0.05, n=20), Metric(value=2.0, stderr=0.4, n=20)
+    enough = {"precision": 0.1, "measured": 20, "available": 1000}
+    assert sequences_wanted([known], **enough) == 20
+    # twice the error takes four times as many, and a tenth
+    assert sequences_wanted([known, unsure], **enough) == 88
+    assert sequences_wanted([Metric(value=0.0, stderr=0.0, n=20)], **enough) == 20
+    assert sequences_wanted([], **enough) == 20
+
+
+@pytest.mark.parametrize(
+    ("error", "available", "count"),
+    [(0.4, 50, 50), (0.4, 22, 22), (0.4, 21, 20), (0.4, 20, 20), (0.2001, 1000, 23), (0.19, 1000, 20)],
+)
+def test_sequences_come_two_at_least_at_a_time_and_no_more_than_there_are(error, available, count):
+    cost = Metric(value=2.0, stderr=error, n=20)
+    assert sequences_wanted([cost], precision=0.1, measured=20, available=available) == count
+    assert sequences_wanted([Metric(value=2.0, stderr=0.2001, n=2)], precision=0.1, measured=2, available=99) == 4

@@ -1,0 +1,56 @@
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from samq.allocation.threshold import Target
+from samq.gguf.codes import TYPES_WITH_CODES, read_codes, read_grid, write_codes
+from samq.gguf.file import open_gguf, to_float
+from samq.allocation.ladder import make_rung
+from tests.conftest import write_tiny_gguf
+
+NAME, ROW_LENGTH = "blk.1.ffn_down.weight", 512
+
+
+@pytest.fixture(scope="module", params=sorted(TYPES_WITH_CODES))
+def quantized(request, toolchain, tmp_path_factory):
+    """(type, blocks) of a tensor that llama-quantize wrote."""
+    folder = tmp_path_factory.mktemp("codes")
+    target = Target.open(write_tiny_gguf(folder / "tiny.gguf"), toolchain)
+    rung = folder / make_rung(target, request.param, folder, provenance={}).file
+    tensor = next(tensor for tensor in open_gguf(rung).tensors if tensor.name == NAME)
+    assert tensor.tensor_type.name == request.param
+    return request.param, np.array(tensor.data)
+
+
+def test_codes_put_back_give_the_same_blocks(quantized):
+    kind, blocks = quantized
+    codes = read_codes(kind, blocks)
+    assert codes.shape == (len(blocks), ROW_LENGTH)
+    assert len(np.unique(codes)) > 3
+    assert (write_codes(kind, blocks, codes) == blocks).all()
+
+
+def test_a_weight_is_the_level_of_its_code_on_the_blocks_grid(quantized):
+    kind, blocks = quantized
+    grid, codes = read_grid(kind, blocks), read_codes(kind, blocks)
+    assert codes.min() >= grid.first
+    values = grid.scale * grid.levels[codes - grid.first] + grid.offset
+    wanted = gguf.dequantize(blocks, GGMLQuantizationType[kind])
+    np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-6)
+    assert (np.diff(grid.levels) > 0).all()
+
+
+def test_another_code_changes_its_own_weight_alone(quantized):
+    kind, blocks = quantized
+    grid, codes = read_grid(kind, blocks), read_codes(kind, blocks)
+    for column in (0, 1, 15, 16, 31, 32, 100, 255, 256, ROW_LENGTH - 1):
+        changed = codes.copy()
+        changed[:, column] = np.where(codes[:, column] == grid.first, grid.first + 1, codes[:, column] - 1)
+        values = to_float(GGMLQuantizationType[kind], write_codes(kind, blocks, changed), ROW_LENGTH)
+        others = np.arange(ROW_LENGTH) != column
+        before = to_float(GGMLQuantizationType[kind], blocks, ROW_LENGTH)
+        assert (values[:, others] == before[:, others]).all()
+        level = grid.levels[changed[:, column] - grid.first]
+        wanted = grid.scale[:, column] * level + grid.offset[:, column]
+        np.testing.assert_allclose(values[:, column], wanted, rtol=1e-4, atol=1e-6)

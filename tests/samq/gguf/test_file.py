@@ -1,0 +1,91 @@
+import struct
+
+import gguf
+import numpy as np
+import pytest
+
+from samq.errors import SamqError
+from samq.gguf.file import (
+    gguf_names,
+    imatrix_entries,
+    open_gguf,
+    read_metadata,
+    read_rows,
+    read_tensors,
+    read_weights,
+)
+from tests.samq.tiny_imatrix import write_tiny_imatrix
+
+
+def test_tensors_have_torch_shapes(tiny_gguf):
+    tensor = read_tensors(tiny_gguf)["blk.0.ffn_down.weight"]
+    assert (tensor.shape, tensor.type, tensor.bytes) == ((256, 512), "F16", 2 * 256 * 512)
+    assert (tensor.row_length, tensor.weights) == (512, 256 * 512)
+
+
+def test_weights_come_back_as_written(tiny_gguf):
+    weights = read_weights(tiny_gguf, "blk.1.attn_k.weight")
+    assert (weights.shape, weights.dtype) == ((128, 256), np.float32)
+    assert 0.015 < weights.std() < 0.025
+    with pytest.raises(SamqError, match="has no tensor nothing"):
+        read_weights(tiny_gguf, "nothing")
+
+
+def test_hugging_face_names_become_gguf_names(tiny_gguf):
+    name = gguf_names(read_metadata(tiny_gguf))
+    assert name("model.layers.1.mlp.down_proj.weight") == "blk.1.ffn_down.weight"
+    assert name("model.embed_tokens.weight") == "token_embd.weight"
+    assert name("lm_head.weight") == "output.weight"
+    assert name("model.layers.2.mlp.down_proj.weight") is None
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000, -1])
+def test_a_damaged_file_is_one_sentence(tiny_gguf, tmp_path, size):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_gguf.read_bytes()[:size])
+    with pytest.raises(SamqError, match=r"cut\.gguf is not a whole GGUF file"):
+        read_tensors(cut)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path):
+    with pytest.raises(SamqError, match="there is no GGUF file at"):
+        read_tensors(tmp_path / "nothing.gguf")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+def test_rows_dequantized_by_llama_cpp_are_those_of_the_gguf_package(kind, tmp_path):
+    values = np.random.default_rng(0).normal(size=(3, 8, 64)).astype(np.float32)
+    path = tmp_path / "stacked.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    raw = gguf.GGMLQuantizationType[kind]
+    writer.add_tensor("w", gguf.quantize(values, raw), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = open_gguf(path).tensors
+    wanted = read_weights(path, "w").reshape(24, 64)
+    for rows in (slice(None), slice(5, 11), np.array([23, 0, 7])):
+        found = read_rows(tensor, rows)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted[rows], rtol=1e-6)
+
+
+def test_an_importance_matrix_names_its_tensors_in_either_format(tiny_gguf, tmp_path):
+    names = {name for name, tensor in read_tensors(tiny_gguf).items() if len(tensor.shape) == 2} - {"token_embd.weight"}
+    whole = write_tiny_imatrix(tmp_path / "imatrix.gguf", tiny_gguf, without=["token_embd.weight"])
+    assert imatrix_entries(whole) == names
+    old = tmp_path / "imatrix.dat"
+    entries = [(name.encode(), [0.5] * 256) for name in sorted(names)]
+    old.write_bytes(
+        struct.pack("<i", len(entries))
+        + b"".join(
+            struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name, 1, len(values), *values)
+            for name, values in entries
+        )
+    )
+    assert imatrix_entries(old) == names
+    for damaged in (b"", b"\x05\0\0\0none"):
+        old.write_bytes(damaged)
+        with pytest.raises(SamqError, match=r"cannot read the importance matrix .*imatrix\.dat"):
+            imatrix_entries(old)

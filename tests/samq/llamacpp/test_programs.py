@@ -1,0 +1,177 @@
+import os
+
+import pytest
+
+from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.errors import SamqError, ToolError
+from samq.gguf.formats import TYPES, fallback
+from samq.gguf.file import file_sha256, imatrix_entries, open_gguf, read_metadata, read_tensors, read_weights
+from samq.llamacpp.programs import (
+    check_imatrix,
+    convert,
+    link_or_copy,
+    measure_imatrix,
+    mixture_types,
+    planned_bytes,
+    quantizable_tensors,
+    quantize,
+)
+from samq.records import ModelSource
+from tests.conftest import write_tiny_gguf
+from tests.tiny_models import add_byte_tokenizer, byte_tokenizer
+
+SMALL_TYPES = [name for name in TYPES if not name.startswith(("IQ1", "IQ2", "IQ3", "TQ"))]
+
+
+def make(target, plan, folder, **arguments):
+    folder.mkdir()
+    return quantize(target.gguf, plan, folder, target.toolchain, provenance={"model": "tiny"}, **arguments)
+
+
+@pytest.fixture(scope="module")
+def target(tiny_gguf, toolchain):
+    return Target.open(tiny_gguf, toolchain)
+
+
+def test_quantizable_tensors_are_the_2d_weights(target):
+    assert set(target.quantizable) == {name for name, tensor in target.tensors.items() if len(tensor.shape) == 2}
+
+
+def test_factors_of_the_rotary_frequencies_stay_as_they_are(toolchain, tmp_path):
+    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", rope_factors=True), toolchain)
+    name = "rope_freqs.weight"
+    assert name in target.tensors and name not in target.quantizable
+    plan = stock_plan(target, "Q4_K_M")
+    assert name not in plan.types
+    model = make(target, plan, tmp_path / "out")
+    assert model.types[name] == "F32"
+    written = read_weights(tmp_path / "out" / model.file, name)
+    assert (written == read_weights(target.gguf, name)).all()
+
+
+def test_a_stock_plan_names_the_types_that_llama_quantize_chooses(target, tmp_path):
+    plan = stock_plan(target, "q4_k_m")
+    assert plan.types["output.weight"] == "Q6_K"
+    assert plan.types["blk.0.attn_q.weight"] == "Q4_K"
+    model = make(target, plan, tmp_path / "out")
+    assert model.types.items() >= plan.types.items()
+    tensors = read_tensors(tmp_path / "out" / model.file)
+    assert sum(tensor.bytes for tensor in tensors.values()) == plan.tensor_bytes
+
+
+@pytest.mark.parametrize("name", SMALL_TYPES)
+@pytest.mark.parametrize("width", [256, 96])
+def test_predicted_types_and_bytes_are_what_llama_quantize_writes(toolchain, tmp_path, name, width):
+    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=width, hidden=2 * width), toolchain)
+    types = {tensor.name: fallback(name, tensor.row_length) for tensor in target.quantizable.values()}
+    plan = stock_plan(target, "Q4_K_M").model_copy(
+        update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}
+    )
+    make(target, plan, tmp_path / "out")  # its audit fails on any type or byte that differs
+
+
+def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
+    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
+    _, substitutions = mixture_types(target.gguf, "Q4_K_M", toolchain)
+    swap = substitutions["blk.0.attn_q.weight"]
+    assert (swap.requested, swap.used, swap.reason) == ("Q4_K", "Q5_0", "rows of 96 are not a multiple of 256")
+
+
+def test_the_same_plan_gives_the_same_bytes_and_carries_its_provenance(target, tmp_path):
+    plan = stock_plan(target, "Q5_K_M")
+    first, second = (make(target, plan, tmp_path / name) for name in ("one", "two"))
+    assert first == second
+    assert first.sha256 == file_sha256(tmp_path / "two" / second.file)
+    metadata = read_metadata(tmp_path / "one" / first.file)
+    assert metadata["samq.plan"] == plan.digest()
+    assert metadata["samq.model"] == "tiny"
+
+
+def test_a_plan_of_full_precision_changes_no_weight(target, tmp_path):
+    make(target, full_plan(target), tmp_path / "out")
+    for name in target.tensors:
+        assert (read_weights(tmp_path / "out" / "model.gguf", name) == read_weights(target.gguf, name)).all()
+
+
+def test_a_type_that_needs_an_importance_matrix_fails_with_the_programs_words(target, tmp_path):
+    plan = stock_plan(target, "Q4_K_M")
+    types = {**plan.types, "blk.0.ffn_up.weight": "IQ2_XXS"}
+    plan = plan.model_copy(update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)})
+    with pytest.raises(ToolError, match=r"llama-quantize failed with exit code 1: .*quantize\.log"):
+        make(target, plan, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.gguf").exists()
+
+
+def test_a_plan_takes_the_importance_matrix_that_it_was_made_with_and_no_other(target, tmp_path):
+    own, other = tmp_path / "own.gguf", tmp_path / "other.gguf"
+    own.write_text("own")
+    other.write_text("other")
+    plain = stock_plan(target, "Q4_K_M")
+    weighted = plain.model_copy(update={"imatrix_sha256": file_sha256(own)})
+    check_imatrix(weighted, own)
+    for plan, imatrix in ((weighted, None), (weighted, other), (plain, own)):
+        with pytest.raises(SamqError, match=r"plan Q4_K_M was made with"):
+            make(target, plan, tmp_path / f"{plan.digest()}-{imatrix and imatrix.stem}", imatrix=imatrix)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_importance_matrix_has_an_entry_for_an_output_tensor_of_its_own(toolchain, tmp_path, tied):
+    gguf = write_tiny_gguf(
+        tmp_path / "tiny.gguf",
+        vocabulary=300,
+        tied=tied,
+        add_tokenizer=lambda writer: add_byte_tokenizer(writer, byte_tokenizer(), 300),
+    )
+    matrix = measure_imatrix(gguf, "the hat then the ant. " * 20, tmp_path, toolchain, context_tokens=32)
+    # Rows of the embedding are looked up; of an output that is tied to it llama-imatrix keeps nothing.
+    assert imatrix_entries(matrix) == quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
+    assert ("output.weight" in imatrix_entries(matrix)) == (not tied)
+    values = {tensor.name: tensor.data for tensor in open_gguf(matrix).tensors if tensor.name.endswith(".in_sum2")}
+    assert all(value.max() > 0 for value in values.values())
+
+
+def test_a_full_disk_is_found_before_the_work(target, tmp_path):
+    plan = stock_plan(target, "Q4_K_M").model_copy(update={"tensor_bytes": 10**18})
+    with pytest.raises(SamqError, match=r"bytes free and Q4_K_M needs 1,020,000,0"):
+        make(target, plan, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_provenance_too_long_for_llama_cpp_is_refused(target, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SamqError, match=r"provenance samq\.model is longer than 127 bytes"):
+        quantize(
+            target.gguf, stock_plan(target, "Q8_0"), tmp_path / "out", target.toolchain, provenance={"model": "x" * 128}
+        )
+
+
+def test_converting_a_full_precision_gguf_keeps_its_bytes_and_a_quantized_one_is_dequantized(target, tmp_path):
+    def source(path):
+        return ModelSource(name="tiny", weights_digest="w", tokenizer_digest="t", gguf=path)
+
+    for name in ("same", "dequantized"):
+        (tmp_path / name).mkdir()
+    same = convert(source(target.gguf), tmp_path / "same", target.toolchain)
+    assert file_sha256(same) == target.sha256
+    make(target, stock_plan(target, "Q8_0"), tmp_path / "q8")
+    back = convert(source(tmp_path / "q8" / "model.gguf"), tmp_path / "dequantized", target.toolchain)
+    assert {tensor.type for tensor in read_tensors(back).values()} == {"F16", "F32"}
+    assert set(quantizable_tensors(back, target.toolchain)) == set(target.quantizable)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_one_sentence(target, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(SamqError):
+        quantize(target.gguf, stock_plan(target, "Q8_0"), folder, target.toolchain, provenance={})
+
+
+def test_a_linked_file_is_the_file_that_a_symbolic_link_leads_to(tmp_path):
+    for folder in ("blobs", "snapshots", "store"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "blobs" / "0a1b").write_bytes(b"GGUF")
+    (tmp_path / "snapshots" / "model.gguf").symlink_to("../blobs/0a1b")
+    made = tmp_path / "store" / "elsewhere.gguf"
+    link_or_copy(tmp_path / "snapshots" / "model.gguf", made)
+    assert made.read_bytes() == b"GGUF" and not made.is_symlink()

@@ -1,0 +1,336 @@
+"""Promotion and rollback on a real registry: three versions, of which the third answers worse."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from samq.errors import SamqError
+from samq.promotion.history import MAX_REASON_CHARACTERS, history
+from samq.promotion.move import judge_version, promote, rollback
+from samq.promotion.lock import CLAIM, STALE_S, alone
+from samq.services import mlflow_page
+from samq.tracking.registry import aliases, connect, find_version, notable_versions
+from tests.samq.versions import NAME, POLICY, three_nights
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory, empty_database, toolchain):
+    folder = tmp_path_factory.mktemp("nights")
+    path = Path(shutil.copy(empty_database, folder / "mlflow.db"))
+    three_nights(folder, path, toolchain)
+    return path
+
+
+@pytest.fixture
+def client(database, tmp_path):
+    return connect(f"sqlite:///{shutil.copy(database, tmp_path / 'mlflow.db')}")
+
+
+def judged(client, version):
+    return judge_version(client, find_version(client, NAME, version), POLICY)
+
+
+def in_use(client):
+    """(production, previous)"""
+    found = aliases(client, NAME)
+    return found.get("production"), found.get("previous")
+
+
+def gate_tags(client, version):
+    tags = client.get_model_version(NAME, version).tags
+    return {key.removeprefix("samq.gate."): text for key, text in tags.items() if key.startswith("samq.gate.")}
+
+
+def check_promotion(client):
+    """What must hold over SQLite and over a server alike."""
+    first = promote(client, judged(client, "1"), reason="the first")
+    assert (first.action, first.version, first.replaced, first.verdict) == ("promoted", "1", None, "passed")
+    assert in_use(client) == ("1", None)
+    against_production = "json/valid against production"
+    assert gate_tags(client, "1")[against_production] == "not applicable: nothing is in production yet"
+
+    promote(client, judged(client, "2"))
+    assert in_use(client) == ("2", "1")
+    assert gate_tags(client, "2")[against_production].startswith("pass: 0.750 against 0.750")
+    assert (
+        "(limit: worse by less than 0.0375, 5 % of production (version 1))"
+        in gate_tags(client, "2")[against_production]
+    )
+
+    before = aliases(client, NAME)
+    refused = promote(client, judged(client, "3"))
+    against = ("json/valid against full precision", against_production)
+    assert (refused.action, refused.failed, refused.verdict) == ("refused", against, "failed")
+    assert aliases(client, NAME) == before, "nothing moves"
+    assert gate_tags(client, "3")[against[0]].startswith("fail: 0.500 against 0.750")
+
+    forced = promote(client, judged(client, "3"), force=True, reason="the customer wants it")
+    assert (forced.action, forced.failed, forced.verdict) == ("promoted", against, "forced")
+    assert in_use(client) == ("3", "2")
+
+    back = rollback(client, NAME, "users complain")
+    assert (back.action, back.version, back.replaced) == ("rolled back", "2", "3")
+    assert in_use(client) == ("2", "3")
+    rollback(client, NAME, "they are quiet")
+    assert in_use(client) == ("3", "2"), "a second rollback swaps again"
+
+    events = history(client, NAME)
+    assert [(event.action, event.version, event.reason) for event in events] == [
+        ("rolled back", "3", "they are quiet"),
+        ("rolled back", "2", "users complain"),
+        ("promoted", "3", "the customer wants it"),
+        ("refused", "3", ""),
+        ("promoted", "2", ""),
+        ("promoted", "1", "the first"),
+    ]
+    assert all(event.who and event.at for event in events)
+    assert not [key for key in client.get_registered_model(NAME).tags if key.startswith(CLAIM)], "no claim is left"
+
+
+def test_promotions_and_rollbacks_in_sqlite(client):
+    check_promotion(client)
+
+
+def test_force_needs_a_reason(client):
+    judgement = judged(client, "3")
+    for reason in ("", "  \n"):
+        with pytest.raises(SamqError, match=r"--force needs a reason"):
+            promote(client, judgement, force=True, reason=reason)
+    with pytest.raises(SamqError, match=r"has 1,001 characters; give one of at most 1,000"):
+        promote(client, judgement, force=True, reason="x" * (MAX_REASON_CHARACTERS + 1))
+    assert in_use(client) == (None, None)
+    assert history(client, NAME) == []
+
+
+def test_what_has_moved_since_the_judgement_is_not_overwritten(client):
+    first, second = judged(client, "1"), judged(client, "2")  # both while nothing was in production
+    promote(client, first)
+    with pytest.raises(
+        SamqError, match=r"somebody else moved llama from nothing to version 1 in production while version 2"
+    ):
+        promote(client, second)
+    assert in_use(client) == ("1", None)
+    assert [event.version for event in history(client, NAME)] == ["1"]
+
+
+def test_a_version_in_production_stays_there(client):
+    promote(client, judged(client, "1"))
+    again = promote(client, judged(client, "1"))
+    assert (again.action, in_use(client)) == ("kept", ("1", None))
+    assert len(history(client, NAME)) == 1
+
+
+def test_without_a_version_to_go_back_to_a_rollback_is_refused(client):
+    with pytest.raises(SamqError, match=r"llama has no version before the one in production; promote one"):
+        rollback(client, NAME, "why not")
+    promote(client, judged(client, "1"))
+    with pytest.raises(SamqError, match=r"llama has no version before the one in production"):
+        rollback(client, NAME, "why not")
+    with pytest.raises(SamqError, match=r"a rollback needs a reason"):
+        rollback(client, NAME, "")
+    assert in_use(client) == ("1", None)
+
+
+class Failing(MlflowClient):
+    """A client that MLflow answers for so many moves of an alias, and then not: once if `mended`, else ever again."""
+
+    def __init__(self, client, moves, *, mended=False):
+        super().__init__(client.tracking_uri, client.tracking_uri)
+        self._left, self._mended = moves, mended
+
+    def set_registered_model_alias(self, name, alias, version):
+        if self._left == 0:
+            self._left = 99 if self._mended else 0
+            raise MlflowException("it is gone")
+        self._left -= 1
+        super().set_registered_model_alias(name, alias, version)
+
+    def delete_registered_model_alias(self, name, alias):
+        self.set_registered_model_alias(name, alias, "1")  # counted alike
+        super().delete_registered_model_alias(name, alias)
+
+
+@pytest.fixture
+def two_promoted(client):
+    promote(client, judged(client, "1"))
+    promote(client, judged(client, "2"))
+    return client
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_promotion_that_fails_halfway_leaves_the_aliases_as_they_were(two_promoted, moves):
+    judgement = judged(two_promoted, "3")
+    with pytest.raises(SamqError, match=r"cannot use MLflow at .*: it is gone"):
+        promote(Failing(two_promoted, moves, mended=True), judgement, force=True, reason="a test")
+    assert in_use(two_promoted) == ("2", "1")
+    assert [event.version for event in history(two_promoted, NAME)] == ["2", "1"]
+
+
+def test_a_first_promotion_after_another_that_fails_halfway_leaves_no_previous_version(client):
+    promote(client, judged(client, "1"))
+    with pytest.raises(SamqError, match="it is gone"):
+        promote(Failing(client, 1, mended=True), judged(client, "2"))
+    assert in_use(client) == ("1", None)
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_rollback_that_fails_halfway_leaves_the_aliases_as_they_were(two_promoted, moves):
+    with pytest.raises(SamqError, match="it is gone"):
+        rollback(Failing(two_promoted, moves, mended=True), NAME, "a test")
+    assert in_use(two_promoted) == ("2", "1")
+
+
+def test_when_even_the_repair_fails_history_knows_what_to_go_back_to(two_promoted):
+    with pytest.raises(SamqError, match="it is gone"):
+        promote(Failing(two_promoted, 1), judged(two_promoted, "3"), force=True, reason="a test")
+    assert in_use(two_promoted) == ("2", "2"), "what serves has not changed"
+    assert rollback(two_promoted, NAME, "it was broken off").version == "1"
+    assert in_use(two_promoted) == ("1", "2")
+    with pytest.raises(SamqError, match="it is gone"):
+        rollback(Failing(two_promoted, 1), NAME, "a test")
+    assert in_use(two_promoted) == ("1", "1")
+    assert rollback(two_promoted, NAME, "and again").version == "2"
+    assert in_use(two_promoted) == ("2", "1")
+
+
+def test_an_answer_that_is_lost_undoes_nothing(two_promoted):
+    class Lost(MlflowClient):
+        def set_registered_model_alias(self, name, alias, version):
+            super().set_registered_model_alias(name, alias, version)
+            if alias == "production":
+                raise MlflowException("no answer")
+
+    with pytest.raises(SamqError, match="no answer"):
+        rollback(Lost(two_promoted.tracking_uri, two_promoted.tracking_uri), NAME, "a test")
+    assert in_use(two_promoted) == ("1", "2")
+
+
+def test_a_model_that_is_not_registered_is_one_sentence(client):
+    for ask in (lambda: rollback(client, "nothing", "why not"), lambda: history(client, "nothing")):
+        with pytest.raises(SamqError, match=r"has no model nothing; register one first"):
+            ask()
+    with pytest.raises(SamqError, match=r"has no version 9 of a model llama"):
+        find_version(client, NAME, "9")
+
+
+def test_history_outlives_a_deleted_version_and_a_tag_that_somebody_edited(client):
+    promote(client, judged(client, "1"))
+    promote(client, judged(client, "2"))
+    client.delete_registered_model_alias(NAME, "previous")
+    client.delete_model_version(NAME, "1")
+    client.set_registered_model_tag(NAME, "samq.event.0", "hello")
+    assert [event.version for event in history(client, NAME)] == ["2", "1"]
+
+
+def test_an_old_version_in_production_is_among_the_notable_ones(client):
+    promote(client, judged(client, "1"))
+    assert [version.version for version in notable_versions(client, NAME, 1)] == [3, 1]
+    assert [version.version for version in notable_versions(client, NAME, 9)] == [3, 2, 1]
+
+
+def test_gate_tags_are_of_the_last_judgement_only(client):
+    promote(client, judged(client, "1"))
+    no_accuracy = POLICY.model_copy(update={"accuracy": None})
+    promote(client, judge_version(client, find_version(client, NAME, "1"), no_accuracy))
+    assert {name for name in gate_tags(client, "1") if "arc" in name or "accuracy" in name} == {"accuracy"}
+
+
+def test_a_version_whose_run_is_gone_cannot_be_judged(client, database):
+    version = dataclasses.replace(find_version(client, NAME, "1"), run_id="0" * 32)
+    with pytest.raises(
+        SamqError, match=r"MLflow does not give what was measured of llama version 1: .*; run the sweep again"
+    ):
+        judge_version(client, version, POLICY)
+
+
+PROMOTE = """
+import sys, time
+from samq.promotion.move import judge_version, promote
+from samq.tracking.registry import connect, find_version
+from tests.samq.versions import NAME, POLICY
+client = connect(sys.argv[1])
+judgement = judge_version(client, find_version(client, NAME, sys.argv[2]), POLICY)
+print("judged", flush=True)
+sys.stdin.readline()
+promote(client, judgement)
+"""
+
+
+def race(uri):
+    """Versions 1 and 2 are promoted at once, in a process each; returns what the one that lost was told."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTE, uri, version],
+            text=True,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+        )
+        for version in ("1", "2")
+    ]
+    try:
+        for child in children:
+            assert child.stdout.readline() == "judged\n", child.communicate()[1]
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        told = [child.communicate(timeout=300)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    lost = dict(zip([child.returncode for child in children], told, strict=True))
+    assert lost.keys() == {0, 1}, told
+    (winner,) = [version for version, child in zip(("1", "2"), children, strict=True) if child.returncode == 0]
+    client = connect(uri)
+    assert in_use(client) == (winner, None)
+    assert [event.version for event in history(client, NAME)] == [winner]
+    return lost[1]
+
+
+@pytest.mark.e2e
+def test_of_two_promotions_at_once_in_sqlite_one_wins_and_the_other_is_told(client):
+    told = race(client.tracking_uri)
+    assert "samq.errors.SamqError: somebody else moved llama from nothing to version" in told
+
+
+@pytest.fixture
+def server(database, samq_home):
+    """MLflow's server over a copy of the three nights."""
+    samq_home.mkdir()
+    shutil.copy(database, samq_home / "mlflow.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mlflow_page(port) as address:
+        yield address
+
+
+@pytest.mark.e2e
+def test_promotions_and_rollbacks_on_a_server(server):
+    check_promotion(connect(server))
+
+
+@pytest.mark.e2e
+def test_of_two_promotions_at_once_on_a_server_one_wins_and_the_other_is_told(server):
+    told = race(server)
+    assert "samq.errors.SamqError: somebody else" in told
+
+
+@pytest.mark.e2e
+def test_a_claim_on_a_server_holds_others_off_until_it_is_stale(server):
+    client = connect(server)
+    first = f"{CLAIM}{'0' * 32}"
+    client.set_registered_model_tag(NAME, first, f"{time.time():.0f} {os.getpid()}")
+    with pytest.raises(SamqError, match=r"somebody else is moving the aliases of llama"), alone(client, NAME):
+        pass
+    client.set_registered_model_tag(NAME, first, f"{time.time() - STALE_S - 1:.0f} {os.getpid()}")
+    with alone(client, NAME):
+        pass
+    assert list(client.get_registered_model(NAME).tags) == [first]

@@ -1,0 +1,77 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from samq.sensitivity.backpropagation import backpropagate
+from samq.data.tokens import batches
+from samq.errors import SamqError
+from samq.sensitivity.layout import weights_of
+from tests.tiny_models import names_of, random_tokens, tiny_llama
+
+
+def run(model, tokens, reduce, **arguments):
+    given = dict(numbers=1, labels="text", stream=np.random.default_rng, text="held-out")
+    return backpropagate(model, tokens, weights_of(model, names_of(model)), reduce, **given | arguments)
+
+
+def nothing(index, row, gradient):
+    return torch.zeros(1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_numbers_of_all_rows_are_added_up_for_each_weight_and_sequence(batch_size, monkeypatch):
+    monkeypatch.setattr("samq.sensitivity.gradients.BAND_WEIGHTS", 200)  # several bands even for these small weights
+    model, tokens = tiny_llama(), random_tokens()
+    weights = weights_of(model, names_of(model))
+
+    def reduce(index, row, gradient):
+        return torch.stack([gradient.sum(dtype=torch.float64), torch.tensor(len(gradient), dtype=torch.float64)])
+
+    losses, sums = run(model, tokens, reduce, numbers=2, batch_size=batch_size)
+    for number, (ids, _, labels) in enumerate(batches(tokens, 1)):
+        model.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[0, 1:], reduction="sum")
+        loss.backward()
+        assert losses[number] == pytest.approx(loss.item(), rel=1e-6)
+        assert sums[:, number, 0] == pytest.approx(
+            [weight.parameter.grad.double().sum().item() for weight in weights], rel=1e-3, abs=1e-4
+        )
+        assert sums[:, number, 1].tolist() == [weight.shape[0] for weight in weights]
+
+
+def test_labels_come_from_the_sequences_own_stream():
+    model, tokens = tiny_llama(), random_tokens()
+
+    def losses(stream, batch_size=1):
+        found, _ = run(model, tokens, nothing, labels="model", stream=stream, batch_size=batch_size)
+        return found
+
+    one, four = losses(np.random.default_rng), losses(np.random.default_rng, batch_size=4)
+    assert four == pytest.approx(one, rel=1e-5)
+    others = losses(lambda sequence: np.random.default_rng(sequence if sequence == 2 else sequence + 10))
+    assert (others != one).tolist() == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("labels", ["text", "model"])
+def test_a_damaged_weight_is_named_with_the_sequence(labels):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 4] = math.nan
+    tokens = random_tokens()
+    first = next(number for number in range(len(tokens)) if 5 in tokens.sequence(number)[:-1])
+    message = rf"loss of held-out sequence {first} is nan: token_embd\.weight holds NaN or Inf"
+    with pytest.raises(SamqError, match=message):
+        run(model, tokens, nothing, labels=labels)
+
+
+def test_numbers_that_are_not_finite_are_named_with_the_tensor_and_the_sequence():
+    calls = []
+
+    def reduce(index, row, gradient):
+        calls.append(index)
+        return torch.tensor([math.inf if calls.count(2) == 4 and index == 2 else 0.0])
+
+    with pytest.raises(SamqError, match=r"gradient of blk\.0\.attn_k\.weight on held-out sequence 3 is NaN or Inf"):
+        run(tiny_llama(), random_tokens(), reduce, batch_size=2)

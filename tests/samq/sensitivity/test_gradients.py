@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from samq.data.tokens import batches
+from samq.errors import SamqError
+from samq.sensitivity.gradients import SampleGradients
+from samq.sensitivity.layout import weights_of
+from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
+
+MODELS = {
+    "untied llama": (tiny_llama, "llama"),
+    "tied llama": (lambda: tiny_llama(tied=True), "llama"),
+    "mixtral": (tiny_mixtral, "llama"),
+    "gpt2": (tiny_gpt2, "gpt2"),
+}
+
+
+def summed_loss(logits, labels):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def by_autograd(model, weights, tokens):
+    """(weight's name, sequence) -> gradient of the sequence's summed loss."""
+    gradients = {}
+    for number, (ids, mask, labels) in enumerate(batches(tokens, 1)):
+        model.zero_grad()
+        summed_loss(model(input_ids=ids, attention_mask=mask).logits, labels).backward()
+        for weight in weights:
+            gradients[weight.name, number] = weight.view(weight.parameter.grad).clone()
+    model.zero_grad()
+    return gradients
+
+
+def by_hooks(model, weights, tokens, batch_size):
+    received = {}
+
+    def receive(index, sample, row, gradient):
+        assert gradient.dtype == torch.float32
+        received.setdefault((weights[index].name, first + sample), {})[row] = gradient.clone()
+
+    first = 0
+    with SampleGradients(model, weights, receive) as gradients:
+        for ids, mask, labels in batches(tokens, batch_size):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            given = logits.detach().requires_grad_(True)
+            summed_loss(given, labels).backward()
+            gradients.backward(logits, given.grad, mask.sum(1).tolist())
+            first += len(ids)
+    return {key: torch.cat([bands[row] for row in sorted(bands)]) for key, bands in received.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size"),
+    [*((kind, 1) for kind in MODELS), ("untied llama", 4), ("tied llama", 4)],
+)
+def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
+    monkeypatch.setattr("samq.sensitivity.gradients.BAND_WEIGHTS", 200)  # several bands even for these small weights
+    make, architecture = MODELS[kind]
+    model, tokens = make(), random_tokens()
+    weights = weights_of(model, names_of(model, architecture))
+    wanted = by_autograd(model, weights, tokens)
+    received = by_hooks(model, weights, tokens, batch_size)
+    assert received.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(received[key], gradient.flatten(0, -2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "one"), [("untied llama", False), ("tied llama", False), ("mixtral", True), ("gpt2", True)]
+)
+def test_models_whose_samples_cannot_be_told_apart_are_known(kind, one):
+    make, architecture = MODELS[kind]
+    model = make()
+    assert SampleGradients(model, weights_of(model, names_of(model, architecture)), print).one_sample_only is one
+
+
+def test_a_layer_that_sees_samples_mixed_is_refused():
+    class Mixing(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, states):
+            flat = states.flatten(0, 1)
+            half = len(flat) // 2
+            return torch.cat([self.inner(flat[:half]), flat[half:]]).view_as(states)
+
+    model, tokens = tiny_llama(), random_tokens()
+    weights = weights_of(model, names_of(model))
+    model.model.layers[0].mlp = Mixing(torch.nn.Linear(32, 32, bias=False))
+    weights = [weight for weight in weights if not weight.name.startswith("blk.0.ffn")]
+    weights.append(type(weights[0])("mixed.weight", model.model.layers[0].mlp.inner.weight, lambda tensor: tensor))
+    with pytest.raises(SamqError, match=r"mixed\.weight sees the tokens of several samples mixed.*batch size of 1"):
+        by_hooks(model, weights, tokens, 4)
+    assert ("mixed.weight", 4) in by_hooks(model, weights, tokens, 1)
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_llama()
+    model.model.norm.weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    by_hooks(model, weights_of(model, names_of(model)), random_tokens(), 2)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())

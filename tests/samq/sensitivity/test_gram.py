@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from samq.data.tokens import batches
+from samq.errors import SamqError
+from samq.sensitivity.gram import GramMatrices, measure_gram
+from samq.sensitivity.layout import weights_of
+from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
+
+MODELS = {
+    "untied llama": (tiny_llama, "llama"),
+    "tied llama": (lambda: tiny_llama(tied=True), "llama"),
+    "mixtral": (tiny_mixtral, "llama"),
+    "gpt2": (tiny_gpt2, "gpt2"),
+}
+
+
+def inputs_of(model, tokens, names):
+    """GGUF name -> what enters the linear layer, over all tokens, sequence by sequence."""
+    by_parameter = {id(weight.parameter): weight.name for weight in weights_of(model, names)}
+    found = {}
+
+    def keep(module, inputs):
+        found.setdefault(by_parameter[id(module.weight)], []).append(inputs[0].flatten(0, -2).double())
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) in by_parameter]
+    handles = [layer.register_forward_pre_hook(keep) for layer in layers]
+    with torch.no_grad():
+        for ids, _, _ in batches(tokens, 1):
+            model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 10_000, 2**30])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("kind", MODELS)
+def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, memory_bytes, tmp_path):
+    make, architecture = MODELS[kind]
+    model, tokens, path = make(), random_tokens(), tmp_path / "gram.safetensors"
+    names = names_of(model, architecture)
+    measure_gram(model, tokens, path, names=names, batch_size=batch_size, memory_bytes=memory_bytes)
+    found, entered = GramMatrices(path), inputs_of(model, tokens, names)
+    assert set(found.source) == set(entered)
+    for name, inputs in entered.items():
+        assert len(inputs) == tokens.lengths.sum()
+        np.testing.assert_allclose(found[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+
+
+def test_layers_of_one_input_share_its_matrix(tmp_path):
+    measure_gram(tiny_llama(), random_tokens(), tmp_path / "gram.safetensors", names=names_of(tiny_llama()))
+    found = GramMatrices(tmp_path / "gram.safetensors")
+    source = {name.removeprefix("blk.1."): key for name, key in found.source.items() if name.startswith("blk.1.")}
+    query = source["attn_q.weight"]
+    assert source["attn_k.weight"] == source["attn_v.weight"] == query == "blk.1.attn_q.weight"
+    assert source["ffn_up.weight"] == source["ffn_gate.weight"] not in (query, source["ffn_down.weight"])
+    assert "output.weight" in found and "token_embd.weight" not in found
+
+
+def test_the_same_matrices_are_the_same_bytes(tmp_path):
+    files = [tmp_path / name for name in "abcd"]
+    for path in files:
+        measure_gram(tiny_llama(), random_tokens(), path, names=names_of(tiny_llama()))
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_an_input_that_is_always_zero_has_no_matrix(tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    measure_gram(model, random_tokens(), tmp_path / "gram.safetensors", names=names_of(model))
+    found = GramMatrices(tmp_path / "gram.safetensors")
+    assert "blk.0.ffn_down.weight" not in found and "blk.1.ffn_down.weight" in found
+
+
+def test_nan_names_the_layer_and_writes_nothing(tmp_path):
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(SamqError, match=r"what enters blk\.1\.ffn_down\.weight has NaN or Inf"):
+        measure_gram(model, random_tokens(), tmp_path / "gram.safetensors", names=names_of(model))
+    assert not (tmp_path / "gram.safetensors").exists()
+
+
+def test_progress_counts_the_sequences_of_all_passes(tmp_path):
+    told = []
+    measure_gram(
+        tiny_llama(), random_tokens(), tmp_path / "gram.safetensors", names=names_of(tiny_llama()), memory_bytes=10_000,
+        batch_size=2, progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    totals = {total for _, total in told}
+    assert len(totals) == 1 and totals.pop() > 5
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == told[-1][1]
+
+
+def test_a_missing_or_damaged_file_is_an_error(tmp_path):
+    with pytest.raises(SamqError, match=r"cannot read Gram matrices from .*; measure them again"):
+        GramMatrices(tmp_path / "nothing")
+    (tmp_path / "cut").write_bytes(b"cut")
+    with pytest.raises(SamqError, match=r"cannot read Gram matrices from .*; measure them again"):
+        GramMatrices(tmp_path / "cut")

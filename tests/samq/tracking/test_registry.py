@@ -1,0 +1,166 @@
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from mlflow.entities import Metric, Param
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from samq.errors import SamqError
+from samq.tracking.registry import aliased_files, connect, register, resolve
+
+
+def candidate_run(client):
+    """A candidate's run, as the tracking of a sweep leaves it."""
+    experiment = client.get_experiment_by_name("sweeps")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("sweeps")
+    run = client.create_run(experiment_id, run_name="threshold-0.2", tags={MLFLOW_PARENT_RUN_ID: "the-parent"})
+    metric = Metric("fidelity/mean_kld_nats", 0.04, run.info.start_time, 0)
+    client.log_batch(run.info.run_id, [metric], [Param("threshold", "0.2"), Param("quantile", "")])
+    client.set_terminated(run.info.run_id)
+    return run.info.run_id
+
+
+def register_result(client, result, name="llama-3.1", gguf=None, **others):
+    run_id = candidate_run(client)
+    described = {"model": result.model, "plan": result.plan, "evaluation": result.evaluation}
+    return register(client, name, run_id, gguf=gguf or result.gguf, **described, **others), run_id
+
+
+def check_registration(client, sweep, tmp_path):
+    """What must hold over SQLite and over a server alike."""
+    result = sweep.result("threshold-0.2")
+    version, run_id = register_result(client, result)
+    found = resolve(client, "llama-3.1", "candidate")
+    assert (found.version, found.run_id) == (version, run_id) == ("1", run_id)
+    assert found.path == result.gguf
+    assert (found.sha256, found.size_bytes) == (result.model.sha256, result.bytes)
+    assert found.plan_digest == result.plan.digest()
+
+    registered = client.get_model_version("llama-3.1", version)
+    assert registered.tags["parent_run"] == "the-parent"
+    assert f"| mean KLD (nats) | {result.kld.value:.5f} ± {result.kld.stderr:.5f} |" in registered.description
+    (output,) = client.get_run(run_id).outputs.model_outputs
+    logged = client.get_logged_model(output.model_id)
+    assert (logged.source_run_id, str(logged.status)) == (run_id, "READY")
+    assert {metric.key: metric.value for metric in logged.metrics} == {"fidelity/mean_kld_nats": 0.04}
+    assert logged.params == {"threshold": "0.2"}
+    assert len(client.get_metric_history(run_id, "fidelity/mean_kld_nats")) == 1, "linking doubles no metric"
+    copies = [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == result.gguf.read_bytes()]
+    assert copies == [result.gguf], "the GGUF is not copied"
+
+    other, _ = register_result(client, sweep.result("threshold-0.4"))
+    assert other == "2"
+    assert resolve(client, "llama-3.1").version == "2", "the alias has moved on"
+
+    moved = shutil.copy(result.gguf, tmp_path / "moved to.gguf")
+    again, _ = register_result(client, result, gguf=moved)
+    assert again == "1", "the same content is the same version"
+    assert resolve(client, "llama-3.1").path == moved
+    assert len(client.search_model_versions("name = 'llama-3.1'")) == 2
+
+
+def test_registration_in_sqlite(sweep, mlflow_uri, tmp_path):
+    check_registration(connect(mlflow_uri), sweep, tmp_path)
+
+
+def test_files_that_an_alias_points_at_are_known_and_no_others(sweep, mlflow_uri):
+    client = connect(mlflow_uri)
+    register_result(client, sweep.result("threshold-0.2"))
+    latest = sweep.result("threshold-0.4")
+    register_result(client, latest)
+    client.create_registered_model("of somebody else")
+    client.create_model_version("of somebody else", source="/elsewhere", run_id=None)
+    client.set_registered_model_alias("of somebody else", "candidate", "1")
+    assert aliased_files(client) == [latest.gguf]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """An MLflow server on a free port, with its own database."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "server").mkdir()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "server.log").open("wb") as log:
+        child = subprocess.Popen(
+            command,
+            cwd=tmp_path / "server",
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert child.poll() is None, (tmp_path / "server.log").read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait(30)
+
+
+@pytest.mark.e2e
+def test_registration_on_a_server(sweep, server, tmp_path):
+    check_registration(connect(server), sweep, tmp_path)
+
+
+@pytest.mark.e2e
+def test_several_processes_may_make_the_database_at_once(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    code = "import sys; from samq.tracking.registry import connect; connect(sys.argv[1]).create_experiment(sys.argv[2])"
+    children = [subprocess.Popen([sys.executable, "-c", code, uri, name], stderr=subprocess.PIPE) for name in "abc"]
+    errors = [child.communicate()[1].decode() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], errors
+    assert {one.name for one in connect(uri).search_experiments()} >= set("abc")
+
+
+def test_an_alias_that_is_not_there_is_one_sentence(sweep, mlflow_uri):
+    client = connect(mlflow_uri)
+    with pytest.raises(SamqError, match=r"has no model nothing with the alias candidate; register one first"):
+        resolve(client, "nothing")
+    register_result(client, sweep.result("threshold-0.2"), alias="champion")
+    assert resolve(client, "llama-3.1", "champion").version == "1"
+    with pytest.raises(SamqError, match=r"has no model llama-3\.1 with the alias candidate"):
+        resolve(client, "llama-3.1")
+
+
+def test_a_version_that_somebody_else_registered_is_not_served(mlflow_uri):
+    client = connect(mlflow_uri)
+    client.create_registered_model("other")
+    version = client.create_model_version("other", source="s3://bucket/model")
+    client.set_registered_model_alias("other", "candidate", version.version)
+    with pytest.raises(SamqError, match=r"has no tag gguf_uri, so SAMQ did not register it"):
+        resolve(client, "other")
+
+
+def test_a_gguf_on_another_machine_has_no_path_here(sweep, mlflow_uri):
+    client = connect(mlflow_uri)
+    version, _ = register_result(client, sweep.result("threshold-0.2"))
+    client.set_model_version_tag("llama-3.1", version, "gguf_uri", "s3://bucket/model.gguf")
+    with pytest.raises(SamqError, match=r"lies at s3://bucket/model\.gguf, not on this machine"):
+        _ = resolve(client, "llama-3.1").path
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/mlflow.db", "ftp://host/mlflow"])
+def test_a_place_where_mlflow_cannot_be_is_one_sentence(uri):
+    with pytest.raises(SamqError, match=f"cannot use MLflow at {uri}: "):
+        connect(uri)
+
+
+def test_a_name_that_mlflow_refuses_is_one_sentence(sweep, mlflow_uri):
+    with pytest.raises(SamqError, match=r"cannot register .* as a/b"):
+        register_result(connect(mlflow_uri), sweep.result("threshold-0.2"), name="a/b")

@@ -1,0 +1,282 @@
+import base64
+import dataclasses
+import json
+import os
+import shutil
+import threading
+import zlib
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from samq.tracking import mlflow_view
+from samq.sweep.comparison import compare_sweep
+from samq.errors import SamqError
+from samq.records import Plan, SensitivityMap
+from samq.report.markdown_report import markdown_report
+from samq.sweep.selection import Failure, SelectionRule, choose
+from samq.tracking.registry import connect
+from samq.tracking.sweep_runs import TrackingSettings, track_sweep
+
+RULE = SelectionRule(max_size_ratio=1.6)
+BEST = "budget-size-of-Q5_K_M"
+ORDER = ["F16", "threshold-0.2", "threshold-0.4", "Q5_K_M", BEST, "Q4_K_M", "budget-size-of-Q4_K_M"]
+AXES = {
+    *("plan/budget_bytes", "plan/bits_per_weight", "plan/predicted_kl_nats", "memory/file_bytes"),
+    *("comparison/kld_reduction_percent", "comparison/kld_reduction_low_percent"),
+    *("fidelity/mean_kld_nats", "fidelity/mean_kld_nats_stderr", "json/valid_percent", "speed/latency_p99_ms"),
+}
+
+
+def settings(uri, **others):
+    return TrackingSettings(tracking_uri=uri, experiment="sweeps", run_name="nightly", **others)
+
+
+def track(sweep, where, results=None, comparisons=None, checks=()):
+    results = sweep.results if results is None else results
+    comparisons = compare_sweep(results) if comparisons is None else comparisons
+    best = choose(results, RULE, comparisons)
+    made_from = {name: getattr(sweep, name) for name in ("source", "calibration", "heldout", "toolchain")}
+    return track_sweep(
+        where,
+        **made_from,
+        sensitivity=sweep.sensitivity,
+        results=results,
+        failures=sweep.failures,
+        best=best,
+        report=markdown_report(*made_from.values(), results, sweep.failures, best, RULE, comparisons, checks),
+        parameters={"calibration": {"sequence_tokens": 256}},
+        tags={"prefect.flow_run": "calm-otter"},
+        comparisons=comparisons,
+        checks=checks,
+    )
+
+
+def artifacts(client, run_id, folder=None):
+    found = client.list_artifacts(run_id, folder)
+    return {path for item in found for path in (artifacts(client, run_id, item.path) if item.is_dir else {item.path})}
+
+
+def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri), checks=[sweep.check("budget-size-of-Q4_K_M")])
+    client = connect(mlflow_uri)
+
+    parent = client.get_run(tracked.parent_run_id)
+    assert (parent.info.run_name, parent.info.status) == ("nightly", "FINISHED")
+    assert (
+        parent.data.params.items() >= {"model": "SmolLM2-135M-Instruct", "calibration.sequence_tokens": "256"}.items()
+    )
+    assert parent.data.tags.items() >= {"samq.best": BEST, "prefect.flow_run": "calm-otter"}.items()
+    assert parent.data.tags["mlflow.note.content"].startswith(f"{BEST} has the lowest mean KLD")
+    assert artifacts(client, tracked.parent_run_id) == {
+        *("report.md", "candidates.json", "sensitivity-map.json", "prediction-checks.json"),
+        *(f"figures/{name}.png" for name in ("pareto", "prediction", "sensitivity", "types", "budgets")),
+    }
+    contexts = {one.dataset.digest: one.tags[0].value for one in parent.inputs.dataset_inputs}
+    assert contexts == {"e" * 12: "calibration", sweep.heldout.digest()[:12]: "heldout"}
+
+    assert list(tracked.child_run_ids) == ORDER
+    for name, run_id in tracked.child_run_ids.items():
+        child, result = client.get_run(run_id), sweep.result(name)
+        assert (child.info.run_name, child.info.status) == (name, "FINISHED")
+        assert child.data.tags["mlflow.parentRunId"] == tracked.parent_run_id
+        assert child.data.metrics.keys() >= AXES
+        assert child.data.metrics["memory/file_bytes"] == result.bytes
+        assert child.data.tags["samq.gguf_sha256"] == result.model.sha256
+        assert child.data.params["dataset_digest"] == "e" * 64
+        assert artifacts(client, run_id) == {
+            *("plan.json", "types.png", "evaluation/evaluation.json", "evaluation/divergence.parquet")
+        }
+    tags = [client.get_run(run_id).data.tags for run_id in tracked.child_run_ids.values()]
+    verdicts = ["baseline", "dominated", "dominated", "dominated", "★ best", "dominated", "◆ Pareto front"]
+    assert [one["samq.verdict"] for one in tags] == verdicts
+    assert [one["samq.rival"] for one in tags] == ["Q5_K_M"] * 5 + ["Q4_K_M"] * 2
+
+
+def test_children_have_the_same_keys_wherever_they_have_a_meaning(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    data = [client.get_run(run_id).data for run_id in tracked.child_run_ids.values()]
+    assert len({frozenset(one.metrics) - {"plan/threshold", "plan/kept_tensors"} for one in data}) == 1
+    assert len({frozenset(one.params) for one in data}) == 1
+
+
+def test_a_sweep_without_predictions_has_no_figure_of_them(sweep, mlflow_uri):
+    results = [dataclasses.replace(r, predicted=None) for r in sweep.results if r.plan.policy in ("full", "stock")]
+    tracked = track(sweep, settings(mlflow_uri), results=results)
+    figures = artifacts(connect(mlflow_uri), tracked.parent_run_id, "figures")
+    assert figures == {f"figures/{name}.png" for name in ("pareto", "sensitivity", "types")}
+
+
+def test_a_failed_candidate_is_a_failed_run_that_says_why(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    (failed,) = client.search_runs([tracked.experiment_id], "attributes.status = 'FAILED'")
+    assert failed.info.run_name == "threshold-0.9"
+    assert failed.data.tags["mlflow.parentRunId"] == tracked.parent_run_id
+    assert failed.data.tags["samq.failure"] == sweep.failures[0].reason
+    assert "threshold-0.9 in quantize" in client.get_run(tracked.parent_run_id).data.tags["samq.failures"]
+
+
+def test_a_rung_or_a_check_that_failed_is_said_and_is_no_candidate(sweep, mlflow_uri):
+    others = [Failure("Q2_K", "ladder", "it hung"), Failure(BEST, "check", "out of memory")]
+    sweep.failures.extend(others)
+    tracked = track(sweep, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    runs = client.search_runs([tracked.experiment_id], f"tags.mlflow.parentRunId = '{tracked.parent_run_id}'")
+    assert sorted(run.info.run_name for run in runs) == sorted([*ORDER, "threshold-0.9"])
+    table = json.loads(Path(client.download_artifacts(tracked.parent_run_id, "candidates.json")).read_text())
+    candidates = [row[table["columns"].index("candidate")] for row in table["data"]]
+    assert candidates == [*ORDER, "threshold-0.9"]
+    said = client.get_run(tracked.parent_run_id).data.tags["samq.failures"]
+    assert all(f"{one.name} in {one.stage}: {one.reason}" in said for one in others)
+
+
+def test_plans_and_the_sensitivity_map_are_files_that_samqs_own_commands_read(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    plan = client.download_artifacts(tracked.child_run_ids[BEST], "plan.json")
+    assert Plan.load(Path(plan)) == sweep.result(BEST).plan
+    sensitivity = client.download_artifacts(tracked.parent_run_id, "sensitivity-map.json")
+    assert SensitivityMap.load(Path(sensitivity)) == sweep.sensitivity
+
+
+def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
+    client = connect(mlflow_uri)
+    for _ in range(2):
+        tracked = track(sweep, settings(mlflow_uri))
+        tags = client.get_experiment(tracked.experiment_id).tags
+        state = json.loads(tags[mlflow_view.TAG])["state"].removeprefix("deflate;")
+        view = json.loads(zlib.decompress(base64.b64decode(state)))
+        found = client.search_runs(
+            [tracked.experiment_id], view["searchFilter"], order_by=["metrics.`memory/file_bytes` DESC"]
+        )
+        assert [run.info.run_name for run in found] == [*tracked.child_run_ids, "threshold-0.9"]
+        columns = {column.split("`")[1] for column in view["selectedColumns"]}
+        data = found[0].data
+        logged = data.metrics.keys() | data.tags.keys() | {"plan/threshold", "plan/kept_tensors"}
+        assert columns <= logged, "every column of the view is logged"
+        parallel, thresholds, size, prediction = view["compareRunCharts"]
+        children = [run.data.metrics for run in found if run.info.status == "FINISHED"]
+        assert "plan/threshold" not in parallel["selectedMetrics"], "MLflow would leave out the budget plans"
+        assert thresholds["selectedMetrics"][0] == "plan/threshold"
+        axes = {"memory/file_bytes", "plan/predicted_kl_nats", "fidelity/mean_kld_nats", "speed/latency_p99_ms"}
+        assert axes <= set(parallel["selectedMetrics"])
+        for chart_axes in (
+            parallel["selectedMetrics"],
+            *([c["xaxis"]["key"], c["yaxis"]["key"]] for c in (size, prediction)),
+        ):
+            assert all(axis in metrics for axis in chart_axes for metrics in children)
+        with_threshold = [metrics for metrics in children if "plan/threshold" in metrics]
+        assert with_threshold
+        assert all(axis in metrics for axis in thresholds["selectedMetrics"] for metrics in with_threshold)
+    assert mlflow_view.KEY in tracked.urls("")["charts"]
+
+
+def test_thresholds_have_a_chart_of_their_own():
+    common = {"memory/file_bytes", "fidelity/mean_kld_nats"}
+    threshold = {"plan/threshold", "json/valid_percent"}
+    view = json.loads(mlflow_view.view_of("parent", 0, [common, common | threshold]))
+    state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+    by_bytes, by_threshold, size = state["compareRunCharts"]
+    assert [by_bytes["displayName"], by_threshold["displayName"]] == ["What bytes buy", "What thresholds buy"]
+    assert size["displayName"] == "Size against fidelity"
+    assert set(by_bytes["selectedMetrics"]) == common
+    assert set(by_threshold["selectedMetrics"]) == common | threshold
+    assert "metrics.`json/valid_percent`" in state["selectedColumns"]
+    assert "metrics.`plan/predicted_kl_nats`" not in state["selectedColumns"]
+
+
+def test_nothing_global_is_touched(sweep, mlflow_uri, tmp_path):
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    files, environment = set(tmp_path.iterdir()), dict(os.environ)
+    track(sweep, settings(mlflow_uri, registered_model="model"))
+    assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
+    assert mlflow.active_run() is None
+    assert set(tmp_path.iterdir()) == files, "all files are in the database's folder"
+    assert {**os.environ, "PYTEST_CURRENT_TEST": ""} == {**environment, "PYTEST_CURRENT_TEST": ""}
+
+
+def test_what_was_not_measured_is_left_out_and_said(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri))
+    data = connect(mlflow_uri).get_run(tracked.child_run_ids["F16"]).data
+    assert json.loads(data.tags["samq.missing"]) == {"memory/measured_vram_bytes": "no NVIDIA GPU"}
+    assert "memory/measured_vram_bytes" not in data.metrics
+
+
+def test_a_sweep_that_breaks_off_looks_finished_nowhere(sweep, mlflow_uri):
+    comparisons = sweep.comparisons
+    shutil.rmtree(sweep.result("threshold-0.2").folder)
+    with pytest.raises(SamqError, match="cannot log the sweep"):
+        track(sweep, settings(mlflow_uri, registered_model="model"), comparisons=comparisons)
+    client = connect(mlflow_uri)
+    experiment = client.get_experiment_by_name("sweeps")
+    statuses = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert statuses["nightly"] == statuses["threshold-0.2"] == "FAILED"
+    assert statuses["Q4_K_M"] == "FINISHED", "it was logged whole"
+    assert "RUNNING" not in statuses.values()
+    assert client.search_registered_models() == []
+
+
+def test_a_deleted_experiment_comes_back(sweep, mlflow_uri):
+    client = connect(mlflow_uri)
+    client.delete_experiment(client.create_experiment("sweeps"))
+    tracked = track(sweep, settings(mlflow_uri), results=sweep.results[:1])
+    assert client.get_experiment(tracked.experiment_id).lifecycle_stage == "active"
+
+
+def test_artifacts_go_where_they_are_told(sweep, mlflow_uri, tmp_path):
+    track(sweep, settings(mlflow_uri, artifact_location=str(tmp_path / "elsewhere")), results=sweep.results[:1])
+    assert list((tmp_path / "elsewhere").rglob("report.md"))
+
+
+def test_sweeps_are_tracked_from_several_threads(sweep, mlflow_uri):
+    tracked = {}
+
+    def work(name):
+        tracked[name] = track(sweep, settings(mlflow_uri, registered_model="model"), results=sweep.results[:2])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    client = connect(mlflow_uri)
+    assert tracked["a"].experiment_id == tracked["b"].experiment_id
+    for one in tracked.values():
+        assert client.get_run(one.parent_run_id).info.status == "FINISHED"
+        children = client.search_runs([one.experiment_id], f"tags.mlflow.parentRunId = '{one.parent_run_id}'")
+        assert sorted(run.info.run_name for run in children) == ["F16", "threshold-0.4", "threshold-0.9"]
+
+
+def test_the_best_is_registered_once_however_many_nights_bring_it(sweep, mlflow_uri):
+    first = track(sweep, settings(mlflow_uri, registered_model="model"))
+    second = track(sweep, settings(mlflow_uri, registered_model="model"))
+    assert first.model_version == second.model_version == "1"
+    assert "model version 1" in connect(mlflow_uri).get_run(second.parent_run_id).data.tags["samq.registered"]
+    assert second.summary()[-1] == "registered: model version 1, alias candidate"
+    assert second.urls("http://host")["model"].startswith("http://host/#/models/model/versions/1")
+
+
+def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
+    tracked = track(sweep, settings(mlflow_uri, registered_model="org/model"))
+    client = connect(mlflow_uri)
+    parent = client.get_run(tracked.parent_run_id)
+    assert parent.info.status == "FINISHED"
+    assert [client.get_run(run_id).info.status for run_id in tracked.child_run_ids.values()] == ["FINISHED"] * len(
+        ORDER
+    )
+    assert parent.data.tags["samq.registered"] == f"failed: {tracked.not_registered}"
+    assert tracked.summary()[-1].startswith("not registered: cannot register")
+    assert "org/model" in tracked.summary()[-1] and "model" not in tracked.urls("")
+    assert mlflow_view.TAG in client.get_experiment(tracked.experiment_id).tags
+
+
+def test_a_long_report_still_fits_a_tag(sweep, mlflow_uri):
+    failure = sweep.failures[0].__class__(name="x", stage="evaluate", reason="why " * 5000)
+    sweep.failures.append(failure)
+    tracked = track(sweep, settings(mlflow_uri), results=sweep.results[:1])
+    client = connect(mlflow_uri)
+    tags = client.get_run(tracked.parent_run_id).data.tags
+    assert len(tags["mlflow.note.content"]) == len(tags["samq.failures"]) == 8000
