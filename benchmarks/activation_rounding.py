@@ -14,7 +14,7 @@ import quality
 import torch
 from setting import machine, versions
 
-from samq.allocation.threshold import stock_plan
+from samq.allocation.target import stock_plan
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import rung_names
 from samq.sensitivity.hf_model import describe_source, load_model

@@ -17,7 +17,7 @@ from statistics import median
 
 from setting import machine, versions
 
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.quantization.assembly import assemble, write_assembled
 from samq.allocation.ladder import Ladder, make_rung, uniform_plan
 from samq.llamacpp.programs import planned_bytes

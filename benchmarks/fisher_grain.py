@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from setting import machine, versions
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.sensitivity.backpropagation import backpropagate
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.sweep.comparison import compare

@@ -26,7 +26,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from setting import conclude
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.lm_eval.harness import GgufLM
 from samq.llamacpp.runtime import default_threads

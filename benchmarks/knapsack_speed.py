@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from setting import machine, versions
 
-from samq.allocation.budget import solve
+from samq.allocation.knapsack import solve
 from samq.gguf.formats import tensor_bytes
 from samq.records import Price
 

@@ -29,7 +29,8 @@ from setting import conclude, versions
 from transformers import PreTrainedModel
 
 from samq.quantization import compensation
-from samq.allocation.threshold import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
+from samq.allocation.target import Target, stock_plan
+from samq.allocation.threshold import ThresholdPolicy, change_points, threshold_plan
 from samq.quantization.assembly import write_assembled
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.data.tokens import TokenBatch, tokenize

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samq.llamacpp import programs as quantizer
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.progress import bar
 from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
 from samq.records import ModelSource, Toolchain

@@ -8,6 +8,7 @@ from prefect import task
 from samq.allocation import threshold as allocation
 from samq.allocation.threshold import ThresholdPolicy
 from samq.allocation.budget import BudgetPolicy, budget_plan, parse_budget, why_doubted
+from samq.allocation.target import full_plan, stock_plan
 from samq.records import Plan, SensitivityMap, Toolchain
 from samq.store import Artifact
 from tasks.convert import open_target
@@ -28,7 +29,7 @@ def load_plan(plan: Artifact) -> Plan:
 def plan_stock(folder: Path, full: Artifact, imatrix: Artifact | None, mixture: str, toolchain: Toolchain) -> None:
     """`plan.json`: a mixture of llama-quantize, or (mixture F16 or BF16) the baseline as it is."""
     target = open_target(full, imatrix, toolchain)
-    plan = allocation.full_plan(target) if mixture == "full" else allocation.stock_plan(target, mixture)
+    plan = full_plan(target) if mixture == "full" else stock_plan(target, mixture)
     plan.save(folder / PLAN_NAME)
 
 

@@ -380,7 +380,8 @@ def _threshold_plan(
     map: Path, gguf: Path, threshold: str, keep: str, base: str, grouping: str, imatrix: Path | None
 ) -> "Plan":
     """The plan of a threshold, printed, with the thresholds at which it would change."""
-    from samq.allocation.threshold import Target, ThresholdPolicy, change_points, propose_thresholds, threshold_plan
+    from samq.allocation.target import Target
+    from samq.allocation.threshold import ThresholdPolicy, change_points, propose_thresholds, threshold_plan
     from samq.records import SensitivityMap
     from samq.llamacpp.toolchain import find_toolchain
 

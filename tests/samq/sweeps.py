@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from samq.allocation.budget import solve
+from samq.allocation.knapsack import solve
 from samq.sweep.comparison import DIVERGENCE_NAME, compare_sweep
 from samq.evaluation.divergence import summarize
 from samq.gguf.formats import bits_per_weight, tensor_bytes

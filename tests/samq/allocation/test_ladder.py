@@ -1,6 +1,7 @@
 import pytest
 
-from samq.allocation.threshold import Target, ThresholdPolicy, full_plan, stock_plan, threshold_plan
+from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy, threshold_plan
 from samq.quantization.assembly import assemble
 from samq.errors import SamqError
 from samq.gguf.formats import fallback

@@ -6,7 +6,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.errors import SamqError
 from samq.sensitivity.fisher import Fisher
 from samq.gguf.file import read_tensors, read_weights

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from samq.cli import app as cli
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.sensitivity.fisher import Fisher, save_fisher
 from samq.gguf.file import file_sha256, read_metadata
 from samq.records import Plan, SensitivityMap, TensorSensitivity

@@ -1,6 +1,6 @@
 import pytest
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.data.datasets import DatasetSpec, load_texts
 from samq.errors import SamqError
 from samq.llamacpp.runtime import Context

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.gguf.codes import TYPES_WITH_CODES, read_codes, read_grid, write_codes
 from samq.gguf.file import open_gguf, to_float
 from samq.allocation.ladder import make_rung

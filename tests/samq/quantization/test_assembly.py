@@ -1,6 +1,6 @@
 import pytest
 
-from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.quantization.assembly import assemble
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256, read_metadata

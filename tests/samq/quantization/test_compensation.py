@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
 from samq.quantization.compensation import Compensator, compensate, compensate_rung, compensated_prices
 from samq.errors import SamqError
