@@ -17,6 +17,7 @@ from samq.records import Price
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
 
 _BISECTIONS = 100  # of the price of a byte: to the last bit of a float64, nearly
+_DISTANCES = (1 / 64, 1 / 16, 1 / 4, 1)  # searched in turn, of the whole: the best plan mostly lies near the bound
 _MOST_STATES = 2**20  # of the dynamic programming; beyond, the plan is reported with its gap
 
 
@@ -87,7 +88,10 @@ class _Choices:
         best = self._filled(best, limit)
         cost = math.fsum(self.cost[best])
         distance = max(0.0, cost - float(least.sum() - high * limit)) + 1e-12 * cost  # rounding
-        better, complete = self._search(excess, high, limit, distance)
+        for share in _DISTANCES:
+            better, complete = self._search(excess, high, limit, share * distance)
+            if better is not None and complete:
+                break
         if better is not None and math.fsum(self.cost[better]) <= cost:
             best = better
         return best, 0.0 if complete else distance / cost
