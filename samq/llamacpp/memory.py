@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samq.errors import SamqError
-from samq.llamacpp.runtime import Model, captured_log
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.file import read_tensors
+from samq.llamacpp.runtime import Model, captured_log
 from samq.records import Metric
 
 _MIB = 1024 * 1024
