@@ -6,6 +6,7 @@ model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -
 
 import logging
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -22,7 +23,7 @@ from flows.plans import plan_candidates
 from flows.results import load_results, require_candidates
 from samq.home import mlflow_uri
 from samq.sweep.sweep import Sweep
-from samq.tracking.sweep_runs import TrackedSweep, TrackingSettings
+from samq.tracking.tracked import FLOW_RUN, TrackedSweep, TrackingSettings
 from samq.workspace import Workspace
 from tasks.benchmark import compare_with_references, find_benchmarks
 from tasks.compare import compare
@@ -44,9 +45,15 @@ class FinishedSweep:
     tracked: TrackedSweep
 
 
+def run_name() -> str:
+    """What Prefect shows: the run's name and the date."""
+    parameters = RequantizeParameters.model_validate(flow_run.get_parameters()["parameters"])
+    return f"{parameters.name} {datetime.now():%Y-%m-%d %H:%M}"
+
+
 @flow(
     name="requantize",
-    flow_run_name="{parameters.name}",
+    flow_run_name=run_name,
     # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
 )
@@ -78,7 +85,7 @@ def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     results = load_results(plans, ggufs, evaluations, costs.tables)
     sweep = compare(Sweep(inputs.made_from, costs.sensitivity, results, rule=parameters.selection))
     sweep = benchmark_finalists(at, sweep, tasks, parameters)
-    tracking = tracking_settings(parameters)
+    tracking = tracking_settings(parameters, inputs.made_from.source.name)
     sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
 
     # How far the predictions can be trusted; then the failures of all stages are known.
@@ -89,14 +96,14 @@ def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     return FinishedSweep(sweep, markdown, track(tracking, sweep, markdown))
 
 
-def tracking_settings(parameters: RequantizeParameters) -> TrackingSettings:
-    """Where and as what this run of the flow is tracked."""
+def tracking_settings(parameters: RequantizeParameters, model: str) -> TrackingSettings:
+    """Where this run of the flow is tracked, under the model's name and the date."""
     return TrackingSettings(
         tracking_uri=parameters.tracking.uri or mlflow_uri(),
         experiment=parameters.tracking.experiment,
-        run_name=parameters.name,
+        run_name=f"{model} {datetime.now():%Y-%m-%d %H:%M}",
         registered_model=parameters.tracking.registered_model,
         parameters=parameters.model_dump(mode="json"),
-        tags={"prefect.flow_run": flow_run.get_id() or ""},
+        tags={FLOW_RUN: flow_run.get_id() or ""},
         cost=parameters.cost,
     )
