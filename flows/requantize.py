@@ -2,6 +2,9 @@
 
 model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> build x N -> evaluate x N
              -> compare -> choose -> benchmark the finalists -> check -> report -> track -> register
+
+`measure_sweep` goes as far as the checks and needs no server: commands, notebooks and benchmarks call it. The flow
+`requantize` is that and the rest.
 """
 
 import logging
@@ -36,31 +39,9 @@ from tasks.track import track
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
 
 
-@dataclass(frozen=True)
-class FinishedSweep:
-    """A sweep, its report in Markdown, and where it is tracked."""
-
-    sweep: Sweep
-    report: str
-    tracked: TrackedSweep
-
-
-def run_name() -> str:
-    """What Prefect shows: the run's name and the date."""
-    parameters = RequantizeParameters.model_validate(flow_run.get_parameters()["parameters"])
-    return f"{parameters.name} {datetime.now():%Y-%m-%d %H:%M}"
-
-
-@flow(
-    name="requantize",
-    flow_run_name=run_name,
-    # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
-    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
-)
-def requantize(parameters: RequantizeParameters) -> FinishedSweep:
-    """Build, measure and track every candidate; one that fails is reported and does not stop the others."""
-    at = Workspace.here(device=parameters.model.device, timeout_s=parameters.timeout_s)
-    candidates, gather = parameters.candidates, Gather()
+def measure_sweep(at: Workspace, parameters: RequantizeParameters) -> Sweep:
+    """Build, measure and compare every candidate; one that fails is among the failures and does not stop the others."""
+    candidates, evaluation, gather = parameters.candidates, parameters.evaluation, Gather()
 
     # What every candidate is made from and measured against.
     inputs = prepare(at, parameters)
@@ -76,22 +57,52 @@ def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     # The candidates: a plan each, built and measured.
     plans = stock | plan_candidates(at, inputs, costs, candidates, gather)
     ggufs = build(at, inputs, plans, {} if candidates.requantize else rungs, costs, gather)
-    settings = parameters.evaluation
-    futures = {n: evaluate.submit(at, n, gguf, inputs.heldout, inputs.baseline, settings) for n, gguf in ggufs.items()}
-    evaluations = gather("evaluate", futures)
+    evaluations = gather(
+        "evaluate",
+        {
+            name: evaluate.submit(at, name, gguf, inputs.heldout, inputs.baseline, evaluation)
+            for name, gguf in ggufs.items()
+        },
+    )
     require_candidates(evaluations, gather.failures)
 
     # The comparison, the choice, and benchmarks for the candidates that could still be chosen.
     results = load_results(plans, ggufs, evaluations, costs.tables)
     sweep = compare(Sweep(inputs.made_from, costs.sensitivity, results, rule=parameters.selection))
     sweep = benchmark_finalists(at, sweep, tasks, parameters)
-    tracking = tracking_settings(parameters, inputs.made_from.source.name)
-    sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
 
     # How far the predictions can be trusted; then the failures of all stages are known.
     checks = check_predictions(at, inputs, plans, ggufs, costs, parameters, gather)
-    sweep = replace(sweep, checks=checks, failures=tuple(gather.failures))
+    return replace(sweep, checks=checks, failures=tuple(gather.failures))
 
+
+@dataclass(frozen=True)
+class FinishedSweep:
+    """A sweep, its report in Markdown, and where it is tracked."""
+
+    sweep: Sweep
+    report: str
+    tracked: TrackedSweep
+
+
+def run_name() -> str:
+    """What Prefect's page shows: the run's name and the date."""
+    parameters = RequantizeParameters.model_validate(flow_run.get_parameters()["parameters"])
+    return f"{parameters.name} {datetime.now():%Y-%m-%d %H:%M}"
+
+
+@flow(
+    name="requantize",
+    flow_run_name=run_name,
+    # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+)
+def requantize(parameters: RequantizeParameters) -> FinishedSweep:
+    """Measure a sweep, compare it with what is in production, report and track it, and register the best candidate."""
+    at = Workspace.here(device=parameters.model.device, timeout_s=parameters.timeout_s)
+    sweep = measure_sweep(at, parameters)
+    tracking = tracking_settings(parameters, sweep.made_from.source.name)
+    sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
     markdown = report(sweep, parameters.cost)
     return FinishedSweep(sweep, markdown, track(tracking, sweep, markdown))
 
