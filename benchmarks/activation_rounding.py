@@ -16,7 +16,7 @@ from bench import hf_folder, open_bench, parser
 from quality import MIXTURES
 from setting import machine, versions
 
-from samq.allocation.threshold import stock_plan
+from samq.allocation.target import stock_plan
 from samq.files import GGUF_NAME
 from samq.progress import bar
 from samq.sensitivity.hf_model import describe_source, load_model

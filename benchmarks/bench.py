@@ -20,7 +20,7 @@ from flows.inputs import Inputs, prepare
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import DEFAULT_TYPES, Ladder
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.data.datasets import DatasetSpec
 from samq.data.tokens import TokenBatch
 from samq.evaluation.baseline import cut_chunks, read_tokens

@@ -23,7 +23,7 @@ from setting import machine, versions
 
 from samq.allocation.ladder import uniform_plan
 from samq.allocation.prices import plan_cost, rounding_error
-from samq.allocation.threshold import stock_plan
+from samq.allocation.target import stock_plan
 from samq.gguf.file import TensorInfo, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, digest_of

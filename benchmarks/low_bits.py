@@ -16,7 +16,7 @@ from setting import machine, versions
 
 from samq.allocation.ladder import DEFAULT_TYPES, uniform_plan
 from samq.allocation.prices import plan_cost
-from samq.allocation.threshold import stock_plan
+from samq.allocation.target import stock_plan
 from samq.records import Plan, PriceTable
 
 MIXTURE = "Q3_K_M"

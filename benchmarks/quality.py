@@ -25,7 +25,8 @@ from setting import conclude
 
 from samq.allocation.ladder import uniform_plan
 from samq.allocation.prices import plan_cost
-from samq.allocation.threshold import ThresholdPolicy, change_points, stock_plan, threshold_plan
+from samq.allocation.target import stock_plan
+from samq.allocation.threshold import ThresholdPolicy, change_points, threshold_plan
 from samq.records import Plan, PriceTable
 from samq.sweep.comparison import compare
 

@@ -162,7 +162,7 @@ def _require_prefect() -> None:
 
 
 def _show(sweep: "Sweep") -> None:
-    from samq.report.markdown_report import terminal_table
+    from samq.report.table import terminal_table
 
     typer.echo()
     console.print(terminal_table(sweep.results, sweep.failures, sweep.best))
@@ -198,10 +198,10 @@ def calibrate(
     _prepare_prefect()
     with _imports():
         from samq.data.datasets import DatasetSpec
+        from samq.files import FISHER_NAME, MAP_NAME
         from samq.llamacpp.toolchain import converter_build, find_toolchain
         from samq.records import SensitivityMap
         from samq.sensitivity.hf_model import describe_source
-        from tasks.calibrate import FISHER_NAME, MAP_NAME
         from tasks.calibrate import calibrate as calibrate_stage
         from tasks.convert import convert
 
@@ -288,7 +288,7 @@ def imatrix(
     _prepare_prefect()
     with _imports():
         from samq.data.datasets import DatasetSpec
-        from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
+        from samq.files import GGUF_NAME, IMATRIX_NAME
         from samq.llamacpp.toolchain import find_toolchain
         from tasks.imatrix import imatrix as imatrix_stage
 
@@ -350,10 +350,9 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
         from samq.allocation.budget import BudgetPolicy, why_doubted
         from samq.allocation.budget_notation import read_budget
         from samq.allocation.ladder import DEFAULT_TYPES
-        from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
+        from samq.files import FISHER_NAME, GGUF_NAME, IMATRIX_NAME, MAP_NAME
         from samq.llamacpp.toolchain import find_toolchain
         from samq.report.description import describe_plan
-        from tasks.calibrate import FISHER_NAME, MAP_NAME
         from tasks.ladder import choose_rungs, rung
         from tasks.plan import load_plan, plan_budget
         from tasks.price import load_prices, price
@@ -380,7 +379,8 @@ def _threshold_plan(
     map: Path, gguf: Path, threshold: str, keep: str, base: str, grouping: str, imatrix: Path | None
 ) -> "Plan":
     """The plan of a threshold, printed, with the thresholds at which it would change."""
-    from samq.allocation.threshold import Target, ThresholdPolicy, change_points, propose_thresholds, threshold_plan
+    from samq.allocation.target import Target
+    from samq.allocation.threshold import ThresholdPolicy, change_points, propose_thresholds, threshold_plan
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import SensitivityMap
 
@@ -465,11 +465,11 @@ def compensate(
     _prepare_prefect()
     with _imports():
         from samq.data.datasets import DatasetSpec
-        from samq.llamacpp.programs import GGUF_NAME
+        from samq.files import GGUF_NAME, GRAM_NAME
         from samq.quantization import compensation
         from samq.sensitivity.gram import GRAM_TOKENS, GramMatrices
         from samq.sensitivity.hf_model import compute_device, describe_source
-        from tasks.compensate import GRAM_NAME, gram
+        from tasks.compensate import gram
 
     check_file(out)
     spec = _settings(DatasetSpec, name=dataset, fields=tuple(field or ()), split=split, seed=seed)
@@ -525,8 +525,8 @@ def evaluate(
     _prepare_prefect()
     with _imports():
         from samq.data.datasets import DatasetSpec, is_file, load_texts
-        from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
-        from samq.llamacpp.programs import GGUF_NAME
+        from samq.evaluation.settings import EvaluationSettings
+        from samq.files import EVALUATION_NAME, GGUF_NAME
         from samq.llamacpp.toolchain import converter_build, find_toolchain
         from samq.records import Evaluation, TextSet
         from samq.sensitivity.hf_model import describe_source
@@ -780,8 +780,9 @@ def _wait_for_signal() -> None:
 
 def _adopt(files: dict[str, Path]) -> "Artifact":
     """Give files that were not made here a place in the store, under these names, as a stage's output."""
+    from samq.files import GGUF_NAME
     from samq.gguf.file import read_tensors
-    from samq.llamacpp.programs import GGUF_NAME, link_or_copy
+    from samq.llamacpp.programs import link_or_copy
     from samq.records import digest_of
     from samq.store import Store
 

@@ -7,14 +7,14 @@ Since a claim is written before the others are read, two never go on at once, wi
 `STALE_S` is taken for a dead process's, and who moves an alias by MLflow's own page or client makes no claim at all.
 """
 
-import fcntl
 import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from samq.errors import SamqError
@@ -36,11 +36,11 @@ def alone(client: MlflowClient, name: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
-        except OSError as error:
-            raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+    try:
+        locked = FileLock(path).acquire()
+    except OSError as error:
+        raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+    with locked:
         yield
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.cli import app as cli
 from samq.gguf.file import file_sha256, read_metadata
 from samq.records import Plan, SensitivityMap, TensorSensitivity
