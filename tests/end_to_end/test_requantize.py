@@ -310,7 +310,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
     environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
     environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "samq.cli.app", "requantize", "--config", str(config)]
+    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
 
     def start():
         log = (tmp_path / "log").open("ab")

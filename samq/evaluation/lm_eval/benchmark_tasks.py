@@ -261,7 +261,7 @@ def _explained(name: str, error: Exception) -> SamqError:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"nearest are {', '.join(near)}" if near else "`lm_eval ls tasks` lists lm-eval's"
+    return f"nearest are {', '.join(near)}" if near else "`samq lm-eval ls tasks` lists all"
 
 
 def _describe(task: Task) -> dict[str, Any]:

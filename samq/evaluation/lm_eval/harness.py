@@ -3,7 +3,7 @@
 Requests are encoded, cut and scored as by lm-eval's own `hf` model, so that the two give the same numbers on the same
 weights; only the work is shared between requests (`scoring`, `generation`). Importing this module registers the model
 `samq-gguf`. lm-eval 0.4.13 knows no plugins: its own command line does not import us, so `samq lm-eval` runs it
-with the model registered, and the command `lm_eval` is installed anew to do the same.
+with the model registered.
 """
 
 import hashlib

@@ -33,7 +33,7 @@ def test_lm_evals_own_tasks_are_known_but_need_the_hub(tmp_path, monkeypatch):
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(SamqError, match=r"^there is no task 'samq_helaswag'; nearest are samq_hellaswag"):
         open_task("samq_helaswag")
-    with pytest.raises(SamqError, match=r"`lm_eval ls tasks` lists"):
+    with pytest.raises(SamqError, match=r"`samq lm-eval ls tasks` lists"):
         open_task("3141592653589793")
 
 
