@@ -29,6 +29,7 @@ from samq.cli.options import (
 from samq.cli.start import loading_packages, prepare_prefect
 from samq.cli.text import dataset_spec, read_calibration
 from samq.errors import SamqError
+from samq.files import GGUF_NAME, GRAM_NAME
 from samq.output import check_file, work_folder
 from samq.progress import bar, console
 
@@ -94,12 +95,12 @@ def compensate(
     check_file(out)
     text = read_calibration(dataset_spec(dataset, field, split=split, seed=seed), samples, None, packing)
     source = find_model(gguf, hf_folder=hf_folder)
+    at, full = stages.workspace(device), adopt({GGUF_NAME: gguf})
+    sequences = stages.tokenize(at, full, text, sequence_tokens)
+    with loading_packages():
+        from tasks.model import TorchModel
 
-    from samq.llamacpp.programs import GGUF_NAME
-
-    full = adopt({GGUF_NAME: gguf})
-    tokens = stages.tokenize(full, text, sequence_tokens)
-    grams = stages.measure_gram(source, full, tokens, batch_size, dtype, device)
+    grams = stages.measure_gram(at, TorchModel(source, full, dtype), sequences, batch_size)
     ratios = _compensate(gguf, quantized, grams, out, device)
     if not ratios:
         raise SamqError(f"{quantized} has no tensor whose rounding can be compensated; {out} is a copy of it")
@@ -118,7 +119,6 @@ def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, devic
         from samq.quantization import compensation
         from samq.sensitivity.gram import GramMatrices
         from samq.sensitivity.hf_model import compute_device
-        from tasks.compensate import GRAM_NAME
 
     with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
         errors = compensation.compensate(

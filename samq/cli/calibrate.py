@@ -26,8 +26,9 @@ from samq.cli.options import (
     SequenceTokens,
     Split,
 )
-from samq.cli.start import prepare_prefect
+from samq.cli.start import loading_packages, prepare_prefect
 from samq.cli.text import dataset_spec, read_calibration
+from samq.files import FISHER_NAME, GGUF_NAME, IMATRIX_NAME
 from samq.output import check_file, export_file
 from samq.progress import console
 
@@ -64,18 +65,20 @@ def calibrate(
     spec = dataset_spec(dataset, field, split=split, seed=seed)
     text = read_calibration(spec, samples, CALIBRATION_SAMPLES, packing)
     source = find_model(model, revision, hf_folder)
-    full = stages.convert(source)
-    tokens = stages.tokenize(full, text, sequence_tokens)
-    calibration = stages.calibrate(source, full, tokens, batch_size, dtype, device, labels, seed)
+    at = stages.workspace(device)
+    full = stages.convert(at, source)
+    sequences = stages.tokenize(at, full, text, sequence_tokens)
+    with loading_packages():
+        from tasks.calibrate import Passes, load_map
+        from tasks.model import TorchModel
 
-    from samq.records import SensitivityMap
-    from tasks.calibrate import FISHER_NAME, MAP_NAME
-
-    sensitivity = SensitivityMap.load(calibration.path(MAP_NAME))
+    passes = Passes(batch_size, labels, seed)
+    calibration = stages.calibrate(at, TorchModel(source, full, dtype), sequences, passes)
+    sensitivity = load_map(calibration)
     export_file(calibration.path(FISHER_NAME), fisher_beside(out))
     sensitivity.save(out)
     console.print(_highest_scores(sensitivity, 10))
-    console.print(f"{out}\nfull-precision GGUF: {full.path('model.gguf')}", highlight=False, soft_wrap=True)
+    console.print(f"{out}\nfull-precision GGUF: {full.path(GGUF_NAME)}", highlight=False, soft_wrap=True)
 
 
 def _highest_scores(sensitivity: "SensitivityMap", count: int) -> Table:
@@ -105,9 +108,6 @@ def imatrix(
     check_file(out)
     spec = dataset_spec(dataset, field, split=split, seed=seed)
     text = read_calibration(spec, samples, CALIBRATION_SAMPLES, None).text
-
-    from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
-
-    matrix = stages.measure_imatrix(adopt({GGUF_NAME: gguf}), text, sequence_tokens)
+    matrix = stages.measure_imatrix(stages.workspace(), adopt({GGUF_NAME: gguf}), text, sequence_tokens)
     export_file(matrix.path(IMATRIX_NAME), out)
     console.print(str(out), highlight=False, soft_wrap=True)

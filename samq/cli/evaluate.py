@@ -11,6 +11,7 @@ from samq.cli.files import adopt, find_model
 from samq.cli.options import HELDOUT_START, AllSamples, Fields, Split
 from samq.cli.start import loading_packages, prepare_prefect, validated
 from samq.cli.text import dataset_spec, read_text
+from samq.files import EVALUATION_NAME, GGUF_NAME
 from samq.output import export, make_folder
 from samq.progress import console
 
@@ -46,16 +47,16 @@ def evaluate(
         make_folder(out)
     with loading_packages():
         from samq.data.datasets import is_file
-        from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
-        from samq.llamacpp.programs import GGUF_NAME
+        from samq.evaluation.settings import EvaluationSettings
         from samq.records import Evaluation
 
     if start is None:
         start = 0 if is_file(dataset) else HELDOUT_START
     text = read_text(dataset_spec(dataset, field, start=start, samples=samples, split=split))
     settings = validated(EvaluationSettings, context_tokens=context_tokens, chunks=chunks)
-    full = stages.convert(find_model(baseline))
-    artifact = stages.evaluate(gguf.stem, adopt({GGUF_NAME: gguf}), full, text, settings)
+    at = stages.workspace()
+    full = stages.convert(at, find_model(baseline))
+    artifact = stages.evaluate(at, gguf.stem, adopt({GGUF_NAME: gguf}), full, text, settings)
     evaluation = Evaluation.load(artifact.path(EVALUATION_NAME))
     console.print(_metrics(evaluation, f"{gguf.name} on {dataset}, from sample {start}"))
     for name, reason in evaluation.missing.items():

@@ -46,8 +46,17 @@ def prune(
     console.print(f"freed {freed / 1e6:,.1f} MB in {store_folder()}", highlight=False, soft_wrap=True)
 
 
-def ui(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None:
-    """Serve the pages of MLflow and Prefect until Ctrl-C."""
+def ui(
+    mlflow_port: MlflowPort = 5000,
+    prefect_port: PrefectPort = 4200,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the latest sweep's report in the browser.")] = False,
+) -> None:
+    """Serve the pages of MLflow and Prefect until Ctrl-C.
+
+    Prints the links of the latest sweep: its report, candidates, plots, registered model and flow run.
+    """
+    import webbrowser
+
     from samq.services import mlflow_page, prefect_page
 
     prepare_prefect()
@@ -56,8 +65,25 @@ def ui(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None
         prefect = stack.enter_context(prefect_page(prefect_port))
         services = stack.pop_all()
     with services:
-        console.print(f"MLflow   {mlflow}\nPrefect  {prefect}\nPress Ctrl-C to stop both.", highlight=False)
+        links = _latest_links(mlflow, prefect)
+        width = max(map(len, links), default=0)
+        for page, address in links.items():
+            console.print(f"{page:{width}}  {address}", highlight=False, soft_wrap=True)
+        if not links:
+            console.print(f"MLflow   {mlflow}\nPrefect  {prefect}\nNo sweep yet: run `samq demo`.", highlight=False)
+        console.print("Press Ctrl-C to stop both servers.", highlight=False)
+        if open_report and links:
+            webbrowser.open(links["report"])
         _wait_for_signal()
+
+
+def _latest_links(mlflow: str, prefect: str) -> dict[str, str]:
+    """What a page of the latest sweep answers -> its address; empty without a sweep."""
+    from samq.tracking.registry import connect
+    from samq.tracking.tracked import latest_sweep
+
+    sweep = latest_sweep(connect(mlflow), mlflow)
+    return sweep.links(mlflow, prefect) if sweep else {}
 
 
 def up(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None:

@@ -11,11 +11,13 @@ from samq.cli.files import adopt, fisher_beside
 from samq.cli.options import FullGguf, Grouping, Imatrix, NoImatrix
 from samq.cli.start import loading_packages, prepare_prefect, validated
 from samq.errors import SamqError
+from samq.files import FISHER_NAME, GGUF_NAME, IMATRIX_NAME, MAP_NAME
 from samq.output import check_file
 from samq.progress import bar, console
 
 if TYPE_CHECKING:
-    from samq.allocation.threshold import Target, ThresholdPolicy
+    from samq.allocation.target import Target
+    from samq.allocation.threshold import ThresholdPolicy
     from samq.records import Plan, SensitivityMap
 
 
@@ -82,15 +84,13 @@ def _budget_plan(map_path: Path, gguf: Path, budget: str, types: list[str] | Non
     with loading_packages():
         from samq.allocation.budget import why_doubted
         from samq.allocation.budget_notation import read_budget
-        from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
         from samq.report.description import describe_plan
-        from tasks.calibrate import FISHER_NAME, MAP_NAME
+        from tasks.target import Target as TargetArtifacts
 
     read_budget(budget)  # raises SamqError for a malformed budget, before the work
-    full = adopt({GGUF_NAME: gguf})
-    matrix = adopt({IMATRIX_NAME: imatrix}) if imatrix else None
+    target = TargetArtifacts(adopt({GGUF_NAME: gguf}), adopt({IMATRIX_NAME: imatrix}) if imatrix else None)
     sensitivity = adopt({MAP_NAME: map_path, FISHER_NAME: fisher_beside(map_path)})
-    budget_plan, prices = stages.plan_budget(full, matrix, sensitivity, budget, types)
+    budget_plan, prices = stages.plan_budget(stages.workspace(), target, sensitivity, budget, types)
     console.print(f"{budget_plan.tensor_bytes / 1e6:.1f} MB. {describe_plan(budget_plan)}", highlight=False)
     if doubt := why_doubted(budget_plan, prices):
         console.print(f"Warning: {doubt}", highlight=False)
@@ -101,7 +101,8 @@ def _threshold_plan(
     map_path: Path, gguf: Path, threshold: str, options: dict[str, str], imatrix: Path | None
 ) -> "Plan":
     """The plan of a threshold, printed with other thresholds that change it; `options` are the policy's."""
-    from samq.allocation.threshold import Target, ThresholdPolicy, threshold_plan
+    from samq.allocation.target import Target
+    from samq.allocation.threshold import ThresholdPolicy, threshold_plan
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import SensitivityMap
 

@@ -10,7 +10,7 @@ from samq.cli.start import PROJECT, loading_packages, prepare_prefect, require_p
 from samq.progress import bar, console
 
 if TYPE_CHECKING:
-    from flows.requantize import Sweep
+    from flows.requantize import FinishedSweep
 
 
 def demo(
@@ -46,15 +46,16 @@ def requantize(
     _show(flow(parameters))
 
 
-def _show(sweep: "Sweep") -> None:
+def _show(finished: "FinishedSweep") -> None:
     """Print what the sweep found and where MLflow has it."""
-    from samq.report.markdown_report import terminal_table
+    from samq.report.table import terminal_table
 
+    sweep = finished.sweep
     typer.echo()
-    console.print(terminal_table(sweep.results, sweep.failures, sweep.best))
+    console.print(terminal_table(sweep))
     for failure in sweep.failures:
         console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
     if sweep.best:
         console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
-    for line in sweep.tracked.summary():
+    for line in finished.tracked.summary():
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.cli.app import main
 from samq.gguf.file import read_tensors
 from samq.progress import console

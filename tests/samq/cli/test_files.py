@@ -4,7 +4,7 @@ import pytest
 
 from samq.cli.files import adopt
 from samq.errors import SamqError
-from samq.llamacpp.programs import GGUF_NAME
+from samq.files import GGUF_NAME
 
 
 def test_an_adopted_file_is_kept_once_by_its_content(samq_home, tmp_path, gguf, terminal):
