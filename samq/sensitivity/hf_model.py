@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from samq.data.hub import is_unreachable
+from samq.data.hub import bytes_told_to, is_unreachable
 from samq.errors import SamqError, UnreachableError
 from samq.gguf.file import file_sha256, open_gguf
 from samq.gguf.header import LazyReader
@@ -54,18 +54,21 @@ _loading = threading.Lock()  # what is changed of transformers and gguf meanwhil
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def describe_source(model: str | Path, revision: str | None = None, hf_folder: Path | None = None) -> ModelSource:
-    """What a model is, by the contents of its files.
+def describe_source(
+    model: str | Path, revision: str | None = None, hf_folder: Path | None = None, progress: Progress = silent
+) -> ModelSource:
+    """Describe a model by the contents of its files.
 
     Args:
         model: an HF folder; a GGUF file, also one inside an installed package as package:<module>/<file>; or a hub id,
             whose files are then downloaded.
         revision: branch, tag or commit of a hub id.
-        hf_folder: where a GGUF's configuration and tokenizer are read from, instead of the GGUF.
+        hf_folder: the folder to read a GGUF's configuration and tokenizer from, instead of the GGUF.
+        progress: told of the bytes that are downloaded.
 
     Raises:
         UnreachableError: the hub does not answer.
-        SamqError: a file is missing or cut short, or it is no causal LM that transformers knows.
+        SamqError: a file is missing or cut short, or the model is not a causal LM that transformers knows.
     """
     path = _in_package(str(model)) if str(model).startswith("package:") else Path(model)
     if path.suffix == ".gguf":
@@ -74,7 +77,7 @@ def describe_source(model: str | Path, revision: str | None = None, hf_folder: P
         raise SamqError(f"{model} is no GGUF, so it brings its own tokenizer; leave the other folder {hf_folder} out")
     commit = None
     if not path.exists() and HUB_ID.fullmatch(str(model)):
-        path = _download(str(model), revision)
+        path = _download(str(model), revision, progress)
         commit = path.name  # a snapshot's folder is named after its commit
     _check_architecture(read_config(path), path)
     return ModelSource(
@@ -117,10 +120,16 @@ def _digest(files: Iterable[Path]) -> str:
     return digest_of({file.name: file_sha256(file) for file in files})
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, progress: Progress) -> Path:
     def fetch(revision: str | None, files: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=files,
+                ignore_patterns=["*/*"],
+                tqdm_class=bytes_told_to(progress),
+            )
         )
 
     try:
