@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.threshold import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.allocation.budget_notation import bits_budget, plan_name, read_budget
+from samq.allocation.prices import lengthened, plan_cost
+from samq.allocation.threshold import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.errors import SamqError
-from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
-from samq.allocation.prices import lengthened, plan_cost
+from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
 
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
 

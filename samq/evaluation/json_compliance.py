@@ -17,10 +17,10 @@ import pandas as pd
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from samq.evaluation.lm_eval.generation import generate
 from samq.evaluation.json_prompts import JsonPrompt, chat_tokens
-from samq.llamacpp.runtime import Model
+from samq.evaluation.lm_eval.generation import generate
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp.runtime import Model
 from samq.progress import Progress, silent
 from samq.records import Metric
 

@@ -18,11 +18,11 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from samq.sweep.benchmarking import join_items
 from samq.errors import SamqError
 from samq.records import Evaluation, Plan
-from samq.tracking.registry import PRODUCTION, RegisteredGguf, aliases, find_version, model_names
+from samq.sweep.benchmarking import join_items
 from samq.sweep.significance import ITEMS_NAME
+from samq.tracking.registry import PRODUCTION, RegisteredGguf, aliases, find_version, model_names
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from samq.allocation.ladder import Ladder
 from samq.errors import SamqError
+from samq.files import GGUF_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import require_alignment
 from samq.gguf.formats import NEEDS_IMATRIX, tensor_bytes
 from samq.gguf.header import Header, pack_string, padded, read_header
-from samq.llamacpp.programs import GGUF_NAME
 from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from samq import __version__
 from samq.serving.answers import ChatShape, CompletionShape
 from samq.serving.engine import Engine, Work
-from samq.serving.middleware import Gate
 from samq.serving.metrics import Metrics
+from samq.serving.middleware import Gate
 from samq.serving.model import ServedModel
 from samq.serving.protocol import ChatRequest, CompletionRequest
 from samq.serving.refusal import ErrorBody, Refused

@@ -8,10 +8,10 @@ import numpy as np
 import psutil
 
 from samq.errors import SamqError
-from samq.llamacpp import gpu
-from samq.llamacpp.runtime import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
-from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp import gpu
+from samq.llamacpp.memory import predict_memory
+from samq.llamacpp.runtime import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
 from samq.serving.model import Loading, ServedModel
 from samq.serving.sampling import Sampling
 from samq.serving.settings import ServingSettings

@@ -2,17 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from samq import __version__
+from samq.errors import SamqError
+from samq.records import Plan
+from samq.report.table import kept_tensors
 from samq.sweep.benchmarking import PRODUCTION
 from samq.sweep.cost import CostSettings, cost_metrics
-from samq.errors import SamqError
-from samq.records import CalibrationSet, ModelSource, Plan, TextSet, Toolchain
-from samq.report.markdown_report import kept_tensors
-from samq.sweep.selection import Comparison, Result, rival_of
-from samq.sweep.significance import PairedComparison, delta_metrics
+from samq.sweep.selection import Result
+from samq.sweep.significance import delta_metrics
+from samq.sweep.sweep import MadeFrom, Sweep
 
 # What a policy may have been asked for.
 _ASKED = tuple("budget output_guard embedding_guard least_type threshold quantile keep base grouping".split())
@@ -30,9 +31,7 @@ def legal_metric_name(name: str) -> str:
     return "/".join(parts)
 
 
-def metrics_of(
-    result: Result, results: Sequence[Result] = (), comparisons: Sequence[Comparison] = ()
-) -> dict[str, float]:
+def metrics_of(result: Result, sweep: Sweep) -> dict[str, float]:
     """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
 
     The plan's own figures are among them, for axes of plots, the same ones for every candidate wherever they have a
@@ -56,7 +55,7 @@ def metrics_of(
         "plan/budget_bytes": float(plan.parameters.get("budget_bytes") or plan.tensor_bytes),
         "plan/predicted_kl_nats": predicted.value if predicted else None,
         "plan/predicted_kl_nats_stderr": predicted.stderr if predicted else None,
-        **_against_rival(result, results, comparisons),
+        **_against_rival(result, sweep),
     }
     for name, metric in result.evaluation.metrics.items():
         values[legal_metric_name(name)] = metric.value
@@ -64,12 +63,10 @@ def metrics_of(
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def benchmark_metrics(
-    result: Result, comparisons: Sequence[PairedComparison], cost: CostSettings | None
-) -> dict[str, float]:
+def benchmark_metrics(result: Result, sweep: Sweep, cost: CostSettings | None) -> dict[str, float]:
     """A candidate's differences on benchmarks from full precision and from production, and what serving it costs."""
     values: dict[str, float] = {}
-    mine = [one for one in comparisons if one.candidate == result.name]
+    mine = [one for one in sweep.benchmarks if one.candidate == result.name]
     for against, references in (("f16", False), (PRODUCTION, True)):
         for name, metric in delta_metrics(
             [one for one in mine if (one.reference == PRODUCTION) is references], against
@@ -82,20 +79,18 @@ def benchmark_metrics(
     return values
 
 
-def _against_rival(
-    result: Result, results: Sequence[Result], comparisons: Sequence[Comparison]
-) -> dict[str, float | None]:
+def _against_rival(result: Result, sweep: Sweep) -> dict[str, float | None]:
     """How much closer to full precision a candidate is than the stock mixture it is held against, in percent."""
-    rival = rival_of(result, results)
+    rival = sweep.rival(result)
     if rival is None:
         return {}
     if result.plan.policy in ("full", "stock"):
         low = reduction = high = 1.0 if result.plan.policy == "full" else 0.0
     else:
-        found = [one for one in comparisons if (one.candidate, one.rival) == (result.name, rival.name)]
-        if not found:
+        comparison = sweep.comparison(result.name, rival.name)
+        if comparison is None:
             return {}
-        low, reduction, high = found[0].low, found[0].reduction, found[0].high
+        low, reduction, high = comparison.low, comparison.reduction, comparison.high
     return {
         "comparison/kld_reduction_percent": 100 * reduction,
         "comparison/kld_reduction_low_percent": 100 * low,
@@ -132,18 +127,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def common_params(
-    source: ModelSource, calibration: CalibrationSet, heldout: TextSet, toolchain: Toolchain
-) -> dict[str, str]:
+def common_params(made_from: MadeFrom) -> dict[str, str]:
     """What all candidates of a sweep have in common."""
     return {
-        "model": source.name,
-        "revision": source.revision or "",
-        "weights_digest": source.weights_digest,
-        "dataset": calibration.dataset,
-        "dataset_digest": calibration.tokens_digest,
-        "heldout_digest": heldout.digest(),
-        "llama_cpp": toolchain.version,
-        "llama_cpp_build": toolchain.build,
+        "model": made_from.source.name,
+        "revision": made_from.source.revision or "",
+        "weights_digest": made_from.source.weights_digest,
+        "dataset": made_from.calibration.dataset,
+        "dataset_digest": made_from.calibration.tokens_digest,
+        "heldout_digest": made_from.heldout.digest(),
+        "llama_cpp": made_from.toolchain.version,
+        "llama_cpp_build": made_from.toolchain.build,
         "samq": __version__,
     }

@@ -20,12 +20,12 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
-from samq.report.description import describe_plan
 from samq.errors import SamqError
 from samq.records import Evaluation, Plan, QuantizedModel
-from samq.report.markdown_report import COLUMNS
-from samq.sweep.selection import MB
+from samq.report.description import describe_plan
+from samq.report.table import COLUMNS
 from samq.serving.source import NothingNamed, Unreachable
+from samq.sweep.selection import MB
 
 CANDIDATE = "candidate"
 PRODUCTION = "production"

@@ -9,8 +9,8 @@ import pandas as pd
 from samq.allocation.threshold import Target, full_plan, stock_plan
 from samq.gguf.audit import as_is
 from samq.gguf.file import file_sha256
-from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.llamacpp.programs import quantize
+from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Toolchain
 from samq.sweep.selection import Result
 from samq.tracking.sweep_runs import TrackingSettings, track_sweep

@@ -23,10 +23,10 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
 from samq.evaluation.lm_eval.harness import GgufLM, explain
-from samq.llamacpp.runtime import Model
 from samq.evaluation.measure import Report, make_folder, write_table
 from samq.evaluation.sandbox.run import isolation
 from samq.evaluation.settings import EVALUATION_NAME, BenchmarkRequest, BenchmarkSettings, benchmark_key, metric_part
+from samq.llamacpp.runtime import Model
 from samq.markdown import one_line
 from samq.progress import Progress, silent
 from samq.records import Evaluation, Metric

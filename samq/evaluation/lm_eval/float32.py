@@ -11,8 +11,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from samq.errors import SamqError
-from samq.llamacpp.runtime import Model
 from samq.gguf.file import open_gguf, read_rows
+from samq.llamacpp.runtime import Model
 
 _WIDENED = frozenset({GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
 

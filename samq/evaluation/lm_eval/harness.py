@@ -31,10 +31,10 @@ from samq.errors import SamqError
 from samq.evaluation.lm_eval.chat import Message, render_chat
 from samq.evaluation.lm_eval.float32 import load_float32
 from samq.evaluation.lm_eval.generation import generate
-from samq.llamacpp.runtime import KV_TYPES, Model
 from samq.evaluation.lm_eval.sampling import Sampling
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
+from samq.llamacpp.runtime import KV_TYPES, Model
 from samq.progress import Progress, bar, silent
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Context, Model
 from samq.evaluation.lm_eval.prefixes import Tokens, Tree, trees
+from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Context, Model
 
 _MEMBERS = 64  # sequences of a batch; that of the batch before, which the cache keeps, comes on top
 

@@ -5,16 +5,16 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from samq.allocation.threshold import Target
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan, parse_budget, solve, undominated, why_doubted
 from samq.allocation.budget_notation import read_budget
+from samq.allocation.threshold import Target
 from samq.errors import SamqError
-from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.formats import tensor_bytes
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
+from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.programs import GGUF_NAME, quantize
 from samq.records import Price, PriceTable, TensorPrices
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
 from tests.conftest import write_tiny_gguf
 from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
 

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.generation import generate
-from samq.llamacpp.runtime import Model
-from samq.llamacpp.memory import predict_memory, read_plan, weights_on_gpu
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
 from samq.gguf.file import read_tensors
+from samq.llamacpp.memory import predict_memory, read_plan, weights_on_gpu
+from samq.llamacpp.runtime import Model
 from samq.records import Evaluation
 from tests.conftest import write_tiny_gguf
 

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from samq.allocation.threshold import Target
-from samq.sweep.benchmarking import join_items
 from samq.errors import SamqError
 from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.gates import failed, judge
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, load_policy
+from samq.sweep.benchmarking import join_items
 from samq.tracking.registry import RegisteredGguf
 from tests.conftest import write_tiny_gguf
 from tests.samq.sweeps import make_sweep

@@ -13,8 +13,8 @@ import pytest
 
 from samq.gguf.file import file_sha256
 from samq.serving.refusal import Refused
-from samq.tracking.registry import connect
 from samq.serving.source import FileSource, registry_source
+from samq.tracking.registry import connect
 from tests.conftest import write_tiny_gguf
 from tests.samq.serving.conftest import put, running, serves
 from tests.samq.serving.test_answers import events

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.benchmarks import benchmark, measure_benchmarks, run_benchmarks
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
-from samq.llamacpp.runtime import Model
+from samq.evaluation.lm_eval.benchmarks import benchmark, measure_benchmarks, run_benchmarks
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
+from samq.llamacpp.runtime import Model
 from samq.records import Evaluation
 from samq.sweep.significance import ITEMS_NAME, compare_items
 from tests.samq.evaluation.lm import RuleLM

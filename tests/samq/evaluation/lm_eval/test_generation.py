@@ -3,8 +3,8 @@ import pytest
 
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.generation import generate
-from samq.llamacpp.runtime import Context, Model
 from samq.evaluation.lm_eval.sampling import Sampling, choose
+from samq.llamacpp.runtime import Context, Model
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 

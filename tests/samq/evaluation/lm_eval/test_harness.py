@@ -22,11 +22,11 @@ from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary
 from samq.evaluation.lm_eval.float32 import load_float32
 from samq.evaluation.lm_eval.harness import GgufLM
-from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import BenchmarkSettings
 from samq.gguf.file import read_tensors
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.llamacpp.runtime import Model
 from samq.llamacpp.toolchain import environment, program
+from samq.sensitivity.hf_model import describe_source, load_model
 from tests.command_line import refused, run
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
