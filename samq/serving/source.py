@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.errors import SamqError
+from samq.errors import SamqError, UnreachableError
 from samq.gguf.file import file_sha256
 from samq.home import mlflow_uri
 
@@ -32,15 +32,9 @@ class ServedGguf:
         return f"{self.name}{version} (sha256 {self.sha256[:12]})"
 
 
-Source = Callable[[], ServedGguf]  # looks up what is to be served now; raises SamqError, the two below among them
-
-
-class Unreachable(SamqError):
-    """MLflow, or the file, cannot be read: what is to be served is not known."""
-
-
-class NothingNamed(SamqError):
-    """MLflow was asked, and has no such model, version or alias."""
+# Looks up the GGUF to serve. Raises UnreachableError if MLflow or the file cannot be read, NotRegisteredError if MLflow has
+# no such model, version or alias, and SamqError if the GGUF cannot be served here.
+Source = Callable[[], ServedGguf]
 
 
 def find_source(target: str) -> Source:
@@ -97,13 +91,13 @@ _hashes: dict[Path, tuple[_Stamp, str]] = {}  # of this process: what is looked 
 def content_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file, which is only read again if it looks changed: 40 GB take tens of seconds.
 
-    Whoever writes to a file changes its `st_ctime_ns`, which unlike `st_mtime_ns` cannot be set back. Raises
-    Unreachable if there is no such file, and SamqError if it cannot be read.
+    Writing to a file changes its `st_ctime_ns`, which unlike `st_mtime_ns` cannot be set back. Raises UnreachableError if
+    the file does not exist, and SamqError if it cannot be read.
     """
     try:
         stat = path.stat()
     except OSError as error:
-        raise Unreachable(f"cannot read {path}: {error.strerror}; put the GGUF back") from error
+        raise UnreachableError(f"cannot read {path}: {error.strerror}; put the GGUF back") from error
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     known = _hashes.get(path)
     if known is None or known[0] != stamp:

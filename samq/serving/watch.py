@@ -6,14 +6,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from samq.errors import SamqError
+from samq.errors import NotRegisteredError, SamqError, UnreachableError
 from samq.serving.engine import Engine
 from samq.serving.loading import MemoryShort, Unfit, fits_beside, load, load_verified, verify
 from samq.serving.metrics import Metrics
 from samq.serving.model import ServedModel
 from samq.serving.settings import ServingSettings
 from samq.serving.shadow import RecentPrompts, agreement
-from samq.serving.source import NothingNamed, ServedGguf, Source, Unreachable
+from samq.serving.source import ServedGguf, Source
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ class Watcher:
         serving = self._engine.model
         try:
             wanted = self._source()
-        except Unreachable as error:
+        except UnreachableError as error:
             self._metrics.lookup_failures.inc()
             self._report(str(error))
             return
-        except NothingNamed as error:
+        except NotRegisteredError as error:
             self._settle()
             self._report(f"{error}; {serving.gguf} keeps serving" if serving else f"nothing to serve yet: {error}")
             return

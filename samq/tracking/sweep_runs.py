@@ -43,7 +43,7 @@ from samq.report.prediction import predicted_and_measured
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
 from samq.report.markdown_report import results_table
 from samq.sweep.selection import Comparison, Failure, Result, by_size, pareto, rival_of
-from samq.tracking.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder, user
+from samq.tracking.registry import CANDIDATE_ALIAS, HELDOUT, connect, register, sqlite_folder, user
 from samq.sweep.significance import ITEMS_NAME, PairedComparison
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class TrackedSweep:
         urls = self.urls(self.tracking_uri.rstrip("/") if served else "http://127.0.0.1:5000")
         lines = [f"MLflow: {urls['sweep']}" + ("" if served else "   (after `samq ui`)")]
         if "model" in urls:
-            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
+            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE_ALIAS}")
         if self.not_registered:
             lines.append(f"not registered: {self.not_registered}; run the sweep again, which measures nothing anew")
         return lines
