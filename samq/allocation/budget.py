@@ -13,15 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.threshold import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.allocation.budget_notation import bits_budget, plan_name, read_budget
-from samq.errors import SamqError
-from samq.llamacpp.memory import predict_memory
-from samq.evaluation.settings import EvaluationSettings
-from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
 from samq.allocation.prices import lengthened, plan_cost
+from samq.allocation.threshold import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
+from samq.errors import SamqError
+from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
+from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
 
 Options = Mapping[str, Mapping[str, Price]]  # tensor -> type -> price
 
@@ -84,10 +83,7 @@ def parse_budget(text: str, target: Target) -> Budget:
         case "mixture":
             return Budget(text, stock_plan(target, written.mixture).tensor_bytes)
         case "vram":
-            settings = EvaluationSettings.model_validate(
-                {"vram_context_tokens": written.context_tokens, "kv_type": written.kv_type}
-            )
-            memory = predict_memory(target.gguf, settings)
+            memory = predict_memory(target.gguf, written.context_tokens, kv_type=written.kv_type)
             rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
             free = frozenset() if target.tied else frozenset({EMBEDDING})
             return Budget(text, written.bytes - math.ceil(rest), free)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samq.evaluation.lm_eval.chat import tokenize_chat
+from samq.llamacpp.chat import tokenize_chat
 from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Context, Model
 from samq.serving.sampling import Sampler, Sampling
 from samq.serving.source import ServedGguf
