@@ -14,11 +14,11 @@ import quality
 import torch
 from setting import machine, versions
 
-from samq.allocation.threshold import stock_plan
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import rung_names
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.allocation.threshold import stock_plan
 from samq.progress import bar
+from samq.sensitivity.hf_model import describe_source, load_model
 from samq.store import Store
 
 

@@ -21,18 +21,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 from setting import machine, versions
 
-from samq.allocation.threshold import Target, stock_plan
-from samq.sensitivity.backpropagation import backpropagate
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
-from samq.sweep.comparison import compare
-from samq.sensitivity.fisher import Fisher
-from samq.gguf.file import TensorInfo, file_sha256, open_gguf
 from samq.allocation.ladder import Ladder, rung_names, uniform_plan
-from samq.sensitivity.layout import row_orders, weights_of
 from samq.allocation.prices import plan_cost, price_table, rounding_error
+from samq.allocation.threshold import Target, stock_plan
+from samq.gguf.file import TensorInfo, file_sha256, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, SensitivityMap
+from samq.sensitivity.backpropagation import backpropagate
+from samq.sensitivity.fisher import Fisher
+from samq.sensitivity.layout import row_orders, weights_of
 from samq.store import Store
+from samq.sweep.comparison import compare
 
 MIXTURES = ("Q4_K_M", "Q3_K_M")
 GRAINS = ("1", "8", "32", "256", "row", "row x column", "tensor")  # weights of a row, but the last two

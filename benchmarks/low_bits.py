@@ -14,10 +14,10 @@ from collections import Counter
 import quality
 from setting import machine, versions
 
-from samq.allocation.threshold import stock_plan
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import DEFAULT_TYPES, uniform_plan
 from samq.allocation.prices import plan_cost
+from samq.allocation.threshold import stock_plan
 from samq.records import Plan, PriceTable
 from samq.store import Store
 

@@ -28,31 +28,31 @@ import pandas as pd
 from setting import conclude, versions
 from transformers import PreTrainedModel
 
-from samq.quantization import compensation
-from samq.allocation.threshold import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
-from samq.quantization.assembly import write_assembled
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
-from samq.data.tokens import TokenBatch, tokenize
-from samq.sweep.comparison import compare
-from samq.quantization.compensation import compensate, compensated_prices
+from samq.allocation.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, uniform_plan
+from samq.allocation.prices import plan_cost, price_table
+from samq.allocation.threshold import Target, ThresholdPolicy, change_points, stock_plan, threshold_plan
 from samq.data.datasets import DatasetSpec, load_texts
+from samq.data.tokens import TokenBatch, tokenize
 from samq.evaluation.baseline import cut_chunks, write_baseline
 from samq.evaluation.divergence import measure_divergence
-from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import EvaluationSettings
-from samq.sensitivity.fisher import Fisher, load_fisher, save_fisher
 from samq.gguf.file import file_sha256, gguf_names, read_metadata
-from samq.sensitivity.gram import GramMatrices, measure_gram
-from samq.allocation.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, uniform_plan
-from samq.sensitivity.layout import row_orders, weights_of
-from samq.sensitivity.hf_model import describe_source, load_model
-from samq.allocation.prices import plan_cost, price_table
-from samq.progress import bar
 from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME, measure_imatrix
+from samq.llamacpp.runtime import Model
+from samq.llamacpp.toolchain import find_toolchain
+from samq.progress import bar
+from samq.quantization import compensation
+from samq.quantization.assembly import write_assembled
+from samq.quantization.compensation import compensate, compensated_prices
 from samq.records import CalibrationSet, Plan, PriceTable, SensitivityMap, digest_of
+from samq.sensitivity.fisher import Fisher, load_fisher, save_fisher
+from samq.sensitivity.gram import GramMatrices, measure_gram
+from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.layout import row_orders, weights_of
 from samq.sensitivity.measure import measure_sensitivity
 from samq.store import Artifact, Store
-from samq.llamacpp.toolchain import find_toolchain
+from samq.sweep.comparison import compare
 
 LEAST_REDUCTION = {"Q3_K_M": 0.35, "Q4_K_S": 0.35, "Q4_K_M": 0.35, "Q5_K_M": 0.2, "Q6_K": 0.12}
 MIXTURES = tuple(LEAST_REDUCTION)

@@ -33,8 +33,8 @@ import psutil
 from llama_cpp import Llama
 from setting import conclude
 
-from samq.llamacpp.runtime import default_threads
 from samq.gguf.file import file_sha256
+from samq.llamacpp.runtime import default_threads
 
 CONTEXT = 2048
 OVERHEAD_LIMIT = 0.03

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 
 from flows.parameters import Parameters
 from samq.errors import SamqError
+from samq.home import mlflow_uri
 from samq.promotion.gate_report import describe
 from samq.promotion.history import MAX_REASON_CHARACTERS, Event
-from samq.home import mlflow_uri
 from samq.promotion.move import Judgement
 from samq.promotion.policy import PromotionPolicy, load_policy
 from samq.tracking.registry import CANDIDATE_ALIAS

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.errors import SamqError
-from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type, fallback, without_entry
 from samq.gguf.file import TensorInfo, file_sha256, imatrix_entries, read_tensors
+from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type, fallback, without_entry
 from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 

@@ -198,9 +198,9 @@ def calibrate(
     _prepare_prefect()
     with _imports():
         from samq.data.datasets import DatasetSpec
-        from samq.sensitivity.hf_model import describe_source
-        from samq.records import SensitivityMap
         from samq.llamacpp.toolchain import converter_build, find_toolchain
+        from samq.records import SensitivityMap
+        from samq.sensitivity.hf_model import describe_source
         from tasks.calibrate import FISHER_NAME, MAP_NAME
         from tasks.calibrate import calibrate as calibrate_stage
         from tasks.convert import convert
@@ -349,10 +349,10 @@ def _budget_plan(map: Path, gguf: Path, budget: str, types: list[str] | None, im
     with _imports():
         from samq.allocation.budget import BudgetPolicy, why_doubted
         from samq.allocation.budget_notation import read_budget
-        from samq.report.description import describe_plan
         from samq.allocation.ladder import DEFAULT_TYPES
         from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
         from samq.llamacpp.toolchain import find_toolchain
+        from samq.report.description import describe_plan
         from tasks.calibrate import FISHER_NAME, MAP_NAME
         from tasks.ladder import choose_rungs, rung
         from tasks.plan import load_plan, plan_budget
@@ -381,8 +381,8 @@ def _threshold_plan(
 ) -> "Plan":
     """The plan of a threshold, printed, with the thresholds at which it would change."""
     from samq.allocation.threshold import Target, ThresholdPolicy, change_points, propose_thresholds, threshold_plan
-    from samq.records import SensitivityMap
     from samq.llamacpp.toolchain import find_toolchain
+    from samq.records import SensitivityMap
 
     if grouping not in ("block", "tensor"):
         raise SamqError(f"--grouping {grouping} is neither block nor tensor; choose one of them")
@@ -418,8 +418,8 @@ def quantize(
 ) -> None:
     """Write a plan's GGUF by llama-quantize, and check every type and byte of it against the plan."""
     from samq.llamacpp import programs as quantizer
-    from samq.records import Plan
     from samq.llamacpp.toolchain import find_toolchain
+    from samq.records import Plan
 
     check_file(out)
     wanted, toolchain = Plan.load(plan), find_toolchain()
@@ -464,11 +464,11 @@ def compensate(
     """Round a GGUF's weights anew so that errors make up for each other (GPTQ): the same size and types, nearer to F16."""
     _prepare_prefect()
     with _imports():
-        from samq.quantization import compensation
         from samq.data.datasets import DatasetSpec
+        from samq.llamacpp.programs import GGUF_NAME
+        from samq.quantization import compensation
         from samq.sensitivity.gram import GRAM_TOKENS, GramMatrices
         from samq.sensitivity.hf_model import compute_device, describe_source
-        from samq.llamacpp.programs import GGUF_NAME
         from tasks.compensate import GRAM_NAME, gram
 
     check_file(out)
@@ -526,10 +526,10 @@ def evaluate(
     with _imports():
         from samq.data.datasets import DatasetSpec, is_file, load_texts
         from samq.evaluation.settings import EVALUATION_NAME, EvaluationSettings
-        from samq.sensitivity.hf_model import describe_source
         from samq.llamacpp.programs import GGUF_NAME
-        from samq.records import Evaluation, TextSet
         from samq.llamacpp.toolchain import converter_build, find_toolchain
+        from samq.records import Evaluation, TextSet
+        from samq.sensitivity.hf_model import describe_source
         from tasks.convert import convert
         from tasks.evaluate import baseline as baseline_stage
         from tasks.evaluate import evaluate as evaluate_stage
@@ -668,8 +668,8 @@ def rollback(
 ) -> None:
     """Let the version serve that did before the one in production; again, and it is swapped back."""
     with _imports():
-        from samq.promotion.gate_report import describe
         from samq.home import mlflow_uri
+        from samq.promotion.gate_report import describe
         from samq.promotion.move import rollback as swap
         from samq.tracking.registry import connect
 
@@ -685,9 +685,9 @@ def status(
 ) -> None:
     """Which versions serve, and the last promotions, refusals and rollbacks."""
     with _imports():
+        from samq.home import mlflow_uri
         from samq.promotion.gate_report import history_table, status_table
         from samq.promotion.history import history
-        from samq.home import mlflow_uri
         from samq.tracking.registry import aliases, connect, model_names, notable_versions
 
     with bar("ask MLflow"):
@@ -705,8 +705,8 @@ def prune(
     """Free disk: remove what the store holds and no run used lately; GGUFs that an alias points at stay."""
     with _imports():
         from samq.home import mlflow_uri
-        from samq.tracking.registry import aliased_files, connect
         from samq.store import Store
+        from samq.tracking.registry import aliased_files, connect
 
     with bar("free disk"):
         freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))

@@ -12,14 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.errors import SamqError, ToolError
-from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import TensorInfo, file_sha256, read_tensors
+from samq.gguf.formats import check_mixture, tensor_bytes
 from samq.llamacpp.process import run
+from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
-from samq.llamacpp.toolchain import environment, program
 
 FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
 GGUF_NAME = "model.gguf"

@@ -16,7 +16,7 @@ from samq.gguf.file import file_sha256, read_metadata
 from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Evaluation
-from samq.report.markdown_report import COLUMNS
+from samq.report.table import COLUMNS
 from samq.sweep.selection import KLD, VRAM
 from samq.sweep.significance import JSON_ITEMS, PairedComparison, compare_items
 

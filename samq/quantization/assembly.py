@@ -18,13 +18,13 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
-from samq.gguf.audit import accept, provenance_metadata, require_space
-from samq.errors import SamqError
-from samq.gguf.formats import NEEDS_IMATRIX, tensor_bytes
-from samq.gguf.file import require_alignment
 from samq.allocation.ladder import Ladder
-from samq.progress import Progress, silent
+from samq.errors import SamqError
+from samq.gguf.audit import accept, provenance_metadata, require_space
+from samq.gguf.file import require_alignment
+from samq.gguf.formats import NEEDS_IMATRIX, tensor_bytes
 from samq.llamacpp.programs import GGUF_NAME
+from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type -> bytes

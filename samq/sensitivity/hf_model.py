@@ -26,9 +26,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from samq.data.hub import is_unreachable
 from samq.errors import SamqError, UnreachableError
 from samq.gguf.file import MappedReader, file_sha256, open_gguf
-from samq.data.hub import is_unreachable
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 

@@ -23,9 +23,9 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
-from samq.sweep.comparison import CONFIDENCE, RESAMPLES
 from samq.errors import SamqError
 from samq.records import Metric, Record
+from samq.sweep.comparison import CONFIDENCE, RESAMPLES
 
 ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
 JSON_ITEMS = "json/valid"  # the JSON prompts' answers among the items: every evaluation may have them

@@ -2,17 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from samq import __version__
 from samq.errors import SamqError
-from samq.records import CalibrationSet, ModelSource, Plan, TextSet, Toolchain
-from samq.report.markdown_report import kept_tensors
+from samq.records import Plan
+from samq.report.table import kept_tensors
 from samq.sweep.benchmarking import PRODUCTION
 from samq.sweep.cost import CostSettings, cost_metrics
-from samq.sweep.selection import Comparison, Result, rival_of
-from samq.sweep.significance import PairedComparison, delta_metrics
+from samq.sweep.selection import Result
+from samq.sweep.significance import delta_metrics
+from samq.sweep.sweep import MadeFrom, Sweep
 
 # Parameters of any policy.
 _POLICY_PARAMETERS = tuple(
@@ -32,9 +33,7 @@ def legal_metric_name(name: str) -> str:
     return "/".join(parts)
 
 
-def metrics_of(
-    result: Result, results: Sequence[Result] = (), comparisons: Sequence[Comparison] = ()
-) -> dict[str, float]:
+def metrics_of(result: Result, sweep: Sweep) -> dict[str, float]:
     """All numbers of a candidate under legal names, standard errors as `<name>_stderr`.
 
     They include the plan's own numbers, which serve as axes of plots. MLflow leaves a run out of parallel coordinates if
@@ -44,7 +43,7 @@ def metrics_of(
       budget plan has neither a threshold nor `plan/kept_tensors`.
     - `plan/budget_bytes` of a plan without a budget is the size of its tensors.
     - `plan/predicted_kl_nats` is absent if a type of the plan has no price.
-    - `comparison/...` compares with the stock mixture that `samq.sweep.selection.rival_of` names. It is 0 % for that
+    - `comparison/...` compares with the stock mixture that `samq.sweep.sweep.Sweep.rival` names. It is 0 % for that
       mixture and 100 % for full precision. Without an interval, the ends of the interval are absent.
 
     A metric that was not measured is absent.
@@ -58,7 +57,7 @@ def metrics_of(
         "plan/budget_bytes": float(plan.parameters.get("budget_bytes") or plan.tensor_bytes),
         "plan/predicted_kl_nats": predicted.value if predicted else None,
         "plan/predicted_kl_nats_stderr": predicted.stderr if predicted else None,
-        **_against_rival(result, results, comparisons),
+        **_against_rival(result, sweep),
     }
     for name, metric in result.evaluation.metrics.items():
         values[legal_metric_name(name)] = metric.value
@@ -66,12 +65,10 @@ def metrics_of(
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def benchmark_metrics(
-    result: Result, comparisons: Sequence[PairedComparison], cost: CostSettings | None
-) -> dict[str, float]:
+def benchmark_metrics(result: Result, sweep: Sweep, cost: CostSettings | None) -> dict[str, float]:
     """A candidate's differences on benchmarks from full precision and from production, and its serving cost."""
     values: dict[str, float] = {}
-    own = [comparison for comparison in comparisons if comparison.candidate == result.name]
+    own = [comparison for comparison in sweep.benchmarks if comparison.candidate == result.name]
     for against, with_production in (("f16", False), (PRODUCTION, True)):
         chosen = [comparison for comparison in own if (comparison.reference == PRODUCTION) is with_production]
         for name, metric in delta_metrics(chosen, against).items():
@@ -83,18 +80,15 @@ def benchmark_metrics(
     return values
 
 
-def _against_rival(
-    result: Result, results: Sequence[Result], comparisons: Sequence[Comparison]
-) -> dict[str, float | None]:
+def _against_rival(result: Result, sweep: Sweep) -> dict[str, float | None]:
     """How much closer to full precision a candidate is than its rival, a stock mixture, in percent."""
-    rival = rival_of(result, results)
+    rival = sweep.rival(result)
     if rival is None:
         return {}
     if result.plan.policy in ("full", "stock"):
         low = reduction = high = 1.0 if result.plan.policy == "full" else 0.0
     else:
-        pair = (result.name, rival.name)
-        comparison = next((one for one in comparisons if (one.candidate, one.rival) == pair), None)
+        comparison = sweep.comparison(result.name, rival.name)
         if comparison is None:
             return {}
         low, reduction, high = comparison.low, comparison.reduction, comparison.high
@@ -134,18 +128,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def common_params(
-    source: ModelSource, calibration: CalibrationSet, heldout: TextSet, toolchain: Toolchain
-) -> dict[str, str]:
+def common_params(made_from: MadeFrom) -> dict[str, str]:
     """Parameters that all candidates of a sweep share."""
     return {
-        "model": source.name,
-        "revision": source.revision or "",
-        "weights_digest": source.weights_digest,
-        "dataset": calibration.dataset,
-        "dataset_digest": calibration.tokens_digest,
-        "heldout_digest": heldout.digest(),
-        "llama_cpp": toolchain.version,
-        "llama_cpp_build": toolchain.build,
+        "model": made_from.source.name,
+        "revision": made_from.source.revision or "",
+        "weights_digest": made_from.source.weights_digest,
+        "dataset": made_from.calibration.dataset,
+        "dataset_digest": made_from.calibration.tokens_digest,
+        "heldout_digest": made_from.heldout.digest(),
+        "llama_cpp": made_from.toolchain.version,
+        "llama_cpp_build": made_from.toolchain.build,
         "samq": __version__,
     }

@@ -23,7 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERS
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
 from samq.records import Evaluation, Plan, QuantizedModel
 from samq.report.description import describe_plan
-from samq.report.markdown_report import COLUMNS
+from samq.report.table import COLUMNS
 from samq.sweep.selection import MB
 
 CANDIDATE_ALIAS = "candidate"

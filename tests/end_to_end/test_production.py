@@ -89,7 +89,15 @@ def serve(environment, tmp_path):
         config, log = tmp_path / "serving.yaml", tmp_path / "serve.log"
         config.write_text(yaml.safe_dump({**SERVING, "port": free_port()}))
         address = f"http://127.0.0.1:{yaml.safe_load(config.read_text())['port']}"
-        command = [sys.executable, "-m", "samq.cli.app", "serve", f"models:/{MODEL}@production", "--config", str(config)]
+        command = [
+            sys.executable,
+            "-m",
+            "samq.cli.app",
+            "serve",
+            f"models:/{MODEL}@production",
+            "--config",
+            str(config),
+        ]
         with log.open("wb") as output:
             root = Path(__file__).parents[2]
             child = subprocess.Popen(command, env=environment, cwd=root, stdout=output, stderr=output)

@@ -27,12 +27,12 @@ from flows.requantize import requantize
 from samq.data.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256, read_metadata, read_tensors, read_weights
-from samq.sensitivity.hf_model import write_hf_folder
 from samq.llamacpp.programs import GGUF_NAME
 from samq.records import Compensation
+from samq.sensitivity.hf_model import write_hf_folder
+from samq.store import Store
 from samq.sweep.selection import KLD
 from samq.sweep.significance import ITEMS_NAME
-from samq.store import Store
 from tasks.calibrate import MAP_NAME
 from tasks.compensate import COMPENSATION_NAME
 from tasks.quantize import COMPENSATED_NAME

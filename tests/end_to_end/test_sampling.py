@@ -7,8 +7,8 @@ import pytest
 
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
-from samq.sensitivity.fisher import load_fisher
 from samq.records import PriceTable, SensitivityMap
+from samq.sensitivity.fisher import load_fisher
 from samq.store import Store
 from tasks.calibrate import FISHER_NAME, MAP_NAME, calibrate
 from tasks.price import PRICES_NAME

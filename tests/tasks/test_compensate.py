@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from samq.gguf.audit import audit
 from samq.allocation.budget import BudgetPolicy
-from samq.gguf.file import file_sha256, read_metadata, read_tensors
 from samq.allocation.ladder import rungs_of
-from samq.sensitivity.hf_model import describe_source
 from samq.allocation.prices import plan_cost
+from samq.gguf.audit import audit
+from samq.gguf.file import file_sha256, read_metadata, read_tensors
 from samq.records import CalibrationSet, Compensation, QuantizedModel
+from samq.sensitivity.hf_model import describe_source
 from samq.store import Store
 from tasks.calibrate import calibrate
 from tasks.compensate import COMPENSATION_NAME, compensate, compensate_rung, gram, price_compensated

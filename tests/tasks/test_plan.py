@@ -3,8 +3,8 @@
 import pytest
 
 from samq.allocation.budget import BudgetPolicy, why_doubted
-from samq.gguf.formats import tensor_bytes
 from samq.gguf.file import file_sha256
+from samq.gguf.formats import tensor_bytes
 from samq.llamacpp.programs import GGUF_NAME, quantizable_tensors
 from samq.records import Price, PriceTable, TensorPrices
 from samq.store import Store

@@ -2,8 +2,8 @@
 
 import pytest
 
-from samq.data.tokens import TokenBatch
 from samq.data.datasets import DatasetSpec
+from samq.data.tokens import TokenBatch
 from samq.records import TextSet
 from samq.store import Store
 from tasks.text import TOKENS_NAME, heldout, load_calibration_set, load_text, tokenize

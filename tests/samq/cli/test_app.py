@@ -16,11 +16,11 @@ import numpy as np
 import psutil
 import pytest
 
-from samq.cli import app as cli
 from samq.allocation.threshold import Target, stock_plan
-from samq.sensitivity.fisher import Fisher, save_fisher
+from samq.cli import app as cli
 from samq.gguf.file import file_sha256, read_metadata
 from samq.records import Plan, SensitivityMap, TensorSensitivity
+from samq.sensitivity.fisher import Fisher, save_fisher
 from tests.command_line import refused, samq
 from tests.conftest import write_tiny_gguf
 from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama, write_llama_gguf

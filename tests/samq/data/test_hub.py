@@ -14,8 +14,8 @@ import torch
 from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file
 
-from samq.sensitivity.hf_model import describe_source, load_model
 from samq.records import ModelSource
+from samq.sensitivity.hf_model import describe_source, load_model
 from tests.tiny_models import save_folder, tiny_llama
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -98,7 +98,9 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "tiny")
     (folder / "original.pth").write_bytes(b"the same weights in another format")
-    done = run("from samq.sensitivity.hf_model import describe_source; print(describe_source('org/tiny').model_dump_json())")
+    done = run(
+        "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/tiny').model_dump_json())"
+    )
     assert done.returncode == 0, done.stderr
     source, local = ModelSource.model_validate_json(done.stdout), describe_source(folder)
     assert (source.name, source.revision) == ("org/tiny", COMMIT)
@@ -115,7 +117,9 @@ def test_weights_in_torchs_own_format_are_fetched_where_there_are_no_others(hub)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     (folder / "training_args.bin").write_bytes(b"nothing of the model")
-    done = run("from samq.sensitivity.hf_model import describe_source; print(describe_source('org/old').model_dump_json())")
+    done = run(
+        "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/old').model_dump_json())"
+    )
     assert done.returncode == 0, done.stderr
     source = ModelSource.model_validate_json(done.stdout)
     assert source.weights_digest == describe_source(folder).weights_digest

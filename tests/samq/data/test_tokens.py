@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from samq.data.tokens import TokenBatch, batches, tokenize
 from samq.data.datasets import DatasetSpec
+from samq.data.tokens import TokenBatch, batches, tokenize
 from samq.errors import SamqError
 from tests.tiny_models import tiny_tokenizer
 

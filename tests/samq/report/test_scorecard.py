@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from samq.sweep.benchmarking import compare_benchmarks, join_items
-from samq.sweep.cost import CostSettings, cost_metrics, cost_section
 from samq.records import Metric
 from samq.report.scorecard import benchmark_section, scorecard_section, why_missing
+from samq.sweep.benchmarking import compare_benchmarks, join_items
+from samq.sweep.cost import CostSettings, cost_metrics, cost_section
 from samq.sweep.selection import VRAM
 from samq.sweep.significance import ITEMS_NAME
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from samq.tracking import mlflow_view
-from samq.sweep.comparison import compare_sweep
 from samq.errors import SamqError
 from samq.records import Plan, SensitivityMap
 from samq.report.markdown_report import markdown_report
+from samq.sweep.comparison import compare_sweep
 from samq.sweep.selection import Failure, SelectionRule, choose
+from samq.tracking import mlflow_view
 from samq.tracking.registry import connect
 from samq.tracking.sweep_runs import TrackingSettings, track_sweep
 
