@@ -15,13 +15,9 @@ from samq.evaluation.baseline import Baseline, cut_chunks, read_tokens, write_ba
 from samq.evaluation.divergence import measure_divergence
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
-from samq.evaluation.settings import (
-    EVALUATION_NAME,
-    BaselineRequest,
-    EvaluationRequest,
-    EvaluationSettings,
-)
+from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
+from samq.files import EVALUATION_NAME
 from samq.llamacpp import gpu
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, default_threads, system_info

@@ -19,9 +19,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
+from samq.files import ITEMS_NAME
 from samq.records import Evaluation, Plan
 from samq.sweep.benchmarking import join_items
-from samq.sweep.significance import ITEMS_NAME
 from samq.tracking.registry import PRODUCTION_ALIAS, RegisteredGguf, aliases, find_version, model_names
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ exceptions: a claim older than `STALE_S` counts as that of a dead process, and s
 own page or client makes no claim.
 """
 
-import fcntl
 import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from samq.errors import SamqError
@@ -37,11 +37,11 @@ def alias_lock(client: MlflowClient, name: str) -> Iterator[None]:
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
-        except OSError as error:
-            raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+    try:
+        lock = FileLock(path).acquire()
+    except OSError as error:
+        raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+    with lock:
         yield
 
 

@@ -20,10 +20,10 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from samq.allocation.ladder import Ladder
 from samq.errors import SamqError
+from samq.files import GGUF_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import require_alignment
 from samq.gguf.formats import NEEDS_IMATRIX, tensor_bytes
-from samq.llamacpp.programs import GGUF_NAME
 from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 

@@ -4,7 +4,6 @@ A version points at the GGUF and holds no copy of it. Its tags give the location
 the size (`size_bytes`); its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
 """
 
-import fcntl
 import getpass
 import json
 import re
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Run
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -64,9 +64,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     try:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".mlflow.lock", "w") if folder else nullcontext() as lock:
-            if lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / ".mlflow.lock") if folder else nullcontext():
             client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             client.search_experiments(max_results=1)
         return client

@@ -27,7 +27,7 @@ from mlflow.utils.mlflow_tags import (
 
 from samq import __version__
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
+from samq.files import EVALUATION_NAME, ITEMS_NAME
 from samq.records import CalibrationSet, TextSet
 from samq.report.description import describe_plan
 from samq.report.figures import pareto_figure, prediction_figure
@@ -36,7 +36,6 @@ from samq.report.prediction import predicted_and_measured
 from samq.report.table import results_table
 from samq.sweep.benchmarking import items_of
 from samq.sweep.selection import Failure, Result
-from samq.sweep.significance import ITEMS_NAME
 from samq.sweep.sweep import MadeFrom, Sweep
 from samq.tracking import mlflow_view
 from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of

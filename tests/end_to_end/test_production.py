@@ -73,7 +73,7 @@ def free_port():
 
 def samq(environment, *arguments, code=0):
     """Run a command to its end; returns what it printed."""
-    command = [sys.executable, "-m", "samq.cli.app", *map(str, arguments)]
+    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
@@ -92,7 +92,7 @@ def serve(environment, tmp_path):
         command = [
             sys.executable,
             "-m",
-            "samq.cli.app",
+            "samq.cli",
             "serve",
             f"models:/{MODEL}@production",
             "--config",

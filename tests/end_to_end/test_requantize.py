@@ -26,16 +26,12 @@ from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.data.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
+from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, ITEMS_NAME, MAP_NAME
 from samq.gguf.file import file_sha256, read_metadata, read_tensors, read_weights
-from samq.llamacpp.programs import GGUF_NAME
 from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
 from samq.sweep.selection import KLD
-from samq.sweep.significance import ITEMS_NAME
-from tasks.calibrate import MAP_NAME
-from tasks.compensate import COMPENSATION_NAME
-from tasks.quantize import COMPENSATED_NAME
 from tests.command_line import samq
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
@@ -314,7 +310,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
     environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
     environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "samq.cli.app", "requantize", "--config", str(config)]
+    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
 
     def start():
         log = (tmp_path / "log").open("ab")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.gguf.audit import as_is
 from samq.gguf.file import file_sha256
 from samq.llamacpp.programs import quantize

@@ -25,13 +25,13 @@ from samq.evaluation.lm_eval.benchmark_tasks import Benchmark, TaskLibrary, code
 from samq.evaluation.lm_eval.harness import GgufLM, explain
 from samq.evaluation.measure import Report, write_table
 from samq.evaluation.sandbox.run import isolation
-from samq.evaluation.settings import EVALUATION_NAME, BenchmarkRequest, BenchmarkSettings, benchmark_key, metric_part
+from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, benchmark_key, metric_part
+from samq.files import EVALUATION_NAME, ITEMS_NAME
 from samq.llamacpp.runtime import Model
 from samq.markdown import one_line
 from samq.output import make_folder
 from samq.progress import Progress, silent
 from samq.records import Evaluation, Metric
-from samq.sweep.significance import ITEMS_NAME
 
 logger = logging.getLogger(__name__)
 

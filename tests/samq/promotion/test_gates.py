@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.errors import SamqError
 from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.gates import failed, judge

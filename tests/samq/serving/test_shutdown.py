@@ -29,7 +29,7 @@ def process(model, tmp_path, *, until=lambda client: ready(client), environment=
         port = probe.getsockname()[1]
     config = tmp_path / "serving.yaml"
     config.write_text("".join(f"{name}: {value}\n" for name, value in {"context_tokens": 8192, **settings}.items()))
-    command = [sys.executable, "-m", "samq.cli.app", "serve", str(model), "--config", str(config), "--port", str(port)]
+    command = [sys.executable, "-m", "samq.cli", "serve", str(model), "--config", str(config), "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(
             command,

@@ -11,9 +11,10 @@ from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
 from samq.evaluation.lm_eval.benchmarks import benchmark, measure_benchmarks, run_benchmarks
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
+from samq.files import ITEMS_NAME
 from samq.llamacpp.runtime import Model
 from samq.records import Evaluation
-from samq.sweep.significance import ITEMS_NAME, compare_items
+from samq.sweep.significance import compare_items
 from tests.samq.evaluation.lm import RuleLM
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.samq.evaluation.task_files import COLOURS, write_task
