@@ -10,7 +10,6 @@ from samq.allocation.knapsack import solve
 from samq.allocation.prices import lengthened, plan_cost
 from samq.allocation.target import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.errors import SamqError
-from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
 from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
@@ -65,10 +64,7 @@ def parse_budget(text: str, target: Target) -> Budget:
         case "mixture":
             return Budget(text, stock_plan(target, written.mixture).tensor_bytes)
         case "vram":
-            settings = EvaluationSettings.model_validate(
-                {"vram_context_tokens": written.context_tokens, "kv_type": written.kv_type}
-            )
-            memory = predict_memory(target.gguf, settings)
+            memory = predict_memory(target.gguf, written.context_tokens, kv_type=written.kv_type)
             rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
             free = frozenset() if target.tied else frozenset({EMBEDDING})
             return Budget(text, written.bytes - math.ceil(rest), free)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from samq.sweep.cost import CostSettings
 from samq.tracking import mlflow_view
-from samq.tracking.registry import CANDIDATE
+from samq.tracking.registry import CANDIDATE_ALIAS
 
 FLOW_RUN = "prefect.flow_run"  # tag of a parent run: the id of the Prefect flow run that tracked it
 REGISTERED = "samq.registered"  # tag of a parent run: the version that its best candidate is, or why it is none
@@ -77,7 +77,7 @@ class TrackedSweep:
         if self.tracking_uri.startswith("http"):
             lines.append(f"report: {self.links(self.tracking_uri.rstrip('/'))['report']}")
         if self.registered_model:
-            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
+            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE_ALIAS}")
         if self.not_registered:
             lines.append(f"not registered: {self.not_registered}; run the sweep again: everything measured is kept")
         return lines

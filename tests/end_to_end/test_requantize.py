@@ -121,13 +121,13 @@ def test_the_finalists_are_put_to_the_benchmarks_item_by_item(sweep, home):
 def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_missing(sweep, home):
     before = artifacts(home)
     unknown = {**SMALL, "benchmarks": {"tasks": ["samq_hellaswagg"]}}
-    with pytest.raises(SamqError, match="there is no task 'samq_hellaswagg'; nearest are samq_hellaswag"):
+    with pytest.raises(SamqError, match="the task 'samq_hellaswagg' does not exist; similar names are samq_hellaswag"):
         requantize(RequantizeParameters.model_validate(unknown))
     assert rebuilt(before, artifacts(home)) == []
     offline = {**SMALL, "benchmarks": {**SMALL["benchmarks"], "tasks": ["samq_hellaswag", "mmlu"]}}
     made = requantize(RequantizeParameters.model_validate(offline))
     assert rebuilt(before, artifacts(home)) == []
-    assert "the data of mmlu cannot be had" in made.best.evaluation.missing["eval/mmlu"]
+    assert "cannot load the data of mmlu" in made.best.evaluation.missing["eval/mmlu"]
 
 
 def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(made_by_sweep, home, tmp_path):

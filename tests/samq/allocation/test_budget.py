@@ -9,7 +9,6 @@ from samq.allocation.budget import Budget, BudgetPolicy, budget_plan, parse_budg
 from samq.allocation.budget_notation import read_budget
 from samq.allocation.target import Target
 from samq.errors import SamqError
-from samq.evaluation.settings import EvaluationSettings
 from samq.files import GGUF_NAME
 from samq.gguf.formats import tensor_bytes
 from samq.llamacpp.memory import predict_memory
@@ -167,8 +166,8 @@ def test_the_gguf_of_a_vram_budget_needs_no_more_vram(loadable, tmp_path, tied, 
     budget = read_budget(smallest).bytes + room
     plan = budget_plan(target, prices, parse_budget(f"vram:{budget}@2048{kind}", target), BudgetPolicy())
     quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={})
-    settings = EvaluationSettings(vram_context_tokens=2048, kv_type=kind.removeprefix("/") or "F16")
-    needed = predict_memory(tmp_path / GGUF_NAME, settings)["memory/predicted_vram_bytes"].value
+    memory = predict_memory(tmp_path / GGUF_NAME, 2048, kv_type=kind.removeprefix("/") or "F16")
+    needed = memory["memory/predicted_vram_bytes"].value
     assert 0.95 * budget < needed <= budget
     assert tied or plan.types["token_embd.weight"] == "F16", "what lies in host memory costs nothing"
 

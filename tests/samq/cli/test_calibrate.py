@@ -46,7 +46,7 @@ def cut_short(model):
         ),
         (
             give_unknown_tokenizer,
-            "llama.cpp's converter does not know the tokenizer of model; convert the model where it",
+            "llama.cpp's converter does not know the tokenizer of model; convert the model with a llama.cpp",
         ),
         (cut_short, "model.safetensors has 74316 bytes where its header promises 74416"),
         (lambda model: None, "has no field 'text'; name some of its fields: body"),
