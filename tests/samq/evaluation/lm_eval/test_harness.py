@@ -362,7 +362,9 @@ metric_list: [{{metric: acc}}]
     command += ["--tasks", "tiny,samq_hellaswag", "--model_args"]
     done = run([*command, f"gguf={pair.path}"], home=tmp_path, HF_HOME=str(tmp_path / "hf"))
     assert "|samq_hellaswag|" in done.stdout  # some of its endings do not fit the context
-    assert refused(done, "the results above are wrong, since requests failed: a continuation is longer than the context")
+    assert refused(
+        done, "the results above are wrong, since requests failed: a continuation is longer than the context"
+    )
     made = requests("loglikelihood", *[(text, choice) for text in TEXTS for choice in (" an", " the")])
     scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
     (accuracy,) = re.findall(r"\|tiny .*acc +\|↑ +\| *([\d.]+)\|", done.stdout)
