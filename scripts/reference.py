@@ -5,6 +5,7 @@ metrics from the Prometheus registry, so that no page can disagree with the code
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,22 +166,26 @@ def _type(told: Schema) -> str:
         return f"list of {inner}"
     if kind == "object" and isinstance(told.get("additionalProperties"), Mapping):
         return f"mapping to {_type(told['additionalProperties'])}"
-    return " ".join((kind, *_limits(told)))
+    if alternatives := re.fullmatch(r"\^\(([\w|]+)\)\$", told.get("pattern", "")):
+        return " or ".join(f"`{one}`" for one in alternatives[1].split("|"))
+    if "pattern" in told:
+        return f"{kind} like `{told['pattern']}`"
+    return " ".join((kind, " and ".join(_limits(told)))).rstrip()
 
 
 def _limits(told: Schema) -> Iterator[str]:
+    """A number's limits, but those of 64-bit integers."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    yield from (f"{sign} {told[key]:g}" for key, sign in signs.items() if key in told)
-    if "pattern" in told:
-        yield f"like `{told['pattern']}`"
+    yield from (f"{sign} {told[key]:,}" for key, sign in signs.items() if key in told and abs(told[key]) < 2**62)
 
 
 def _default(field: str, told: Schema, required: Any) -> str:
     if field in required:
         return "**required**"
-    if "default" not in told:
+    nullable = {"type": "null"} in told.get("anyOf", ())
+    if "default" not in told and not nullable:
         return "computed"
-    default = told["default"]
+    default = told.get("default")
     if isinstance(default, Mapping):
         return "its defaults" if default else "none"
     return f"`{json.dumps(default)}`"
@@ -201,7 +206,8 @@ def http_page() -> str:
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
             if body:
                 lines += ["", f"The body is a {_type(body)}."]
-            rows = [(f"`{code}`", answer["description"]) for code, answer in operation["responses"].items()]
+            answers = operation["responses"].items()
+            rows = [(f"`{code}`", told["description"].replace("Successful Response", "OK")) for code, told in answers]
             lines += ["", *_table(("status", "meaning"), rows)]
     for name, schema in described["components"]["schemas"].items():
         if "ValidationError" not in name:
@@ -217,15 +223,28 @@ def prometheus_page() -> str:
     for metric in own:
         (told,) = metric.describe()
         name = f"{told.name}_total" if told.type == "counter" else told.name
-        rows.append((f"`{name}`", told.type, ", ".join(f"`{label}`" for label in metric._labelnames), told.documentation))
-    rows.append(("`samq_process_gpu_memory_bytes`", "gauge", "", "GPU memory that this process holds, if there is a GPU"))
+        rows.append(
+            (f"`{name}`", told.type, ", ".join(f"`{label}`" for label in metric._labelnames), told.documentation)
+        )
+    rows.append(
+        ("`samq_process_gpu_memory_bytes`", "gauge", "", "GPU memory that this process holds, if there is a GPU")
+    )
     known = {told.name for metric in own for told in metric.describe()} | {"samq_process_gpu_memory_bytes"}
-    rows += [(f"`{one.name}`", one.type, "", one.documentation) for one in metrics.registry.collect() if one.name not in known]
+    rows += [
+        (f"`{one.name}`", one.type, "", one.documentation)
+        for one in metrics.registry.collect()
+        if one.name not in known
+    ]
     introduction = (
         "What `samq serve` reports at `GET /metrics`. Names that begin with `llamacpp:` are llama-server's. "
         "`deployments/monitoring/` has alert rules and a Grafana dashboard for them."
     )
-    return "\n".join(["# Prometheus metrics", "", introduction, "", *_table(("metric", "type", "labels", "meaning"), rows)]) + "\n"
+    return (
+        "\n".join(
+            ["# Prometheus metrics", "", introduction, "", *_table(("metric", "type", "labels", "meaning"), rows)]
+        )
+        + "\n"
+    )
 
 
 def records_page() -> str:
