@@ -2,14 +2,18 @@
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 
+from flows.parameters import RequantizeParameters
 from samq.cli.app import app
+from samq.promotion.policy import PromotionPolicy
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -91,8 +95,17 @@ def lines_of(program: str) -> list[tuple[Path, list[str]]]:
     ]
 
 
+def yaml_examples() -> list[tuple[Path, dict[str, Any]]]:
+    """The YAML in fenced code."""
+    return [
+        (page, yaml.safe_load(textwrap.dedent(block)))
+        for page in PAGES
+        for block in re.findall(r"^ *```yaml\n(.*?)^ *```", page.read_text(), re.M | re.S)
+    ]
+
+
 def show(value: object) -> str:
-    return str(value.relative_to(ROOT)) if isinstance(value, Path) else " ".join(map(str, value))
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else " ".join(map(str, value))  # arguments, or keys
 
 
 @pytest.mark.parametrize("page, arguments", lines_of("samq"), ids=show)
@@ -145,6 +158,18 @@ def test_a_file_of_the_checkout_exists(page):
         for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(CHECKED_OUT)})/[\w./-]+", code)
     }
     assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("page, example", yaml_examples(), ids=show)
+def test_a_yaml_example_is_valid(page, example):
+    if example.keys() <= PromotionPolicy.model_fields.keys():
+        PromotionPolicy.model_validate(example)
+    elif example.keys() <= RequantizeParameters.model_fields.keys():
+        demo = yaml.safe_load((ROOT / "deployments/parameters/demo.yaml").read_text())
+        RequantizeParameters.model_validate(demo | {key: demo.get(key, {}) | part for key, part in example.items()})
+    else:
+        nightly = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"][0]
+        assert example == {key: nightly[key] for key in example}
 
 
 def test_links_and_pictures_of_the_readme_exist():
