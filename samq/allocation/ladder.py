@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.threshold import Target, ThresholdPolicy, make_plan, stock_plan
+from samq.allocation.target import Target, make_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
-from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
 from samq.gguf.file import TensorInfo, read_tensors, require_alignment
-from samq.progress import Progress, silent
+from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
 from samq.llamacpp.programs import quantize
+from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 
 # IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them. That costs more than prices without terms

@@ -16,13 +16,13 @@ import numpy as np
 from gguf import ReaderTensor
 from numpy.typing import NDArray
 
-from samq.errors import SamqError
-from samq.sensitivity.fisher import Fisher
-from samq.gguf.formats import tensor_bytes
-from samq.gguf.file import TensorInfo, open_gguf, read_rows
 from samq.allocation.ladder import Ladder
+from samq.errors import SamqError
+from samq.gguf.file import TensorInfo, open_gguf, read_rows
+from samq.gguf.formats import tensor_bytes
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
+from samq.sensitivity.fisher import Fisher
 
 # Weights that a type makes longer by so much (relative) cost more, mixed with others, than their prices say: their errors have
 # one sign. IQ3_S lengthens by 2 to 3 %, no other type by a thousandth (benchmarks/low_bits.py). Shorter is another matter: Q3_K

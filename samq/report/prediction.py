@@ -9,6 +9,7 @@ import pandas as pd
 from samq.markdown import bullets, table
 from samq.records import Metric, PredictionCheck
 from samq.sweep.selection import Result, by_size, percent
+from samq.sweep.sweep import Sweep
 
 # From this KL on, predicted or measured, rounding is no small change and second order fails.
 SECOND_ORDER_LIMIT_NATS = 0.3
@@ -50,8 +51,9 @@ def beyond_second_order(results: Sequence[Result]) -> list[str]:
     return [result.name for result, *values in pairs if max(v.value for v in values) > SECOND_ORDER_LIMIT_NATS]
 
 
-def prediction_section(results: Sequence[Result], checks: Sequence[PredictionCheck]) -> list[str]:
+def prediction_section(sweep: Sweep) -> list[str]:
     """Paragraphs of the report on the predictions, in markdown; none if nothing was predicted."""
+    results, checks = sweep.results, sweep.checks
     parts, omitted = [], _left_out(results)
     if found := agreement(results):
         parts.append(

@@ -26,9 +26,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from samq.data.hub import bytes_told_to, is_unreachable
 from samq.errors import SamqError, UnreachableError
-from samq.gguf.file import MappedReader, file_sha256, open_gguf
-from samq.data.hub import is_unreachable
+from samq.gguf.file import file_sha256, open_gguf
+from samq.gguf.header import LazyReader
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 
@@ -53,18 +54,21 @@ _loading = threading.Lock()  # what is changed of transformers and gguf meanwhil
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def describe_source(model: str | Path, revision: str | None = None, hf_folder: Path | None = None) -> ModelSource:
-    """What a model is, by the contents of its files.
+def describe_source(
+    model: str | Path, revision: str | None = None, hf_folder: Path | None = None, progress: Progress = silent
+) -> ModelSource:
+    """Describe a model by the contents of its files.
 
     Args:
         model: an HF folder; a GGUF file, also one inside an installed package as package:<module>/<file>; or a hub id,
             whose files are then downloaded.
         revision: branch, tag or commit of a hub id.
-        hf_folder: where a GGUF's configuration and tokenizer are read from, instead of the GGUF.
+        hf_folder: the folder to read a GGUF's configuration and tokenizer from, instead of the GGUF.
+        progress: told of the bytes that are downloaded.
 
     Raises:
         UnreachableError: the hub does not answer.
-        SamqError: a file is missing or cut short, or it is no causal LM that transformers knows.
+        SamqError: a file is missing or cut short, or the model is not a causal LM that transformers knows.
     """
     path = _in_package(str(model)) if str(model).startswith("package:") else Path(model)
     if path.suffix == ".gguf":
@@ -73,7 +77,7 @@ def describe_source(model: str | Path, revision: str | None = None, hf_folder: P
         raise SamqError(f"{model} is no GGUF, so it brings its own tokenizer; leave the other folder {hf_folder} out")
     commit = None
     if not path.exists() and HUB_ID.fullmatch(str(model)):
-        path = _download(str(model), revision)
+        path = _download(str(model), revision, progress)
         commit = path.name  # a snapshot's folder is named after its commit
     _check_architecture(read_config(path), path)
     return ModelSource(
@@ -116,10 +120,16 @@ def _digest(files: Iterable[Path]) -> str:
     return digest_of({file.name: file_sha256(file) for file in files})
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, progress: Progress) -> Path:
     def fetch(revision: str | None, files: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=files,
+                ignore_patterns=["*/*"],
+                tqdm_class=bytes_told_to(progress),
+            )
         )
 
     try:
@@ -216,8 +226,13 @@ def _check_safetensors(path: Path) -> None:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer, from the source's folder when it has one, else from its GGUF; raises SamqError if that fails."""
+    with _loading, _gguf_read_once():
+        return _tokenizer(source)
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     folder, from_gguf = _places(source)
-    with _transformers_errors(f"the tokenizer of {source.name}"), _loading, _gguf_read_once():
+    with _transformers_errors(f"the tokenizer of {source.name}"):
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -245,27 +260,29 @@ def load_model(
     if not from_gguf:
         weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
     what = f"{source.name} as {dtype} on {place}"
-    with _transformers_errors(what), _loading, _bars_told_to(progress), _gguf_read_once():
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
-        )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            device_map=place,
-            local_files_only=True,
-            output_loading_info=True,
-            **from_gguf,
-        )
-        model, info = loaded[0].eval(), loaded[1]
+    with _loading, _gguf_read_once():
+        with _transformers_errors(what), _bars_told_to(progress):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                device_map=place,
+                local_files_only=True,
+                output_loading_info=True,
+                **from_gguf,
+            )
+            model, info = loaded[0].eval(), loaded[1]
+        tokenizer = _tokenizer(source)
     if info["missing_keys"]:  # transformers only warns, and leaves them random
         raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
     if any(
         parameter.is_meta for parameter in model.parameters()
     ):  # left on the host or on disk, out of autograd's reach
         raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
-    return model, load_tokenizer(source)
+    return model, tokenizer
 
 
 def compute_device(device: str) -> str:
@@ -302,7 +319,7 @@ def _gguf_read_once() -> Iterator[None]:
     """What transformers asks of gguf is shared: it parses a vocabulary three times a model, and maps names anew a module."""
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     # not `open_gguf`: a reader that outlives the loading keeps in memory what was read through it
-    shared = {"GGUFReader": lru_cache(MappedReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    shared = {"GGUFReader": lru_cache(LazyReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
     try:
         for name, function in shared.items():
             setattr(gguf, name, function)

@@ -10,10 +10,10 @@ import pandas as pd
 from pydantic import Field
 
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
+from samq.files import EVALUATION_NAME, ITEMS_NAME
 from samq.records import Evaluation, Record
 from samq.sweep.selection import Result
-from samq.sweep.significance import ITEMS_NAME, JSON_ITEMS, PairedComparison, compare_items
+from samq.sweep.significance import JSON_ITEMS, PairedComparison, compare_items
 
 _ANSWERS_NAME = "json.parquet"  # in a result's folder: a row for each JSON prompt
 _COLUMNS = ["benchmark", "metric", "task", "item", "document", "value", "higher_is_better"]  # all that is compared

@@ -1,8 +1,8 @@
-"""What token sequences begin with in common, laid out so that a model evaluates it once.
+"""Lays out token sequences so that a model evaluates their common prefixes once.
 
-Sorted, sequences that begin alike are neighbours. Neighbours become one batch, a tree, depth first: a token that several
-of them share at the same place is in it once. What the next batch shares with the last sequence of this one stays
-in the KV cache, so a preamble of a thousand sequences is evaluated once as well.
+In sorted order, sequences with a common prefix are neighbours. Neighbours become one batch, a tree in depth-first order:
+a token that several of them share at the same position is in the batch once. The prefix that the next batch shares with
+the last sequence of this one stays in the KV cache, so a prefix of a thousand sequences is evaluated once as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ Tokens = NDArray[np.int32]
 class Tree:
     """Some of the sequences, as a batch of tokens that the cache does not hold yet.
 
-    The k-th member's path gives, for each of its tokens, the index of that token in the batch; -1 where the cache holds
-    it already: that is for its first `kept[k]` tokens, which it shares with the last member of the tree before.
+    The path of the k-th member gives, for each of its tokens, the index of that token in the batch. It is -1 for the first
+    `kept[k]` tokens, which the cache holds already: the member shares them with the last member of the tree before.
     """
 
     members: tuple[int, ...]  # indices of the sequences, in sorted order
@@ -27,57 +27,60 @@ class Tree:
     paths: tuple[NDArray[np.int64], ...]
     tokens: Tokens
     positions: NDArray[np.int32]
-    first: NDArray[np.int32]  # the members that share a token are neighbours: those from `first` to `last`
+    first: NDArray[np.int32]  # the members from `first` to `last`, which are neighbours, share a token
     last: NDArray[np.int32]
 
 
-def trees(sequences: Sequence[Tokens], wanted_from: Sequence[int], *, tokens: int, members: int) -> Iterator[Tree]:
+def trees(sequences: Sequence[Tokens], logits_from: Sequence[int], *, tokens: int, members: int) -> Iterator[Tree]:
     """Put every sequence into a tree of at most `members`.
 
-    `wanted_from[i]` is the first position of sequence i whose logits are wanted: from there on it is in the batch, whatever
-    the cache holds. Cache and batch together have at most `tokens` more than the longest sequence. Sequences must differ.
+    `logits_from[i]` is the first position of sequence i whose logits are needed: from there on its tokens are in the batch,
+    even if the cache holds them. Cache and batch together have at most `tokens` more than the longest sequence. The
+    sequences must differ.
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index].astype(">i4").tobytes())
     trunk = np.empty(0, np.int32)  # the sequence that the cache holds
-    done = 0
-    while done < len(order):
-        chosen, alike = _choose(order[done : done + members], sequences, trunk, tokens)
-        done += len(chosen)
-        yield _tree(alike, [sequences[index] for index in chosen], [wanted_from[index] for index in chosen], chosen)
+    start = 0
+    while start < len(order):
+        chosen, common = _choose(order[start : start + members], sequences, trunk, tokens)
+        start += len(chosen)
+        yield _tree(common, [sequences[index] for index in chosen], [logits_from[index] for index in chosen], chosen)
         trunk = sequences[chosen[-1]]
 
 
 def _choose(
     order: Sequence[int], sequences: Sequence[Tokens], trunk: Tokens, tokens: int
 ) -> tuple[list[int], list[int]]:
-    """The next tree's members, and how many tokens each has in common with the one before it, the first with the trunk."""
+    """The next tree's members, and the length of the prefix that each shares with the one before, the first with the trunk."""
     chosen: list[int] = []
-    alike: list[int] = []
+    common: list[int] = []
     size = 0
     for index in order:
-        common = common_length(sequences[chosen[-1]] if chosen else trunk, sequences[index])
-        size += len(sequences[index]) - common
+        length = common_length(sequences[chosen[-1]] if chosen else trunk, sequences[index])
+        size += len(sequences[index]) - length
         if chosen and size > tokens:
             break
         chosen.append(index)
-        alike.append(common)
-    return chosen, alike
+        common.append(length)
+    return chosen, common
 
 
-def _tree(alike: Sequence[int], sequences: Sequence[Tokens], wanted_from: Sequence[int], chosen: Sequence[int]) -> Tree:
+def _tree(
+    common: Sequence[int], sequences: Sequence[Tokens], logits_from: Sequence[int], chosen: Sequence[int]
+) -> Tree:
     """Lay out the batch of the chosen sequences."""
-    cached = np.minimum.accumulate(alike)
-    # the cache is cut back for all of them where one wants logits of what it holds
-    kept = np.minimum(cached, np.where(wanted_from < cached, wanted_from, cached[0]).min()).tolist()
+    cached = np.minimum.accumulate(common)
+    # if one member needs logits of tokens in the cache, the cache is cut back for all
+    kept = np.minimum(cached, np.where(logits_from < cached, logits_from, cached[0]).min()).tolist()
     paths: list[NDArray[np.int64]] = []
     size = 0
     for member, sequence in enumerate(sequences):
-        shared = paths[-1][: alike[member]] if member else np.full(kept[0], -1)
+        shared = paths[-1][: common[member]] if member else np.full(kept[0], -1)
         new = np.arange(size, size + len(sequence) - len(shared))
         paths.append(np.concatenate([shared, new]))
         size += len(new)
     tokens, positions, first, last = np.empty((4, size), np.int32)
-    for member in reversed(range(len(sequences))):  # backwards: the first of those that share a token writes `first`
+    for member in reversed(range(len(sequences))):  # backwards: the first member that has a token writes `first` last
         path, begin = paths[member], kept[member]
         tokens[path[begin:]] = sequences[member][begin:]
         positions[path[begin:]] = np.arange(begin, len(path))
@@ -88,7 +91,7 @@ def _tree(alike: Sequence[int], sequences: Sequence[Tokens], wanted_from: Sequen
 
 
 def common_length(one: Tokens, other: Tokens) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Length of the common prefix of two sequences."""
     length = min(len(one), len(other))
     differs = one[:length] != other[:length]
     return int(differs.argmax()) if differs.any() else length

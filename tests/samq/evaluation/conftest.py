@@ -1,11 +1,12 @@
 import pytest
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.data.datasets import DatasetSpec, load_texts
 from samq.errors import SamqError
+from samq.files import GGUF_NAME
+from samq.llamacpp.programs import convert, quantize
 from samq.llamacpp.runtime import Context
 from samq.sensitivity.hf_model import describe_source
-from samq.llamacpp.programs import GGUF_NAME, convert, quantize
 
 
 @pytest.fixture(scope="session")
