@@ -10,16 +10,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
+from samq.files import GGUF_NAME, HELDOUT_NAME
 from samq.llamacpp.process import run
 from samq.progress import bar
-from samq.llamacpp.programs import GGUF_NAME
 from samq.store import Artifact
+from samq.workspace import Workspace
 from tasks.stage import stage
-from tasks.text import HELDOUT_NAME
 
 
 @stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",))
-def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: EvaluationSettings, timeout_s: float) -> None:
+def baseline(at: Workspace, folder: Path, full: Artifact, heldout: Artifact, settings: EvaluationSettings) -> None:
     """`logits.npy`: the full-precision model's logits on the held-out text, and `baseline.json`."""
     request = BaselineRequest(
         gguf=full.path(GGUF_NAME),
@@ -28,18 +28,18 @@ def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: Evaluati
         output=folder,
         settings=settings,
     )
-    measure_alone(request, folder, "baseline logits", timeout_s)
+    measure_alone(request, folder, "baseline logits", at.timeout_s)
 
 
 @stage("evaluate", version=3, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
 def evaluate(
+    at: Workspace,
     folder: Path,
     name: str,
     model: Artifact,
     heldout: Artifact,
     baseline: Artifact,
     settings: EvaluationSettings,
-    timeout_s: float,
 ) -> None:
     """`evaluation.json` and, beside it, what was measured token by token and item by item, in parquet."""
     request = EvaluationRequest(
@@ -51,7 +51,7 @@ def evaluate(
         output=folder,
         settings=settings,
     )
-    measure_alone(request, folder, f"evaluate {name}", timeout_s)
+    measure_alone(request, folder, f"evaluate {name}", at.timeout_s)
 
 
 def measure_alone(

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.knapsack import solve
-from samq.allocation.target import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.allocation.budget_notation import bits_budget, plan_name, read_budget
+from samq.allocation.knapsack import solve
+from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS, lengthened, lengthening, plan_cost
+from samq.allocation.target import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.errors import SamqError
-from samq.llamacpp.memory import predict_memory
-from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
-from samq.allocation.prices import lengthened, plan_cost
+from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
 
 _NOTHING_NATS = 1e-7  # bytes spent on less in a tensor are wasted: llama.cpp's own rounding of activations costs 1e-4
@@ -65,10 +63,7 @@ def parse_budget(text: str, target: Target) -> Budget:
         case "mixture":
             return Budget(text, stock_plan(target, written.mixture).tensor_bytes)
         case "vram":
-            settings = EvaluationSettings.model_validate(
-                {"vram_context_tokens": written.context_tokens, "kv_type": written.kv_type}
-            )
-            memory = predict_memory(target.gguf, settings)
+            memory = predict_memory(target.gguf, written.context_tokens, kv_type=written.kv_type)
             rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
             free = frozenset() if target.tied else frozenset({EMBEDDING})
             return Budget(text, written.bytes - math.ceil(rest), free)

@@ -5,16 +5,16 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from samq.allocation.target import Target
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan, parse_budget, why_doubted
 from samq.allocation.budget_notation import read_budget
+from samq.allocation.target import Target
 from samq.errors import SamqError
-from samq.llamacpp.memory import predict_memory
-from samq.evaluation.settings import EvaluationSettings
+from samq.files import GGUF_NAME
 from samq.gguf.formats import tensor_bytes
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
-from samq.llamacpp.programs import GGUF_NAME, quantize
+from samq.llamacpp.memory import predict_memory
+from samq.llamacpp.programs import quantize
 from samq.records import Price, PriceTable, TensorPrices
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
 from tests.conftest import write_tiny_gguf
 from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
 
@@ -166,8 +166,8 @@ def test_the_gguf_of_a_vram_budget_needs_no_more_vram(loadable, tmp_path, tied, 
     budget = read_budget(smallest).bytes + room
     plan = budget_plan(target, prices, parse_budget(f"vram:{budget}@2048{kind}", target), BudgetPolicy())
     quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={})
-    settings = EvaluationSettings(vram_context_tokens=2048, kv_type=kind.removeprefix("/") or "F16")
-    needed = predict_memory(tmp_path / GGUF_NAME, settings)["memory/predicted_vram_bytes"].value
+    memory = predict_memory(tmp_path / GGUF_NAME, 2048, kv_type=kind.removeprefix("/") or "F16")
+    needed = memory["memory/predicted_vram_bytes"].value
     assert 0.95 * budget < needed <= budget
     assert tied or plan.types["token_embd.weight"] == "F16", "what lies in host memory costs nothing"
 

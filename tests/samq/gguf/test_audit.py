@@ -1,8 +1,8 @@
 import pytest
 
 from samq.allocation.target import Target, stock_plan
-from samq.gguf.audit import audit, require_space
 from samq.errors import SamqError, ToolError
+from samq.gguf.audit import audit, require_space
 from samq.llamacpp.programs import quantize
 
 
