@@ -37,9 +37,9 @@ class Fisher:
     def profile(self) -> NDArray[np.float32]:
         """The columns over their mean, of `columns`' shape: what a row's mean is multiplied by. Ones if all are zero."""
         mean = self.columns.mean(axis=-1, keepdims=True, dtype=np.float64)
-        return np.divide(self.columns, mean, out=np.ones_like(self.columns, np.float64), where=mean > 0).astype(
-            np.float32
-        )
+        ratios: NDArray[np.float64] = np.ones_like(self.columns, np.float64)
+        np.divide(self.columns, mean, out=ratios, where=mean > 0)
+        return ratios.astype(np.float32)
 
     def mixed(self, share: float, other: "Fisher", other_share: float) -> "Fisher":
         """Of two measurements' sequences together, each with its share of the tokens."""
