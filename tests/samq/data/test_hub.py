@@ -1,5 +1,6 @@
 """Models and data sets by hub id, from a hub on this machine: the few pages of the Hugging Face hub that are asked for."""
 
+import ast
 import hashlib
 import json
 import os
@@ -108,6 +109,20 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     assert not (source.folder / "original.pth").exists()
     done = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/other')")
     assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in done.stderr
+
+
+@pytest.mark.e2e
+def test_a_download_tells_of_its_bytes_and_draws_nothing_itself(hub):
+    root, run = hub
+    folder = save_folder(tiny_llama(), root / "org" / "tiny")
+    code = "from samq.sensitivity.hf_model import *; describe_source('org/tiny', progress=lambda *told: print(told))"
+    process = run(code)
+    assert (process.returncode, process.stderr) == (0, "")
+    told = [ast.literal_eval(line) for line in process.stdout.splitlines()]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert told[-1] == (size, size)
+    assert all(done <= total <= size for done, total in told)
+    assert run(code).stdout == "", "nothing is downloaded twice"
 
 
 @pytest.mark.e2e

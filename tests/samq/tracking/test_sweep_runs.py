@@ -17,7 +17,8 @@ from samq.sweep.comparison import compare_sweep
 from samq.sweep.selection import Failure, SelectionRule
 from samq.tracking import mlflow_view
 from samq.tracking.registry import connect
-from samq.tracking.sweep_runs import TrackingSettings, track_sweep
+from samq.tracking.sweep_runs import track_sweep
+from samq.tracking.tracked import TrackingSettings
 from tests.samq.sweeps import check_of
 
 RULE = SelectionRule(max_size_ratio=1.6)
