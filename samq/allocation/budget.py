@@ -7,13 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.allocation.budget_notation import bits_budget, plan_name, read_budget
 from samq.allocation.knapsack import solve
-from samq.allocation.prices import lengthened, plan_cost
+from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS, lengthened, lengthening, plan_cost
 from samq.allocation.target import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
 from samq.errors import SamqError
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
 from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, lengthening
 
 _NOTHING_NATS = 1e-7  # bytes spent on less in a tensor are wasted: llama.cpp's own rounding of activations costs 1e-4
 _METADATA_BYTES = 16 * 1024  # provenance, importance matrix's values and padding, beside the source's own metadata

@@ -62,7 +62,7 @@ def evaluate(
     for name, reason in evaluation.missing.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
     if out:
-        export(artifact, out)
+        export(map(artifact.path, artifact.files), out)
 
 
 def _metrics(evaluation: "Evaluation", title: str) -> Table:

@@ -17,7 +17,7 @@ from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
-from samq.files import EVALUATION_NAME
+from samq.files import ANSWERS_NAME, DIVERGENCE_NAME, EVALUATION_NAME
 from samq.llamacpp import gpu
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, default_threads, system_info
@@ -72,11 +72,11 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 partial(report, "fidelity"),
             )
             metrics |= found
-            write_table(tokens, request.output / "divergence.parquet")
+            write_table(tokens, request.output / DIVERGENCE_NAME)
         if prompts := load_prompts()[: settings.json_prompts]:
             found, items = measure_json(model, prompts, settings, partial(report, "json"))
             metrics |= found
-            write_table(items, request.output / "json.parquet")
+            write_table(items, request.output / ANSWERS_NAME)
         else:
             missing["json"] = "the settings ask for no JSON prompts"
         if settings.speed_requests:

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
-from samq.files import ITEMS_NAME
+from samq.files import ANSWERS_NAME, EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
 from samq.records import Evaluation, Plan
 from samq.sweep.benchmarking import join_items
 from samq.tracking.registry import PRODUCTION_ALIAS, RegisteredGguf, aliases, find_version, model_names
@@ -121,7 +121,7 @@ def _production(client: MlflowClient, name: str, version: str | None) -> Referen
 
 def _plan(client: MlflowClient, run: Run) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(run.info.run_id, "plan.json", folder)
+        path = client.download_artifacts(run.info.run_id, PLAN_NAME, folder)
         fields = json.loads(Path(path).read_text())
         fields.pop("schema", None)  # older runs lack it
         return Plan.model_validate(fields)
@@ -132,15 +132,15 @@ def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
     run_id = run.info.run_id
     with tempfile.TemporaryDirectory() as folder:
         paths = {Path(file.path).name: file.path for file in client.list_artifacts(run_id, "evaluation")}
-        if "evaluation.json" not in paths:
+        if EVALUATION_NAME not in paths:
             raise SamqError(f"run {run_id} has no evaluation; run the sweep again")
 
         def fetch(name: str) -> Path:
             return Path(client.download_artifacts(run_id, paths[name], folder))
 
-        answers = pd.read_parquet(fetch("json.parquet")) if "json.parquet" in paths else None
+        answers = pd.read_parquet(fetch(ANSWERS_NAME)) if ANSWERS_NAME in paths else None
         benchmarks = pd.read_parquet(fetch(ITEMS_NAME)) if ITEMS_NAME in paths else None
-        return Measured(name, Evaluation.load(fetch("evaluation.json")), join_items(answers, benchmarks))
+        return Measured(name, Evaluation.load(fetch(EVALUATION_NAME)), join_items(answers, benchmarks))
 
 
 @contextmanager

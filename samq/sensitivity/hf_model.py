@@ -28,14 +28,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from samq import __version__
 from samq.data.hub import bytes_told_to, is_unreachable
 from samq.errors import SamqError, UnreachableError
-from samq.gguf.file import file_sha256, open_gguf
-from samq.gguf.header import LazyReader
-from samq import __version__
-from samq.data.hub import is_unreachable
 from samq.gguf import rescaling
-from samq.gguf.file import MappedReader, file_sha256, open_gguf, read_metadata
+from samq.gguf.file import file_sha256, open_gguf, read_metadata
+from samq.gguf.header import LazyReader
 from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of

@@ -22,9 +22,9 @@ from scipy.stats import bootstrap
 from scipy.stats import t as student
 
 from samq.errors import SamqError
+from samq.files import DIVERGENCE_NAME
 from samq.sweep.selection import Comparison, Result, stock
 
-DIVERGENCE_NAME = "divergence.parquet"  # in a result's folder: a row for each scored token
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 _TOKENS = ["chunk", "position", "token"]

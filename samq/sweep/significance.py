@@ -27,7 +27,6 @@ from samq.errors import SamqError
 from samq.records import Metric, Record
 from samq.sweep.comparison import CONFIDENCE, RESAMPLES
 
-ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
 JSON_ITEMS = "json/valid"  # the JSON prompts' answers among the items: every evaluation may have them
 MARGIN = 0.01  # the founding goal: no more than 1 % worse
 _POWER = 0.8  # chance to decide with the items that are said to be needed, the usual one
@@ -86,7 +85,7 @@ def compare_items(
     margin: float = MARGIN,
     seed: int = 0,
 ) -> list[PairedComparison]:
-    """Compare two candidates by their tables of items (`samq.evaluation.lm_eval.benchmarks`), one comparison a benchmark and metric.
+    """Compare two candidates by their tables of items, one comparison for each benchmark and metric.
 
     `margin` is relative to the reference's value. What only one of the two was asked is left out. Deterministic for a seed.
     Raises SamqError if the two were asked other items of the same benchmark.

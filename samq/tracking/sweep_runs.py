@@ -27,7 +27,7 @@ from mlflow.utils.mlflow_tags import (
 
 from samq import __version__
 from samq.errors import SamqError
-from samq.files import EVALUATION_NAME, ITEMS_NAME
+from samq.files import EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
 from samq.records import CalibrationSet, TextSet
 from samq.report.description import describe_plan
 from samq.report.figures import pareto_figure, prediction_figure
@@ -259,7 +259,7 @@ def _log_result(
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     _log_inputs(client, run_id, _datasets(made_from))
-    client.log_dict(run_id, result.plan.content(), "plan.json")
+    client.log_dict(run_id, result.plan.content(), PLAN_NAME)
     client.log_figure(run_id, types_heatmap(result.plan), "types.png")
     for path in sorted(result.folder.iterdir()):
         if path.suffix == ".parquet":

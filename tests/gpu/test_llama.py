@@ -9,10 +9,10 @@ import pytest
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.evaluation.divergence import compare
-from samq.evaluation.lm_eval.generation import Decoding, generate
 from samq.evaluation.measure import compute_baseline, evaluate
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.llamacpp import gpu
+from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, captured_log
 

@@ -29,12 +29,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.float32 import load_float32
-from samq.evaluation.lm_eval.generation import Decoding, generate
-from samq.evaluation.lm_eval.sampling import Sampling
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
 from samq.llamacpp.chat import Message, render_chat
+from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import KV_TYPES, Model
+from samq.llamacpp.sampling import Sampling
 from samq.progress import Progress, bar, silent
 
 logger = logging.getLogger(__name__)

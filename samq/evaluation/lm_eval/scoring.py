@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.prefixes import Tokens, Tree, trees
+from samq.llamacpp.prefixes import Tokens, Tree, trees
 from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Context, Model
 
 _MEMBERS = 64  # sequences of a batch; the cache has one more, the last of the batch before

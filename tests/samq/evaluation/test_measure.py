@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.generation import Decoding, generate
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
 from samq.gguf.file import read_tensors
+from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.memory import predict_memory, read_plan, weights_on_gpu
 from samq.llamacpp.runtime import Model
 from samq.records import Evaluation

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.prefixes import Tokens, common_length
-from samq.evaluation.lm_eval.sampling import Sampling, choose
+from samq.llamacpp.prefixes import Tokens, common_length
 from samq.llamacpp.runtime import Context, Model
+from samq.llamacpp.sampling import Sampling, choose
 from samq.progress import Progress, silent
 
 _PARALLEL = 16  # measured on one core, 135M weights at Q4_K_M, 16 prompts: 1 at a time 20 s, 8: 15 s, 16: 13 s

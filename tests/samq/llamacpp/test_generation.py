@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.generation import Decoding, generate
-from samq.evaluation.lm_eval.sampling import Sampling, choose
+from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import Context, Model
+from samq.llamacpp.sampling import Sampling, choose
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 
