@@ -31,11 +31,11 @@ VARIANTS = {
 
 def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch_size: int) -> dict:
     """In the child: load, tokenize, measure; with no rounds, only import."""
-    from samq.data.tokens import tokenize
     from samq.data.datasets import DatasetSpec, load_texts
+    from samq.data.tokens import tokenize
     from samq.gguf.file import gguf_names, read_metadata
-    from samq.sensitivity.layout import row_orders, weights_of
     from samq.sensitivity.hf_model import describe_source, load_model
+    from samq.sensitivity.layout import row_orders, weights_of
     from samq.sensitivity.measure import measure_sensitivity
 
     result: dict = {"seconds": {name: [] for name in VARIANTS}}
@@ -101,9 +101,9 @@ def main() -> None:
 
     from setting import conclude
 
-    from samq.sensitivity.hf_model import describe_source
     from samq.llamacpp.programs import convert
     from samq.llamacpp.toolchain import find_toolchain
+    from samq.sensitivity.hf_model import describe_source
 
     with tempfile.TemporaryDirectory() as folder:
         gguf = convert(describe_source(arguments.model), Path(folder), find_toolchain())

@@ -1,3 +1,18 @@
-"""SAMQ: sensitivity-aware mixed quantization of causal language models to GGUF."""
+"""Sensitivity-aware mixed quantization of causal language models to GGUF.
+
+For notebooks and scripts, `import samq` has what `samq.api` exports; nothing heavy is imported before it is used.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from samq import api
+
+    if name not in api.__all__:
+        raise AttributeError(f"samq has no {name}; it has {', '.join(api.__all__)}")
+    return getattr(api, name)

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODULE = "samq.cli.app"
+MODULE = "samq.cli"
 
 
 class Preloaded:

@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from samq.sensitivity.backpropagation import backpropagate
+from samq.allocation.prices import ratio_stderr, rounding_error
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.sensitivity.gradients import BAND_WEIGHTS
-from samq.sensitivity.layout import Weight, stored_tensors, weights_of
-from samq.allocation.prices import ratio_stderr, rounding_error
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
+from samq.sensitivity.backpropagation import backpropagate
+from samq.sensitivity.gradients import BAND_WEIGHTS
+from samq.sensitivity.layout import Weight, stored_tensors, weights_of
 
 
 def check_prediction(

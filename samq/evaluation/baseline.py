@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from samq.errors import SamqError
-from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp.runtime import Model
 from samq.progress import Progress, silent
 from samq.records import Record
 

@@ -19,8 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from samq.evaluation.baseline import open_baseline, scored_logits
-from samq.llamacpp.runtime import Model, default_threads
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp.runtime import Model, default_threads
 from samq.progress import Progress, silent
 from samq.records import Metric
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
+from samq.progress import Progress, silent
 from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.layout import Weight
-from samq.progress import Progress, silent
 
 Labels = Literal["text", "model"]
 LOGITS_AT_ONCE = 2**22  # probabilities held in float32 beside the logits

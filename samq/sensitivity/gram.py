@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
+from samq.progress import Progress, silent
 from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.layout import Weight, weights_of
-from samq.progress import Progress, silent
 
 GRAM_TOKENS = 2**16  # more bring little: a third of that is 2 % worse on code-46m
 MEMORY_BYTES = 8 * 2**30  # of matrices summed up in one pass over the text

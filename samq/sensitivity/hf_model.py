@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
 import huggingface_hub
 import torch
+from gguf import LlamaFileType
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -26,11 +28,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from samq import __version__
+from samq.data.hub import bytes_told_to, is_unreachable
 from samq.errors import SamqError, UnreachableError
-from samq.gguf.file import MappedReader, file_sha256, open_gguf
-from samq.data.hub import is_unreachable
+from samq.gguf import rescaling
+from samq.gguf.file import file_sha256, open_gguf, read_metadata
+from samq.gguf.header import LazyReader
+from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
+from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Top-level files only: some repositories keep the same weights in other formats in folders.
@@ -53,27 +60,33 @@ _loading = threading.Lock()  # what is changed of transformers and gguf meanwhil
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def describe_source(model: str | Path, revision: str | None = None, hf_folder: Path | None = None) -> ModelSource:
-    """What a model is, by the contents of its files.
+def describe_source(
+    model: str | Path, revision: str | None = None, hf_folder: Path | None = None, progress: Progress = silent
+) -> ModelSource:
+    """Describe a model by the contents of its files.
 
     Args:
         model: an HF folder; a GGUF file, also one inside an installed package as package:<module>/<file>; or a hub id,
-            whose files are then downloaded.
+            whose files are then downloaded. rescaled:<GGUF> is that GGUF's model in another basis (`samq.gguf.rescaling`).
         revision: branch, tag or commit of a hub id.
-        hf_folder: where a GGUF's configuration and tokenizer are read from, instead of the GGUF.
+        hf_folder: the folder to read a GGUF's configuration and tokenizer from, instead of the GGUF.
+        progress: told of the bytes that are downloaded.
 
     Raises:
         UnreachableError: the hub does not answer.
-        SamqError: a file is missing or cut short, or it is no causal LM that transformers knows.
+        SamqError: a file is missing or cut short, or the model is not a causal LM that transformers knows.
     """
-    path = _in_package(str(model)) if str(model).startswith("package:") else Path(model)
+    name = str(model).removeprefix("rescaled:")
+    path = _in_package(name) if name.startswith("package:") else Path(name)
+    if name != str(model):
+        path = _rescaled(path)
     if path.suffix == ".gguf":
         return _describe_gguf(path, hf_folder)
     if hf_folder is not None:
         raise SamqError(f"{model} is no GGUF, so it brings its own tokenizer; leave the other folder {hf_folder} out")
     commit = None
     if not path.exists() and HUB_ID.fullmatch(str(model)):
-        path = _download(str(model), revision)
+        path = _download(str(model), revision, progress)
         commit = path.name  # a snapshot's folder is named after its commit
     _check_architecture(read_config(path), path)
     return ModelSource(
@@ -108,6 +121,23 @@ def _in_package(name: str) -> Path:
     return Path(found.origin).parent / file
 
 
+def _rescaled(gguf: Path) -> Path:
+    """The GGUF's model in another basis, from the store: written there the first time."""
+    if gguf.suffix != ".gguf":
+        raise SamqError(f"{gguf} is not a GGUF, and only a GGUF can be rescaled; leave rescaled: out")
+    file_type = LlamaFileType(read_metadata(gguf).get("general.file_type", LlamaFileType.MOSTLY_F16))
+    name = f"{gguf.stem.removesuffix(file_type.name.replace('MOSTLY_', '.'))}-rescaled.gguf"
+    packages = {package: version(package) for package in ("gguf", "numpy")}
+    key = digest_of({"version": rescaling.VERSION, "packages": packages, "name": name, "gguf": file_sha256(gguf)})
+    store = Store(store_folder())
+    if not store.find("rescale", key):
+        with store.publish("rescale", key, {"samq": __version__, **packages}) as folder:
+            rescaling.write_rescaled(gguf, folder / name)
+    artifact = store.find("rescale", key)
+    assert artifact is not None, "an artifact just published is there"
+    return artifact.path(name)
+
+
 def _tokenizer_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
 
@@ -116,10 +146,16 @@ def _digest(files: Iterable[Path]) -> str:
     return digest_of({file.name: file_sha256(file) for file in files})
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, progress: Progress) -> Path:
     def fetch(revision: str | None, files: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=files,
+                ignore_patterns=["*/*"],
+                tqdm_class=bytes_told_to(progress),
+            )
         )
 
     try:
@@ -216,8 +252,13 @@ def _check_safetensors(path: Path) -> None:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer, from the source's folder when it has one, else from its GGUF; raises SamqError if that fails."""
+    with _loading, _gguf_read_once():
+        return _tokenizer(source)
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     folder, from_gguf = _places(source)
-    with _transformers_errors(f"the tokenizer of {source.name}"), _loading, _gguf_read_once():
+    with _transformers_errors(f"the tokenizer of {source.name}"):
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -245,27 +286,29 @@ def load_model(
     if not from_gguf:
         weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
     what = f"{source.name} as {dtype} on {place}"
-    with _transformers_errors(what), _loading, _bars_told_to(progress), _gguf_read_once():
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
-        )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            device_map=place,
-            local_files_only=True,
-            output_loading_info=True,
-            **from_gguf,
-        )
-        model, info = loaded[0].eval(), loaded[1]
+    with _loading, _gguf_read_once():
+        with _transformers_errors(what), _bars_told_to(progress):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                device_map=place,
+                local_files_only=True,
+                output_loading_info=True,
+                **from_gguf,
+            )
+            model, info = loaded[0].eval(), loaded[1]
+        tokenizer = _tokenizer(source)
     if info["missing_keys"]:  # transformers only warns, and leaves them random
         raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
     if any(
         parameter.is_meta for parameter in model.parameters()
     ):  # left on the host or on disk, out of autograd's reach
         raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
-    return model, load_tokenizer(source)
+    return model, tokenizer
 
 
 def compute_device(device: str) -> str:
@@ -302,7 +345,7 @@ def _gguf_read_once() -> Iterator[None]:
     """What transformers asks of gguf is shared: it parses a vocabulary three times a model, and maps names anew a module."""
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     # not `open_gguf`: a reader that outlives the loading keeps in memory what was read through it
-    shared = {"GGUFReader": lru_cache(MappedReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    shared = {"GGUFReader": lru_cache(LazyReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
     try:
         for name, function in shared.items():
             setattr(gguf, name, function)

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from samq.sensitivity.backpropagation import Labels, backpropagate
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.sensitivity.fisher import Fisher
-from samq.sensitivity.layout import Weight, weights_of
 from samq.progress import Progress, silent
 from samq.records import SensitivityMap, TensorSensitivity
+from samq.sensitivity.backpropagation import Labels, backpropagate
+from samq.sensitivity.fisher import Fisher
+from samq.sensitivity.layout import Weight, weights_of
 
 
 def measure_sensitivity(

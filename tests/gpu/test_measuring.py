@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from samq.allocation.check import check_prediction
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import describe_source, load_model
-from samq.allocation.check import check_prediction
 from samq.sensitivity.measure import measure_sensitivity
 from tests.samq.allocation.test_check import MODELS, quantized
 from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama

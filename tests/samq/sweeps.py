@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from samq.allocation.budget import solve
-from samq.sweep.comparison import DIVERGENCE_NAME, compare_sweep
+from samq.allocation.knapsack import solve
 from samq.evaluation.divergence import summarize
-from samq.gguf.formats import bits_per_weight, tensor_bytes
+from samq.files import DIVERGENCE_NAME
 from samq.gguf.file import file_sha256
+from samq.gguf.formats import bits_per_weight, tensor_bytes
 from samq.records import (
     CalibrationSet,
     Evaluation,
@@ -28,6 +28,7 @@ from samq.records import (
     TextSet,
     Toolchain,
 )
+from samq.sweep.comparison import compare_sweep
 from samq.sweep.selection import Comparison, Failure, Result
 
 SHAPES = {

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.gguf.audit import as_is
 from samq.gguf.file import file_sha256
-from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.llamacpp.programs import quantize
+from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Toolchain
 from samq.sweep.selection import Result
-from samq.tracking.sweep_runs import TrackingSettings, track_sweep
+from samq.tracking.sweep_runs import track_sweep
+from samq.tracking.tracked import TrackingSettings
 from tests.conftest import write_tiny_gguf
 from tests.samq.sweeps import Sweep, make_sweep
 

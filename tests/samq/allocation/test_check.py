@@ -7,13 +7,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from samq.allocation.check import check_prediction
 from samq.data.tokens import batches
 from samq.errors import SamqError
-from samq.gguf.formats import fits
 from samq.gguf.file import read_tensors, read_weights
-from samq.sensitivity.layout import rotary_row_order, weights_of
-from samq.allocation.check import check_prediction
+from samq.gguf.formats import fits
 from samq.records import Metric, Plan
+from samq.sensitivity.layout import rotary_row_order, weights_of
 from samq.sensitivity.measure import measure_sensitivity
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from samq.records import Metric
-from samq.report.markdown_report import COLUMNS, PREDICTED, markdown_report, results_table, terminal_table, verdict
+from samq.report.markdown_report import markdown_report, verdict
+from samq.report.table import COLUMNS, PREDICTED, results_table, terminal_table
 from samq.sweep.selection import KLD, Comparison, Failure, SelectionRule, choose
 from tests.samq.sweeps import make_sweep
 

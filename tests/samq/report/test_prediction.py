@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, beyond_second_order, prediction_section
 from samq.records import Metric
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, beyond_second_order, prediction_section
 from samq.sweep.selection import by_size
 from tests.samq.sweeps import make_sweep
 

@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from samq.sweep.benchmarking import compare_benchmarks, join_items
-from samq.sweep.cost import CostSettings, cost_metrics, cost_section
+from samq.files import ITEMS_NAME
 from samq.records import Metric
 from samq.report.scorecard import benchmark_section, scorecard_section, why_missing
+from samq.sweep.benchmarking import compare_benchmarks, join_items
+from samq.sweep.cost import CostSettings, cost_metrics, cost_section
 from samq.sweep.selection import VRAM
-from samq.sweep.significance import ITEMS_NAME
 
 COST = CostSettings(price_per_gpu_hour=2.5, gpu_memory_bytes=70_000_000)
 ACCURACY = {"F16": 0.5, "Q4_K_M": 0.4, "budget-size-of-Q4_K_M": 0.49}

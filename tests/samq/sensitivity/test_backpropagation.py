@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from samq.sensitivity.backpropagation import backpropagate
 from samq.data.tokens import batches
 from samq.errors import SamqError
+from samq.sensitivity.backpropagation import backpropagate
 from samq.sensitivity.layout import weights_of
 from tests.tiny_models import names_of, random_tokens, tiny_llama
 

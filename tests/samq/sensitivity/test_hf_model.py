@@ -8,10 +8,11 @@ import torch
 
 from samq.errors import SamqError
 from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors
-from samq.sensitivity.layout import row_orders, weights_of
-from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer, write_hf_folder
+from samq.gguf.header import LazyReader
 from samq.llamacpp.programs import convert
-from tests.tiny_models import names_of, save_folder, tiny_llama, write_llama_gguf
+from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer, write_hf_folder
+from samq.sensitivity.layout import row_orders, weights_of
+from tests.tiny_models import byte_tokenizer, names_of, save_folder, tiny_llama, write_llama_gguf
 
 
 @pytest.fixture
@@ -73,6 +74,21 @@ def test_a_gguf_with_its_folder_gives_torchs_weights_back(folder, tmp_path):
         assert torch.equal(dict(model.named_parameters())[name], wanted)
     assert tokenizer("w5")["input_ids"] == [0, 5]
     assert len(row_orders(weights_of(model, names_of(model)), path)) == 4
+
+
+def test_a_gguf_is_opened_once_for_its_model_and_its_tokenizer(tmp_path, monkeypatch):
+    opened = []
+
+    class CountingReader(LazyReader):
+        def __init__(self, path, *arguments):
+            opened.append(str(path))
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr("samq.sensitivity.hf_model.LazyReader", CountingReader)
+    path = write_llama_gguf(tiny_llama(), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer())
+    _, tokenizer = load_model(describe_source(path), device="cpu")
+    assert opened == [str(path)]
+    assert tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
 
 
 def test_loading_tells_of_its_progress_and_draws_nothing_itself(folder, tmp_path, capfd):

@@ -1,15 +1,15 @@
 import pandas as pd
 import pytest
 
-from samq.sweep.benchmarking import PRODUCTION, compare_benchmarks, items_of, join_items, with_benchmarks
-from samq.sweep.cost import CostSettings
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
-from samq.tracking.mlflow_values import benchmark_metrics
+from samq.files import EVALUATION_NAME, ITEMS_NAME
 from samq.records import Evaluation, Metric
 from samq.report.markdown_report import markdown_report
+from samq.sweep.benchmarking import PRODUCTION, compare_benchmarks, items_of, join_items, with_benchmarks
+from samq.sweep.cost import CostSettings
 from samq.sweep.selection import SelectionRule, finalists
-from samq.sweep.significance import ITEMS_NAME, JSON_ITEMS
+from samq.sweep.significance import JSON_ITEMS
+from samq.tracking.mlflow_values import benchmark_metrics
 
 RIGHT = {"F16": [1, 1, 1, 0], "Q4_K_M": [0, 1, 0, 0], "threshold-0.2": [1, 1, 0, 1]}
 

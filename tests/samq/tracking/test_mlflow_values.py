@@ -5,9 +5,9 @@ import pytest
 from mlflow.utils.validation import _validate_metric_name
 
 from samq.errors import SamqError
-from samq.tracking.mlflow_values import flatten, legal_metric_name, metrics_of, params_of
 from samq.records import Metric
 from samq.sweep.selection import Comparison
+from samq.tracking.mlflow_values import flatten, legal_metric_name, metrics_of, params_of
 
 
 @pytest.mark.parametrize(

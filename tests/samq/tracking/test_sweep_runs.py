@@ -10,14 +10,15 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from samq.tracking import mlflow_view
-from samq.sweep.comparison import compare_sweep
 from samq.errors import SamqError
 from samq.records import Plan, SensitivityMap
 from samq.report.markdown_report import markdown_report
+from samq.sweep.comparison import compare_sweep
 from samq.sweep.selection import Failure, SelectionRule, choose
+from samq.tracking import mlflow_view
 from samq.tracking.registry import connect
-from samq.tracking.sweep_runs import TrackingSettings, track_sweep
+from samq.tracking.sweep_runs import track_sweep
+from samq.tracking.tracked import TrackingSettings
 
 RULE = SelectionRule(max_size_ratio=1.6)
 BEST = "budget-size-of-Q5_K_M"
