@@ -28,7 +28,7 @@ from samq.allocation.threshold import Target, stock_plan
 from samq.gguf.file import TensorInfo, file_sha256, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, SensitivityMap
-from samq.sensitivity.backpropagation import backpropagate
+from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.layout import row_orders, weights_of
 from samq.store import Store
@@ -116,9 +116,7 @@ def single_weights(arguments: argparse.Namespace, store: Store, target: Target) 
                 weights,
                 add,
                 numbers=1,
-                labels="model",
-                stream=lambda sequence: np.random.default_rng((arguments.seed, sequence)),
-                text="calibration",
+                labelling=Labelling("model", arguments.seed),
                 batch_size=4,
                 progress=progress,
             )

@@ -46,11 +46,12 @@ from samq.quantization import compensation
 from samq.quantization.assembly import write_assembled
 from samq.quantization.compensation import compensate, compensated_prices
 from samq.records import CalibrationSet, Plan, PriceTable, SensitivityMap, digest_of
+from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.fisher import Fisher, load_fisher, save_fisher
 from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import describe_source, load_model
-from samq.sensitivity.layout import row_orders, weights_of
-from samq.sensitivity.measure import measure_sensitivity
+from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
+from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.store import Artifact, Store
 from samq.sweep.comparison import compare
 
@@ -361,13 +362,10 @@ def calibrate(
             sensitivity, fisher = measure_sensitivity(
                 model,
                 tokens,
-                names=names,
-                model_digest=target.sha256,
-                calibration_digest=calibration.digest(),
-                row_orders=row_orders(weights_of(model, names), arguments.gguf),
+                GgufLayout(names, row_orders(weights_of(model, names), arguments.gguf)),
+                Origin(target.sha256, calibration.digest()),
+                labelling=Labelling("model", seed),
                 batch_size=4,
-                labels="model",
-                seed=seed,
                 progress=progress,
             )
         assert fisher is not None
