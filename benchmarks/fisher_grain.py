@@ -27,10 +27,7 @@ from samq.allocation.target import stock_plan
 from samq.gguf.file import TensorInfo, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, digest_of
-from samq.sensitivity.backpropagation import backpropagate
-from samq.records import Plan, PriceTable, SensitivityMap
 from samq.sensitivity.backpropagation import Labelling, backpropagate
-from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.layout import row_orders, weights_of
 from samq.sweep.comparison import compare
 
