@@ -10,7 +10,7 @@ from samq.gguf.file import gguf_names, read_metadata
 from samq.progress import bar
 from samq.records import ModelSource
 from samq.sensitivity.hf_model import load_model
-from samq.sensitivity.layout import row_orders, weights_of
+from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
 from samq.store import Artifact
 
 
