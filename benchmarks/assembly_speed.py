@@ -18,7 +18,7 @@ from statistics import median
 from setting import machine, versions
 
 from samq.allocation.ladder import Ladder, make_rung, uniform_plan
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.llamacpp.programs import planned_bytes
 from samq.llamacpp.toolchain import find_toolchain
 from samq.quantization.assembly import assemble, write_assembled

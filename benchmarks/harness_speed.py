@@ -26,11 +26,12 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from setting import conclude
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.lm_eval.harness import GgufLM
 from samq.evaluation.settings import BenchmarkSettings
-from samq.llamacpp.programs import GGUF_NAME, convert, quantize
+from samq.files import GGUF_NAME
+from samq.llamacpp.programs import convert, quantize
 from samq.llamacpp.runtime import default_threads
 from samq.llamacpp.toolchain import find_toolchain
 from samq.progress import silent

@@ -35,7 +35,8 @@ class ModelParameters(Parameters):
     """Which model, and in which full precision it is the baseline."""
 
     source: str = Field(
-        description="hub id, folder in Hugging Face's layout, GGUF file, or package:<module>/<file> of an installed package"
+        description="hub id, folder in Hugging Face's layout, GGUF file, or package:<module>/<file> of an installed package; "
+        "rescaled:<GGUF> is the same model with other weights, off the grid of the type it was quantized to"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     hf_folder: Path | None = Field(default=None, description="tokenizer and configuration for a GGUF source")

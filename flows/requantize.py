@@ -2,10 +2,14 @@
 
 model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> build x N -> evaluate x N
              -> compare -> choose -> benchmark the finalists -> check -> report -> track -> register
+
+`measure_sweep` goes as far as the checks and needs no server: commands, notebooks and benchmarks call it. The flow
+`requantize` is that and the rest.
 """
 
 import logging
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -22,7 +26,7 @@ from flows.plans import plan_candidates
 from flows.results import load_results, require_candidates
 from samq.home import mlflow_uri
 from samq.sweep.sweep import Sweep
-from samq.tracking.sweep_runs import TrackedSweep, TrackingSettings
+from samq.tracking.tracked import FLOW_RUN, TrackedSweep, TrackingSettings
 from samq.workspace import Workspace
 from tasks.benchmark import compare_with_references, find_benchmarks
 from tasks.compare import compare
@@ -35,25 +39,9 @@ from tasks.track import track
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
 
 
-@dataclass(frozen=True)
-class FinishedSweep:
-    """A sweep, its report in Markdown, and where it is tracked."""
-
-    sweep: Sweep
-    report: str
-    tracked: TrackedSweep
-
-
-@flow(
-    name="requantize",
-    flow_run_name="{parameters.name}",
-    # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
-    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
-)
-def requantize(parameters: RequantizeParameters) -> FinishedSweep:
-    """Build, measure and track every candidate; one that fails is reported and does not stop the others."""
-    at = Workspace.here(device=parameters.model.device, timeout_s=parameters.timeout_s)
-    candidates, gather = parameters.candidates, Gather()
+def measure_sweep(at: Workspace, parameters: RequantizeParameters) -> Sweep:
+    """Build, measure and compare every candidate; one that fails is among the failures and does not stop the others."""
+    candidates, evaluation, gather = parameters.candidates, parameters.evaluation, Gather()
 
     # What every candidate is made from and measured against.
     inputs = prepare(at, parameters)
@@ -69,34 +57,64 @@ def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     # The candidates: a plan each, built and measured.
     plans = stock | plan_candidates(at, inputs, costs, candidates, gather)
     ggufs = build(at, inputs, plans, {} if candidates.requantize else rungs, costs, gather)
-    settings = parameters.evaluation
-    futures = {n: evaluate.submit(at, n, gguf, inputs.heldout, inputs.baseline, settings) for n, gguf in ggufs.items()}
-    evaluations = gather("evaluate", futures)
+    evaluations = gather(
+        "evaluate",
+        {
+            name: evaluate.submit(at, name, gguf, inputs.heldout, inputs.baseline, evaluation)
+            for name, gguf in ggufs.items()
+        },
+    )
     require_candidates(evaluations, gather.failures)
 
     # The comparison, the choice, and benchmarks for the candidates that could still be chosen.
     results = load_results(plans, ggufs, evaluations, costs.tables)
     sweep = compare(Sweep(inputs.made_from, costs.sensitivity, results, rule=parameters.selection))
     sweep = benchmark_finalists(at, sweep, tasks, parameters)
-    tracking = tracking_settings(parameters)
-    sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
 
     # How far the predictions can be trusted; then the failures of all stages are known.
     checks = check_predictions(at, inputs, plans, ggufs, costs, parameters, gather)
-    sweep = replace(sweep, checks=checks, failures=tuple(gather.failures))
+    return replace(sweep, checks=checks, failures=tuple(gather.failures))
 
+
+@dataclass(frozen=True)
+class FinishedSweep:
+    """A sweep, its report in Markdown, and where it is tracked."""
+
+    sweep: Sweep
+    report: str
+    tracked: TrackedSweep
+
+
+def run_name() -> str:
+    """What Prefect's page shows: the run's name and the date."""
+    parameters = RequantizeParameters.model_validate(flow_run.get_parameters()["parameters"])
+    return f"{parameters.name} {datetime.now():%Y-%m-%d %H:%M}"
+
+
+@flow(
+    name="requantize",
+    flow_run_name=run_name,
+    # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+)
+def requantize(parameters: RequantizeParameters) -> FinishedSweep:
+    """Measure a sweep, compare it with what is in production, report and track it, and register the best candidate."""
+    at = Workspace.here(device=parameters.model.device, timeout_s=parameters.timeout_s)
+    sweep = measure_sweep(at, parameters)
+    tracking = tracking_settings(parameters, sweep.made_from.source.name)
+    sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
     markdown = report(sweep, parameters.cost)
     return FinishedSweep(sweep, markdown, track(tracking, sweep, markdown))
 
 
-def tracking_settings(parameters: RequantizeParameters) -> TrackingSettings:
-    """Where and as what this run of the flow is tracked."""
+def tracking_settings(parameters: RequantizeParameters, model: str) -> TrackingSettings:
+    """Where this run of the flow is tracked, under the model's name and the date."""
     return TrackingSettings(
         tracking_uri=parameters.tracking.uri or mlflow_uri(),
         experiment=parameters.tracking.experiment,
-        run_name=parameters.name,
+        run_name=f"{model} {datetime.now():%Y-%m-%d %H:%M}",
         registered_model=parameters.tracking.registered_model,
         parameters=parameters.model_dump(mode="json"),
-        tags={"prefect.flow_run": flow_run.get_id() or ""},
+        tags={FLOW_RUN: flow_run.get_id() or ""},
         cost=parameters.cost,
     )

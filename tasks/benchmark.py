@@ -12,7 +12,7 @@ from samq.store import Artifact
 from samq.sweep.benchmarking import Candidate, compare_benchmarks, with_benchmarks
 from samq.sweep.sweep import Sweep
 from samq.tracking.registry import connect
-from samq.tracking.sweep_runs import TrackingSettings
+from samq.tracking.tracked import TrackingSettings
 from samq.workspace import Workspace
 from tasks.evaluate import measure_alone
 from tasks.stage import stage, step

@@ -3,10 +3,11 @@
 Both run as a child process: a crash or a hang inside llama.cpp fails that candidate, not the flow.
 """
 
-import fcntl
 import re
 import sys
 from pathlib import Path
+
+from filelock import FileLock
 
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
 from samq.files import GGUF_NAME, HELDOUT_NAME
@@ -58,12 +59,12 @@ def measure_alone(
 ) -> None:
     """Run samq.evaluation on the request, alone among all measurements of this store: latencies are compared."""
     path = request.save(folder / "request.log")  # it names this machine's paths, so it is no part of the content
-    with open(folder.parent / "measuring", "w") as lock, bar(what) as progress:
+    with bar(what) as progress:
 
         def on_line(line: str) -> None:
             if step := re.match(r"progress: .* (\d+)/(\d+)$", line):
                 progress(int(step[1]), int(step[2]))
 
-        fcntl.flock(lock, fcntl.LOCK_EX)
         command: list[str | Path] = [sys.executable, "-m", "samq.evaluation", path]
-        run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)
+        with FileLock(folder.parent / "measuring"):
+            run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)

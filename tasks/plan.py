@@ -5,7 +5,8 @@ from pathlib import Path
 
 from samq.allocation import threshold as thresholds
 from samq.allocation.budget import BudgetPolicy, budget_plan, parse_budget, why_doubted
-from samq.allocation.threshold import ThresholdPolicy, full_plan, stock_plan, threshold_plan
+from samq.allocation.target import full_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy, threshold_plan
 from samq.files import PLAN_NAME, PRICES_NAME
 from samq.records import Plan, PriceTable, SensitivityMap
 from samq.store import Artifact

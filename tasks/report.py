@@ -3,7 +3,8 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from samq.report.markdown_report import markdown_report, results_table
+from samq.report.markdown_report import markdown_report
+from samq.report.table import results_table
 from samq.sweep.cost import CostSettings
 from samq.sweep.sweep import Sweep
 

@@ -4,7 +4,8 @@ from prefect import task
 
 from samq.progress import bar
 from samq.sweep.sweep import Sweep
-from samq.tracking.sweep_runs import TrackedSweep, TrackingSettings, track_sweep
+from samq.tracking.sweep_runs import track_sweep
+from samq.tracking.tracked import TrackedSweep, TrackingSettings
 
 
 @task(name="track", task_run_name="track {settings.run_name}")

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.threshold import Target, ThresholdPolicy, make_plan, stock_plan
+from samq.allocation.target import Target, make_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, read_tensors, require_alignment
 from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback

@@ -30,6 +30,8 @@ from samq.sensitivity.fisher import Fisher
 # this cost: Q3_K shortens by 1 % and Q2_K by 4 %, since a level is the mean of the weights that are rounded to it, and Q3_K
 # with its length restored is not better.
 LENGTHENING_LIMIT = 0.01
+# From this KL on, predicted or measured, rounding is no small change and second order fails.
+SECOND_ORDER_LIMIT_NATS = 0.3
 _SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 
 
@@ -179,3 +181,9 @@ def _shares(squares: Sequence[float]) -> tuple[float, ...]:
     """Each sequence's share of the sum; equal shares for a tensor without gradients, which costs nothing."""
     total = sum(squares)
     return tuple(square / total for square in squares) if total else (1 / len(squares),) * len(squares)
+
+
+def lengthening(changes: Mapping[str, float]) -> str:
+    """Why rounding to these types, which lengthens weights by so much (relative), does more than is predicted."""
+    types = " and ".join(f"{kind} lengthens weights by {100 * change:.1f} %" for kind, change in changes.items())
+    return f"rounding to {types}, and errors of one sign add up where the prediction takes them for noise"

@@ -237,7 +237,9 @@ def _read_hub(spec: DatasetSpec) -> Sequence[Row]:
 
     split = spec.split or "train"
     if "[" in split:
-        raise SamqError(f"split {split!r} contains a slice; use start and samples instead, so that SAMQ can find overlaps")
+        raise SamqError(
+            f"split {split!r} contains a slice; use start and samples instead, so that SAMQ can find overlaps"
+        )
     try:
         return datasets.load_dataset(spec.name, spec.config, split=split)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow all raise their own

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samq.errors import SamqError
-from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.file import read_tensors
 from samq.llamacpp.runtime import Model, captured_log
 from samq.records import Metric
@@ -24,8 +23,10 @@ _COMPUTE = re.compile(r"^\w+: +(\S+) compute buffer size = +([\d.]+) MiB")
 _HOST_TENSORS = ("position_embd.weight", "token_types.weight", "per_layer_token_embd.weight")
 
 
-def predict_memory(gguf: Path, settings: EvaluationSettings) -> dict[str, Metric]:
-    """Metrics `memory/...`, in bytes: the file, its weights, and KV cache and compute buffers at `vram_context_tokens`.
+def predict_memory(
+    gguf: Path, context_tokens: int, *, kv_type: str = "F16", gpu_layers: int | None = None, threads: int | None = None
+) -> dict[str, Metric]:
+    """Bytes of the file, and of weights, KV cache and compute buffers at a context of so many tokens: `memory/...`.
 
     The weights are exact. The other two are as precise as llama.cpp's log, 0.01 MiB a line. Raises SamqError if llama.cpp
     cannot load the file, or if its log lacks a size.
@@ -33,8 +34,8 @@ def predict_memory(gguf: Path, settings: EvaluationSettings) -> dict[str, Metric
     weights = weights_on_gpu(gguf)
     with (
         captured_log() as log,
-        Model(gguf, gpu_layers=settings.gpu_layers, allocate=False) as model,
-        model.context(settings.vram_context_tokens, outputs=1, kv_type=settings.kv_type, threads=settings.threads),
+        Model(gguf, gpu_layers=gpu_layers, allocate=False) as model,
+        model.context(context_tokens, outputs=1, kv_type=kv_type, threads=threads),
     ):
         cache, compute = read_plan(log())
     values = {

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from samq.errors import SamqError, ToolError
+from samq.files import GGUF_NAME, IMATRIX_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import TensorInfo, file_sha256, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
@@ -22,8 +23,6 @@ from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
 
 FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
-GGUF_NAME = "model.gguf"
-IMATRIX_NAME = "imatrix.gguf"
 
 _STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
 _ARROW = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")

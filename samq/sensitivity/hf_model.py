@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
 import huggingface_hub
 import torch
+from gguf import LlamaFileType
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -26,12 +28,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from samq import __version__
 from samq.data.hub import bytes_told_to, is_unreachable
 from samq.errors import SamqError, UnreachableError
-from samq.gguf.file import file_sha256, open_gguf
+from samq.gguf import rescaling
+from samq.gguf.file import file_sha256, open_gguf, read_metadata
 from samq.gguf.header import LazyReader
+from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
+from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Top-level files only: some repositories keep the same weights in other formats in folders.
@@ -61,7 +67,7 @@ def describe_source(
 
     Args:
         model: an HF folder; a GGUF file, also one inside an installed package as package:<module>/<file>; or a hub id,
-            whose files are then downloaded.
+            whose files are then downloaded. rescaled:<GGUF> is that GGUF's model in another basis (`samq.gguf.rescaling`).
         revision: branch, tag or commit of a hub id.
         hf_folder: the folder to read a GGUF's configuration and tokenizer from, instead of the GGUF.
         progress: told of the bytes that are downloaded.
@@ -70,7 +76,10 @@ def describe_source(
         UnreachableError: the hub does not answer.
         SamqError: a file is missing or cut short, or the model is not a causal LM that transformers knows.
     """
-    path = _in_package(str(model)) if str(model).startswith("package:") else Path(model)
+    name = str(model).removeprefix("rescaled:")
+    path = _in_package(name) if name.startswith("package:") else Path(name)
+    if name != str(model):
+        path = _rescaled(path)
     if path.suffix == ".gguf":
         return _describe_gguf(path, hf_folder)
     if hf_folder is not None:
@@ -110,6 +119,23 @@ def _in_package(name: str) -> Path:
     if spec is None or spec.origin is None:
         raise SamqError(f"{name}: there is no package {module}; install it, or write package:<module>/<file>")
     return Path(spec.origin).parent / file
+
+
+def _rescaled(gguf: Path) -> Path:
+    """The GGUF's model in another basis, from the store: written there the first time."""
+    if gguf.suffix != ".gguf":
+        raise SamqError(f"{gguf} is not a GGUF, and only a GGUF can be rescaled; leave rescaled: out")
+    file_type = LlamaFileType(read_metadata(gguf).get("general.file_type", LlamaFileType.MOSTLY_F16))
+    name = f"{gguf.stem.removesuffix(file_type.name.replace('MOSTLY_', '.'))}-rescaled.gguf"
+    packages = {package: version(package) for package in ("gguf", "numpy")}
+    key = digest_of({"version": rescaling.VERSION, "packages": packages, "name": name, "gguf": file_sha256(gguf)})
+    store = Store(store_folder())
+    if not store.find("rescale", key):
+        with store.publish("rescale", key, {"samq": __version__, **packages}) as folder:
+            rescaling.write_rescaled(gguf, folder / name)
+    artifact = store.find("rescale", key)
+    assert artifact is not None, "an artifact just published is there"
+    return artifact.path(name)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What MLflow gets to know of a candidate: its metrics and parameters, under keys that MLflow accepts."""
+"""A candidate's metrics and parameters for MLflow, under keys that MLflow accepts."""
 
 import math
 import re
@@ -15,36 +15,38 @@ from samq.sweep.selection import Result
 from samq.sweep.significance import delta_metrics
 from samq.sweep.sweep import MadeFrom, Sweep
 
-# What a policy may have been asked for.
-_ASKED = tuple("budget output_guard embedding_guard least_type threshold quantile keep base grouping".split())
+# Parameters of any policy.
+_POLICY_PARAMETERS = tuple(
+    "budget output_guard embedding_guard least_type threshold quantile keep base grouping".split()
+)
 
 
 def legal_metric_name(name: str) -> str:
-    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, and a tidy path.
+    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, without empty path parts.
 
-    lm-eval names a metric with its filter, `acc,none`: no filter is left out, another stays (`acc_strict-match`).
+    lm-eval names a metric with its filter. This drops the filter of `acc,none` and keeps others (`acc_strict-match`).
     """
     name = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name.replace(",none", ""))
     parts = [part for part in name.split("/") if part.strip(".")]
     if not parts:
-        raise SamqError(f"{name!r} has nothing that MLflow accepts in a metric's name; rename the metric")
+        raise SamqError(f"{name!r} has no character that MLflow accepts in a metric's name; rename the metric")
     return "/".join(parts)
 
 
 def metrics_of(result: Result, sweep: Sweep) -> dict[str, float]:
-    """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
+    """All numbers of a candidate under legal names, standard errors as `<name>_stderr`.
 
-    The plan's own figures are among them, for axes of plots, the same ones for every candidate wherever they have a
-    meaning, since MLflow leaves out of parallel coordinates what lacks one of the axes:
+    They include the plan's own numbers, which serve as axes of plots. MLflow leaves a run out of parallel coordinates if
+    it lacks an axis, so every candidate gets the same numbers wherever they have a meaning:
 
-    - `plan/threshold` is 0 for full precision, which keeps every tensor, and 1 for a stock mixture, which keeps none; a
+    - `plan/threshold` is 0 for full precision, which keeps every tensor, and 1 for a stock mixture, which keeps none. A
       budget plan has neither a threshold nor `plan/kept_tensors`.
-    - `plan/budget_bytes` of a plan without a budget is what its tensors take.
-    - `plan/predicted_kl_nats` is absent where a type of the plan has no price.
-    - `comparison/...` is against the stock mixture of the sweep that `samq.sweep.selection.rival_of` names; for a mixture
-      itself it is 0 %, for full precision 100 %. The ends of the interval are absent where there is none.
+    - `plan/budget_bytes` of a plan without a budget is the size of its tensors.
+    - `plan/predicted_kl_nats` is absent if a type of the plan has no price.
+    - `comparison/...` compares with the stock mixture that `samq.sweep.sweep.Sweep.rival` names. It is 0 % for that
+      mixture and 100 % for full precision. Without an interval, the ends of the interval are absent.
 
-    What was not measured is absent.
+    A metric that was not measured is absent.
     """
     plan = result.plan
     predicted = result.predicted
@@ -64,13 +66,12 @@ def metrics_of(result: Result, sweep: Sweep) -> dict[str, float]:
 
 
 def benchmark_metrics(result: Result, sweep: Sweep, cost: CostSettings | None) -> dict[str, float]:
-    """A candidate's differences on benchmarks from full precision and from production, and what serving it costs."""
+    """A candidate's differences on benchmarks from full precision and from production, and its serving cost."""
     values: dict[str, float] = {}
-    mine = [one for one in sweep.benchmarks if one.candidate == result.name]
-    for against, references in (("f16", False), (PRODUCTION, True)):
-        for name, metric in delta_metrics(
-            [one for one in mine if (one.reference == PRODUCTION) is references], against
-        ).items():
+    own = [comparison for comparison in sweep.benchmarks if comparison.candidate == result.name]
+    for against, with_production in (("f16", False), (PRODUCTION, True)):
+        chosen = [comparison for comparison in own if (comparison.reference == PRODUCTION) is with_production]
+        for name, metric in delta_metrics(chosen, against).items():
             values[legal_metric_name(name)] = metric.value
             if metric.stderr is not None:
                 values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
@@ -80,7 +81,7 @@ def benchmark_metrics(result: Result, sweep: Sweep, cost: CostSettings | None) -
 
 
 def _against_rival(result: Result, sweep: Sweep) -> dict[str, float | None]:
-    """How much closer to full precision a candidate is than the stock mixture it is held against, in percent."""
+    """How much closer to full precision a candidate is than its rival, a stock mixture, in percent."""
     rival = sweep.rival(result)
     if rival is None:
         return {}
@@ -106,12 +107,12 @@ def _threshold(plan: Plan) -> float | None:
 
 
 def params_of(plan: Plan) -> dict[str, str]:
-    """What a candidate is: the same keys for every policy, empty where they have no meaning."""
-    asked = {key: plan.parameters.get(key) for key in _ASKED}
+    """The parameters of a candidate: the same keys for every policy, empty if a key has no meaning for it."""
+    parameters = {key: plan.parameters.get(key) for key in _POLICY_PARAMETERS}
     return {
         "policy": plan.policy,
         "rounding": plan.rounding,
-        **{key: "" if value is None else str(value) for key, value in asked.items()},
+        **{key: "" if value is None else str(value) for key, value in parameters.items()},
         "mixture": plan.mixture,
     }
 
@@ -128,7 +129,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def common_params(made_from: MadeFrom) -> dict[str, str]:
-    """What all candidates of a sweep have in common."""
+    """Parameters that all candidates of a sweep share."""
     return {
         "model": made_from.source.name,
         "revision": made_from.source.revision or "",

@@ -10,10 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -27,11 +24,10 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_TYPE,
     MLFLOW_USER,
 )
-from pydantic import BaseModel, ConfigDict, Field
 
 from samq import __version__
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
+from samq.files import EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
 from samq.records import CalibrationSet, TextSet
 from samq.report.description import describe_plan
 from samq.report.figures import pareto_figure, prediction_figure
@@ -39,13 +35,12 @@ from samq.report.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatm
 from samq.report.prediction import predicted_and_measured
 from samq.report.table import results_table
 from samq.sweep.benchmarking import items_of
-from samq.sweep.cost import CostSettings
 from samq.sweep.selection import Failure, Result
-from samq.sweep.significance import ITEMS_NAME
 from samq.sweep.sweep import MadeFrom, Sweep
 from samq.tracking import mlflow_view
 from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
-from samq.tracking.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder, user
+from samq.tracking.registry import HELDOUT, connect, register, sqlite_folder, user
+from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -64,67 +59,6 @@ A parent run is a sweep; its children are the candidates: full precision, stock 
 """
 
 
-class TrackingSettings(BaseModel):
-    """Where a sweep is logged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tracking_uri: str = Field(description="sqlite:///FILE, or the address of an MLflow server")
-    experiment: str
-    run_name: str
-    registered_model: str | None = Field(default=None, description="register the best candidate under this name")
-    artifact_location: str | None = Field(
-        default=None,
-        description="of a new experiment; None: mlartifacts beside the SQLite file, or what the server decides",
-    )
-    parameters: dict[str, Any] = Field(default={}, description="what the sweep was asked to do; may be nested")
-    tags: dict[str, str] = Field(default={}, description="further tags of the parent run")
-    cost: CostSettings | None = Field(default=None, description="what a GPU costs, for the metrics `cost/...`")
-
-
-@dataclass(frozen=True)
-class TrackedSweep:
-    """Where a sweep is to be found in MLflow."""
-
-    tracking_uri: str
-    experiment_id: str
-    parent_run_id: str
-    child_run_ids: dict[str, str]  # of the candidates that were measured
-    registered_model: str | None = None
-    model_version: str | None = None
-    not_registered: str | None = None  # why the best is not, though it was asked for
-
-    def urls(self, address: str) -> dict[str, str]:
-        """Pages of this sweep on an MLflow server.
-
-        The sweep's run, the table and the charts of its candidates, their comparison, and the registered version.
-        """
-        experiment = f"{address}/#/experiments/{self.experiment_id}"
-        models = "workflowType=machine_learning"  # else MLflow shows its pages for prompts and agents
-        view = f"{experiment}/runs?{models}&viewStateShareKey={mlflow_view.KEY}"
-        ids = quote(json.dumps(list(self.child_run_ids.values())))
-        urls = {
-            "sweep": f"{experiment}/runs/{self.parent_run_id}?{models}",
-            "candidates": view,
-            "charts": f"{view}&compareRunsMode=CHART",
-            "compare": f"{address}/#/compare-runs?runs={ids}&experiments=%5B%22{self.experiment_id}%22%5D&{models}",
-        }
-        if self.registered_model and self.model_version:
-            urls["model"] = f"{address}/#/models/{quote(self.registered_model)}/versions/{self.model_version}?{models}"
-        return urls
-
-    def summary(self) -> list[str]:
-        """Lines that tell a person at a terminal where to look."""
-        served = self.tracking_uri.startswith("http")
-        urls = self.urls(self.tracking_uri.rstrip("/") if served else "http://127.0.0.1:5000")
-        lines = [f"MLflow: {urls['sweep']}" + ("" if served else "   (after `samq ui`)")]
-        if "model" in urls:
-            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
-        if self.not_registered:
-            lines.append(f"not registered: {self.not_registered}; run the sweep again, which measures nothing anew")
-        return lines
-
-
 def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> TrackedSweep:
     """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
@@ -140,7 +74,7 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> Tracke
             version, not_registered = _register(client, settings.registered_model, children, sweep.best)
             if version or not_registered:
                 outcome = f"{settings.registered_model} version {version}" if version else f"failed: {not_registered}"
-                client.set_tag(parent, "samq.registered", _cut(outcome))
+                client.set_tag(parent, REGISTERED, _cut(outcome))
             values = [_values(result, settings, sweep) for result in sweep.results]
             client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.view_of(parent, _now_ms(), values))
     except (MlflowException, OSError) as error:
@@ -156,6 +90,7 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> Tracke
         registered_model=settings.registered_model if version else None,
         model_version=version,
         not_registered=not_registered,
+        flow_run_id=settings.tags.get(FLOW_RUN) or None,
     )
 
 
@@ -324,7 +259,7 @@ def _log_result(
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
     _log_inputs(client, run_id, _datasets(made_from))
-    client.log_dict(run_id, result.plan.content(), "plan.json")
+    client.log_dict(run_id, result.plan.content(), PLAN_NAME)
     client.log_figure(run_id, types_heatmap(result.plan), "types.png")
     for path in sorted(result.folder.iterdir()):
         if path.suffix == ".parquet":

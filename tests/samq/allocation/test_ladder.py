@@ -1,7 +1,8 @@
 import pytest
 
 from samq.allocation.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, rungs_of, threshold_types, uniform_plan
-from samq.allocation.threshold import Target, ThresholdPolicy, full_plan, stock_plan, threshold_plan
+from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy, threshold_plan
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, read_tensors
 from samq.gguf.formats import fallback

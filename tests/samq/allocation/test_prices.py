@@ -8,7 +8,7 @@ from gguf.quants import quantize
 
 from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.allocation.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.errors import SamqError
 from samq.gguf.file import read_tensors, read_weights
 from samq.records import Metric, SensitivityMap, TensorSensitivity

@@ -1,7 +1,7 @@
 import pytest
 
 from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
-from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256, read_metadata
 from samq.llamacpp.programs import planned_bytes, quantize

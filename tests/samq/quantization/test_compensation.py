@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from samq.allocation.ladder import make_rung
-from samq.allocation.threshold import Target
+from samq.allocation.target import Target
 from samq.errors import SamqError
 from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
 from samq.gguf.file import open_gguf, read_metadata, read_tensors, read_weights

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from samq.errors import SamqError
-from samq.sweep.comparison import DIVERGENCE_NAME, compare, compare_sweep
+from samq.files import DIVERGENCE_NAME
+from samq.sweep.comparison import compare, compare_sweep
 from samq.sweep.selection import Comparison
 
 

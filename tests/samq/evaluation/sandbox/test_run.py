@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from samq.data.datasets import packaged_rows
+from samq.evaluation.sandbox import run as sandbox
 from samq.evaluation.sandbox.run import CodeLimits, isolation, run_tests
-from samq.evaluation.sandbox.run import run as sandbox
 
 
 def kernel_confines() -> bool:
