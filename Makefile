@@ -22,10 +22,11 @@ test: ready ## all tests, the fast ones first
 test-fast: ready ## the fast tests only
 	$(BIN)/pytest -m "not e2e"
 
-check: ready ## lint, format, types, documentation
+check: ready ## lint, format, types, layers, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: ready ## build the documentation into site/
