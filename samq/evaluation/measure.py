@@ -11,13 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.llamacpp import gpu
 from samq.evaluation.baseline import Baseline, cut_chunks, read_tokens, write_baseline
 from samq.evaluation.divergence import measure_divergence
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
-from samq.llamacpp.runtime import Model, default_threads, system_info
-from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import (
     EVALUATION_NAME,
     BaselineRequest,
@@ -25,6 +22,9 @@ from samq.evaluation.settings import (
     EvaluationSettings,
 )
 from samq.evaluation.speed import measure_speed
+from samq.llamacpp import gpu
+from samq.llamacpp.memory import predict_memory
+from samq.llamacpp.runtime import Model, default_threads, system_info
 from samq.records import Evaluation, Metric
 
 Report = Callable[[str, int, int], None]  # (what is being measured, done, total)
@@ -67,6 +67,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 request.baseline,
                 settings,
                 partial(report, "fidelity"),
+                sha256=request.sha256,
             )
             metrics |= found
             write_table(tokens, request.output / "divergence.parquet")

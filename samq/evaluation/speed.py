@@ -10,8 +10,8 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from samq.llamacpp.runtime import Context, Model
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp.runtime import Context, Model
 from samq.progress import Progress, silent
 from samq.records import Metric
 
