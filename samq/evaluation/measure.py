@@ -22,6 +22,12 @@ from samq.llamacpp import gpu
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, default_threads, system_info
 from samq.output import make_folder
+from samq.evaluation.settings import (
+    EVALUATION_NAME,
+    BaselineRequest,
+    EvaluationRequest,
+    EvaluationSettings,
+)
 from samq.records import Evaluation, Metric
 
 Report = Callable[[str, int, int], None]  # (what is being measured, done, total)
@@ -70,6 +76,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 request.baseline,
                 settings,
                 partial(report, "fidelity"),
+                sha256=request.sha256,
             )
             metrics |= found
             write_table(tokens, request.output / DIVERGENCE_NAME)
