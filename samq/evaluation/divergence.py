@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from samq.evaluation.baseline import open_baseline, scored_logits
 from samq.evaluation.baseline import BASELINE_KV_TYPE, BASELINE_NAME, Baseline, open_baseline, scored_logits
 from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp.runtime import Model, default_threads

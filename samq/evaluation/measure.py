@@ -22,12 +22,6 @@ from samq.llamacpp import gpu
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, default_threads, system_info
 from samq.output import make_folder
-from samq.evaluation.settings import (
-    EVALUATION_NAME,
-    BaselineRequest,
-    EvaluationRequest,
-    EvaluationSettings,
-)
 from samq.records import Evaluation, Metric
 
 Report = Callable[[str, int, int], None]  # (what is being measured, done, total)
