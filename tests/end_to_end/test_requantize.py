@@ -32,7 +32,7 @@ from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
 from samq.sweep.selection import KLD
-from tests.command_line import samq
+from tests.command_line import forked_samq
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
@@ -133,7 +133,7 @@ def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_miss
 def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(made_by_sweep, home, tmp_path):
     folders = {stage: home / "store" / stage / key for stage, key in made_by_sweep}
     sensitivity, gguf = folders["calibrate"] / MAP_NAME, folders["convert"] / GGUF_NAME
-    planned = samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
+    planned = forked_samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
     assert planned.returncode == 0, planned.stderr
     groups = re.search(r"threshold 0\.85 keeps \d+ of 211 tensors \((\d+) blocks or single tensors\)", planned.stderr)
     assert groups and int(groups[1]) <= 1, planned.stderr
