@@ -27,7 +27,7 @@ from samq.allocation.target import stock_plan
 from samq.gguf.file import TensorInfo, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, digest_of
-from samq.sensitivity.backpropagation import backpropagate
+from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.layout import row_orders, weights_of
 from samq.sweep.comparison import compare
 
@@ -105,9 +105,7 @@ def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.
                 weights,
                 add,
                 numbers=1,
-                labels="model",
-                stream=lambda sequence: np.random.default_rng((arguments.seed, sequence)),
-                text="calibration",
+                labelling=Labelling("model", arguments.seed),
                 batch_size=4,
                 progress=progress,
             )

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.check import check_prediction
+from samq.allocation.check import RoundedPlan, check_prediction
 from samq.allocation.prices import plan_cost
 from samq.data.tokens import TokenBatch
 from samq.files import CHECK_NAME, GGUF_NAME, TOKENS_NAME
 from samq.progress import bar
 from samq.records import PredictionCheck
+from samq.sensitivity.layout import GgufLayout
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
@@ -52,12 +53,9 @@ def check(
         prediction = check_prediction(
             torch_model,
             batch.part(len(batch) - sequences.last, len(batch)),
-            plan,
+            RoundedPlan(plan, model.full.path(GGUF_NAME), candidate.gguf.path(GGUF_NAME)),
             plan_cost(load_prices(candidate.prices), plan.types),
-            names=names,
-            original=model.full.path(GGUF_NAME),
-            rounded=candidate.gguf.path(GGUF_NAME),
-            row_orders=orders,
+            GgufLayout(names, orders),
             batch_size=batch_size,
             seed=seed,
             progress=progress,
