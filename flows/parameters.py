@@ -14,8 +14,8 @@ from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.gguf.formats import check_mixture, check_type
 from samq.records import Rounding
+from samq.sensitivity.backpropagation import Labels
 from samq.sensitivity.gram import GRAM_TOKENS
-from samq.sensitivity.measure import Labels
 from samq.settings_file import read_settings
 from samq.sweep.cost import CostSettings
 from samq.sweep.selection import Finalists, SelectionRule

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.check import check_prediction
+from samq.allocation.check import RoundedPlan, check_prediction
 from samq.allocation.prices import plan_cost
 from samq.data.tokens import TokenBatch
 from samq.files import CHECK_NAME, GGUF_NAME, TOKENS_NAME
@@ -47,17 +47,14 @@ def check(
 ) -> None:
     """`prediction-check.json`: the plan's second-order cost on the last sequences of the calibration set."""
     batch, plan = TokenBatch.load(sequences.tokens.path(TOKENS_NAME)), load_plan(candidate.plan)
-    torch_model, names, orders = model.load_with_rows(at.device)
+    torch_model, layout = model.load_with_layout(at.device)
     with bar(f"check {candidate.name}") as progress:
         prediction = check_prediction(
             torch_model,
             batch.part(len(batch) - sequences.last, len(batch)),
-            plan,
+            RoundedPlan(plan, model.full.path(GGUF_NAME), candidate.gguf.path(GGUF_NAME)),
             plan_cost(load_prices(candidate.prices), plan.types),
-            names=names,
-            original=model.full.path(GGUF_NAME),
-            rounded=candidate.gguf.path(GGUF_NAME),
-            row_orders=orders,
+            layout,
             batch_size=batch_size,
             seed=seed,
             progress=progress,

@@ -35,7 +35,7 @@ def cut_short(model):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda model: (model / "config.json").unlink(), "model is no model folder: it has no config.json"),
+        (lambda model: (model / "config.json").unlink(), "model is not a model folder: it has no config.json"),
         (
             lambda model: edit_config(model, architectures=["BertForMaskedLM"]),
             "model is a BertForMaskedLM, not a causal",

@@ -120,7 +120,7 @@ def test_dtypes(folder):
 
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(SamqError, match=r"tiny is no model folder: it has no config\.json"):
+    with pytest.raises(SamqError, match=r"tiny is not a model folder: it has no config\.json"):
         describe_source(folder)
 
 
@@ -168,7 +168,7 @@ def test_a_missing_shard_is_named(sharded):
 
 def test_a_damaged_index_is_named(sharded):
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": []}')
-    with pytest.raises(SamqError, match=r"index\.json is no index of weight files"):
+    with pytest.raises(SamqError, match=r"index\.json is not an index of weight files"):
         describe_source(sharded)
 
 
@@ -210,7 +210,7 @@ def test_a_gguf_without_a_tokenizer_says_so(tmp_path):
 
 
 def test_a_second_folder_is_refused(folder):
-    with pytest.raises(SamqError, match="is no GGUF, so it brings its own tokenizer"):
+    with pytest.raises(SamqError, match="is not a GGUF and has its own tokenizer"):
         describe_source(folder, hf_folder=folder)
 
 
@@ -222,7 +222,7 @@ def test_an_unknown_hub_id_is_one_sentence(name):
 
 
 def test_an_unknown_path_is_no_hub_id(tmp_path):
-    with pytest.raises(SamqError, match=r"lost is no model folder: it has no config\.json"):
+    with pytest.raises(SamqError, match=r"lost is not a model folder: it has no config\.json"):
         describe_source(tmp_path / "lost")
 
 
