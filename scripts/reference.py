@@ -152,7 +152,7 @@ def _section(name: str, schema: Schema, definitions: Schema) -> list[str]:
 
 
 def _meaning(told: Schema, definitions: Schema) -> str:
-    model = definitions.get(str(told.get("$ref", "")).rpartition("/")[2], {})
+    model = definitions.get(next(_references(told), ""), {})
     return str(told.get("description") or re.split(r"(?<=\.) ", _paragraph(model.get("description", "")))[0])
 
 
@@ -182,7 +182,11 @@ def _type(told: Schema) -> str:
 def _limits(told: Schema) -> Iterator[str]:
     """A number's limits, but those of 64-bit integers."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    yield from (f"{sign} {told[key]:,}" for key, sign in signs.items() if key in told and abs(told[key]) < 2**62)
+    yield from (
+        f"{sign} {told[key]:,}".removesuffix(".0")
+        for key, sign in signs.items()
+        if key in told and abs(told[key]) < 2**62
+    )
 
 
 def _default(field: str, told: Schema, required: Any) -> str:
@@ -203,8 +207,8 @@ def http_page() -> str:
     lines = [
         "# HTTP API",
         "",
-        "What `samq serve` answers. The two completion endpoints follow OpenAI's API, so its clients work unchanged. The "
-        "server gives the same description as JSON at `/openapi.json`.",
+        "What `samq serve` answers. The two completion endpoints follow OpenAI's API, so its clients work unchanged. "
+        "Fields without a description are OpenAI's. The server gives the same description as JSON at `/openapi.json`.",
     ]
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
