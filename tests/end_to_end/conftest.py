@@ -40,18 +40,24 @@ def rebuilt(before, after):
 
 
 @pytest.fixture(scope="session")
-def sweep_and_artifacts(home, prefect_home):
-    sweep = requantize(RequantizeParameters.model_validate(SMALL))
-    return sweep, artifacts(home)
+def finished_and_artifacts(home, prefect_home):
+    finished = requantize(RequantizeParameters.model_validate(SMALL))
+    return finished, artifacts(home)
 
 
 @pytest.fixture
-def sweep(sweep_and_artifacts):
-    """A sweep with the small parameters."""
-    return sweep_and_artifacts[0]
+def finished(finished_and_artifacts):
+    """What the flow returns of a sweep with the small parameters."""
+    return finished_and_artifacts[0]
 
 
 @pytest.fixture
-def made_by_sweep(sweep_and_artifacts):
+def sweep(finished):
+    """That sweep."""
+    return finished.sweep
+
+
+@pytest.fixture
+def made_by_sweep(finished_and_artifacts):
     """Its artifacts, (stage, key) each."""
-    return sorted(sweep_and_artifacts[1])
+    return sorted(finished_and_artifacts[1])

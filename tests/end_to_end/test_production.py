@@ -48,8 +48,8 @@ def requantized(home, prefect_home):
     @cache
     def run(which):
         tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}, **asked[which]}
-        sweep = requantize(RequantizeParameters.model_validate(tracked))
-        return sweep.tracked.model_version, sweep.best.model.sha256
+        finished = requantize(RequantizeParameters.model_validate(tracked))
+        return finished.tracked.model_version, finished.sweep.best.model.sha256
 
     return run
 
