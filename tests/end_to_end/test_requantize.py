@@ -32,13 +32,13 @@ from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
 from samq.sweep.selection import KLD
-from tests.command_line import samq
-from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
+from tests.command_line import forked_samq
+from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
 FIRST_BLOCKS = 3
-STEPS = ("choose rungs", "propose thresholds")  # tasks in a workspace that are no stages, and never cached
+STEPS = ("choose rungs", "propose thresholds")  # what works in a workspace and is not cached
 
 
 def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
@@ -126,15 +126,15 @@ def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_miss
         requantize(RequantizeParameters.model_validate(unknown))
     assert rebuilt(before, artifacts(home)) == []
     offline = {**SMALL, "benchmarks": {**SMALL["benchmarks"], "tasks": ["samq_hellaswag", "mmlu"]}}
-    offline_sweep = requantize(RequantizeParameters.model_validate(offline)).sweep
+    measured = measure(offline)
     assert rebuilt(before, artifacts(home)) == []
-    assert "cannot load the data of mmlu" in offline_sweep.best.evaluation.missing["eval/mmlu"]
+    assert "cannot load the data of mmlu" in measured.best.evaluation.missing["eval/mmlu"]
 
 
 def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(made_by_sweep, home, tmp_path):
     folders = {stage: home / "store" / stage / key for stage, key in made_by_sweep}
     sensitivity, gguf = folders["calibrate"] / MAP_NAME, folders["convert"] / GGUF_NAME
-    planned = samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
+    planned = forked_samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
     assert planned.returncode == 0, planned.stderr
     groups = re.search(r"threshold 0\.85 keeps \d+ of 211 tensors \((\d+) blocks or single tensors\)", planned.stderr)
     assert groups and int(groups[1]) <= 1, planned.stderr
@@ -151,8 +151,8 @@ def test_nothing_new_rebuilds_nothing_and_registers_nothing(finished, made_by_sw
     assert again.tracked.model_version == finished.tracked.model_version
     _, this = flow_run_of(again, home)
     with get_client(sync_client=True) as prefect:
-        runs = [run for run in prefect.read_task_runs(**this) if "at" in run.task_inputs]
-    stages = [run for run in runs if not run.name.startswith(STEPS)]
+        runs = prefect.read_task_runs(**this)
+    stages = [run for run in runs if "at" in run.task_inputs and not run.name.startswith(STEPS)]
     assert len(stages) >= len(made_by_sweep)
     assert {run.name: run.state_name for run in stages if run.state_name != "Cached"} == {}
 
@@ -165,19 +165,19 @@ def test_one_changed_calibration_sample_makes_all_again_but_what_no_calibration_
     parameters = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": dataset}}
 
     def run():
-        """Run the flow on the rows as they are now; returns the sweep, and the stages whose artifacts are new."""
+        """Measure a sweep on the rows as they are now; returns it, and the stages whose artifacts are new."""
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         before = artifacts(home)
-        changed = requantize(RequantizeParameters.model_validate(parameters)).sweep
-        return changed, rebuilt(before, artifacts(home))
+        measured = measure(parameters)
+        return measured, rebuilt(before, artifacts(home))
 
     assert run()[1] == []  # the same text by another name
     text = load_texts(DatasetSpec(**dataset))[0]
     (number,) = [number for number, row in enumerate(rows) if text.startswith(row["prompt"])]
     rows[number] = {**rows[number], "prompt": f"# Another first line.\n{rows[number]['prompt']}"}
-    changed, stages = run()
+    measured, stages = run()
     assert set(stages) == {stage for stage, _ in made_by_sweep} - {"convert", "heldout", "baseline"}
-    assert stages.count("evaluate") == len(changed.results) - 1  # full precision is what it was
+    assert stages.count("evaluate") == len(measured.results) - 1  # full precision is what it was
 
 
 @pytest.fixture
@@ -206,9 +206,9 @@ def test_a_folder_from_hugging_face_is_requantized_in_the_precision_asked_for(sw
         "benchmarks": {"tasks": []},
         "tracking": {"experiment": "hf-folder"},
     }
-    of_folder = requantize(RequantizeParameters.model_validate(asked)).sweep
-    assert of_folder.failures == ()
-    results = {result.plan.policy: result for result in of_folder.results}
+    measured = measure(asked)
+    assert measured.failures == ()
+    results = {result.plan.policy: result for result in measured.results}
     assert results.keys() == {"full", "stock", "threshold"}
     assert abs(results["full"].evaluation.metrics[KLD].value) < 1e-6
     assert results["stock"].bytes < results["threshold"].bytes < results["full"].bytes
@@ -226,12 +226,12 @@ def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
     # IQ1_S needs an importance matrix, and there is none.
     wrong = {**SMALL, "calibration": {**SMALL["calibration"], "imatrix": False}}
     wrong["candidates"] = {"stock": ["Q4_K_M", "IQ1_S"], "budgets": [], "proposed_thresholds": 0}
-    finished = requantize(RequantizeParameters.model_validate(wrong))
-    failures, results = finished.sweep.failures, finished.sweep.results
-    assert [(failure.name, failure.stage) for failure in failures] == [("IQ1_S", "quantize")]
-    assert "llama-quantize failed" in failures[0].reason
-    assert [result.name for result in results] == ["F16", "Q4_K_M"]
-    assert "IQ1_S" in finished.report
+    other = requantize(RequantizeParameters.model_validate(wrong))
+    (failure,) = other.sweep.failures
+    assert (failure.name, failure.stage) == ("IQ1_S", "quantize")
+    assert "llama-quantize failed" in failure.reason
+    assert [result.name for result in other.sweep.results] == ["F16", "Q4_K_M"]
+    assert "IQ1_S" in other.report
     wrong["candidates"] = {**wrong["candidates"], "stock": ["IQ1_S"]}
     with pytest.raises(SamqError, match=r"the baseline or every candidate failed \(.*IQ1_S: llama-quantize failed"):
         requantize(RequantizeParameters.model_validate(wrong))
@@ -243,12 +243,11 @@ def test_a_rung_that_cannot_be_compensated_costs_the_plans_that_need_it_and_no_o
 
     monkeypatch.setattr("samq.quantization.compensation.compensate_rung", fail)
     candidates = {**SMALL["candidates"], "budgets": ["5.2bpw"], "proposed_thresholds": 0}
-    parameters = RequantizeParameters.model_validate({**SMALL, "candidates": candidates, "benchmarks": {}})
-    without = requantize(parameters).sweep
-    (failure,) = without.failures
+    measured = measure({**SMALL, "candidates": candidates, "benchmarks": {}})
+    (failure,) = measured.failures
     assert (failure.name, failure.stage) == ("samq-5.2bpw", "compensate")
     assert failure.reason.endswith("blk.0.attn_q.weight cannot be inverted; measure it on more text")
-    assert [result.name for result in without.results] == ["F16", "Q4_K_M"]
+    assert [result.name for result in measured.results] == ["F16", "Q4_K_M"]
 
 
 # Fewer bytes than the types that the model was made from take, so there are errors to be made up for.
@@ -263,7 +262,7 @@ COMPENSATED = {
 @pytest.fixture(scope="module")
 def compensated(home, prefect_home):
     """A sweep in which tensors are compensated."""
-    sweep = requantize(RequantizeParameters.model_validate(COMPENSATED)).sweep
+    sweep = measure(COMPENSATED)
     (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
     assert result.plan.rounding == "compensated"
     made = [rung for rung in Store(home / "store").artifacts() if rung.stage == "compensate_rung"]
