@@ -106,9 +106,10 @@ def test_a_run_by_the_worker_completes_and_mlflow_has_its_runs(sweep, home, up, 
     client = MlflowClient(tracking_uri=up[0], registry_uri=up[0])
     experiment = client.get_experiment_by_name(EXPERIMENT)
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.run_name for run in runs} == {"small", *(result.name for result in sweep.results)}
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.run_name.startswith(f"{sweep.made_from.source.name} ")
+    assert {run.info.run_name for run in runs if run != parent} == {result.name for result in sweep.results}
     assert {run.info.status for run in runs} == {"FINISHED"}
-    (parent,) = [run for run in runs if run.info.run_name == "small"]
     report = f"{parent.info.artifact_uri}/report.md"
     report = download_artifacts(artifact_uri=report, dst_path=str(tmp_path), tracking_uri=up[0])
     assert Path(report).read_text().startswith("# SmolLM2-135M-Instruct")
