@@ -29,7 +29,9 @@ def tokenize_chat(model: Model, messages: Sequence[ChatMessage], *, dated: bool 
     return model.tokenize(text, add_special=True, parse_special=True)
 
 
-def render_chat(model: Model, messages: Sequence[ChatMessage], *, continue_last: bool = False, dated: bool = False) -> str:
+def render_chat(
+    model: Model, messages: Sequence[ChatMessage], *, continue_last: bool = False, dated: bool = False
+) -> str:
     """The text of `messages` (each with role and content), up to where the model's answer begins.
 
     With `continue_last` the text ends with the content of the last message, and the model continues it. If the template
