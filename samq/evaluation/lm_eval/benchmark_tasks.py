@@ -226,9 +226,10 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SamqError(f"the task file {path} does not exist; check the path")
     try:
-        return load_yaml(path, resolve_func=False)
+        task: dict[str, Any] = load_yaml(path, resolve_func=False)
     except Exception as error:  # PyYAML's, or lm-eval's about a file that it includes
         raise SamqError(f"{path} is not a valid task file ({one_line(str(error))}); correct it") from error
+    return task
 
 
 def _config(manager: TaskManager, name: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tok
 
 
 @register_model("samq-gguf")
-class GgufLM(TemplateLM):
+class GgufLM(TemplateLM):  # type: ignore[misc]
     """A GGUF as lm-eval's model.
 
     Args:
@@ -119,7 +119,7 @@ class GgufLM(TemplateLM):
         """EOS."""
         if self.model.eos is None:
             raise SamqError(f"{self.model.path} has no EOS token; convert the model again with its tokenizer")
-        return self.model.eos
+        return int(self.model.eos)
 
     @property
     def prefix_token_id(self) -> int:
