@@ -131,7 +131,9 @@ class Model:
 
     def _names(self, token: str) -> bool:
         """Whether the file's metadata name this token: `bos` or `eos`."""
-        return bool(api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0)
+        return bool(
+            api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
+        )
 
     def __enter__(self) -> Self:
         """Return the model itself."""
