@@ -123,7 +123,7 @@ def test_command_lines_are_found():
     [
         ("rqeuantize --config x.yaml", "no command rqeuantize"),
         ("plan --map x.json --gguf y.gguf --bugdet 1GB", "--bugdet"),
-        ("plan --budget 1GB", "map"),
+        ("plan --budget 1GB", "Missing"),
         ("evaluate x.gguf --baseline y.gguf --chunks many", "integer"),
     ],
 )

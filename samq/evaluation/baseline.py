@@ -23,6 +23,9 @@ from samq.llamacpp.runtime import Model
 from samq.progress import Progress, silent
 from samq.records import Record
 
+BASELINE_NAME = "baseline.json"
+BASELINE_KV_TYPE = "F16"  # whatever the candidates' is
+
 
 class Baseline(Record):
     """The full-precision model's logits on some chunks; they lie beside it in `logits.npy`."""
@@ -110,7 +113,7 @@ def write_baseline(
         # written as a stream: a memory map on a disk that gets full would end this process by a signal
         with temporary.open("wb") as file:
             write_array_header_2_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for logits in scored_logits(model, chunks, settings, "F16", progress):
+            for logits in scored_logits(model, chunks, settings, BASELINE_KV_TYPE, progress):
                 file.write(np.ascontiguousarray(logits, "<f4").data)
         os.replace(temporary, folder / "logits.npy")
     except OSError as error:
@@ -121,7 +124,7 @@ def write_baseline(
     baseline = Baseline(
         gguf_sha256=sha256, chunks_digest=chunks_digest(chunks), first_scored=settings.first_scored, shape=shape
     )
-    baseline.save(folder / "baseline.json")
+    baseline.save(folder / BASELINE_NAME)
     return baseline
 
 
@@ -132,7 +135,7 @@ def open_baseline(
 
     Raises SamqError if they are of other chunks or another vocabulary, or damaged.
     """
-    baseline = Baseline.load(folder / "baseline.json")
+    baseline = Baseline.load(folder / BASELINE_NAME)
     if baseline.shape[1] != vocab_size:
         raise SamqError(
             f"the baseline in {folder} has {baseline.shape[1]} tokens in its vocabulary, the candidate {vocab_size}; "

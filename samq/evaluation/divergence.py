@@ -11,6 +11,7 @@ than e^-16, here nothing is left out; and its standard errors take all tokens as
 likeness of the tokens of one chunk.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from samq.evaluation.baseline import open_baseline, scored_logits
+from samq.evaluation.baseline import BASELINE_KV_TYPE, BASELINE_NAME, Baseline, open_baseline, scored_logits
 from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp.runtime import Model, default_threads
 from samq.progress import Progress, silent
@@ -33,18 +34,28 @@ def measure_divergence(
     baseline: Path,
     settings: EvaluationSettings,
     progress: Progress = silent,
+    *,
+    sha256: str | None = None,
 ) -> tuple[dict[str, Metric], pd.DataFrame]:
     """Compare a candidate with the baseline in folder `baseline`, one chunk at a time.
+
+    `sha256` is the candidate's. If the baseline is of that very file, its logits are the candidate's and are not computed
+    a second time, unless the candidate's KV cache is of another type than the baseline's.
 
     Returns the metrics (`fidelity/...`) and a row for each scored token: chunk, position (of that token in its chunk),
     token, kld, nll, nll_base (nats), delta_p, same_top. Raises SamqError if the baseline is of other tokens or another
     vocabulary, or damaged, and if the candidate's logits are not finite.
     """
     expected = open_baseline(baseline, chunks, settings, model.vocab_size)
+    is_baseline = Baseline.load(baseline / BASELINE_NAME).gguf_sha256 == sha256
+    if is_baseline and settings.kv_type == BASELINE_KV_TYPE:
+        candidate: Iterable[NDArray[np.float32]] = expected
+    else:
+        candidate = scored_logits(model, chunks, settings, settings.kv_type)
     first_target = settings.first_scored + 1
     tables = []
     with ThreadPoolExecutor(settings.threads or default_threads()) as pool:
-        for index, logits in enumerate(scored_logits(model, chunks, settings, settings.kv_type, progress)):
+        for index, logits in enumerate(candidate):
             targets = chunks[index, first_target:]
             parts = [slice(start, start + _ROWS) for start in range(0, len(targets), _ROWS)]
             compared = pool.map(lambda s, i=index, q=logits, t=targets: compare(expected[i, s], q[s], t[s]), parts)
@@ -53,6 +64,7 @@ def measure_divergence(
             table.insert(1, "position", np.arange(first_target, settings.context_tokens, dtype=np.int32))
             table.insert(2, "token", targets)
             tables.append(table)
+            progress(index + 1, len(chunks))
     scored = pd.concat(tables, ignore_index=True)
     return summarize(scored), scored
 

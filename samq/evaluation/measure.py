@@ -70,6 +70,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 request.baseline,
                 settings,
                 partial(report, "fidelity"),
+                sha256=request.sha256,
             )
             metrics |= found
             write_table(tokens, request.output / DIVERGENCE_NAME)

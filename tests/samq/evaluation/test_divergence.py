@@ -104,6 +104,23 @@ def test_full_precision_is_itself(smollm2_f16, baseline):
 
 
 @pytest.mark.e2e
+def test_full_precision_is_not_computed_a_second_time_unless_its_cache_is_another(smollm2_f16, baseline, decode_fails):
+    (computed, scored), (chunks, folder) = divergence(smollm2_f16, baseline), baseline
+    quantized_cache = SETTINGS.model_copy(update={"kv_type": "Q8_0"})
+    steps = []
+    with Model(smollm2_f16) as model:
+        other, _ = measure_divergence(model, chunks, folder, quantized_cache, sha256="0" * 64)
+        decode_fails(1)
+        metrics, taken = measure_divergence(
+            model, chunks, folder, SETTINGS, lambda *step: steps.append(step), sha256="0" * 64
+        )
+    assert other["fidelity/mean_kld_nats"].value > 1e-6
+    pd.testing.assert_frame_equal(taken, scored, atol=1e-6)
+    assert metrics.keys() == computed.keys() and metrics["fidelity/mean_kld_nats"].value == 0
+    assert steps == [(done + 1, len(chunks)) for done in range(len(chunks))]
+
+
+@pytest.mark.e2e
 def test_the_figures_are_those_of_llama_perplexity(
     tmp_path, toolchain, smollm2_f16, smollm2_q4_k_m, heldout_text, baseline
 ):

@@ -176,7 +176,7 @@ def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
         with_threshold = [metrics for metrics in children if "plan/threshold" in metrics]
         assert with_threshold
         assert all(axis in metrics for axis in thresholds["selectedMetrics"] for metrics in with_threshold)
-    assert mlflow_view.KEY in tracked.urls("")["charts"]
+    assert mlflow_view.KEY in tracked.links("")["charts"]
 
 
 def test_thresholds_have_a_chart_of_their_own():
@@ -260,7 +260,7 @@ def test_the_best_is_registered_once_however_many_nights_bring_it(sweep, mlflow_
     assert first.model_version == second.model_version == "1"
     assert "model version 1" in connect(mlflow_uri).get_run(second.parent_run_id).data.tags["samq.registered"]
     assert second.summary()[-1] == "registered: model version 1, alias candidate"
-    assert second.urls("http://host")["model"].startswith("http://host/#/models/model/versions/1")
+    assert second.links("http://host")["registered model"].startswith("http://host/#/models/model/versions/1")
 
 
 def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
@@ -273,7 +273,7 @@ def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
     )
     assert parent.data.tags["samq.registered"] == f"failed: {tracked.not_registered}"
     assert tracked.summary()[-1].startswith("not registered: cannot register")
-    assert "org/model" in tracked.summary()[-1] and "model" not in tracked.urls("")
+    assert "org/model" in tracked.summary()[-1] and "registered model" not in tracked.links("")
     assert mlflow_view.TAG in client.get_experiment(tracked.experiment_id).tags
 
 
