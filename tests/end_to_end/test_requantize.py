@@ -94,7 +94,7 @@ def flow_run_of(finished, home):
 def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(finished, sweep, home):
     flow_run_id, this = flow_run_of(finished, home)
     with get_client(sync_client=True) as prefect:
-        assert prefect.read_flow_run(flow_run_id).name.startswith("small ")
+        assert re.fullmatch(r"small \d{4}-\d\d-\d\d \d\d:\d\d", prefect.read_flow_run(flow_run_id).name)
         pages = {artifact.key: artifact for artifact in prefect.read_artifacts(**this)}
         names = {run.name for run in prefect.read_task_runs(**this)}
     assert pages["requantize-report"].data == finished.report
