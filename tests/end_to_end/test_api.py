@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import samq
 from tests.end_to_end.conftest import SMALL
 
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
 
 
