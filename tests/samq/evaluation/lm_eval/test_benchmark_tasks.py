@@ -70,7 +70,7 @@ def test_a_malformed_file_in_a_folder_and_a_missing_folder_are_said_at_once(tmp_
         TaskLibrary([tmp_path])
     with pytest.raises(SamqError, match=r"^the folder of tasks .*nowhere does not exist; check task_folders$"):
         TaskLibrary([tmp_path / "nowhere"])
-    with pytest.raises(SamqError, match=r"^there is not a valid task file at .*nowhere.yaml; check the path$"):
+    with pytest.raises(SamqError, match=r"^the task file .*nowhere.yaml does not exist; check the path$"):
         open_task(tmp_path / "nowhere.yaml")
 
 
