@@ -178,6 +178,20 @@ def test_links_and_pictures_of_the_readme_exist():
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
+def test_the_readmes_table_is_of_the_same_run_as_the_benchmarks():
+    rows = [
+        {
+            cells[0]: cells[1:4]
+            for row in re.findall(r"^\| (Q\d.*) \|$", text, re.M)
+            if len(cells := row.split(" | ")) > 2
+        }
+        for text in (README.read_text(), (ROOT / "docs/benchmarks.md").read_text())
+    ]
+    shown, measured = rows
+    assert list(shown) == ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"]
+    assert shown == {mixture: measured[mixture] for mixture in shown}
+
+
 def sentences(markdown: str) -> Iterator[str]:
     """The sentences of running text: headings, tables, code blocks, pictures and comments apart."""
     text = re.sub(r"<!--.*?-->", "", without_code_blocks(markdown), flags=re.S)

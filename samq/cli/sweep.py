@@ -20,7 +20,8 @@ def demo(
 
     Compares full precision, Q4_K_M, a budget plan of the same size, and threshold plans.
     """
-    requantize(config or PROJECT / "deployments" / "parameters" / "demo.yaml")
+    deployments = PROJECT / "deployments"
+    _run(config or deployments / "parameters" / "demo.yaml", deployments / "promotion" / "demo.yaml")
 
 
 def requantize(
@@ -31,6 +32,11 @@ def requantize(
 
     Converts, calibrates, plans, quantizes, evaluates, reports and registers, and tracks everything in MLflow.
     """
+    _run(config, PROJECT / "deployments" / "promotion" / "policy.yaml", no_imatrix=no_imatrix)
+
+
+def _run(config: Path, policy: Path, *, no_imatrix: bool = False) -> None:
+    """Run the flow; `policy` is the file of gates that the next commands name."""
     prepare_prefect()
     with loading_packages():
         from flows.parameters import load_parameters
@@ -43,11 +49,12 @@ def requantize(
         from flows.requantize import requantize as flow
 
         require_prefect()
-    _show(flow(parameters))
+    _show(flow(parameters), policy)
 
 
-def _show(finished: "FinishedSweep") -> None:
-    """Print what the sweep found and where MLflow has it."""
+def _show(finished: "FinishedSweep", policy: Path) -> None:
+    """Print what the sweep found, where MLflow has it, and the next commands."""
+    from samq.report.next_steps import next_commands
     from samq.report.table import terminal_table
 
     sweep = finished.sweep
@@ -57,5 +64,6 @@ def _show(finished: "FinishedSweep") -> None:
         console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
     if sweep.best:
         console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
-    for line in finished.tracked.summary():
+    best = sweep.best.gguf if sweep.best else None
+    for line in (*finished.tracked.summary(), *next_commands(finished.tracked.registered_model, best, policy)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -193,7 +193,7 @@ def _on_device(tensor: str) -> Iterator[None]:
     with needs_gpu_memory(f"the compensation of {tensor}", "use another GPU or the CPU (model.device)"):
         try:
             yield
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise SamqError(
                 f"the Gram matrix of {tensor} cannot be inverted ({str(error).splitlines()[0]}); measure it on more text"
             ) from error

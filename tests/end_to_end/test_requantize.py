@@ -94,7 +94,7 @@ def flow_run_of(finished, home):
 def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(finished, sweep, home):
     flow_run_id, this = flow_run_of(finished, home)
     with get_client(sync_client=True) as prefect:
-        assert prefect.read_flow_run(flow_run_id).name.startswith("small ")
+        assert re.fullmatch(r"small \d{4}-\d\d-\d\d \d\d:\d\d", prefect.read_flow_run(flow_run_id).name)
         pages = {artifact.key: artifact for artifact in prefect.read_artifacts(**this)}
         names = {run.name for run in prefect.read_task_runs(**this)}
     assert pages["requantize-report"].data == finished.report
@@ -270,15 +270,6 @@ def compensated(home, prefect_home):
     return sweep
 
 
-# Killed stage -> the stages whose artifacts are lost before, so that its work and what comes of it have to be done.
-LOST = {
-    "rung": ("rung", "assemble", "compensate_rung"),
-    "compensate_rung": ("assemble", "compensate_rung"),
-    "quantize": ("assemble",),
-    "evaluate": ("evaluate",),
-}
-
-
 def is_half_done(store, stage):
     """Whether an artifact of the stage is being made: a part of its GGUF is written, or of the text is scored."""
     try:
@@ -299,36 +290,8 @@ def built(home):
     return {artifact.files[GGUF_NAME].sha256 for artifact in found if artifact.stage in stages}
 
 
-@pytest.mark.parametrize("stage", LOST)
-def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_ggufs(
-    compensated, home, tmp_path, stage
-):
-    killed = tmp_path / "samq"
-    shutil.copytree(home / "store", killed / "store", symlinks=True, ignore=shutil.ignore_patterns(*LOST[stage]))
-    store = Store(killed / "store")
-    # What is made by llama-quantize itself is what is assembled from the ladder otherwise.
-    anew = stage == "quantize"
-    candidates = {**COMPENSATED["candidates"], "requantize": anew}
-    config = tmp_path / "compensated.yaml"
-    config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
-    environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
-
-    def start():
-        log = (tmp_path / "log").open("ab")
-        root = Path(__file__).parents[2]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=root, start_new_session=True)
-
-    flow = start()
-    while not is_half_done(store, stage):
-        assert flow.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.02)
-    flow.send_signal(signal.SIGKILL)
-    flow.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(flow.pid, signal.SIGKILL)  # Prefect's server, which lives on otherwise
-    assert is_half_done(store, stage), "killed in the midst of it"
+def check_whole(store):
+    """What the store has is whole, and what was half done lies apart."""
     left = list(store.artifacts())
     assert "convert" in {artifact.stage for artifact in left}
     for artifact in left:
@@ -336,9 +299,65 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
             assert file_sha256(artifact.folder / name) == entry.sha256, artifact.folder / name
     assert {path.relative_to(store.root).parts[0] for path in store.root.rglob("*.partial")} <= {".tmp"}
 
-    assert start().wait(timeout=600) == 0, (tmp_path / "log").read_text()
-    wanted = {result.model.sha256 for result in compensated.results if result.plan.policy != "full"}
-    assert wanted <= built(killed)
+
+@pytest.fixture
+def killed_and_finished(home, tmp_path):
+    """Run the flow in a copy of the store that lacks some stages, killed in the midst of one after another, to its end.
+
+    Each run goes on where the one before was killed. Returns the copy's SAMQ folder.
+    """
+    folder, log = tmp_path / "samq", tmp_path / "log"
+    environment = {**os.environ, "SAMQ_HOME": str(folder), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+
+    def run(candidates, lost, stages):
+        shutil.copytree(home / "store", folder / "store", symlinks=True, ignore=shutil.ignore_patterns(*lost))
+        store, config = Store(folder / "store"), tmp_path / "compensated.yaml"
+        config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": {**COMPENSATED["candidates"], **candidates}}))
+        command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
+
+        def start():
+            root = Path(__file__).parents[2]
+            with log.open("ab") as output:
+                return subprocess.Popen(
+                    command, env=environment, stdout=output, stderr=output, cwd=root, start_new_session=True
+                )
+
+        for stage in stages:
+            flow = start()
+            while not is_half_done(store, stage):
+                assert flow.poll() is None, log.read_text()
+                time.sleep(0.02)
+            flow.send_signal(signal.SIGKILL)
+            flow.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(flow.pid, signal.SIGKILL)  # Prefect's server, which lives on otherwise
+            assert is_half_done(store, stage), "killed in the midst of it"
+            check_whole(store)
+        assert start().wait(timeout=600) == 0, log.read_text()
+        assert list((store.root / ".tmp").glob("*.lock")) == []
+        return folder
+
+    return run
+
+
+def compensated_ggufs(sweep):
+    return {result.model.sha256 for result in sweep.results if result.plan.policy != "full"}
+
+
+def test_a_flow_killed_in_one_stage_after_another_leaves_no_half_artifact_and_ends_with_the_same_ggufs(
+    compensated, home, killed_and_finished
+):
+    stages = ("rung", "compensate_rung", "evaluate")
+    finished = killed_and_finished({}, lost=(*stages, "assemble"), stages=stages)
+    assert compensated_ggufs(compensated) <= built(finished)
+    assert built(finished) <= built(home)
+
+
+def test_a_flow_killed_while_llama_quantize_works_ends_with_the_ggufs_that_are_assembled_otherwise(
+    compensated, home, killed_and_finished
+):
+    finished = killed_and_finished({"requantize": True}, lost=("assemble",), stages=("quantize",))
+    assert compensated_ggufs(compensated) <= built(finished)
     # A budget's plan as llama-quantize rounds it, before it is compensated, is nothing that is assembled.
-    assert len(built(killed) - built(home)) == anew
-    assert list((killed / "store" / ".tmp").glob("*.lock")) == []
+    assert len(built(finished) - built(home)) == 1

@@ -15,7 +15,7 @@ def test_finding_benchmarks_is_seen_on_the_terminal(terminal):
 
 
 def test_looking_for_no_benchmarks_finds_none_and_shows_nothing(terminal):
-    assert find_benchmarks(BenchmarkSettings()) == AvailableBenchmarks({}, {})
+    assert find_benchmarks(BenchmarkSettings(tasks=())) == AvailableBenchmarks({}, {})
     assert "find benchmarks" not in terminal.getvalue()
 
 

@@ -53,7 +53,7 @@ def test_a_comparison_on_a_benchmark_is_found_by_metric_candidate_and_reference(
         return PairedComparison(
             benchmark=benchmark, metric=metric, candidate=candidate, reference=reference, items=4, value=0.5,
             reference_value=0.75, difference=-0.25, stderr=0.1, low=-0.5, high=0.1, p=0.5, test="McNemar",
-            higher_is_better=True, margin=0.01, least=-0.4, verdict="undecided",
+            higher_is_better=True, margin=0.01, least=-0.4, verdict="undecided", items_needed=None,
         )  # fmt: skip
 
     benchmarks = tuple(
