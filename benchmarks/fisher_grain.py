@@ -6,7 +6,7 @@ measured KL over the same plans (uniform ones, stock mixtures, and the budget pl
 mixture, the budget plan: its predicted KL, what the finest grain predicts for it against its own plan, the share of tensors
 of another type than there, and mean KLD on held-out text, with the paired change against the plan of the product's grain.
 Weights are rounded to the nearest value, so that plans differ by allocation alone. Takes the arguments of quality.py
-(--samples and --chunks make it short), --bits, --seeds and --repeats apart, and keeps its work.
+(--samples and --chunks make it short) but --bits, --seeds and --repeats, and keeps its work.
 """
 
 import argparse
@@ -16,23 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import quality
 import torch
+from bench import Bench, keep, open_bench, parser
 from safetensors.numpy import load_file, save_file
 from setting import machine, versions
 
-from samq.allocation.threshold import Target, stock_plan
-from samq.sensitivity.backpropagation import backpropagate
-from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
-from samq.sweep.comparison import compare
-from samq.sensitivity.fisher import Fisher
-from samq.gguf.file import TensorInfo, file_sha256, open_gguf
-from samq.allocation.ladder import Ladder, rung_names, uniform_plan
-from samq.sensitivity.layout import row_orders, weights_of
-from samq.allocation.prices import plan_cost, price_table, rounding_error
+from samq.allocation.ladder import uniform_plan
+from samq.allocation.prices import plan_cost, rounding_error
+from samq.allocation.target import stock_plan
+from samq.gguf.file import TensorInfo, open_gguf
 from samq.progress import bar
-from samq.records import Plan, PriceTable, SensitivityMap
-from samq.store import Store
+from samq.records import Plan, PriceTable, digest_of
+from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.layout import row_orders, weights_of
+from samq.sweep.comparison import compare
 
 MIXTURES = ("Q4_K_M", "Q3_K_M")
 GRAINS = ("1", "8", "32", "256", "row", "row x column", "tensor")  # weights of a row, but the last two
@@ -41,23 +38,15 @@ DEFAULT = "row x column"  # samq.sensitivity.fisher
 
 def main() -> None:
     """Measure, print the table and write it as JSON."""
-    arguments = quality.parse_arguments()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    store = Store(arguments.work / "store")
-    target, matrix = quality.open_target(arguments, store)
-    ladder = quality.make_ladder(
-        store, target, matrix, rung_names(target.quantizable.values(), arguments.types, imatrix=True)
-    )
-    sensitivity, fisher = quality.calibrate(arguments, store, target, arguments.seed)
-    singles = single_weights(arguments, store, target)
-    bench = quality.open_bench(arguments, store, target, ladder)
-    tables = price(target, ladder, sensitivity, fisher, singles)
+    arguments = parser(__doc__ or "").parse_args()
+    bench = open_bench(arguments)
+    target, ladder = bench.target, bench.ladder
+    sensitivity = bench.costs.sensitivity
+    tables = price(bench, single_weights(arguments, bench))
 
     stocks = {mixture: stock_plan(target, mixture) for mixture in MIXTURES}
     plans = {
-        (grain, mixture): budget_plan(
-            target, table, Budget(f"size-of:{mixture}", stocks[mixture].tensor_bytes), BudgetPolicy()
-        )
+        (grain, mixture): bench.at_bytes(stocks[mixture].tensor_bytes, table, f"size-of:{mixture}")
         for grain, table in tables.items()
         for mixture in MIXTURES
     }
@@ -89,19 +78,19 @@ def main() -> None:
             "seed": arguments.seed,
             "calibration_sequences": sensitivity.samples,
             "calibration_tokens": sensitivity.tokens,
-            "heldout_tokens": len(bench.chunks) * bench.settings.scored_per_chunk,
+            "heldout_tokens": bench.heldout_tokens,
             "versions": versions(),
             "machine": machine(),
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def single_weights(arguments: argparse.Namespace, store: Store, target: Target) -> dict[str, np.ndarray]:
-    """Fisher of every weight, (rows, row length), on the sequences and labels of `quality.calibrate`."""
-    key = [target.sha256, file_sha256(arguments.calibration), arguments.samples, arguments.sequence_tokens]
+def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.ndarray]:
+    """Fisher of every weight, (rows, row length), on the sequences and labels that the bench was calibrated with."""
+    target, tokens = bench.target, bench.tokens
 
     def measure(folder: Path) -> None:
-        model, names, _, tokens = quality.open_calibration(arguments, target, arguments.seed)
+        model, names = bench.inputs.model.load("cpu")
         weights = weights_of(model, names)
         sums = [torch.zeros(weight.shape) for weight in weights]
 
@@ -116,9 +105,7 @@ def single_weights(arguments: argparse.Namespace, store: Store, target: Target) 
                 weights,
                 add,
                 numbers=1,
-                labels="model",
-                stream=lambda sequence: np.random.default_rng((arguments.seed, sequence)),
-                text="calibration",
+                labelling=Labelling("model", arguments.seed),
                 batch_size=4,
                 progress=progress,
             )
@@ -128,19 +115,14 @@ def single_weights(arguments: argparse.Namespace, store: Store, target: Target) 
         found |= {name: found[name][order] for name, order in orders.items() if name in found}
         save_file(found, folder / "single-weights.safetensors")
 
-    made = quality.stage(store, "single weights", [*key, arguments.seed], measure)
-    return load_file(made.path("single-weights.safetensors"))
+    key = digest_of([target.sha256, tokens.digest(), arguments.seed])
+    kept = keep(bench.at.store, "single_weights", key, measure)
+    return load_file(kept.path("single-weights.safetensors"))
 
 
-def price(
-    target: Target,
-    ladder: Ladder,
-    sensitivity: SensitivityMap,
-    fisher: Mapping[str, Fisher],
-    singles: Mapping[str, np.ndarray],
-) -> dict[str, PriceTable]:
+def price(bench: Bench, singles: Mapping[str, np.ndarray]) -> dict[str, PriceTable]:
     """Grain -> price table; the ladder's rounding errors are read once for all but the product's own."""
-    product = price_table(ladder, target.quantizable, sensitivity, fisher, gguf_sha256=target.sha256)
+    target, ladder, product = bench.target, bench.ladder, bench.nearest
     costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS if grain != DEFAULT}
     originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
     rungs = [{tensor.name: tensor for tensor in open_gguf(rung).tensors} for rung in ladder.rungs.values()]
@@ -194,7 +176,7 @@ def stored_bytes(tensor: TensorInfo, grain: str) -> int:
 
 
 def at_mixture(
-    bench: quality.Bench,
+    bench: Bench,
     finest: PriceTable,
     plans: Mapping[tuple[str, str], Plan],
     grain: str,

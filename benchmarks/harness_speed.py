@@ -26,15 +26,16 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from setting import conclude
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.lm_eval.harness import GgufLM
-from samq.llamacpp.runtime import default_threads
 from samq.evaluation.settings import BenchmarkSettings
-from samq.sensitivity.hf_model import describe_source, load_model
-from samq.progress import silent
-from samq.llamacpp.programs import GGUF_NAME, convert, quantize
+from samq.files import GGUF_NAME
+from samq.llamacpp.programs import convert, quantize
+from samq.llamacpp.runtime import default_threads
 from samq.llamacpp.toolchain import find_toolchain
+from samq.progress import silent
+from samq.sensitivity.hf_model import describe_source, load_model
 
 # The models that are compared with hf: the type of a GGUF, and whether its weights are widened to float32.
 OURS = {"F16": ("F16", False), "F16 in float32": ("F16", True), "Q4_K_M": ("Q4_K_M", False)}

@@ -5,21 +5,19 @@ over the weights), predicted and measured KL of all tensors at that type; then, 
 from the default ladder, and from that ladder with each further type. A type whose errors all have one sign costs more,
 mixed with others, than prices without terms between weights say. Last, budget plans from all types at ever fewer bits join
 the others, by rising predicted KL: measured over predicted shows from which KL on second order fails. Takes the arguments of
-quality.py, --bits apart, and keeps its work.
+quality.py but --bits, --seeds and --repeats, and keeps its work.
 """
 
 import json
 from collections import Counter
 
-import quality
+from bench import open_bench, parser
 from setting import machine, versions
 
-from samq.allocation.threshold import stock_plan
-from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import DEFAULT_TYPES, uniform_plan
 from samq.allocation.prices import plan_cost
+from samq.allocation.target import stock_plan
 from samq.records import Plan, PriceTable
-from samq.store import Store
 
 MIXTURE = "Q3_K_M"
 FURTHER = ("IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -28,14 +26,10 @@ BITS = (2.5, 2.7, 2.9, 3.1, 3.3, 3.6, 4.0)  # a weight
 
 def main() -> None:
     """Print the tables and write them as JSON."""
-    arguments = quality.parse_arguments()
-    store = Store(arguments.work / "store")
-    target, matrix = quality.open_target(arguments, store)
+    arguments = parser(__doc__ or "").parse_args()
     types = (*DEFAULT_TYPES, *FURTHER)
-    ladder = quality.make_ladder(store, target, matrix, types)
-    grams = quality.measure_grams(arguments, store, target)
-    _, prices, _ = quality.price(arguments, store, target, ladder, grams, arguments.seed)
-    bench = quality.open_bench(arguments, store, target, ladder, grams)
+    bench = open_bench(arguments, types=types)
+    target, prices = bench.target, bench.nearest
     rows = []
     for name in types:
         plan = uniform_plan(target, name)
@@ -57,7 +51,7 @@ def main() -> None:
     plans = []
     for further in ((), *((name,) for name in FURTHER)):
         table = only(prices, {*DEFAULT_TYPES, *further, "F16"})
-        plan = budget_plan(target, table, Budget(f"size-of:{MIXTURE}", stock.tensor_bytes), BudgetPolicy())
+        plan = bench.at_bytes(stock.tensor_bytes, table, f"size-of:{MIXTURE}")
         measured = float(bench.measure(plan)["kld"].mean())
         plans.append(
             {
@@ -75,7 +69,7 @@ def main() -> None:
     weights = sum(tensor.weights for tensor in target.tensors.values())
     smaller = []
     for bits in BITS:
-        plan = budget_plan(target, prices, Budget(f"{bits}bpw", int(bits * weights / 8)), BudgetPolicy())
+        plan = bench.at_bytes(int(bits * weights / 8), prices, f"{bits}bpw")
         measured = float(bench.measure(plan)["kld"].mean())
         smaller.append({"bits": plan.bits_per_weight, "predicted": plan.predicted_kl_nats, "measured": measured})
     by_distortion = sorted(

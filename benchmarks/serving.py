@@ -33,8 +33,8 @@ import psutil
 from llama_cpp import Llama
 from setting import conclude
 
-from samq.llamacpp.runtime import default_threads
 from samq.gguf.file import file_sha256
+from samq.llamacpp.runtime import default_threads
 
 CONTEXT = 2048
 OVERHEAD_LIMIT = 0.03
@@ -55,7 +55,7 @@ def server(gguf: Path, threads: int) -> Iterator[tuple[str, psutil.Process]]:
         probe.close()
         config = Path(folder) / "serving.yaml"
         config.write_text(f"context_tokens: {CONTEXT}\nthreads: {threads}\nqueue_size: {QUEUE}\nport: {port}\n")
-        command = [sys.executable, "-m", "samq.cli.app", "serve", str(gguf), "--config", str(config)]
+        command = [sys.executable, "-m", "samq.cli", "serve", str(gguf), "--config", str(config)]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         try:

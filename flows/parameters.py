@@ -5,21 +5,22 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from samq.allocation.threshold import ThresholdPolicy, resolve_threshold
 from samq.allocation.budget import BudgetPolicy
 from samq.allocation.budget_notation import read_budget
-from samq.sweep.cost import CostSettings
+from samq.allocation.ladder import DEFAULT_TYPES
+from samq.allocation.threshold import ThresholdPolicy, resolve_threshold
 from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.gguf.formats import check_mixture, check_type
-from samq.sensitivity.gram import GRAM_TOKENS
-from samq.allocation.ladder import DEFAULT_TYPES
 from samq.records import Rounding
-from samq.sweep.selection import Finalists, SelectionRule
-from samq.sensitivity.measure import Labels
+from samq.sensitivity.backpropagation import Labels
+from samq.sensitivity.gram import GRAM_TOKENS
 from samq.settings_file import read_settings
+from samq.sweep.cost import CostSettings
+from samq.sweep.selection import Finalists, SelectionRule
 from samq.sweep.significance import MARGIN
+from samq.workspace import PROGRAM_TIMEOUT_S
 
 LEAST_SEQUENCES = 2  # to calibrate on: one alone has no standard error
 
@@ -164,6 +165,16 @@ class CandidateParameters(Parameters):
         return bool(self.budgets) and self.rounding == "compensated"
 
     @property
+    def ladder_types(self) -> tuple[str, ...]:
+        """The types that the ladder holds for budgets; none without a budget."""
+        return self.ladder if self.budgets else ()
+
+    @property
+    def threshold_policy(self) -> ThresholdPolicy | None:
+        """The policy of the threshold plans; None without any."""
+        return self.policy if self.thresholds or self.proposed_thresholds else None
+
+    @property
     def mixtures(self) -> tuple[str, ...]:
         """The stock candidates: those asked for, and those whose size a budget is."""
         sizes = (read_budget(budget).mixture for budget in self.budgets)
@@ -224,7 +235,7 @@ class RequantizeParameters(Parameters):
     selection: SelectionRule = SelectionRule()
     cost: CostSettings | None = Field(default=None, description="what a GPU costs, for the report's cost sheet")
     tracking: TrackingParameters = TrackingParameters()
-    timeout_s: float = Field(default=6 * 3600, gt=0, description="limit of each program that llama.cpp runs")
+    timeout_s: float = Field(default=PROGRAM_TIMEOUT_S, gt=0, description="time limit of each llama.cpp program")
 
 
 def load_parameters(path: Path) -> RequantizeParameters:

@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 
 from flows.parameters import Parameters
 from samq.errors import SamqError
+from samq.home import mlflow_uri
 from samq.promotion.gate_report import describe
 from samq.promotion.history import MAX_REASON_CHARACTERS, Event
-from samq.home import mlflow_uri
 from samq.promotion.move import Judgement
 from samq.promotion.policy import PromotionPolicy, load_policy
-from samq.tracking.registry import CANDIDATE
+from samq.tracking.registry import CANDIDATE_ALIAS
 from tasks.promote import judge, move
 
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
@@ -29,7 +29,7 @@ class PromoteParameters(Parameters):
 
     model: str = Field(description="registered model")
     version: str | None = Field(default=None, description="version of it; default: the one with the alias")
-    alias: str = Field(default=CANDIDATE, description="alias of the version, if that is not given")
+    alias: str = Field(default=CANDIDATE_ALIAS, description="alias of the version, if that is not given")
     policy: PromotionPolicy = Field(description="gates; see deployments/promotion/")
     force: bool = Field(default=False, description="promote even if gates fail; needs a reason")
     reason: str = Field(default="", max_length=MAX_REASON_CHARACTERS, description="recorded with what is done")

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 
 from samq.errors import ToolError
 from samq.home import home, mlflow_uri, store_folder
-from samq.records import Toolchain
 from samq.llamacpp.toolchain import PROGRAMS, environment, find_toolchain, program
+from samq.records import Toolchain
 
 PYTHON = (3, 11)
 DISK_BYTES = 3 * 10**9  # the demo's store and MLflow's copies of its tables, with room

@@ -10,4 +10,8 @@ class ToolError(SamqError):
 
 
 class UnreachableError(SamqError):
-    """The network, or a server beyond it, failed for now: the same may well work when tried again."""
+    """A server, the network or a file cannot be reached now; the same may work when tried again."""
+
+
+class NotRegisteredError(SamqError):
+    """MLflow answered, and its registry has no such model, version or alias."""

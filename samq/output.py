@@ -5,15 +5,10 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from samq.errors import SamqError
-
-if TYPE_CHECKING:
-    from samq.store import Artifact
-
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -68,13 +63,13 @@ def _not_writable(folder: Path, error: OSError) -> SamqError:
     return SamqError(f"cannot write to {folder}: {error.strerror}; {advice}")
 
 
-def export(artifact: "Artifact", folder: Path) -> None:
-    """Copy an artifact's files, logs apart, into a folder."""
+def export(files: Iterable[Path], folder: Path) -> None:
+    """Copy files, logs apart, into a folder."""
     with work_folder(folder) as work:
-        for name in artifact.files:
-            if not name.endswith(".log"):
-                shutil.copyfile(artifact.path(name), work / name)
-                (work / name).replace(folder / name)
+        for file in files:
+            if file.suffix != ".log":
+                shutil.copyfile(file, work / file.name)
+                (work / file.name).replace(folder / file.name)
 
 
 def export_file(source: Path, target: Path) -> None:

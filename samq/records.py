@@ -199,7 +199,8 @@ class Substitution(BaseModel):
     reason: str
 
 
-# nearest: every weight at the nearest value of its block, as llama-quantize writes it; compensated: samq.quantization.compensation.
+# nearest: every weight at the nearest value of its block, as llama-quantize writes it.
+# compensated: GPTQ on llama-quantize's scales (samq.quantization.compensation).
 Rounding = Literal["nearest", "compensated"]
 
 

@@ -7,7 +7,6 @@ process killed at any moment leaves no folder that could be taken for a whole on
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
@@ -115,12 +115,12 @@ class Store:
         """
         target = self.root / stage / key
         work = self._temporary / f"{stage}-{uuid.uuid4().hex}"
+        lock = FileLock(work.with_suffix(".lock"), fallback_to_soft=False)
         try:
-            lock = open(work.with_suffix(".lock"), "w")  # noqa: SIM115
+            locked = lock.acquire()  # held while this process lives: what tells leftovers from live work
         except OSError as error:
             raise self._unwritable(error) from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held while this process lives: what tells leftovers from live work
+        with locked:
             try:
                 work.mkdir()
                 yield work
@@ -131,7 +131,7 @@ class Store:
                 raise self._unwritable(error) from error
             finally:
                 remove_all_but_logs(work)
-                Path(lock.name).unlink(missing_ok=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
 
     def _unwritable(self, error: OSError) -> SamqError:
         return SamqError(
@@ -177,8 +177,7 @@ class Store:
     def _remove_leftovers(self) -> None:
         for lock_path in self._temporary.glob("*.lock"):
             try:
-                with open(lock_path, "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with FileLock(lock_path, blocking=False, fallback_to_soft=False):
                     shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
                     lock_path.unlink(missing_ok=True)
             except OSError:

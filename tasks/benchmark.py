@@ -1,32 +1,57 @@
 """Stages: lm-eval's tasks put to a candidate, one stage a task; and before, whether they can be."""
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from prefect import task
-
-from samq.sweep.benchmarking import Candidate, compare_benchmarks
-from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
-from samq.promotion.evidence import production_items
+from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings, benchmark_key
 from samq.progress import bar
-from samq.sweep.selection import Result
+from samq.promotion.evidence import production_items
+from samq.store import Artifact
+from samq.sweep.benchmarking import Candidate, compare_benchmarks, with_benchmarks
+from samq.sweep.sweep import Sweep
 from samq.tracking.registry import connect
-from samq.sweep.significance import PairedComparison
-from samq.tracking.sweep_runs import TrackingSettings
+from samq.tracking.tracked import TrackingSettings
+from samq.workspace import Workspace
 from tasks.evaluate import measure_alone
-from tasks.stage import stage
+from tasks.stage import stage, step
 
 
-@task(name="find benchmarks")
-def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[str, str]]:
-    """The digest of each task that can be run here and now, and why the others cannot; not cached: a network may come.
+@dataclass(frozen=True)
+class AvailableBenchmarks:
+    """What can be run here and now."""
+
+    digests: Mapping[str, str]  # task -> digest of it and its data
+    unavailable: Mapping[str, str]  # task -> why it cannot be run
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Settings of llama.cpp that answers depend on."""
+
+    kv_type: Literal["F16", "Q8_0", "Q4_0"]
+    threads: int | None
+    gpu_layers: int | None
+
+    @classmethod
+    def of(cls, settings: EvaluationSettings) -> Self:
+        """Those of an evaluation's settings."""
+        return cls(settings.kv_type, settings.threads, settings.gpu_layers)
+
+
+@step("find benchmarks")
+def find_benchmarks(settings: BenchmarkSettings) -> AvailableBenchmarks:
+    """Look up the tasks and their data. Not cached: a network may come.
 
     Raises SamqError for an unknown task or a malformed file, before the heavy work.
     """
+    if not settings.tasks:
+        return AvailableBenchmarks({}, {})
     with bar("find benchmarks") as progress:
         from samq.evaluation.lm_eval.benchmark_tasks import check_benchmarks  # lm-eval takes seconds to import
 
-        return check_benchmarks(settings, progress)
+        return AvailableBenchmarks(*check_benchmarks(settings, progress))
 
 
 @stage(
@@ -36,15 +61,13 @@ def find_benchmarks(settings: BenchmarkSettings) -> tuple[dict[str, str], dict[s
     packages=("llama-cpp-python", "lm-eval", "jsonschema"),
 )
 def benchmark(
+    at: Workspace,
     folder: Path,
     candidate: Candidate,
     task: str,
     task_digest: str,
     settings: BenchmarkSettings,
-    kv_type: Literal["F16", "Q8_0", "Q4_0"],
-    threads: int | None,
-    gpu_layers: int | None,
-    timeout_s: float,
+    engine: Engine,
 ) -> None:
     """`evaluation.json` with the task's figures, and `benchmarks.parquet` with each item's.
 
@@ -57,19 +80,40 @@ def benchmark(
         sha256=candidate.sha256,
         output=folder,
         benchmarks=settings.model_copy(update={"tasks": (task,)}),
-        settings=EvaluationSettings(kv_type=kv_type, threads=threads, gpu_layers=gpu_layers),
+        settings=EvaluationSettings(kv_type=engine.kv_type, threads=engine.threads, gpu_layers=engine.gpu_layers),
     )
-    measure_alone(request, folder, f"{task} on {candidate.name}", timeout_s)
+    measure_alone(request, folder, f"{task} on {candidate.name}", at.timeout_s)
 
 
-@task(name="compare benchmarks")
-def compare_items(results: list[Result], margin: float, tracking: TrackingSettings) -> list[PairedComparison]:
-    """Paired comparisons with full precision, and with what is in production under the sweep's name, item by item.
+def join_benchmarks(
+    sweep: Sweep,
+    finalists: Collection[str],
+    answers: Mapping[tuple[str, str], Artifact | Exception],
+    unavailable: Mapping[str, str],
+) -> Sweep:
+    """The sweep with the finalists' benchmarks; `answers` is by candidate and task.
+
+    A task that failed, or is unavailable, is missing there, with the reason.
+    """
+    results = []
+    for result in sweep.results:
+        if result.name in finalists:
+            answered = {task: answer for (name, task), answer in answers.items() if name == result.name}
+            folders = [answer.folder for answer in answered.values() if isinstance(answer, Artifact)]
+            failed = {task: str(answer) for task, answer in answered.items() if isinstance(answer, Exception)}
+            missing = {benchmark_key(task): why for task, why in {**unavailable, **failed}.items()}
+            result = with_benchmarks(result, folders, missing)
+        results.append(result)
+    return replace(sweep, results=tuple(results))
+
+
+@step("compare benchmarks")
+def compare_with_references(sweep: Sweep, margin: float, tracking: TrackingSettings) -> Sweep:
+    """The sweep with paired comparisons, item by item: with full precision, and with what is in production.
 
     Not cached: production may be another tomorrow.
     """
-    asked = any(result.benchmark_folders for result in results)
-    name = tracking.registered_model
+    name = tracking.registered_model if any(result.benchmark_folders for result in sweep.results) else None
     with bar("compare benchmarks"):
-        production = production_items(connect(tracking.tracking_uri), name) if asked and name else None
-        return compare_benchmarks(results, margin, production)
+        production = production_items(connect(tracking.tracking_uri), name) if name else None
+        return replace(sweep, benchmarks=tuple(compare_benchmarks(sweep.results, margin, production)))

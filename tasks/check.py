@@ -1,59 +1,68 @@
 """Stage: check of a plan's predicted KL on calibration sequences that did not choose it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from samq.data.tokens import TokenBatch
-from samq.allocation.check import check_prediction
+from samq.allocation.check import RoundedPlan, check_prediction
 from samq.allocation.prices import plan_cost
+from samq.data.tokens import TokenBatch
+from samq.files import CHECK_NAME, GGUF_NAME, TOKENS_NAME
 from samq.progress import bar
-from samq.llamacpp.programs import GGUF_NAME
-from samq.records import ModelSource, PredictionCheck
+from samq.records import PredictionCheck
+from samq.sensitivity.layout import GgufLayout
 from samq.store import Artifact
-from tasks.calibrate import open_model
+from samq.workspace import Workspace
+from tasks.model import TorchModel
 from tasks.plan import load_plan
 from tasks.price import load_prices
 from tasks.stage import stage
-from tasks.text import TOKENS_NAME
-
-CHECK_NAME = "prediction-check.json"
+from tasks.text import LastSequences
 
 
-@stage("check", version=1, run_name="check {name}", packages=("torch", "transformers"), retries=1)
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan, the prices that chose it, and its GGUF."""
+
+    name: str
+    plan: Artifact
+    prices: Artifact
+    gguf: Artifact
+
+
+@stage(
+    "check",
+    version=1,
+    run_name="check {candidate.name}",
+    keyed_by=("device",),
+    packages=("torch", "transformers"),
+    retries=1,
+)
 def check(
+    at: Workspace,
     folder: Path,
-    name: str,
-    source: ModelSource,
-    full: Artifact,
-    tokens: Artifact,
-    last: int,
-    plan: Artifact,
-    prices: Artifact,
-    gguf: Artifact,
+    model: TorchModel,
+    sequences: LastSequences,
+    candidate: BuiltPlan,
     batch_size: int,
-    dtype: str,
-    device: str,
     seed: int,
 ) -> None:
-    """`prediction-check.json`: the plan's second-order cost on the `last` sequences of the calibration set."""
-    batch, wanted = TokenBatch.load(tokens.path(TOKENS_NAME)), load_plan(plan)
-    model, names, orders = open_model(source, full, dtype, device)
-    with bar(f"check {name}") as progress:
-        found = check_prediction(
-            model,
-            batch.part(len(batch) - last, len(batch)),
-            wanted,
-            plan_cost(load_prices(prices), wanted.types),
-            names=names,
-            original=full.path(GGUF_NAME),
-            rounded=gguf.path(GGUF_NAME),
-            row_orders=orders,
+    """`prediction-check.json`: the plan's second-order cost on the last sequences of the calibration set."""
+    batch, plan = TokenBatch.load(sequences.tokens.path(TOKENS_NAME)), load_plan(candidate.plan)
+    torch_model, names, orders = model.load_with_rows(at.device)
+    with bar(f"check {candidate.name}") as progress:
+        prediction = check_prediction(
+            torch_model,
+            batch.part(len(batch) - sequences.last, len(batch)),
+            RoundedPlan(plan, model.full.path(GGUF_NAME), candidate.gguf.path(GGUF_NAME)),
+            plan_cost(load_prices(candidate.prices), plan.types),
+            GgufLayout(names, orders),
             batch_size=batch_size,
             seed=seed,
             progress=progress,
         )
-    found.save(folder / CHECK_NAME)
+    prediction.save(folder / CHECK_NAME)
 
 
-def load_check(made: Artifact) -> PredictionCheck:
+def load_check(check: Artifact) -> PredictionCheck:
     """The record in an artifact of this stage."""
-    return PredictionCheck.load(made.path(CHECK_NAME))
+    return PredictionCheck.load(check.path(CHECK_NAME))

@@ -1,12 +1,13 @@
 """Task: SAMQ's candidates against llama-quantize's mixtures, on the same held-out tokens."""
 
-from prefect import task
+from dataclasses import replace
 
 from samq.sweep.comparison import compare_sweep
-from samq.sweep.selection import Comparison, Result
+from samq.sweep.sweep import Sweep
+from tasks.stage import step
 
 
-@task(name="compare")
-def compare(results: list[Result]) -> list[Comparison]:
-    """Paired comparisons of per-token KL. Not cached: they take a second."""
-    return compare_sweep(results)
+@step("compare")
+def compare(sweep: Sweep) -> Sweep:
+    """The sweep with paired comparisons of per-token KL. Not cached: they take a second."""
+    return replace(sweep, comparisons=tuple(compare_sweep(sweep.results)))

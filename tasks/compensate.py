@@ -1,51 +1,47 @@
-"""Stages of compensated rounding: Gram matrices, what the ladder's types cost with it, and what is rounded anew."""
+"""Stages of compensated rounding (GPTQ): Gram matrices, a rung's tensors, and whole files of llama-quantize."""
 
 from pathlib import Path
 
 import numpy as np
 
-from samq.gguf import audit
-from samq.quantization import compensation
 from samq.data.tokens import TokenBatch
+from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, GRAM_NAME, QUANTIZED_NAME, TOKENS_NAME
+from samq.gguf import audit
 from samq.gguf.file import read_metadata
+from samq.progress import bar
+from samq.quantization import compensation
 from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import compute_device
-from samq.progress import bar
-from samq.llamacpp.programs import GGUF_NAME
-from samq.records import ModelSource
 from samq.store import Artifact
-from tasks.calibrate import load_full
+from samq.workspace import Workspace
+from tasks.model import TorchModel
 from tasks.plan import load_plan
-from tasks.price import PRICES_NAME, load_prices
-from tasks.quantize import COMPENSATED_NAME, MODEL_NAME
 from tasks.stage import stage
-from tasks.text import TOKENS_NAME
-
-GRAM_NAME, COMPENSATION_NAME = "gram.safetensors", "compensation.json"
+from tasks.text import FirstSequences
 
 
-@stage("gram", version=1, run_name="gram {source.name}", packages=("torch", "transformers"), retries=1)
+@stage(
+    "gram",
+    version=1,
+    run_name="gram {model.source.name}",
+    keyed_by=("device",),
+    packages=("torch", "transformers"),
+    retries=1,
+)
 def gram(
-    folder: Path,
-    source: ModelSource,
-    full: Artifact,
-    tokens: Artifact,
-    count: int,
-    most_tokens: int,
-    batch_size: int,
-    dtype: str,
-    device: str,
+    at: Workspace, folder: Path, model: TorchModel, sequences: FirstSequences, most_tokens: int, batch_size: int
 ) -> None:
-    """`gram.safetensors`: how the inputs of every linear layer vary together, on the first `count` sequences,
-    or as many of them as `most_tokens` come from.
+    """`gram.safetensors`: the Gram matrix of every linear layer's inputs, on the first sequences.
+
+    Of the sequences it takes as many as `most_tokens` come from.
     """
-    batch = TokenBatch.load(tokens.path(TOKENS_NAME))
+    batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
     enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
-    model, names = load_full(source, full, dtype, device)
-    with bar(f"gram {source.name}") as progress:
+    torch_model, names = model.load(at.device)
+    with bar(f"gram {model.source.name}") as progress:
         measure_gram(
-            model,
-            batch.part(0, min(count, enough)),
+            torch_model,
+            batch.part(0, min(sequences.count, enough)),
             folder / GRAM_NAME,
             names=names,
             batch_size=batch_size,
@@ -53,61 +49,60 @@ def gram(
         )
 
 
-@stage("price", version=2, run_name="price compensated rounding", packages=("torch",))
-def price_compensated(folder: Path, prices: Artifact, grams: Artifact, device: str) -> None:
-    """`prices.json`: the price table as it is with compensated rounding."""
-    with bar("price compensated rounding") as progress:
-        table = compensation.compensated_prices(
-            load_prices(prices),
-            GramMatrices(grams.path(GRAM_NAME)),
-            device=compute_device(device),
-            progress=progress,
-        )
-    table.save(folder / PRICES_NAME)
-
-
-@stage("compensate_rung", version=1, run_name="compensate ladder {name}", packages=("torch", "llama-cpp-python"))
+@stage(
+    "compensate_rung",
+    version=1,
+    run_name="compensate ladder {name}",
+    keyed_by=("device",),
+    packages=("torch", "llama-cpp-python"),
+)
 def compensate_rung(
-    folder: Path, name: str, full: Artifact, rung: Artifact, tensors: list[str], grams: Artifact, device: str
+    at: Workspace, folder: Path, name: str, full: Artifact, rung: Artifact, tensors: list[str], grams: Artifact
 ) -> None:
-    """`compensated.gguf`: those of `tensors` that can be rounded anew, as the rung has them; and `compensation.json`.
+    """`compensated.gguf`: those of `tensors` that can be compensated, in the rung's type; and `compensation.json`.
 
     All plans that have a tensor in this type take it from here, so that one more candidate is one more copy.
     """
     with bar(f"compensate ladder {name}") as progress:
-        done = compensation.compensate_rung(
+        report = compensation.compensate_rung(
             full.path(GGUF_NAME),
             rung.path(GGUF_NAME),
             tensors,
             GramMatrices(grams.path(GRAM_NAME)),
             folder / COMPENSATED_NAME,
-            device=compute_device(device),
+            device=compute_device(at.device),
             progress=progress,
         )
-    done.save(folder / COMPENSATION_NAME)
+    report.save(folder / COMPENSATION_NAME)
 
 
-@stage("compensate", version=1, run_name="compensate {name}", packages=("torch", "llama-cpp-python"))
+@stage(
+    "compensate",
+    version=1,
+    run_name="compensate {name}",
+    keyed_by=("device",),
+    packages=("torch", "llama-cpp-python"),
+)
 def compensate(
-    folder: Path, name: str, full: Artifact, plan: Artifact, rounded: Artifact, grams: Artifact, device: str
+    at: Workspace, folder: Path, name: str, full: Artifact, plan: Artifact, rounded: Artifact, grams: Artifact
 ) -> None:
-    """The files of `quantize`, every tensor's errors made up for where that is possible, and `compensation.json`.
+    """The files of `quantize`, with every tensor compensated that can be, and `compensation.json`.
 
     For what llama-quantize itself wrote; what is assembled takes its tensors from `compensate_rung`.
     """
-    wanted, nearest = load_plan(plan), rounded.path(GGUF_NAME)
-    audit.require_space(folder, wanted, nearest.stat().st_size)
+    loaded, nearest = load_plan(plan), rounded.path(GGUF_NAME)
+    audit.require_space(folder, loaded, nearest.stat().st_size)
     partial = folder / f"{GGUF_NAME}.partial"
     with bar(f"compensate {name}") as progress:
-        done = compensation.compensate(
+        report = compensation.compensate(
             full.path(GGUF_NAME),
             nearest,
             GramMatrices(grams.path(GRAM_NAME)),
             partial,
-            device=compute_device(device),
+            device=compute_device(at.device),
             progress=progress,
         )
-    done.save(folder / COMPENSATION_NAME)
-    with bar(f"check what {name} became"):
+    report.save(folder / COMPENSATION_NAME)
+    with bar(f"audit {name}"):
         metadata = {key: str(value) for key, value in read_metadata(nearest).items() if key.startswith("samq.")}
-        audit.accept(partial, wanted, metadata).save(folder / MODEL_NAME)
+        audit.accept(partial, loaded, metadata).save(folder / QUANTIZED_NAME)

@@ -3,22 +3,23 @@
 Both run as a child process: a crash or a hang inside llama.cpp fails that candidate, not the flow.
 """
 
-import fcntl
 import re
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
+from samq.files import GGUF_NAME, HELDOUT_NAME
 from samq.llamacpp.process import run
 from samq.progress import bar
-from samq.llamacpp.programs import GGUF_NAME
 from samq.store import Artifact
+from samq.workspace import Workspace
 from tasks.stage import stage
-from tasks.text import HELDOUT_NAME
 
 
 @stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",))
-def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: EvaluationSettings, timeout_s: float) -> None:
+def baseline(at: Workspace, folder: Path, full: Artifact, heldout: Artifact, settings: EvaluationSettings) -> None:
     """`logits.npy`: the full-precision model's logits on the held-out text, and `baseline.json`."""
     request = BaselineRequest(
         gguf=full.path(GGUF_NAME),
@@ -27,18 +28,18 @@ def baseline(folder: Path, full: Artifact, heldout: Artifact, settings: Evaluati
         output=folder,
         settings=settings,
     )
-    measure_alone(request, folder, "baseline logits", timeout_s)
+    measure_alone(request, folder, "baseline logits", at.timeout_s)
 
 
 @stage("evaluate", version=3, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
 def evaluate(
+    at: Workspace,
     folder: Path,
     name: str,
     model: Artifact,
     heldout: Artifact,
     baseline: Artifact,
     settings: EvaluationSettings,
-    timeout_s: float,
 ) -> None:
     """`evaluation.json` and, beside it, what was measured token by token and item by item, in parquet."""
     request = EvaluationRequest(
@@ -50,7 +51,7 @@ def evaluate(
         output=folder,
         settings=settings,
     )
-    measure_alone(request, folder, f"evaluate {name}", timeout_s)
+    measure_alone(request, folder, f"evaluate {name}", at.timeout_s)
 
 
 def measure_alone(
@@ -58,12 +59,12 @@ def measure_alone(
 ) -> None:
     """Run samq.evaluation on the request, alone among all measurements of this store: latencies are compared."""
     path = request.save(folder / "request.log")  # it names this machine's paths, so it is no part of the content
-    with open(folder.parent / "measuring", "w") as lock, bar(what) as progress:
+    with bar(what) as progress:
 
         def on_line(line: str) -> None:
             if step := re.match(r"progress: .* (\d+)/(\d+)$", line):
                 progress(int(step[1]), int(step[2]))
 
-        fcntl.flock(lock, fcntl.LOCK_EX)
         command: list[str | Path] = [sys.executable, "-m", "samq.evaluation", path]
-        run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)
+        with FileLock(folder.parent / "measuring"):
+            run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)

@@ -1,78 +1,65 @@
-"""Stage: plans, one a candidate."""
+"""Stages: plans, one a candidate."""
 
 import logging
 from pathlib import Path
 
-from prefect import task
-
-from samq.allocation import threshold as allocation
-from samq.allocation.threshold import ThresholdPolicy
+from samq.allocation import threshold as thresholds
 from samq.allocation.budget import BudgetPolicy, budget_plan, parse_budget, why_doubted
-from samq.records import Plan, SensitivityMap, Toolchain
+from samq.allocation.target import full_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy, threshold_plan
+from samq.files import PLAN_NAME, PRICES_NAME
+from samq.records import Plan, PriceTable, SensitivityMap
 from samq.store import Artifact
-from tasks.convert import open_target
-from tasks.price import load_prices
-from tasks.stage import stage
+from samq.workspace import Workspace
+from tasks.stage import stage, step
+from tasks.target import Target
 
 log = logging.getLogger("samq.plan")
 
-PLAN_NAME = "plan.json"
+FULL = "full"  # the full-precision baseline among the candidates
 
 
 def load_plan(plan: Artifact) -> Plan:
-    """The plan in an artifact of this stage."""
+    """The plan in an artifact of these stages."""
     return Plan.load(plan.path(PLAN_NAME))
 
 
-@stage("plan", version=1, run_name="plan {mixture}")
-def plan_stock(folder: Path, full: Artifact, imatrix: Artifact | None, mixture: str, toolchain: Toolchain) -> None:
-    """`plan.json`: a mixture of llama-quantize, or (mixture F16 or BF16) the baseline as it is."""
-    target = open_target(full, imatrix, toolchain)
-    plan = allocation.full_plan(target) if mixture == "full" else allocation.stock_plan(target, mixture)
+@stage("plan", version=1, run_name="plan {mixture}", keyed_by=("toolchain",))
+def plan_stock(at: Workspace, folder: Path, target: Target, mixture: str) -> None:
+    """`plan.json`: a mixture of llama-quantize, or (`FULL`) the baseline as it is."""
+    opened = target.open(at.toolchain)
+    plan = full_plan(opened) if mixture == FULL else stock_plan(opened, mixture)
     plan.save(folder / PLAN_NAME)
 
 
-@stage("plan", version=3, run_name="plan threshold {threshold}")
+@stage("plan", version=3, run_name="plan threshold {threshold}", keyed_by=("toolchain",))
 def plan_threshold(
+    at: Workspace,
     folder: Path,
-    full: Artifact,
-    imatrix: Artifact | None,
+    target: Target,
     sensitivity: SensitivityMap,
     threshold: float | str,
     policy: ThresholdPolicy,
-    toolchain: Toolchain,
 ) -> None:
     """`plan.json`: blocks that score above the threshold keep their bits."""
-    target = open_target(full, imatrix, toolchain)
-    allocation.threshold_plan(target, sensitivity, threshold, policy).save(folder / PLAN_NAME)
+    threshold_plan(target.open(at.toolchain), sensitivity, threshold, policy).save(folder / PLAN_NAME)
 
 
-@stage("plan", version=4, run_name="plan budget {budget}", packages=("llama-cpp-python",))
+@stage("plan", version=4, run_name="plan budget {budget}", keyed_by=("toolchain",), packages=("llama-cpp-python",))
 def plan_budget(
-    folder: Path,
-    full: Artifact,
-    imatrix: Artifact | None,
-    prices: Artifact,
-    budget: str,
-    policy: BudgetPolicy,
-    toolchain: Toolchain,
+    at: Workspace, folder: Path, target: Target, prices: Artifact, budget: str, policy: BudgetPolicy
 ) -> None:
-    """`plan.json`: the least predicted KL within the budget; a warning in the log where that is not to be relied on."""
-    target, table = open_target(full, imatrix, toolchain), load_prices(prices)
-    plan = budget_plan(target, table, parse_budget(budget, target), policy)
+    """`plan.json`: the least predicted KL within the budget; a warning in the log where it cannot be trusted."""
+    opened, table = target.open(at.toolchain), PriceTable.load(prices.path(PRICES_NAME))
+    plan = budget_plan(opened, table, parse_budget(budget, opened), policy)
     plan.save(folder / PLAN_NAME)
     if doubt := why_doubted(plan, table):
         log.warning("%s: %s", plan.name, doubt)
 
 
-@task(name="choose thresholds")
-def choose_thresholds(
-    full: Artifact,
-    imatrix: Artifact | None,
-    sensitivity: SensitivityMap,
-    policy: ThresholdPolicy,
-    count: int,
-    toolchain: Toolchain,
+@step("propose thresholds")
+def propose_thresholds(
+    at: Workspace, target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int
 ) -> list[float]:
     """Thresholds at which the plan changes, so that the sweep wastes no candidate."""
-    return allocation.propose_thresholds(open_target(full, imatrix, toolchain), sensitivity, policy, count)
+    return thresholds.propose_thresholds(target.open(at.toolchain), sensitivity, policy, count)

@@ -1,50 +1,53 @@
-"""Stage: prices, what each tensor costs in each type of the ladder."""
+"""Stages: prices, what each tensor costs in each type of the ladder."""
 
 from pathlib import Path
 
-from samq.sensitivity.fisher import load_fisher
-from samq.allocation.ladder import Ladder
 from samq.allocation.prices import price_table
+from samq.files import FISHER_NAME, GRAM_NAME, PRICES_NAME
 from samq.progress import bar
-from samq.llamacpp.programs import GGUF_NAME
-from samq.records import PriceTable, SensitivityMap, Toolchain
+from samq.quantization.compensation import compensated_prices
+from samq.records import PriceTable
+from samq.sensitivity.fisher import load_fisher
+from samq.sensitivity.gram import GramMatrices
+from samq.sensitivity.hf_model import compute_device
 from samq.store import Artifact
-from tasks.calibrate import FISHER_NAME, MAP_NAME
-from tasks.convert import open_target
+from samq.workspace import Workspace
+from tasks.calibrate import load_map
+from tasks.ladder import open_ladder
 from tasks.stage import stage
-
-PRICES_NAME = "prices.json"
-
-
-def open_ladder(full: Artifact, rungs: dict[str, Artifact]) -> Ladder:
-    """The full-precision GGUF and its rungs, as files."""
-    return Ladder(full.path(GGUF_NAME), {name: rung.path(GGUF_NAME) for name, rung in rungs.items()})
+from tasks.target import Target
 
 
 def load_prices(prices: Artifact) -> PriceTable:
-    """The price table in an artifact of this stage."""
+    """The price table in an artifact of these stages."""
     return PriceTable.load(prices.path(PRICES_NAME))
 
 
-@stage("price", version=3, run_name="price the ladder", packages=("llama-cpp-python",))
-def price(
-    folder: Path,
-    full: Artifact,
-    rungs: dict[str, Artifact],
-    sensitivities: Artifact,
-    imatrix: Artifact | None,
-    toolchain: Toolchain,
-) -> None:
-    """`prices.json`: bytes and predicted KL of every quantizable tensor in every type."""
-    target = open_target(full, imatrix, toolchain)
+@stage("price", version=3, run_name="price the ladder", keyed_by=("toolchain",), packages=("llama-cpp-python",))
+def price(at: Workspace, folder: Path, target: Target, rungs: dict[str, Artifact], sensitivities: Artifact) -> None:
+    """`prices.json`: bytes and predicted KL of every quantizable tensor in every type, rounded to the nearest values."""
+    opened = target.open(at.toolchain)
     with bar("price the ladder") as progress:
         table = price_table(
-            open_ladder(full, rungs),
-            target.quantizable,
-            SensitivityMap.load(sensitivities.path(MAP_NAME)),
+            open_ladder(target.full, rungs),
+            opened.quantizable,
+            load_map(sensitivities),
             load_fisher(sensitivities.path(FISHER_NAME)),
-            gguf_sha256=target.sha256,
-            imatrix_sha256=target.imatrix_sha256,
+            gguf_sha256=opened.sha256,
+            imatrix_sha256=opened.imatrix_sha256,
+            progress=progress,
+        )
+    table.save(folder / PRICES_NAME)
+
+
+@stage("price_compensated", version=2, run_name="price compensated rounding", keyed_by=("device",), packages=("torch",))
+def price_compensated(at: Workspace, folder: Path, prices: Artifact, grams: Artifact) -> None:
+    """`prices.json`: the price table as it is with compensated rounding."""
+    with bar("price compensated rounding") as progress:
+        table = compensated_prices(
+            load_prices(prices),
+            GramMatrices(grams.path(GRAM_NAME)),
+            device=compute_device(at.device),
             progress=progress,
         )
     table.save(folder / PRICES_NAME)

@@ -3,9 +3,9 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
+from samq.progress import bar
 from samq.promotion.gate_report import markdown_gates
 from samq.promotion.history import Event
-from samq.progress import bar
 from samq.promotion.move import Judgement, judge_version, promote
 from samq.promotion.policy import PromotionPolicy
 from samq.tracking.registry import connect, find_version, resolve

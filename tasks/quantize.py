@@ -1,49 +1,42 @@
-"""Stage: GGUFs, one a plan."""
+"""Stages: GGUFs, one a plan."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from samq.quantization import assembly
-from samq.llamacpp import programs as quantizer
+from samq.files import COMPENSATED_NAME, GGUF_NAME, IMATRIX_NAME, QUANTIZED_NAME
+from samq.llamacpp import programs
 from samq.progress import bar
-from samq.llamacpp.programs import GGUF_NAME, IMATRIX_NAME
-from samq.records import Toolchain
+from samq.quantization import assembly
 from samq.store import Artifact
+from samq.workspace import Workspace
+from tasks.ladder import open_ladder
 from tasks.plan import load_plan
-from tasks.price import open_ladder
 from tasks.stage import stage
+from tasks.target import Target
 
-MODEL_NAME, COMPENSATED_NAME = "quantized-model.json", "compensated.gguf"
 
-
-@stage("quantize", version=1, run_name="quantize {name}")
+@stage("quantize", version=1, run_name="quantize {name}", keyed_by=("toolchain",))
 def quantize(
-    folder: Path,
-    name: str,
-    full: Artifact,
-    plan: Artifact,
-    imatrix: Artifact | None,
-    provenance: dict[str, str],
-    toolchain: Toolchain,
-    timeout_s: float,
+    at: Workspace, folder: Path, name: str, target: Target, plan: Artifact, provenance: dict[str, str]
 ) -> None:
     """`model.gguf` as the plan says, audited, and `quantized-model.json`."""
     with bar(f"quantize {name}") as progress:
-        model = quantizer.quantize(
-            full.path(GGUF_NAME),
+        model = programs.quantize(
+            target.full.path(GGUF_NAME),
             load_plan(plan),
             folder,
-            toolchain,
+            at.toolchain,
             provenance=provenance,
-            imatrix=imatrix.path(IMATRIX_NAME) if imatrix else None,
-            timeout_s=timeout_s,
+            imatrix=target.imatrix.path(IMATRIX_NAME) if target.imatrix else None,
+            timeout_s=at.timeout_s,
             progress=progress,
         )
-    model.save(folder / MODEL_NAME)
+    model.save(folder / QUANTIZED_NAME)
 
 
 @stage("assemble", version=1, run_name="assemble {name}")
 def assemble(
+    at: Workspace,
     folder: Path,
     name: str,
     full: Artifact,
@@ -58,8 +51,8 @@ def assemble(
     those have them.
     """
     ladder = replace(
-        open_ladder(full, rungs), compensated=[made.path(COMPENSATED_NAME) for made in compensated.values()]
+        open_ladder(full, rungs), compensated=[rung.path(COMPENSATED_NAME) for rung in compensated.values()]
     )
     with bar(f"assemble {name}") as progress:
         model = assembly.assemble(ladder, load_plan(plan), folder, provenance=provenance, progress=progress)
-    model.save(folder / MODEL_NAME)
+    model.save(folder / QUANTIZED_NAME)

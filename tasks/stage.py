@@ -1,42 +1,69 @@
 """What every stage has in common: cached by content in the store and in Prefect, retried for transient faults only.
 
-A stage is a function `make(folder, **inputs)` that writes its files into `folder`. Its key is a digest of the stage's
-name and version, the versions of the packages that shape its output, and the content of its inputs: records by their
-digest, artifacts by their files. A path or a time never enters a key.
+A stage is a function `make(at, folder, **inputs)` that writes its files into `folder`. Its key is a digest of the stage's
+name and version, the versions of the packages that shape its output, the content of its inputs (records by their digest,
+artifacts by their files), and what it names of the workspace. A path or a time never enters a key.
 """
 
 import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from uuid import uuid4
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.futures import PrefectConcurrentFuture
+from prefect.states import Completed, Failed
 from pydantic import BaseModel
 
 from samq import __version__
 from samq.errors import UnreachableError
-from samq.progress import bar
-from samq.records import Record, Toolchain, digest_of
-from samq.store import Artifact, Store
 from samq.llamacpp.toolchain import python_library_build
+from samq.progress import bar
+from samq.records import Record, digest_of
+from samq.store import Artifact, Store
+from samq.workspace import Workspace
 
 log = logging.getLogger("samq.stage")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Inputs that say where or how long, not what.
-NOT_IDENTITY = frozenset({"store", "timeout_s"})
 RETRY_DELAYS_S = [5.0, 60.0]
+
+
+class LocalTask(Task[P, R]):
+    """A task run of Prefect's inside a flow run, and a plain function outside of one.
+
+    So commands and benchmarks call the same pipeline as the flow, with the same store and keys, and start no server.
+    """
+
+    if not TYPE_CHECKING:  # the types are those of Task
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Run the task and return its result."""
+            return super().__call__(*args, **kwargs) if FlowRunContext.get() else self.fn(*args, **kwargs)
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            """Start the task and return its future; outside of a flow run it has ended when this returns."""
+            if FlowRunContext.get():
+                return super().submit(*args, **kwargs)
+            future: Future[State] = Future()
+            try:
+                future.set_result(Completed(data=self.fn(*args, **kwargs)))
+            except Exception as error:
+                future.set_result(Failed(data=error, message=str(error)))
+            return PrefectConcurrentFuture(uuid4(), future)
 
 
 def identity(value: Any) -> Any:
@@ -56,32 +83,45 @@ def identity(value: Any) -> Any:
             raise TypeError(f"{type(value).__name__} has no content to key a cache by; pass a record or an artifact")
 
 
+def _flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by name; a dataclass (`Target`, `TorchModel`) stands for its fields."""
+    flat: dict[str, Any] = {}
+    for name, value in inputs.items():
+        parts = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else {name: value}
+        if clash := flat.keys() & parts.keys():
+            raise TypeError(f"two inputs of a stage are called {clash.pop()}; rename one")
+        flat |= parts
+    return flat
+
+
 @dataclass
 class ContentCache(CachePolicy):
     """Key of one stage's task run; while the store has the artifact whole, the same inputs give the same key."""
 
     stage: str = ""
     version: int = 1
+    keyed_by: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
 
-    def artifact_key(self, inputs: dict[str, Any]) -> str:
+    def artifact_key(self, at: Workspace, inputs: Mapping[str, Any]) -> str:
         """The store's key for these inputs."""
+        content = _flat(inputs) | at.contents(self.keyed_by)
         return digest_of(
             {
                 "stage": self.stage,
                 "version": self.version,
                 "packages": self._package_versions(),
-                "inputs": {name: identity(value) for name, value in inputs.items() if name not in NOT_IDENTITY},
+                "inputs": {name: identity(value) for name, value in content.items()},
             }
         )
 
-    def made_by(self, inputs: dict[str, Any]) -> dict[str, str]:
+    def made_by(self, at: Workspace, inputs: Mapping[str, Any]) -> dict[str, str]:
         """Versions of what makes the artifact: the key has them too, but hashed.
 
-        A stage without llama.cpp's programs has the builds that made its inputs, whose content its key has.
+        A stage that does not run llama.cpp's programs has the builds that made its inputs, whose content its key has.
         """
-        tools: Toolchain | None = inputs.get("toolchain")
-        builds = {f"{tools.version} {tools.build}"} if tools else _builds(inputs)
+        tools = at.toolchain
+        builds = {f"{tools.version} {tools.build}"} if "toolchain" in self.keyed_by else _builds(_flat(inputs))
         llama_cpp = {"llama.cpp": ", ".join(sorted(builds))} if builds else {}
         return {"samq": __version__, "stage version": str(self.version), **self._package_versions(), **llama_cpp}
 
@@ -99,9 +139,10 @@ class ContentCache(CachePolicy):
         **kwargs: Any,
     ) -> str:
         """Prefect's key: the store's, and which making of that artifact the cached reference would refer to."""
-        key, store = self.artifact_key(inputs), Store(inputs["store"])
-        made = digest_of([str(store.root), store.incarnation(self.stage, key)])
-        return f"{self.stage}-{key}-{made[:16]}"
+        at, others = inputs["at"], {name: value for name, value in inputs.items() if name != "at"}
+        key, store = self.artifact_key(at, others), Store(at.store)
+        incarnation = digest_of([str(store.root), store.incarnation(self.stage, key)])
+        return f"{self.stage}-{key}-{incarnation[:16]}"
 
 
 def _builds(value: Any) -> set[str]:
@@ -116,7 +157,7 @@ def _builds(value: Any) -> set[str]:
 
 
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether trying again may help: a network or file-system hiccup, and nothing a person has to put right."""
+    """Whether trying again may help: a network or file-system hiccup, and nothing that the user has to put right."""
     error = state.result(raise_on_failure=False)
     kinds = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError, UnreachableError)
     if transient := isinstance(error, kinds):
@@ -124,9 +165,13 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return transient
 
 
-def retried(name: str, run_name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Decorate a function into a Prefect task that is not cached, and tried again after transient faults."""
-    return task(name=name, task_run_name=run_name, **_retries(len(RETRY_DELAYS_S)))
+def step(name: str, run_name: str | None = None, *, retries: int = 0) -> Callable[[Callable[P, R]], LocalTask[P, R]]:
+    """Decorate a function into a task that is not cached, and tried again after transient faults at most `retries` times."""
+
+    def decorate(function: Callable[P, R]) -> LocalTask[P, R]:
+        return LocalTask(function, name=name, task_run_name=run_name, **_retries(retries))
+
+    return decorate
 
 
 def _retries(count: int) -> dict[str, Any]:
@@ -141,40 +186,48 @@ def announce(task: Task[..., Any], run: TaskRun, state: State[Any]) -> None:
 
 
 def stage(
-    name: str, *, version: int, run_name: str, packages: tuple[str, ...] = (), retries: int = 2
-) -> Callable[[Callable[..., None]], Task[..., Artifact]]:
-    """Decorate `make(folder, **inputs)` into a Prefect task `(store, **inputs) -> Artifact`."""
-    policy = ContentCache(stage=name, version=version, packages=packages)
+    name: str,
+    *,
+    version: int,
+    run_name: str,
+    keyed_by: tuple[str, ...] = (),
+    packages: tuple[str, ...] = (),
+    retries: int = 2,
+) -> Callable[[Callable[Concatenate[Workspace, Path, P], None]], LocalTask[Concatenate[Workspace, P], Artifact]]:
+    """Decorate `make(at, folder, *inputs)` into a task `(at, *inputs) -> Artifact`.
 
-    def decorate(make: Callable[..., None]) -> Task[..., Artifact]:
-        signature = inspect.signature(make)
-        _, *inputs = signature.parameters.values()
-        outer = inspect.Parameter("store", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Path)
+    `keyed_by` names what of the workspace the output depends on (see `Workspace.contents`), `packages` the Python packages.
+    """
+    policy = ContentCache(stage=name, version=version, keyed_by=keyed_by, packages=packages)
+
+    def decorate(
+        make: Callable[Concatenate[Workspace, Path, P], None],
+    ) -> LocalTask[Concatenate[Workspace, P], Artifact]:
+        at_parameter, _, *input_parameters = inspect.signature(make).parameters.values()
+        assert at_parameter.name == "at", "the name by which `ContentCache.compute_key` finds the workspace"
+        signature = inspect.Signature([at_parameter, *input_parameters], return_annotation=Artifact)
 
         @functools.wraps(make)
-        def body(*args: Any, **kwargs: Any) -> Artifact:
-            bound = body.__signature__.bind(*args, **kwargs)  # type: ignore[attr-defined]
+        def body(at: Workspace, /, *args: P.args, **kwargs: P.kwargs) -> Artifact:
+            bound = signature.bind(at, *args, **kwargs)
             bound.apply_defaults()
-            arguments = dict(bound.arguments)
-            key = policy.artifact_key(arguments)
-            store = Store(arguments.pop("store"))
+            inputs = {name: value for name, value in bound.arguments.items() if name != "at"}
+            key, store = policy.artifact_key(at, inputs), Store(at.store)
             artifact = store.find(name, key)
             if artifact is None:  # also when Prefect has forgotten what the store still has
                 started = time.monotonic()
-                with ExitStack() as publishing, store.publish(name, key, policy.made_by(arguments)) as folder:
-                    make(folder, **arguments)
+                with ExitStack() as publishing, store.publish(name, key, policy.made_by(at, inputs)) as folder:
+                    make(at, folder, *args, **kwargs)
                     publishing.enter_context(bar(f"keep what {name} made"))  # it is read once more, for its hashes
                 artifact = store.find(name, key)
                 log.debug("%s %s took %.1f s", name, key[:12], time.monotonic() - started)
             assert artifact is not None, "an artifact just published is there"
             return artifact
 
-        body.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[outer, *inputs], return_annotation=Artifact
-        )
-        body.__annotations__ = {**make.__annotations__, "store": Path, "return": Artifact}
+        body.__signature__ = signature  # type: ignore[attr-defined]
+        body.__annotations__ = {**make.__annotations__, "return": Artifact}
         body.__annotations__.pop("folder", None)
-        return Task(
+        return LocalTask(
             body,
             name=name,
             task_run_name=run_name,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def samq(*arguments, home, preexec_fn=None, **environment):
     """Run the command line with a SAMQ folder of its own."""
-    command = [sys.executable, "-m", "samq.cli.app", *arguments]
+    command = [sys.executable, "-m", "samq.cli", *arguments]
     return run(command, home=home, preexec_fn=preexec_fn, **environment)
 
 

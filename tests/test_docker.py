@@ -264,4 +264,4 @@ def test_docker_compose_notices_a_fault(right, wrong, complaint):
 def test_docker_compose_starts_nothing_without_the_secrets():
     done = compose_reads((FOLDER / "compose.yaml").read_text(), secrets=())
     assert done.returncode
-    assert "make one up" in done.stderr
+    assert "set one" in done.stderr

@@ -1,4 +1,4 @@
-"""What the worker's container runs: `samq up` without the pages, which ends when the worker does, to be started again."""
+"""The program of the worker's container: `samq up` without the pages. It ends when the worker ends; Docker restarts it."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from samq.services import worker
 
 
 def main() -> None:
-    """Work until the worker ends, or SIGTERM."""
+    """Run the worker until it ends, or until SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with worker(os.environ["PREFECT_API_URL"].removesuffix("/api"), Path.cwd()) as child:
         status = child.wait()
-    sys.exit(status or 1)  # it should not have ended
+    sys.exit(status or 1)  # the worker should never end by itself
 
 
 if __name__ == "__main__":

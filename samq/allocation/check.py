@@ -1,20 +1,21 @@
-"""How far a plan's predicted KL can be trusted: its second-order cost again, on samples that did not choose the plan.
+"""Check of a plan's predicted KL: its second-order cost, measured again on samples that did not choose the plan.
 
-A prediction comes from the samples by which the plan was chosen, averages the Fisher information over blocks of weights,
-and leaves out the terms between weights. With g the gradient of a sequence's summed loss, its labels drawn from the model,
-and dW what quantization did to the weights, three sums over a sequence's gradient, each holding more of those terms,
-estimate what the plan costs:
+The prediction uses the samples that chose the plan, approximates the Fisher information by means over rows and columns,
+and leaves out the terms between weights. Let g be the gradient of a sequence's summed loss, with labels drawn from the
+model, and dW the plan's rounding error. Three sums over a sequence's gradient estimate the plan's cost, each with more of
+these terms:
 
     additive    sum over weights of g^2 dW^2 / 2
-    by tensor   sum over tensors of <g, dW>^2 / 2, the terms between the weights of a tensor included
+    by tensor   sum over tensors of <g, dW>^2 / 2, which includes the terms between the weights of a tensor
     joint       <g, dW>^2 / 2 over all tensors: the whole second-order term of the KL divergence
 
-all over the sequences' label tokens, in nats per token. Additive over the prediction means that the plan fits its own
-samples; joint far from additive, that errors of different weights add up or cancel. The more terms, the more noise: the
-standard errors say how much. No plan is to be chosen by these figures on the samples that gave them.
+Each is divided by the sequences' label tokens, which gives nats per token. If `additive` exceeds the prediction, the plan
+is overfitted to its own samples. If `joint` is far from `additive`, the errors of different weights add up or cancel. More
+terms mean more noise, which the standard errors show. Do not choose a plan by these figures on the samples that gave them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,64 +23,65 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from samq.sensitivity.backpropagation import backpropagate
+from samq.allocation.prices import ratio_stderr, rounding_error
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.sensitivity.gradients import BAND_WEIGHTS
-from samq.sensitivity.layout import Weight, stored_tensors, weights_of
-from samq.allocation.prices import ratio_stderr, rounding_error
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
+from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.gradients import BAND_WEIGHTS
+from samq.sensitivity.layout import GgufLayout, Weight, stored_tensors, weights_of
+
+
+@dataclass(frozen=True)
+class RoundedPlan:
+    """A plan, and the GGUFs that its rounding errors are the difference of."""
+
+    plan: Plan
+    original: Path  # the full-precision GGUF
+    rounded: Path  # the plan's GGUF
 
 
 def check_prediction(
     model: PreTrainedModel,
     tokens: TokenBatch,
-    plan: Plan,
+    candidate: RoundedPlan,
     predicted: Metric,
+    layout: GgufLayout,
     *,
-    names: Callable[[str], str | None],
-    original: Path,
-    rounded: Path,
-    row_orders: Mapping[str, np.ndarray],
     batch_size: int = 1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> PredictionCheck:
-    """Estimate a plan's KL from gradients on the sequences of `tokens`, in three ways; see the module's text.
+    """Estimate a plan's KL from gradients on the sequences of `tokens`, in the three ways of the module's docstring.
 
     Args:
-        model: the full-precision model, in any floating type, on any device.
-        tokens: at least two sequences, for a standard error; none that the calibration took.
-        plan: whose types `rounded` has.
-        predicted: the plan's cost by the price table, nats per token; only kept beside the others.
-        names: torch's parameter name -> GGUF's, see `samq.gguf.file.gguf_names`.
-        original: the full-precision GGUF.
-        rounded: the plan's GGUF.
-        row_orders: of `original`, see `samq.sensitivity.layout.row_orders`.
-        batch_size: sequences a pass; the figures do not depend on it but for rounding. With more, a weight is dequantized
-            less often, and its rounding error stays in memory for a whole batch.
-        seed: of the drawn labels, which are others than the calibration's with the same seed.
-        progress: told of sequences done.
+        model: the full-precision model, in any floating-point type, on any device.
+        tokens: at least two sequences, for a standard error, and none of the calibration's.
+        candidate: the plan and its GGUFs.
+        predicted: the plan's cost by the price table, nats per token, which the record keeps beside the others.
+        layout: names and row orders of `candidate.original`.
+        batch_size: sequences a pass, which changes the figures by rounding only. With a larger batch a weight is
+            dequantized less often, and its rounding error stays in memory for the whole batch.
+        seed: of the drawn labels, which differ from the calibration's with the same seed.
+        progress: told of the sequences that are done.
 
     Raises:
         SamqError: too few sequences, a GGUF of another model or plan, NaN or Inf in it, in a loss or in a gradient, or
             too little GPU memory.
     """
+    plan = candidate.plan
     if len(tokens) < 2:
         raise SamqError(f"the check of a prediction needs at least 2 sequences, not {len(tokens)}; give more text")
-    weights = weights_of(model, names)
-    errors = _RoundingErrors(weights, plan, original, rounded, row_orders)
+    weights = weights_of(model, layout.names)
+    errors = _RoundingErrors(weights, candidate, layout.row_orders)
     _, sums = backpropagate(
         model,
         tokens,
         weights,
         errors.products,
         numbers=2,
-        labels="model",
-        # The key gives streams that no (seed, sequence) of the calibration has.
-        stream=lambda sequence: np.random.default_rng(np.random.SeedSequence((seed, sequence), spawn_key=(1,))),
-        text="check",
+        labelling=Labelling("model", seed, purpose="check"),
         batch_size=batch_size,
         progress=progress,
     )
@@ -99,24 +101,23 @@ def check_prediction(
 
 
 def _per_token(costs: NDArray[np.float64], label_tokens: NDArray[np.int64]) -> Metric:
-    """Sequences' costs over their label tokens, with the standard error over sequences."""
+    """The sequences' costs per label token, with the standard error over sequences."""
     value = float(costs.sum() / label_tokens.sum())
     return Metric(value=value, stderr=ratio_stderr(costs, label_tokens), n=len(costs))
 
 
 class _RoundingErrors:
-    """What a plan's quantization did to the weights, read when a gradient comes, a few rows of one weight at a time."""
+    """A plan's rounding errors, read a few rows of one weight at a time when a gradient needs them."""
 
-    def __init__(
-        self, weights: list[Weight], plan: Plan, original: Path, rounded: Path, row_orders: Mapping[str, np.ndarray]
-    ) -> None:
+    def __init__(self, weights: list[Weight], candidate: RoundedPlan, row_orders: Mapping[str, np.ndarray]) -> None:
+        plan, rounded = candidate.plan, candidate.rounded
         self.weights = weights
         self.rounded = rounded
-        self._originals = stored_tensors(weights, original)
+        self._originals = stored_tensors(weights, candidate.original)
         self._rounded = stored_tensors(weights, rounded)
-        # GGUF's row of each of torch's.
+        # the GGUF's row for each of torch's rows
         self._rows = {name: np.argsort(order) for name, order in row_orders.items()}
-        self._kept: tuple[int, dict[int, torch.Tensor]] = -1, {}  # a weight's index, and its errors by first row
+        self._cache: tuple[int, dict[int, torch.Tensor]] = -1, {}  # a weight's index, and its errors by first row
         for name, kind in plan.types.items():
             if name not in self._rounded:
                 raise SamqError(f"plan {plan.name} names {name}, which the model in torch lacks; plan for this model")
@@ -140,16 +141,16 @@ class _RoundingErrors:
         return sums
 
     def _errors(self, index: int, row: int, count: int, device: torch.device) -> torch.Tensor:
-        """dW of some rows, in torch's order; kept until another weight's are wanted, for the batch's other sequences."""
-        if self._kept[0] != index:
-            self._kept = index, {}
-        kept = self._kept[1]
-        if row not in kept:
+        """dW of some rows, in torch's order; cached for the batch's other sequences until another weight's are read."""
+        if self._cache[0] != index:
+            self._cache = index, {}
+        errors_by_row = self._cache[1]
+        if row not in errors_by_row:
             name = self.weights[index].name
             here = slice(row, row + count)
             rows = self._rows[name][here] if name in self._rows else here
             errors = rounding_error(self._originals[name], self._rounded[name], rows)
             if not np.isfinite(errors).all():
                 raise SamqError(f"{name} in {self.rounded} holds NaN or Inf; quantize the model again")
-            kept[row] = torch.from_numpy(errors).to(device)
-        return kept[row]
+            errors_by_row[row] = torch.from_numpy(errors).to(device)
+        return errors_by_row[row]

@@ -3,25 +3,26 @@
 A rung is named by the type it asks for; tensors whose rows do not allow it hold llama-quantize's own fallback, so the
 legal neighbours (Q4_0, Q5_0, Q5_1, IQ4_NL) join by themselves, and tensors that the importance matrix has no entry for
 (an embedding, above all) hold the nearest type that needs none. What a tensor becomes depends on nothing but its
-weights, its type and the importance matrix, so any plan's tensors can be taken from the rungs (samq.quantization.assembly), and any
-plan's rounding errors can be read from them (samq.allocation.prices).
+weights, its type and the importance matrix, so any plan's tensors can be taken from the rungs
+(samq.quantization.assembly), and any plan's rounding errors can be read from them (samq.allocation.prices).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.threshold import Target, ThresholdPolicy, make_plan, stock_plan
+from samq.allocation.target import Target, make_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
-from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
 from samq.gguf.file import TensorInfo, read_tensors, require_alignment
-from samq.progress import Progress, silent
+from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
 from samq.llamacpp.programs import quantize
+from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 
-# IQ3_S is left out: it lengthens weights by 2 to 3 %, where the others shorten them. That costs more than prices without terms
-# between weights say (samq.allocation.prices.LENGTHENING_LIMIT), and plans that mix it in come out worse. IQ3_XXS has no such error and
-# brings under 1 % (benchmarks/low_bits.py).
+# IQ3_S is left out: it lengthens weights by 2 to 3 %, and the other types shorten them. Prices have no terms between weights
+# and miss that cost (samq.allocation.prices.LENGTHENING_LIMIT), so plans that mix it in come out worse. IQ3_XXS does not
+# lengthen weights and brings under 1 % (benchmarks/low_bits.py).
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 

@@ -16,19 +16,21 @@ import numpy as np
 from gguf import ReaderTensor
 from numpy.typing import NDArray
 
-from samq.errors import SamqError
-from samq.sensitivity.fisher import Fisher
-from samq.gguf.formats import tensor_bytes
-from samq.gguf.file import TensorInfo, open_gguf, read_rows
 from samq.allocation.ladder import Ladder
+from samq.errors import SamqError
+from samq.gguf.file import TensorInfo, open_gguf, read_rows
+from samq.gguf.formats import tensor_bytes
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
+from samq.sensitivity.fisher import Fisher
 
 # Weights that a type makes longer by so much (relative) cost more, mixed with others, than their prices say: their errors have
 # one sign. IQ3_S lengthens by 2 to 3 %, no other type by a thousandth (benchmarks/low_bits.py). Shorter is another matter: Q3_K
 # takes 1 % of the length and Q2_K 4 %, as values in the middle of what is rounded to them are, and Q3_K given back its length
 # does no better.
 LENGTHENING_LIMIT = 0.01
+# From this KL on, predicted or measured, rounding is no small change and second order fails.
+SECOND_ORDER_LIMIT_NATS = 0.3
 _SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 
 
@@ -173,3 +175,9 @@ def _shares(squares: Sequence[float]) -> tuple[float, ...]:
     """Each sequence's part of the sum; a tensor that no gradient reaches costs nothing, in equal parts."""
     total = sum(squares)
     return tuple(square / total for square in squares) if total else (1 / len(squares),) * len(squares)
+
+
+def lengthening(changes: Mapping[str, float]) -> str:
+    """Why rounding to these types, which lengthens weights by so much (relative), does more than is predicted."""
+    types = " and ".join(f"{kind} lengthens weights by {100 * change:.1f} %" for kind, change in changes.items())
+    return f"rounding to {types}, and errors of one sign add up where the prediction takes them for noise"

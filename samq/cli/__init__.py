@@ -1,1 +1,1 @@
-"""The command line: one module a group of commands."""
+"""The command line: `app` lists the commands; each other module holds a group of them or what they share."""

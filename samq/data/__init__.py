@@ -1,1 +1,1 @@
-"""Text in: data sets, the hub, and the token sequences that calibration runs on."""
+"""Text and tokens: data sets, the hub, and the token sequences that calibration runs on."""

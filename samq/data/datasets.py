@@ -1,4 +1,4 @@
-"""Text to calibrate and evaluate on: benchmark items from packages, files, and the hub's data sets."""
+"""Text for calibration and evaluation: benchmark items inside packages, files, and data sets of the hub."""
 
 import gzip
 import importlib.util
@@ -19,10 +19,10 @@ Row = Mapping[str, Any]
 
 
 class DatasetSpec(BaseModel):
-    """Which rows of which data set, and which of their fields make a text.
+    """The rows of a data set to take, and the fields of a row that form its text.
 
-    Rows are shuffled by `seed` and then sliced, so two slices of one data set with the same seed that do not overlap
-    have no row in common (`require_disjoint`).
+    `seed` shuffles the rows, and `start` and `samples` cut a slice of them. Two slices of one data set share no row if
+    their seeds are the same and they do not overlap (`require_disjoint`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,31 +58,31 @@ _PACKAGED = {
 
 
 def load_texts(spec: DatasetSpec) -> list[str]:
-    """The texts that `spec` names, in shuffled order.
+    """Load the texts of `spec`, in shuffled order.
 
-    A .txt file is cut into documents at lines that hold only a form feed; without any it is one document. Fields are
-    joined by a newline, unless the part before already ends in white space.
+    A .txt file is split into documents at lines with a form feed and nothing else; without such lines it is one document.
+    Fields are joined by a newline, unless the field before ends in white space.
 
     Raises:
         UnreachableError: the hub does not answer.
-        SamqError: the data set, a field or a row's text is missing or not what it should be, or the rows are too few.
+        SamqError: the data set, a field or a row's text is missing or damaged, or there are too few rows.
     """
     rows, fields = _rows(spec)
-    chosen = np.random.default_rng(spec.seed).permutation(len(rows))[spec.start :]
+    numbers = np.random.default_rng(spec.seed).permutation(len(rows))[spec.start :]
     if spec.samples is not None:
-        if len(chosen) < spec.samples:
+        if len(numbers) < spec.samples:
             raise SamqError(
                 f"{spec.name} has {len(rows)} samples, too few for {spec.samples} from number {spec.start} on; ask for "
                 "fewer"
             )
-        chosen = chosen[: spec.samples]
-    if not len(chosen):
+        numbers = numbers[: spec.samples]
+    if not len(numbers):
         raise SamqError(f"{spec.name} has {len(rows)} samples, none from number {spec.start} on; start earlier")
-    return [_text(rows[int(number)], fields, f"row {number + 1} of {spec.name}") for number in chosen]
+    return [_text(rows[int(number)], fields, f"row {number + 1} of {spec.name}") for number in numbers]
 
 
 def require_disjoint(one: DatasetSpec, other: DatasetSpec) -> None:
-    """Raise SamqError if two specs may share a row, as held-out text must not be calibrated on."""
+    """Raise SamqError if two specs may share a row, as calibration text must not contain held-out text."""
     if (_place(one), one.config, one.split or "train") != (_place(other), other.config, other.split or "train"):
         return
     if one.seed != other.seed:
@@ -98,7 +98,7 @@ def require_disjoint(one: DatasetSpec, other: DatasetSpec) -> None:
 
 
 def is_one_document(name: str) -> bool:
-    """Whether the data set is a text file without form feeds: one stream, as llama-imatrix and llama-perplexity take it."""
+    """Whether the data set is a text file without form feeds: one stream, the input of llama-imatrix and llama-perplexity."""
     return is_file(name) and Path(name).suffix == ".txt" and len(_read_file(Path(name))) == 1
 
 
@@ -107,14 +107,14 @@ def _place(spec: DatasetSpec) -> str:
 
 
 def is_file(name: str) -> bool:
-    """Whether a data set's name is that of a file, not of a packaged set or one on the hub."""
+    """Whether a data set's name is a file's, and not that of a packaged data set or one on the hub."""
     return name not in _PACKAGED and (
         Path(name).suffix in _READERS or name.endswith(".jsonl.gz") or Path(name).is_file()
     )
 
 
 def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
-    """All rows of the data set, and the fields that make a text."""
+    """All rows of the data set, and the fields that form a text."""
     if spec.name in _PACKAGED:
         rows = [_with_answer(row) for row in packaged_rows(spec.name)]
         return rows, spec.fields or _PACKAGED[spec.name].fields
@@ -124,16 +124,16 @@ def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
 
 
 def packaged_rows(name: str) -> list[Row]:
-    """All rows of a data set inside an installed package, in its own order; raises SamqError if that is missing."""
+    """All rows of a data set inside an installed package, in the file's order; raises SamqError if the package is missing."""
     packaged = _PACKAGED[name]
-    found = importlib.util.find_spec(packaged.package)
-    if found is None or found.origin is None:
+    module = importlib.util.find_spec(packaged.package)
+    if module is None or module.origin is None:
         raise SamqError(f"{name} comes with a package that is missing; run `pip install {packaged.distribution}`")
-    return _read_jsonl(Path(found.origin).parent / packaged.file)
+    return _read_jsonl(Path(module.origin).parent / packaged.file)
 
 
 def _with_answer(row: Row) -> Row:
-    """A multiple-choice item's right choice as a field of its own."""
+    """The row with the right choice of a multiple-choice item as the field `answer`."""
     choices = row.get("choices") or row.get("endings")
     return {**row, "answer": choices[row["expected_index"]]} if choices else row
 
@@ -157,7 +157,7 @@ def _read_file(path: Path) -> Sequence[Row]:
         raise SamqError(f"there is no data file at {path}; check the path")
     reader = _read_jsonl if path.name.endswith(".jsonl.gz") else _READERS.get(path.suffix)
     if reader is None:
-        raise SamqError(f"{path} is not a data file that can be read; give one of {', '.join(_READERS)}")
+        raise SamqError(f"{path} is not a data file of a known kind; give one of {', '.join(_READERS)}")
     return reader(path)
 
 
@@ -231,13 +231,15 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def _read_hub(spec: DatasetSpec) -> Sequence[Row]:
-    import datasets  # takes a second, and most calibration text needs no hub
+    import datasets  # takes a second to import, and most calibration text does not come from the hub
 
     from samq.data.hub import is_unreachable
 
     split = spec.split or "train"
     if "[" in split:
-        raise SamqError(f"split {split!r} holds a slice; slice by start and samples, so that overlaps can be found")
+        raise SamqError(
+            f"split {split!r} contains a slice; use start and samples instead, so that SAMQ can find overlaps"
+        )
     try:
         return datasets.load_dataset(spec.name, spec.config, split=split)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow all raise their own

@@ -1,4 +1,4 @@
-"""Text -> token batches: which sequences of token ids the model is measured on."""
+"""Token sequences: how texts are cut into them, and the batches that the model is measured on."""
 
 import hashlib
 import io
@@ -16,12 +16,12 @@ from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.records import CalibrationSet
 
-IGNORED = -100  # the label that cross entropy skips, as everywhere in torch
+IGNORED = -100  # the label that torch's cross entropy skips
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences of token ids: `ids` (N, T) int32, zero past each sequence's end, and `lengths` (N,) int32."""
+    """Sequences of token ids: `ids` (N, T) int32, padded with zeros, and `lengths` (N,) int32."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -35,18 +35,22 @@ class TokenBatch:
         return self.ids[index, : self.lengths[index]]
 
     def part(self, first: int, last: int) -> Self:
-        """The sequences from `first` to before `last`."""
+        """The sequences from number `first` up to, but without, number `last`."""
         return type(self)(self.ids[first:last], self.lengths[first:last])
 
     def digest(self) -> str:
-        """SHA-256 (hex) over the lengths and the ids, in order; padding does not enter."""
+        """SHA-256 (hex) over the lengths and the ids, in order and without the padding."""
         content = hashlib.sha256(self.lengths.astype("<i4").tobytes())
         for index in range(len(self)):
             content.update(self.sequence(index).astype("<i4").tobytes())
         return content.hexdigest()
 
     def save(self, path: Path) -> Path:
-        """Write an npz file, whole or not at all; the same tokens give the same bytes, as numpy dates entries 1980."""
+        """Write an npz file, whole or not at all, and return its path.
+
+        The same tokens give the same bytes, since numpy dates the file's entries 1980. Raises SamqError if the file cannot
+        be written.
+        """
         content = io.BytesIO()
         np.savez_compressed(content, ids=self.ids, lengths=self.lengths)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -69,7 +73,7 @@ class TokenBatch:
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> Self:
-        """Pad sequences of token ids to the longest."""
+        """Make a batch of sequences of token ids, each padded to the longest."""
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
         ids = np.zeros((len(sequences), max(lengths, default=0)), dtype=np.int32)
         for row, sequence in zip(ids, sequences, strict=True):
@@ -88,15 +92,19 @@ def tokenize(
 ) -> tuple[CalibrationSet, TokenBatch]:
     """Cut texts into sequences of 2 to `sequence_tokens` tokens.
 
-    `encode` gives a text's token ids, with what the model wants before a text; where that is `bos`, every sequence starts
-    with it. Without `packing` a text is one sequence, cut at `sequence_tokens`. With it a long text goes on in further
-    sequences of that length, and what is left at its end is dropped. Texts of a single token are left out.
+    `encode` returns a text's token ids with the special tokens that the model expects before it. If the text then starts
+    with `bos`, so does every sequence of it. Without `packing` a text is one sequence, cut at `sequence_tokens`. With
+    `packing` a long text becomes several sequences of that length, without the rest at its end, and `spec.seed` shuffles
+    the sequences. Sequences of a single token are left out.
+
+    Returns:
+        The record, and the tokens that it describes.
 
     Raises:
-        SamqError: no sequence came out.
+        SamqError: `sequence_tokens` is below 2, or the texts do not give a sequence.
     """
     if sequence_tokens < 2:
-        raise SamqError(f"sequences of {sequence_tokens} tokens hold nothing to predict; ask for 2 or more")
+        raise SamqError(f"sequences of {sequence_tokens} tokens have no next token to predict; use 2 or more")
     sequences: list[list[int]] = []
     for text in texts:
         parts = _cut(list(encode(text)), bos, sequence_tokens, packing)
@@ -105,7 +113,7 @@ def tokenize(
         order = np.random.default_rng(spec.seed).permutation(len(sequences))
         sequences = [sequences[index] for index in order]
     if not sequences:
-        raise SamqError(f"{spec.name} gives no sequence of 2 to {sequence_tokens} tokens; give more text")
+        raise SamqError(f"{spec.name} does not give a sequence of 2 to {sequence_tokens} tokens; give more text")
     tokens = TokenBatch.of(sequences)
     return (
         CalibrationSet(
@@ -131,9 +139,9 @@ def _cut(ids: list[int], bos: int | None, longest: int, packing: bool) -> list[l
 
 
 def batches(tokens: TokenBatch, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield (ids, attention mask, labels), int64 (B, T) each, T the longest of the batch, in order.
+    """Yield (ids, attention mask, labels) of the sequences in order, each int64 (B, T) with T the batch's longest.
 
-    Labels are the ids, not shifted, and -100 on padding, as transformers takes them.
+    The labels are the ids, not shifted, and -100 on padding, as transformers expects them.
     """
     for first in range(0, len(tokens), batch_size):
         lengths = torch.from_numpy(tokens.lengths[first : first + batch_size].astype(np.int64))

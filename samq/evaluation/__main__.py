@@ -30,7 +30,9 @@ def main(arguments: list[str]) -> int:
             case BaselineRequest.SCHEMA:
                 compute_baseline(BaselineRequest.load(path), _report)
             case BenchmarkRequest.SCHEMA:
-                from samq.evaluation.lm_eval.benchmarks import benchmark  # takes a second, which the others need not wait
+                from samq.evaluation.lm_eval.benchmarks import (
+                    benchmark,  # takes a second, which the others need not wait
+                )
 
                 benchmark(BenchmarkRequest.load(path), _report)
             case _:

@@ -17,10 +17,10 @@ import pandas as pd
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from samq.evaluation.lm_eval.generation import generate
 from samq.evaluation.json_prompts import JsonPrompt, chat_tokens
-from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp.generation import Decoding, generate
+from samq.llamacpp.runtime import Model
 from samq.progress import Progress, silent
 from samq.records import Metric
 
@@ -39,8 +39,7 @@ def measure_json(
     answers = generate(
         model,
         [chat_tokens(model, prompt) for prompt in prompts],
-        limit=settings.json_tokens,
-        finished=is_settled,
+        Decoding(settings.json_tokens, is_settled),
         kv_type=settings.kv_type,
         threads=settings.threads,
         progress=progress,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq.evaluation.lm_eval.chat import tokenize_chat
+from samq.llamacpp.chat import tokenize_chat
 from samq.llamacpp.runtime import Model
 
 

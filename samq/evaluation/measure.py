@@ -15,16 +15,13 @@ from samq.evaluation.baseline import Baseline, cut_chunks, read_tokens, write_ba
 from samq.evaluation.divergence import measure_divergence
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
-from samq.evaluation.settings import (
-    EVALUATION_NAME,
-    BaselineRequest,
-    EvaluationRequest,
-    EvaluationSettings,
-)
+from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
+from samq.files import ANSWERS_NAME, DIVERGENCE_NAME, EVALUATION_NAME
 from samq.llamacpp import gpu
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, default_threads, system_info
+from samq.output import make_folder
 from samq.records import Evaluation, Metric
 
 Report = Callable[[str, int, int], None]  # (what is being measured, done, total)
@@ -54,7 +51,13 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
     try:
-        metrics |= predict_memory(request.gguf, settings)
+        metrics |= predict_memory(
+            request.gguf,
+            settings.vram_context_tokens,
+            kv_type=settings.kv_type,
+            gpu_layers=settings.gpu_layers,
+            threads=settings.threads,
+        )
     except SamqError as error:
         missing["memory"] = str(error)
     with gpu.MemoryPeak() as peak, Model(request.gguf, gpu_layers=settings.gpu_layers) as model:
@@ -70,11 +73,11 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 sha256=request.sha256,
             )
             metrics |= found
-            write_table(tokens, request.output / "divergence.parquet")
+            write_table(tokens, request.output / DIVERGENCE_NAME)
         if prompts := load_prompts()[: settings.json_prompts]:
             found, items = measure_json(model, prompts, settings, partial(report, "json"))
             metrics |= found
-            write_table(items, request.output / "json.parquet")
+            write_table(items, request.output / ANSWERS_NAME)
         else:
             missing["json"] = "the settings ask for no JSON prompts"
         if settings.speed_requests:
@@ -103,14 +106,6 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
 def _chunks(model: Model, token_ids: NDArray[np.int32], settings: EvaluationSettings) -> NDArray[np.int32]:
     """The chunks of held-out tokens that are scored."""
     return cut_chunks(token_ids, settings.context_tokens, model.bos if model.adds_bos else None)[: settings.chunks]
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it; raises SamqError if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SamqError(f"cannot make {folder}: {error.strerror}; choose a folder that can be written to") from error
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

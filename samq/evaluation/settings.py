@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from samq.records import Record
 
-EVALUATION_NAME = "evaluation.json"  # the record that a request leaves in its output folder
-
 
 def metric_part(name: str) -> str:
     """A name that can be part of a metric's: `pass@1` becomes `pass_at_1`, a task file its name."""

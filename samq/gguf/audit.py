@@ -1,4 +1,4 @@
-"""A plan's GGUF is accepted only when it reads back as the plan says, whoever wrote it."""
+"""The audit: a plan's GGUF is accepted only if its tensors read back as the plan says, whatever program wrote it."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from samq.records import Plan, QuantizedModel
 
 
 def require_space(folder: Path, plan: Plan, needed: int) -> None:
-    """Raises SamqError if the folder's disk has fewer than `needed` bytes free."""
+    """Raise SamqError if the folder's disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SamqError(
@@ -19,7 +19,7 @@ def require_space(folder: Path, plan: Plan, needed: int) -> None:
 
 
 def provenance_metadata(plan: Plan, provenance: dict[str, str]) -> dict[str, str]:
-    """The `samq.*` values that a plan's GGUF carries: the plan's digest and policy, and whatever else is to be known."""
+    """The `samq.*` metadata of a plan's GGUF: the plan's digest and policy, and the items of `provenance`."""
     return {
         "samq.plan": plan.digest(),
         "samq.policy": plan.policy,
@@ -28,7 +28,7 @@ def provenance_metadata(plan: Plan, provenance: dict[str, str]) -> dict[str, str
 
 
 def accept(partial: Path, plan: Plan, metadata: dict[str, str]) -> QuantizedModel:
-    """Audit what was written as NAME.partial, give it its name, and describe it; raises ToolError if it is not the plan."""
+    """Audit the file NAME.partial, rename it to NAME and describe it; raises ToolError as `audit` does."""
     actual = audit(partial, plan)
     target = partial.with_suffix("")
     os.replace(partial, target)
@@ -36,12 +36,16 @@ def accept(partial: Path, plan: Plan, metadata: dict[str, str]) -> QuantizedMode
 
 
 def as_is(gguf: Path, sha256: str, plan: Plan) -> QuantizedModel:
-    """Describe a file that is its own plan: the full-precision baseline."""
+    """Describe the full-precision baseline: a file whose plan is to leave it as it is."""
     return _described(gguf, sha256, plan, audit(gguf, plan), {})
 
 
 def audit(gguf: Path, plan: Plan) -> dict[str, str]:
-    """Read a GGUF back: every tensor's type and the bytes of all must be the plan's, or ToolError says what drifted."""
+    """Read a GGUF back and return tensor -> type.
+
+    Raises ToolError if a tensor is missing or has another type than in the plan, if all tensors together have another
+    size, or if the file's own metadata names another plan.
+    """
     tensors = read_tensors(gguf)
     if missing := plan.types.keys() - tensors.keys():
         raise ToolError(

@@ -1,9 +1,9 @@
-"""The integers that a quantized tensor stores: read out of its blocks, and put back with the scales left as they are.
+"""The codes of a quantized tensor: read from its blocks, and written back without a change to the scales.
 
-A weight is `scale * level + offset`: scale and offset of its block, level one of a few numbers that the type knows. The
-code says which; a block keeps the codes of its weights as bit fields. Layouts: ggml/src/ggml-common.h of llama.cpp, and
-`gguf.quants`, which orders a field's bits the same way. Types whose codes name several weights at once (IQ3_S, IQ2_XS
-and the like) have no such grid.
+A weight is `scale * level + offset`. Its block gives the scale and the offset; the level is one of the few numbers of
+the type, and the weight's code is the number of that level. A block stores the codes of its weights as bit fields.
+Layouts: ggml/src/ggml-common.h of llama.cpp, and `gguf.quants`, which orders a field's bits the same way. Types whose
+codes stand for several weights at once (IQ3_S, IQ2_XS and the like) do not have such a grid.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from samq.gguf.file import to_float
 class _Field:
     """Some bits of every code of a block: `size` bytes from `offset`, in runs of `width` bytes.
 
-    The lowest bits of a run's bytes come first, then the next ones; a weight has `bits` of them, at `shift` in its code.
+    A weight has `bits` bits in the field, and they are the bits from `shift` on in its code. The lowest bits of a run's
+    bytes belong to the run's first `width` weights, the next bits to the next `width`.
     """
 
     offset: int
@@ -32,14 +33,14 @@ class _Field:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the codes of a type lie in its blocks, and the levels that they stand for."""
+    """Where the codes of a type are in its blocks, and which levels they stand for."""
 
     weights: int
     bytes: int
     fields: tuple[_Field, ...]
     levels: tuple[int, ...]
-    signed: bool = False  # stored as int8: code 128 is 0
-    first: int = 0  # the lowest code in use
+    signed: bool = False  # stored as int8, so that code 128 is the level 0
+    first: int = 0  # the lowest code that llama-quantize writes
 
 
 def _uniform(bits: int) -> tuple[int, ...]:
@@ -58,7 +59,7 @@ _LAYOUTS = {
     "Q4_1": _Layout(32, 20, (_Field(4, 16, 16, 4),), _uniform(4)),
     "Q5_0": _Layout(32, 22, (_Field(6, 16, 16, 4), _Field(2, 4, 1, 1, shift=4)), _uniform(5)),
     "Q5_1": _Layout(32, 24, (_Field(8, 16, 16, 4), _Field(4, 4, 1, 1, shift=4)), _uniform(5)),
-    # ggml's kernels never meet -128 from llama-quantize, and some negate.
+    # llama-quantize never writes -128, and some of ggml's kernels negate a value, which int8 cannot do to it.
     "Q8_0": _Layout(32, 34, (_Field(2, 32, 1, 8),), _uniform(8), signed=True, first=1),
 }
 TYPES_WITH_CODES = frozenset(_LAYOUTS)
@@ -66,16 +67,16 @@ TYPES_WITH_CODES = frozenset(_LAYOUTS)
 
 @dataclass(frozen=True)
 class Grid:
-    """What each weight of some rows can be: `scale * level + offset`, for the levels of the codes from `first` on."""
+    """The values that each weight of some rows can have: `scale * level + offset`, for the codes from `first` on."""
 
     scale: NDArray[np.float32]  # (rows, row length)
     offset: NDArray[np.float32]  # (rows, row length)
-    levels: NDArray[np.float32]  # rising; of codes first, first + 1, ...
+    levels: NDArray[np.float32]  # in rising order; of codes first, first + 1, ...
     first: int
 
 
 def read_codes(kind: str, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The codes (rows, row length) in the blocks (rows, bytes of a row) of a type."""
+    """Read the codes, uint8 (rows, row length), from the blocks (rows, bytes of a row) of a type."""
     layout = _LAYOUTS[kind]
     flat = blocks.reshape(-1, layout.bytes)
     codes = np.zeros((len(flat), layout.weights), np.uint8)
@@ -87,7 +88,7 @@ def read_codes(kind: str, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def write_codes(kind: str, blocks: NDArray[np.uint8], codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The blocks (rows, bytes of a row) with these codes (rows, row length), their scales as they were."""
+    """Return the blocks (rows, bytes of a row) with these codes (rows, row length) and their own scales."""
     layout = _LAYOUTS[kind]
     flat = blocks.reshape(-1, layout.bytes).copy()
     stored = codes.reshape(len(flat), layout.weights) ^ _sign(layout)
@@ -99,7 +100,7 @@ def write_codes(kind: str, blocks: NDArray[np.uint8], codes: NDArray[np.uint8]) 
 
 
 def read_grid(kind: str, blocks: NDArray[np.uint8]) -> Grid:
-    """The grid that the scales in the blocks (rows, bytes of a row) span."""
+    """Read the grid of each weight from the scales in the blocks (rows, bytes of a row) of a type."""
     layout = _LAYOUTS[kind]
     row_length = blocks.shape[1] // layout.bytes * layout.weights
 
@@ -108,7 +109,7 @@ def read_grid(kind: str, blocks: NDArray[np.uint8]) -> Grid:
         return to_float(GGMLQuantizationType[kind], write_codes(kind, blocks, codes), row_length)
 
     levels = np.array(layout.levels, np.float32)
-    low, scale = value_of(0), value_of(len(levels) - 1)  # dequantization is linear in the level: two values tell
+    low, scale = value_of(0), value_of(len(levels) - 1)  # dequantization is linear in the level, so two values suffice
     scale -= low
     scale /= levels[-1] - levels[0]
     low -= scale * levels[0]

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
+from gguf import GGMLQuantizationType, ReaderTensor, dequantize, get_tensor_name_map
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
+from samq.gguf.header import LazyReader
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a GGUF. `shape` is as torch has it: row length last."""
+    """One tensor of a GGUF; `shape` is in torch's order, row length last."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,7 +31,7 @@ class TensorInfo:
 
     @property
     def row_length(self) -> int:
-        """Weights in a row, the extent that quantization blocks run along."""
+        """Number of weights in a row. Quantization blocks lie along a row."""
         return self.shape[-1]
 
     @property
@@ -39,20 +40,7 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-class MappedReader(GGUFReader):
-    """gguf's reader, three times as fast: a vocabulary is hundreds of thousands of slices, which np.memmap is slow at."""
-
-    @property  # type: ignore[override]
-    def data(self) -> NDArray[np.uint8]:
-        """The file's bytes, still mapped."""
-        return self._data
-
-    @data.setter
-    def data(self, mapped: NDArray[np.uint8]) -> None:
-        self._data = np.asarray(mapped)
-
-
-def open_gguf(path: Path) -> GGUFReader:
+def open_gguf(path: Path) -> LazyReader:
     """Open a GGUF by memory map; raises SamqError if it is missing, not a GGUF, or cut short."""
     path = Path(path)
     if not path.is_file():
@@ -61,16 +49,16 @@ def open_gguf(path: Path) -> GGUFReader:
     return _open(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=4)  # parsing a vocabulary of 128k tokens takes seconds; a changed file is another entry
-def _open(path: Path, size: int, mtime_ns: int) -> GGUFReader:
+@lru_cache(maxsize=4)  # `read_tensors` and `read_metadata` follow one another; a changed file is another entry
+def _open(path: Path, size: int, mtime_ns: int) -> LazyReader:
     try:
-        return MappedReader(path)
-    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        return LazyReader(path)
+    except Exception as error:  # gguf raises errors of any kind on damaged bytes
         raise SamqError(f"{path} is not a whole GGUF file ({error}); copy or convert it again") from error
 
 
 def read_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Name -> tensor, in the file's order."""
+    """Name -> tensor, in the file's order. Raises SamqError as `open_gguf` does."""
     return {
         tensor.name: TensorInfo(
             tensor.name,
@@ -83,7 +71,7 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Key -> value of the file's metadata, as Python values; arrays (the vocabulary) are left out."""
+    """Key -> Python value of the file's metadata, without arrays such as the vocabulary."""
     fields = open_gguf(path).fields
     return {
         key: field.contents()
@@ -93,7 +81,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, name: str) -> np.ndarray:
-    """One tensor dequantized to float32, shaped as torch has it; raises SamqError if the file has no such tensor."""
+    """Dequantize one tensor to float32, in torch's shape; raises SamqError if the file lacks it."""
     for tensor in open_gguf(path).tensors:
         if tensor.name == name:
             return dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape)))
@@ -101,9 +89,9 @@ def read_weights(path: Path, name: str) -> np.ndarray:
 
 
 def read_rows(tensor: ReaderTensor, rows: slice | NDArray[np.intp]) -> NDArray[np.float32]:
-    """Rows of a tensor dequantized by llama.cpp itself, (rows, row length): numpy takes minutes for what it does in one.
+    """Dequantize some rows of a tensor with llama.cpp: float32, (rows, row length).
 
-    Stacked experts' rows follow one another.
+    numpy would take minutes where llama.cpp takes one. The rows of stacked experts are numbered through, expert by expert.
     """
     data = tensor.data.reshape(-1, tensor.data.shape[-1])[rows]
     if data.dtype in (np.float16, np.float32):
@@ -112,7 +100,7 @@ def read_rows(tensor: ReaderTensor, rows: slice | NDArray[np.intp]) -> NDArray[n
 
 
 def to_float(kind: GGMLQuantizationType, blocks: NDArray[np.uint8], row_length: int) -> NDArray[np.float32]:
-    """Blocks (rows, bytes of a row) of a quantized type dequantized by llama.cpp, (rows, row length)."""
+    """Dequantize blocks (rows, bytes of a row) of a type with llama.cpp: float32, (rows, row length)."""
     blocks = np.ascontiguousarray(blocks)
     values = np.empty((len(blocks), row_length), np.float32)
     _dequantization(kind)(blocks.ctypes.data, values.ctypes.data, values.size)
@@ -135,7 +123,7 @@ class _TypeTraits(ctypes.Structure):
 @lru_cache
 def _dequantization(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
     """ggml's dequantization of a type: (blocks, float32 values, number of values)."""
-    import llama_cpp  # here, as most readers of a GGUF need none of it
+    import llama_cpp  # slow to import, and most callers of this module never dequantize
 
     library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
@@ -143,11 +131,16 @@ def _dequantization(kind: GGMLQuantizationType) -> Callable[[int, int, int], Non
 
 
 def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
-    """A function from a Hugging Face parameter name to its GGUF name, or None where the architecture has none."""
+    """Return a function from a Hugging Face parameter name to its GGUF name, or None if the architecture has none.
+
+    `metadata` is a GGUF's (`read_metadata`). Raises SamqError for an architecture that the gguf package does not know.
+    """
     architecture = metadata["general.architecture"]
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     if architecture not in kinds:
-        raise SamqError(f"the gguf package knows no tensor names for architecture {architecture!r}; update gguf")
+        raise SamqError(
+            f"the gguf package does not know the tensor names of architecture {architecture!r}; update gguf"
+        )
     names = get_tensor_name_map(kinds[architecture], metadata[f"{architecture}.block_count"])
 
     def gguf_name(hf_name: str) -> str | None:
@@ -157,7 +150,10 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
 
 
 def require_alignment(path: Path) -> None:
-    """Raises SamqError for a GGUF that llama-quantize would damage: it keeps an alignment's key and pads by 32 all the same."""
+    """Raise SamqError for a GGUF that llama-quantize would damage.
+
+    llama-quantize copies the key `general.alignment` and aligns tensors to 32 bytes whatever the key says.
+    """
     alignment = read_metadata(path).get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if alignment != GGUF_DEFAULT_ALIGNMENT:
         raise SamqError(
@@ -167,7 +163,10 @@ def require_alignment(path: Path) -> None:
 
 
 def imatrix_entries(path: Path) -> frozenset[str]:
-    """Names of the tensors that an importance matrix has an entry for: a GGUF, or the .dat of older llama-imatrix."""
+    """Names of the tensors that have an entry in an importance matrix.
+
+    The file is a GGUF, or a .dat of an older llama-imatrix. Raises SamqError if it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":
@@ -180,7 +179,9 @@ def imatrix_entries(path: Path) -> frozenset[str]:
 
 
 def _dat_entries(file: BinaryIO) -> Iterator[str]:
-    """Names in a .dat: a count, then length, name, calls, number of values, and the values, of each entry."""
+    """Yield the names in a .dat: the number of entries, then of each the length of the name, the name, the number of
+    calls, the number of values, and the values.
+    """
     (count,) = struct.unpack("<i", file.read(4))
     for _ in range(count):
         (length,) = struct.unpack("<i", file.read(4))

@@ -1,1 +1,1 @@
-"""llama.cpp: where its programs are, how they are run, and its library in this process."""
+"""llama.cpp: its programs as functions, and its library in this process."""

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of the GPUs that this process may use: its memory on them, what is free, and their names."""
+"""The GPUs that this process may use, as NVIDIA's driver reports them: names, free memory, memory of this process."""
 
 import os
 from threading import Event, Thread
@@ -11,14 +11,14 @@ NO_NVML = "no NVML: no NVIDIA GPU on this machine"
 
 
 class MemoryPeak:
-    """Samples, in a thread, the GPU memory that this process holds, during a `with` block.
+    """Sample the GPU memory of this process in a thread, for the time of a `with` block.
 
-    In a container whose process ids are not the driver's, the driver does not list this process; the increase of all
-    memory in use stands in for it then, and is right only while no other process starts or ends on the GPUs.
+    The driver does not list this process where a container has process ids of its own. The increase of all memory in
+    use replaces it there; that is right only while no other process starts or ends on the GPUs.
     """
 
     def __init__(self) -> None:
-        """Look for NVML; without it nothing is sampled."""
+        """Look for NVML, without which nothing is sampled."""
         self._devices = _devices()
         self._before = sum(_used(device) for device in self._devices)
         self._own = 0
@@ -40,12 +40,12 @@ class MemoryPeak:
 
     @property
     def bytes(self) -> int | None:
-        """The peak so far, over all GPUs together; None without NVML."""
+        """The peak so far in bytes, of all GPUs together; None without NVML."""
         return (self._own or self._increase) if self._devices else None
 
     @property
     def source(self) -> str:
-        """What `bytes` is of."""
+        """What `bytes` measures."""
         return "this process" if self._own else "increase of the whole GPU"
 
     def _sample(self) -> None:
@@ -55,23 +55,23 @@ class MemoryPeak:
 
 
 def names() -> list[str]:
-    """Names of the NVIDIA GPUs; empty without NVML."""
+    """The names of the NVIDIA GPUs; empty without NVML."""
     return [pynvml.nvmlDeviceGetName(device) for device in _devices()]
 
 
 def used_bytes() -> int | None:
-    """GPU memory that this process holds now, over all GPUs; None without NVML."""
+    """Bytes of GPU memory that this process uses now, on all GPUs together; None without NVML."""
     devices = _devices()
     return sum(_used_by(device, os.getpid()) for device in devices) if devices else None
 
 
 def free_bytes() -> list[int]:
-    """Memory of each GPU that nobody holds now; empty without NVML."""
+    """Free bytes of each GPU; empty without NVML."""
     return [int(pynvml.nvmlDeviceGetMemoryInfo(device).free) for device in _devices()]
 
 
 def _devices() -> list[Any]:
-    """The GPUs that CUDA programs may use here, as CUDA_VISIBLE_DEVICES has it."""
+    """Handles of the GPUs that CUDA_VISIBLE_DEVICES lets CUDA programs use."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -79,7 +79,7 @@ def _devices() -> list[Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    # CUDA takes those up to the first that does not exist, by index or by UUID.
+    # CUDA takes the names in the list, indices or UUIDs, up to the first that does not exist.
     devices = []
     for name in filter(None, map(str.strip, visible.split(","))):
         try:

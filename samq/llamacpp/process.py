@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive their time limit or their parent, and whose output is kept."""
+"""Child processes that end with their time limit or their parent, and whose output is logged."""
 
 import contextlib
 import ctypes
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from samq.errors import ToolError
 
-FULL_BYTES = 2**20  # a disk with less than this is full: what a program could not write was larger
+FULL_BYTES = 2**20  # a disk with less free space counts as full: the programs' files are larger
 
 
 def die_with_parent() -> None:
-    """In the child: ask Linux for SIGKILL when the parent dies, so that `kill -9` of a flow leaves no orphan."""
+    """Ask Linux, in the child, for SIGKILL when the parent dies, so that `kill -9` of a flow leaves no orphan."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -32,11 +32,11 @@ def run(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> str:
-    """Run a program in its own process group, its stdout and stderr together in `log`, and return that text.
+    """Run a program in its own process group, write its stdout and stderr to `log`, and return that text.
 
-    `env` is added to this process's environment; `on_line` sees each line while the program runs. Raises ToolError,
-    with the log's last line, if the program is missing, exits non-zero, or outlives `timeout_s` (its whole process
-    group is then killed).
+    `env` is added to this process's environment. `on_line` is called with each line while the program runs. Raises
+    ToolError if the program is missing, exits non-zero (with the log's last line), or runs longer than `timeout_s`, which
+    kills its process group.
     """
     name = Path(command[0]).name
     try:
@@ -53,7 +53,7 @@ def run(
             )
     except OSError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
-    seen = 0
+    reported = 0  # bytes of the log that `on_line` has been given
     deadline = time.monotonic() + timeout_s
     try:
         while True:
@@ -65,10 +65,10 @@ def run(
                         f"{name} was stopped after {timeout_s:.0f} s; raise its limit (log: {log})"
                     ) from None
             if on_line:
-                unseen = log.read_bytes()[seen:]
-                whole = unseen[: unseen.rfind(b"\n") + 1]
-                seen += len(whole)
-                for line in whole.decode(errors="replace").splitlines():
+                unreported = log.read_bytes()[reported:]
+                whole_lines = unreported[: unreported.rfind(b"\n") + 1]
+                reported += len(whole_lines)
+                for line in whole_lines.decode(errors="replace").splitlines():
                     on_line(line)
             if child.returncode is not None:
                 break
@@ -90,13 +90,13 @@ def _last_words(text: str) -> str:
 
 
 def _advice(folder: Path) -> str:
-    """Programs hardly ever say that the disk was full."""
-    full = shutil.disk_usage(folder).free < FULL_BYTES
-    return f"; the disk of {folder} is full, free some space" if full else ""
+    """What to do about a full disk, which programs hardly ever report themselves."""
+    is_full = shutil.disk_usage(folder).free < FULL_BYTES
+    return f"; the disk of {folder} is full, free some space" if is_full else ""
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the child's process group and reap the child."""
+    """Kill the processes that are left of the child's process group, and reap the child."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

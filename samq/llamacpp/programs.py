@@ -1,8 +1,8 @@
 """llama.cpp's programs as functions: convert, importance matrix, types of a mixture, quantize.
 
-Every program runs in its own process group with a time limit, inside the folder of its output and with file names
-relative to it: llama.cpp writes the names it was given into the GGUF, and a name that said where this machine keeps
-its files would make the same model differ from machine to machine.
+Each program runs in its own process group with a time limit. It runs in the folder of its output, with file names
+relative to that folder: llama.cpp writes the names of its inputs into the GGUF, and absolute ones would make the bytes
+depend on the machine.
 """
 
 import os
@@ -12,18 +12,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.errors import SamqError, ToolError
-from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.files import GGUF_NAME, IMATRIX_NAME
+from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import TensorInfo, file_sha256, read_tensors
+from samq.gguf.formats import check_mixture, tensor_bytes
 from samq.llamacpp.process import run
+from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
-from samq.llamacpp.toolchain import environment, program
 
 FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
-GGUF_NAME = "model.gguf"
-IMATRIX_NAME = "imatrix.gguf"
 
 _STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
 _ARROW = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")
@@ -42,69 +41,49 @@ def convert(
 ) -> Path:
     """Write the model as a full-precision GGUF (`precision`: F16 or BF16) into `folder` and return its path.
 
-    A Hugging Face folder goes through llama.cpp's own converter; a GGUF that already is in full precision is linked
-    or copied; a quantized one is dequantized (what was lost stays lost). Raises SamqError for a model that the
-    converter does not support.
+    llama.cpp's converter converts a Hugging Face folder. A full-precision GGUF is linked or copied. A quantized GGUF is
+    dequantized, which does not restore what its quantization lost. Raises SamqError for a model that the converter does
+    not support, and ToolError if a program is missing or fails.
     """
-    target = folder / GGUF_NAME
-    log = folder / "convert.log"
-    if source.gguf:
-        if _is_full_precision(source.gguf):
-            link_or_copy(source.gguf, target)
-        else:
-            dequantize: list[str | Path] = [
-                program(toolchain, "llama-quantize"),
-                "--allow-requantize",
-                source.gguf.absolute(),
-                target,
-            ]
-            run(
-                [*dequantize, precision],
-                log=log,
-                timeout_s=timeout_s,
-                env=environment(toolchain),
-            )
-        return target
+    target, log = folder / GGUF_NAME, folder / "convert.log"
+    if source.gguf is None:
+        _convert_folder(source, target, log, toolchain, precision, timeout_s)
+    elif _is_full_precision(source.gguf):
+        link_or_copy(source.gguf, target)
+    else:
+        quantize_program = program(toolchain, "llama-quantize")
+        command: list[str | Path] = [quantize_program, "--allow-requantize", source.gguf.absolute(), target, precision]
+        run(command, log=log, timeout_s=timeout_s, env=environment(toolchain))
+    return target
+
+
+def _convert_folder(
+    source: ModelSource, target: Path, log: Path, toolchain: Toolchain, precision: str, timeout_s: float
+) -> None:
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
         raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
-    command: list[str | Path] = [
-        sys.executable,
-        toolchain.converter,
-        source.folder.absolute(),
-        "--outfile",
-        target,
-    ]
+    command: list[str | Path] = [sys.executable, toolchain.converter, source.folder.absolute(), "--outfile", target]
+    command += ["--outtype", precision.lower(), "--model-name", source.name.rsplit("/", 1)[-1]]
+    has_own_package = (toolchain.converter.parent / "gguf-py").is_dir()
     try:
-        run(
-            [
-                *command,
-                "--outtype",
-                precision.lower(),
-                "--model-name",
-                source.name.rsplit("/", 1)[-1],
-            ],
-            log=log,
-            timeout_s=timeout_s,
-            env={"NO_LOCAL_GGUF": "1"} if not (toolchain.converter.parent / "gguf-py").is_dir() else None,
-        )
+        run(command, log=log, timeout_s=timeout_s, env=None if has_own_package else {"NO_LOCAL_GGUF": "1"})
     except ToolError as error:
-        said = log.read_text(errors="replace")
-        if "BPE pre-tokenizer was not recognized" in said:
+        output = log.read_text(errors="replace")
+        if "BPE pre-tokenizer was not recognized" in output:
             raise SamqError(
-                f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model where it does, and "
-                "give the GGUF with the folder as hf_folder"
+                f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model with a llama.cpp "
+                "that does, and give the GGUF with the folder as hf_folder"
             ) from error
-        if unsupported := re.search(r"Model (\S+) is not supported", said):
+        if unsupported := re.search(r"Model (\S+) is not supported", output):
             raise SamqError(
                 f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
             ) from error
         raise
-    return target
 
 
 def link_or_copy(path: Path, target: Path) -> None:
-    """Give a file, not a symbolic link to it, a second name; where file systems do not allow that, copy it."""
+    """Make `target` a hard link to the file that `path` leads to, or a copy where the file systems do not allow that."""
     path = path.resolve()
     try:
         os.link(path, target)
@@ -126,9 +105,10 @@ def measure_imatrix(
     threads: int | None = None,
     timeout_s: float = 6 * 3600,
 ) -> Path:
-    """Run llama-imatrix over `text` and return the importance matrix's path.
+    """Run llama-imatrix over `text` in contexts of `context_tokens`, and return the path of the importance matrix.
 
-    The output tensor is included where it has weights of its own; of one tied to the embedding llama-imatrix keeps none.
+    llama-imatrix measures the output tensor only if it has weights of its own, and not the embedding's. Raises ToolError
+    if the program fails or does not write a file.
     """
     (folder / "calibration.txt").write_text(text)
     command: list[str | Path] = [
@@ -140,30 +120,13 @@ def measure_imatrix(
         "-o",
         IMATRIX_NAME,
     ]
-    command += [
-        "--process-output",
-        "--no-ppl",
-        "-c",
-        str(context_tokens),
-        "-b",
-        str(context_tokens),
-    ]
+    command += ["--process-output", "--no-ppl", "-c", str(context_tokens), "-b", str(context_tokens)]
     command += ["-t", str(threads)] if threads else []
-
     log = folder / "imatrix.log"
-    text_out = run(
-        command,
-        log=log,
-        timeout_s=timeout_s,
-        cwd=folder,
-        env=environment(toolchain),
-    )
+    output = run(command, log=log, timeout_s=timeout_s, cwd=folder, env=environment(toolchain))
     (folder / "calibration.txt").unlink()
     if not (folder / IMATRIX_NAME).is_file():
-        reason = next(
-            (line for line in text_out.splitlines() if "error" in line.lower()),
-            "no reason given",
-        )
+        reason = next((line for line in output.splitlines() if "error" in line.lower()), "no reason given")
         raise ToolError(f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text")
     return folder / IMATRIX_NAME
 
@@ -176,15 +139,11 @@ def mixture_types(
     imatrix: Path | None = None,
     pure: bool = False,
 ) -> tuple[dict[str, str], dict[str, Substitution]]:
-    """The type that llama-quantize itself would give each tensor, asked by `--dry-run`.
+    """Ask llama-quantize (`--dry-run`) which type it would give each tensor in this mixture.
 
-    Returns (tensor -> type for every tensor of the file, tensor -> substitution where its row length forced one).
+    Returns (tensor -> type for every tensor of the file, tensor -> substitution where the row length rules a type out).
     """
-    command: list[str | Path] = [
-        program(toolchain, "llama-quantize"),
-        "--dry-run",
-        *(["--pure"] if pure else []),
-    ]
+    command: list[str | Path] = [program(toolchain, "llama-quantize"), "--dry-run", *(["--pure"] if pure else [])]
     command += ["--imatrix", imatrix.absolute()] if imatrix else []
     with tempfile.TemporaryDirectory() as scratch:
         output = run(
@@ -207,7 +166,7 @@ def mixture_types(
 
 
 def quantizable_tensors(gguf: Path, toolchain: Toolchain) -> dict[str, TensorInfo]:
-    """The tensors that llama-quantize would quantize, asked of llama-quantize itself; the others keep their type."""
+    """Ask llama-quantize which tensors of the file it quantizes; the others keep their type in every plan."""
     types, _ = mixture_types(gguf, "Q8_0", toolchain, pure=True)
     return {name: tensor for name, tensor in read_tensors(gguf).items() if types[name] != tensor.type}
 
@@ -223,14 +182,31 @@ def quantize(
     timeout_s: float = 6 * 3600,
     progress: Progress = silent,
 ) -> QuantizedModel:
-    """Write the plan's GGUF into `folder` by llama-quantize, audit it, and describe it.
+    """Write the plan's GGUF into `folder` with llama-quantize, audit it and describe it.
 
-    `provenance` joins the metadata as `samq.<key>` (at most 127 characters a value, llama.cpp's limit). Weights are
-    rounded to the nearest values, whatever the plan's rounding: `samq.quantization.compensation` goes on from there. Raises SamqError
-    when the importance matrix is not the plan's or the disk is too full, ToolError when llama-quantize fails or what it
-    wrote is not the plan.
+    `provenance` is added to the metadata as `samq.<key>` (at most 127 bytes a value, llama.cpp's limit). llama-quantize
+    rounds each weight to its nearest value, also for a plan of compensated rounding, which
+    `samq.quantization.compensation` then applies. Raises SamqError if the importance matrix is not the plan's or the disk
+    is too full, and ToolError if llama-quantize fails or its file is not the plan's.
     """
     check_imatrix(plan, imatrix)
+    return quantize_unchecked(
+        gguf, plan, folder, toolchain, provenance=provenance, imatrix=imatrix, timeout_s=timeout_s, progress=progress
+    )
+
+
+def quantize_unchecked(
+    gguf: Path,
+    plan: Plan,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    provenance: dict[str, str],
+    imatrix: Path | None = None,
+    timeout_s: float = 6 * 3600,
+    progress: Progress = silent,
+) -> QuantizedModel:
+    """Do what `quantize` does, for a caller who knows that the importance matrix is the plan's: it is not hashed."""
     require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
     partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
@@ -267,19 +243,18 @@ def quantize(
 
 
 def check_imatrix(plan: Plan, imatrix: Path | None) -> None:
-    """Raise SamqError unless it is the importance matrix, or none, that the plan's types and costs are for."""
+    """Raise SamqError unless the importance matrix, or its absence, is what the plan's types and costs are for."""
     if imatrix and not imatrix.is_file():
         raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
     given = file_sha256(imatrix) if imatrix else None
-    if given != plan.imatrix_sha256:
-        own = (
-            f"with importance matrix {plan.imatrix_sha256[:12]}" if plan.imatrix_sha256 else "without importance matrix"
-        )
+    planned = plan.imatrix_sha256
+    if given != planned:
+        how = f"with importance matrix {planned[:12]}" if planned else "without importance matrix"
         other = given[:12] if given else "none"
-        advice = "give that one" if plan.imatrix_sha256 else "leave it out"
-        raise SamqError(f"plan {plan.name} was made {own} and {other} is given; {advice}, or plan again")
+        advice = "give that one" if planned else "leave it out"
+        raise SamqError(f"plan {plan.name} was made {how} and {other} is given; {advice}, or plan again")
 
 
 def planned_bytes(tensors: dict[str, TensorInfo], types: dict[str, str]) -> int:
-    """Bytes of all tensors when those that `types` names take its types and the others keep theirs."""
+    """Bytes of all tensors if those in `types` get the type given there and the others keep theirs."""
     return sum(tensor_bytes(types.get(name, tensor.type), tensor.shape) for name, tensor in tensors.items())

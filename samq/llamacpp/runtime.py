@@ -1,8 +1,8 @@
 """llama.cpp in this process: a model, contexts on it, batches of tokens in, logits out.
 
-The layer under every measurement and under the server. It knows nothing about metrics or prompts; it uses the C API
-through llama_cpp's ctypes bindings, because only there several sequences share a batch and only the logits that are
-wanted are computed. Models and contexts are context managers: what llama.cpp allocated is freed at the end of the `with`.
+All measurements and the server build on this module. It knows nothing about metrics or prompts. It uses the C API
+through llama_cpp's ctypes bindings, because only there can sequences share a batch and a caller choose the tokens whose
+logits are computed. Models and contexts are context managers, which free llama.cpp's memory at the end of the `with`.
 """
 
 import ctypes
@@ -26,20 +26,20 @@ from samq.errors import SamqError
 logger = logging.getLogger(__name__)
 
 KV_TYPES = {"F32": api.GGML_TYPE_F32, "F16": api.GGML_TYPE_F16, "Q8_0": api.GGML_TYPE_Q8_0, "Q4_0": api.GGML_TYPE_Q4_0}
-PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; it decides the shapes of the arithmetic, so it is fixed
+PHYSICAL_BATCH_TOKENS = 512  # llama.cpp's default n_ubatch; fixed, since the shapes of the arithmetic depend on it
 _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h, enum ggml_log_level
-_BEYOND_TRAINING = "possible training context overflow"  # said of a shared context, whose sequences are all shorter
+_BEYOND_TRAINING = "possible training context overflow"  # a false alarm: of a shared context each sequence is shorter
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|failed to allocate|unable to allocate|cannot allocate|insufficient memory|bad_alloc|alloc\w* failed",
     re.IGNORECASE,
 )
-_captures: list[tuple[int, list[str]]] = []  # (lowest level wanted, pieces of text so far)
+_captures: list[tuple[int, list[str]]] = []  # (lowest level to capture, pieces of text so far)
 _captures_lock = threading.Lock()
 
 
 @api.llama_log_callback
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
-    """Send llama.cpp's warnings and errors to logging, and everything to whoever captures."""
+    """Send llama.cpp's warnings and errors to logging, and its lines to the captures that take their level."""
     line = text.decode(errors="replace")
     for lowest, pieces in tuple(_captures):
         if level >= lowest:
@@ -50,14 +50,14 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
 
 @lru_cache
 def _start_backend() -> None:
-    """Load the backends once a process, and take over the log from llama_cpp, which prints it."""
+    """Load the backends once a process, and redirect the log, which llama_cpp would print."""
     api.llama_log_set(_on_log, ctypes.c_void_p(0))
     api.llama_backend_init()
 
 
 @contextmanager
 def captured_log(*, errors_only: bool = False) -> Iterator[Callable[[], list[str]]]:
-    """Collect llama.cpp's log during the `with` block; call what is yielded for its lines so far."""
+    """Collect llama.cpp's log during the `with` block; yields a function that returns the lines so far."""
     pieces: list[str] = []
     capture = (max(_LOG_LEVELS) if errors_only else 0, pieces)
     with _captures_lock:
@@ -70,18 +70,18 @@ def captured_log(*, errors_only: bool = False) -> Iterator[Callable[[], list[str
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: hyper-threads do not speed up matrix products."""
+    """The number of physical cores that this process may use. Hyper-threads do not speed up matrix products."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(psutil.cpu_count(logical=False) or 1, allowed or 1)
 
 
 def default_gpu_layers() -> int:
-    """All layers (-1) if this llama.cpp was built for a GPU, else none."""
+    """-1, which means all layers, if this llama.cpp was built for a GPU; 0 otherwise."""
     return -1 if api.llama_supports_gpu_offload() else 0
 
 
 def system_info() -> str:
-    """What llama.cpp was built with and found in the processor: `CPU : AVX2 = 1 | ...`."""
+    """The features of llama.cpp's build and of the processor: `CPU : AVX2 = 1 | ...`."""
     _start_backend()
     return api.llama_print_system_info().decode().strip(" |")
 
@@ -90,19 +90,20 @@ class Model:
     """The weights and the vocabulary of one GGUF."""
 
     def __init__(self, path: Path, *, gpu_layers: int | None = None, allocate: bool = True) -> None:
-        """Load `path`; with `allocate` false only its metadata, and contexts merely work out what they would need.
+        """Load the GGUF at `path`, with `gpu_layers` layers on the GPU (None: see `default_gpu_layers`).
 
-        Raises SamqError, with llama.cpp's own reason, if it cannot be loaded.
+        Without `allocate` only the metadata is loaded, and contexts only log the memory that they would need. Raises
+        SamqError, with llama.cpp's own reason, if the file cannot be loaded.
         """
         _start_backend()
         params = api.llama_model_default_params()
         params.n_gpu_layers = self.gpu_layers = default_gpu_layers() if gpu_layers is None else gpu_layers
-        if params.n_gpu_layers == 0:  # else llama.cpp would still take a GPU's memory, for large batches
+        if params.n_gpu_layers == 0:  # llama.cpp would still use a GPU for large batches
             no_devices = (ctypes.c_void_p * 1)(None)
             params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         if not allocate:
             params.no_alloc = True
-            params.load_mode = api.LLAMA_LOAD_MODE_NONE  # nothing can be memory-mapped that is not allocated
+            params.load_mode = api.LLAMA_LOAD_MODE_NONE  # llama.cpp cannot map a model that it does not allocate
         with captured_log(errors_only=True) as log:
             handle = api.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:
@@ -118,17 +119,17 @@ class Model:
         self.layers = api.llama_model_n_layer(handle)
         self.vocab_size = api.llama_vocab_n_tokens(self.vocab)
         self.adds_bos = bool(api.llama_vocab_get_add_bos(self.vocab))
-        # where the file names none, llama.cpp takes a token of its own choice, which can be any word
+        # where the file does not name one, llama.cpp guesses a token, which can be any word
         self.bos = api.llama_vocab_bos(self.vocab) if self.adds_bos or self._names("bos") else None
         self.eos = api.llama_vocab_eos(self.vocab) if self._names("eos") else None
-        self.trained_tokens = api.llama_model_n_ctx_train(handle)  # the context length that it was trained for
-        # what such a model keeps of a text is one state, which cannot be cut back to a part of the text
+        self.trained_tokens = api.llama_model_n_ctx_train(handle)  # the context length of the training
+        # a recurrent model keeps one state, which cannot be cut back to a part of the text
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
         template = api.llama_model_chat_template(handle, None)
         self.chat_template = template.decode() if template else None
 
     def _names(self, token: str) -> bool:
-        """Whether the file says which token is BOS, or EOS."""
+        """Whether the file's metadata name this token: `bos` or `eos`."""
         return api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
 
     def __enter__(self) -> Self:
@@ -140,7 +141,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free the weights; contexts on them must be closed before."""
+        """Free the weights. Close the model's contexts first."""
         if self._model:
             api.llama_model_free(self._model)
             self._model = None
@@ -155,20 +156,23 @@ class Model:
         threads: int | None = None,
         shared: bool = False,
     ) -> "Context":
-        """A KV cache of `tokens` for each of `sequences`, and the buffers to compute with; see `Context`.
+        """Make a context: a KV cache of `tokens` for each of `sequences`, and compute buffers.
 
-        With `shared` it is `tokens` for all of them together: a token may then belong to several sequences.
+        With `shared` the sequences have one cache of `tokens` together, and a token may belong to several of them.
+        `outputs` is the largest number of tokens of a batch whose logits are computed (None: all). `kv_type` is one of
+        `KV_TYPES`, and `threads` defaults to `default_threads()`. Raises SamqError if memory does not suffice.
         """
         return Context(self, tokens, sequences, outputs, kv_type, threads or default_threads(), shared)
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of `text`.
 
-        `add_special` adds what the model wants around a text (BOS); `parse_special` reads `<|im_start|>` and its like
-        as the tokens they name, and not as plain text.
+        `add_special` adds the special tokens that the model expects around a text, such as BOS. `parse_special` reads
+        `<|im_start|>` and the like as the special tokens of that name, and not as plain text. Raises SamqError if
+        llama.cpp cannot tokenize the text.
         """
         data = text.encode()
-        size = len(data) + 8  # few tokens are shorter than a byte, and few special ones are added
+        size = len(data) + 8  # enough for almost every text: a token is seldom shorter than a byte
         while True:
             tokens = np.empty(size, np.int32)
             buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
@@ -182,7 +186,7 @@ class Model:
             size = -count
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for, often no whole UTF-8 character; control tokens are empty."""
+        """The bytes of a token, which need not be whole UTF-8 characters; empty for control tokens."""
         size = 256
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -192,7 +196,7 @@ class Model:
             size = -count
 
     def token_text(self, token: int) -> str:
-        """A token as the vocabulary spells it, such as `<|im_end|>`."""
+        """A token in the vocabulary's spelling, such as `<|im_end|>`."""
         return (api.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace")
 
     def is_end(self, token: int) -> bool:
@@ -201,7 +205,7 @@ class Model:
 
 
 class Context:
-    """A KV cache over a model for some sequences, and the buffers to run batches with."""
+    """The KV cache of some sequences, and the compute buffers for their batches; made by `Model.context`."""
 
     def __init__(
         self,
@@ -213,10 +217,7 @@ class Context:
         threads: int,
         shared: bool,
     ) -> None:
-        """Allocate it; `outputs` bounds how many tokens of a batch may ask for logits (None: all).
-
-        Raises SamqError, with llama.cpp's own reason, if it does not fit into memory.
-        """
+        """Allocate the context; raises SamqError, with llama.cpp's own reason, if memory does not suffice."""
         self.model = model
         self.tokens = tokens
         params = api.llama_context_default_params()
@@ -227,7 +228,7 @@ class Context:
         params.n_outputs_max = outputs or 0
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = KV_TYPES[kv_type]
-        if kv_type == "F32":  # flash attention would round it to F16
+        if kv_type == "F32":  # flash attention would round the cache to F16
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with captured_log(errors_only=True) as log:
             handle = api.llama_init_from_model(model._model, params)
@@ -254,21 +255,21 @@ class Context:
             self._context = None
 
     def clear(self, *, values: bool = False) -> None:
-        """Forget all sequences; with `values` zero what the cache holds, too.
+        """Forget all sequences; with `values`, overwrite the cache with zeros as well.
 
-        What is forgotten is masked out, but NaN stays NaN under a mask: it would spread to what comes after it.
+        llama.cpp masks forgotten values out. A NaN stays NaN under the mask and would spread to the tokens that follow.
         """
         api.llama_memory_clear(self._memory, values)
 
     def forget(self, sequence: int, start: int = 0) -> bool:
-        """Forget one sequence from position `start` on, so that its place can be used again.
+        """Forget one sequence from position `start` on, and free its place in the cache.
 
-        Returns whether that could be done: a recurrent state can only be forgotten as a whole.
+        Returns whether llama.cpp could do that: a recurrent state can only be forgotten as a whole.
         """
         return bool(api.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
     def copy(self, source: int, target: int, tokens: int = -1) -> None:
-        """Make sequence `target` start with the first `tokens` of `source`; -1: with all of it."""
+        """Let sequence `target` start with the first `tokens` tokens of `source` (-1: all)."""
         api.llama_memory_seq_cp(self._memory, source, target, -1, tokens)
 
     def decode(
@@ -279,11 +280,11 @@ class Context:
         wanted: ArrayLike,
         counts: ArrayLike = 1,
     ) -> NDArray[np.float32]:
-        """Append tokens to their sequences, and return the logits of those that are `wanted`.
+        """Append tokens to their sequences, and return the logits of the tokens where `wanted` is true.
 
-        All are 1-D and of one length; `positions` are those within each sequence. In a shared context a token may
-        belong to several sequences: `counts` says to how many, and `sequences` holds them one token after the other.
-        Returns a view, shaped (number wanted, vocabulary), in the batch's order, that the next call overwrites. Raises
+        All arguments are 1-D and of one length; `positions` count within each sequence. In a shared context a token may
+        belong to several sequences: `counts` gives their number, and `sequences` lists those of each token in turn.
+        Returns a view (number of wanted tokens, vocabulary) in the batch's order, which the next call overwrites. Raises
         SamqError if llama.cpp fails.
         """
         token_ids = np.ascontiguousarray(tokens, np.int32)
@@ -292,7 +293,7 @@ class Context:
         sequence_counts = np.ascontiguousarray(np.broadcast_to(counts, count), np.int32)
         sequence_ids = np.ascontiguousarray(np.broadcast_to(sequences, sequence_counts.sum()), np.int32)
         outputs = np.ascontiguousarray(np.broadcast_to(wanted, count), np.int8)
-        # llama.cpp takes a list of sequences for each token: the lists lie side by side
+        # llama.cpp takes a list of sequences for each token; the lists are slices of `sequence_ids`
         starts = (sequence_counts.cumsum() - sequence_counts).astype(np.uintp)
         lists = sequence_ids.ctypes.data + sequence_ids.itemsize * starts
         batch = api.llama_batch(
@@ -311,7 +312,7 @@ class Context:
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens to sequence 0, and compute the logits of the last: `decode` without its costs, for one sequence.
+        """Append tokens to sequence 0 and compute the logits of the last one, at less cost than `decode`.
 
         Raises SamqError if llama.cpp fails.
         """
@@ -319,11 +320,11 @@ class Context:
         self._run(api.llama_batch_get_one(token_ids, len(tokens)))
 
     def last_logits(self) -> NDArray[np.float32]:
-        """The logits (vocabulary,) of the last token that asked for them: a view, which the next batch overwrites."""
+        """The last logits of the last batch, (vocabulary,): a view that the next batch overwrites."""
         return np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, -1), (self.model.vocab_size,))
 
     def sample(self, sampler: Any) -> int:
-        """Let a llama.cpp sampler choose from the last logits of the last batch, and remember its choice."""
+        """Let a llama.cpp sampler choose a token from the last logits of the last batch and add it to its history."""
         return int(api.llama_sampler_sample(sampler, self._context, -1))
 
     def _run(self, batch: Any) -> None:
@@ -339,15 +340,15 @@ class Context:
 
 
 def _padded(tokens: int) -> int:
-    """What llama.cpp makes of a context length: a multiple of 256."""
+    """The context length that llama.cpp allocates: the next multiple of 256."""
     return -(-tokens // 256) * 256
 
 
 def is_out_of_memory(errors: Sequence[str]) -> bool:
-    """Whether a call failed because memory did not suffice, the processor's or a GPU's."""
+    """Whether these errors of a failed call say that host or GPU memory did not suffice."""
     return any(_OUT_OF_MEMORY.search(line) for line in errors)
 
 
 def first_error(errors: Sequence[str]) -> str:
-    """The first error of a failed call: those after it only say that the call failed."""
+    """The first error of a failed call, which holds the reason; later ones only report the failure."""
     return errors[0].strip() if errors else "no reason given"

@@ -1,1 +1,1 @@
-"""Into production: gates, the evidence that they judge, and the aliases that they let move."""
+"""Promotion to production: the gates, the evidence that they judge, and the aliases that a passed judgement moves."""

@@ -1,7 +1,7 @@
-"""What MLflow holds about a registered version: its plan, what was measured of it, and what it is held against.
+"""What MLflow holds about a registered version: its plan, its measurements, and the references to compare it with.
 
-A version names its candidate's run; that run's artifacts are the plan and the evaluation with its tables of items, and
-full precision is a sibling of it under the same sweep.
+A version names the run of its candidate. The artifacts of that run are the plan and the evaluation with its tables of
+items. The full-precision run is its sibling under the same sweep.
 """
 
 import json
@@ -18,42 +18,42 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from samq.sweep.benchmarking import join_items
 from samq.errors import SamqError
+from samq.files import ANSWERS_NAME, EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
 from samq.records import Evaluation, Plan
-from samq.tracking.registry import PRODUCTION, RegisteredGguf, aliases, find_version, model_names
-from samq.sweep.significance import ITEMS_NAME
+from samq.sweep.benchmarking import join_items
+from samq.tracking.registry import PRODUCTION_ALIAS, RegisteredGguf, aliases, find_version, model_names
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one GGUF. `items` has a row for each item and metric (columns as the benchmarks' table)."""
+    """The measurements of one GGUF. `items` has a row for each item and metric, as in the benchmarks' table."""
 
     name: str
     evaluation: Evaluation
     items: pd.DataFrame
 
-    def of(self, items: str) -> pd.DataFrame:
-        """The rows of one `BENCHMARK/METRIC`; none if it was not measured."""
-        return self.items[self.items["benchmark"] + "/" + self.items["metric"] == items]
+    def of(self, metric: str) -> pd.DataFrame:
+        """The rows of one `BENCHMARK/METRIC`; no rows if it was not measured."""
+        return self.items[self.items["benchmark"] + "/" + self.items["metric"] == metric]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a candidate is held against, or why there is nothing."""
+    """What a candidate is compared with, or why there is nothing to compare it with."""
 
     kind: str  # full precision, or production
     name: str
     measured: Measured | None
-    reason: str = ""  # why nothing is known of it
-    expected: bool = True  # False where there is none, and that is as it should be
+    reason: str = ""  # why `measured` is None
+    expected: bool = True  # False if no such reference has to exist yet
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the gates look at."""
+    """Everything that the gates judge."""
 
     version: RegisteredGguf
     tags: Mapping[str, str]
@@ -64,13 +64,13 @@ class Evidence:
 
 
 def gather(client: MlflowClient, version: RegisteredGguf) -> Evidence:
-    """Read a version's evidence; raises SamqError if MLflow does not hold its plan and its evaluation any more."""
+    """Read a version's evidence; raises SamqError if MLflow no longer holds its plan and its evaluation."""
     name = f"version {version.version}"
-    with _reading(f"what was measured of {version.name} {name}"):
+    with _reading(f"the measurements of {version.name} {name}"):
         run = client.get_run(version.run_id)
         plan, candidate = _plan(client, run), _measured(client, run, name)
         tags = client.get_model_version(version.name, version.version).tags
-    production = aliases(client, version.name).get(PRODUCTION)
+    production = aliases(client, version.name).get(PRODUCTION_ALIAS)
     return Evidence(
         version=version,
         tags=tags,
@@ -82,37 +82,37 @@ def gather(client: MlflowClient, version: RegisteredGguf) -> Evidence:
 
 
 def production_items(client: MlflowClient, name: str) -> pd.DataFrame | None:
-    """The benchmark items of what is in production under a name, to hold others against; None if there are none."""
-    version = aliases(client, name).get(PRODUCTION) if name in model_names(client) else None
+    """The benchmark items of the version of `name` that is in production; None if there are none."""
+    version = aliases(client, name).get(PRODUCTION_ALIAS) if name in model_names(client) else None
     reference = _production(client, name, version)
     if reference.measured is None and reference.expected:
-        logger.warning("nothing is compared with production: %s", reference.reason)
+        logger.warning("cannot compare with production: %s", reference.reason)
     return reference.measured.items if reference.measured else None
 
 
 def _full_precision(client: MlflowClient, run: Run) -> Reference:
-    """The baseline of the sweep that a run belongs to."""
+    """The full-precision run of the sweep that a run belongs to."""
     kind = "full precision"
     parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID, "")
     try:
-        with _reading("what was measured of full precision"):
+        with _reading("the measurements of full precision"):
             query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and params.policy = 'full'"
-            found = client.search_runs([run.info.experiment_id], query, max_results=1)
-            if not found:
+            full_runs = client.search_runs([run.info.experiment_id], query, max_results=1)
+            if not full_runs:
                 raise SamqError(f"the sweep {parent or 'of this version'} has no full-precision run; run it again")
-            return Reference(kind, kind, _measured(client, found[0], kind))
+            return Reference(kind, kind, _measured(client, full_runs[0], kind))
     except SamqError as error:
         return Reference(kind, kind, None, str(error))
 
 
 def _production(client: MlflowClient, name: str, version: str | None) -> Reference:
-    """What is in production now."""
+    """The version that is in production now."""
     kind = "production"
     if version is None:
         return Reference(kind, kind, None, "nothing is in production yet", expected=False)
     label = f"{kind} (version {version})"
     try:
-        with _reading(f"what was measured of version {version}, which is in production"):
+        with _reading(f"the measurements of version {version}, which is in production"):
             run = client.get_run(find_version(client, name, version).run_id)
             return Reference(kind, label, _measured(client, run, label))
     except SamqError as error:
@@ -121,33 +121,33 @@ def _production(client: MlflowClient, name: str, version: str | None) -> Referen
 
 def _plan(client: MlflowClient, run: Run) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
-        path = client.download_artifacts(run.info.run_id, "plan.json", folder)
+        path = client.download_artifacts(run.info.run_id, PLAN_NAME, folder)
         fields = json.loads(Path(path).read_text())
-        fields.pop("schema", None)  # which older runs lack
+        fields.pop("schema", None)  # older runs lack it
         return Plan.model_validate(fields)
 
 
 def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
-    """A run's evaluation, with the items of its JSON prompts and benchmarks as far as there are any."""
+    """A run's evaluation, with the items of its JSON prompts and benchmarks if it has any."""
     run_id = run.info.run_id
     with tempfile.TemporaryDirectory() as folder:
-        held = {Path(one.path).name: one.path for one in client.list_artifacts(run_id, "evaluation")}
-        if "evaluation.json" not in held:
+        paths = {Path(file.path).name: file.path for file in client.list_artifacts(run_id, "evaluation")}
+        if EVALUATION_NAME not in paths:
             raise SamqError(f"run {run_id} has no evaluation; run the sweep again")
 
-        def fetch(file: str) -> Path:
-            return Path(client.download_artifacts(run_id, held[file], folder))
+        def fetch(name: str) -> Path:
+            return Path(client.download_artifacts(run_id, paths[name], folder))
 
-        answers = pd.read_parquet(fetch("json.parquet")) if "json.parquet" in held else None
-        benchmarks = pd.read_parquet(fetch(ITEMS_NAME)) if ITEMS_NAME in held else None
-        return Measured(name, Evaluation.load(fetch("evaluation.json")), join_items(answers, benchmarks))
+        answers = pd.read_parquet(fetch(ANSWERS_NAME)) if ANSWERS_NAME in paths else None
+        benchmarks = pd.read_parquet(fetch(ITEMS_NAME)) if ITEMS_NAME in paths else None
+        return Measured(name, Evaluation.load(fetch(EVALUATION_NAME)), join_items(answers, benchmarks))
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Say in one sentence what MLflow does not hold."""
+    """Say in one sentence what could not be read from MLflow."""
     try:
         yield
     except (MlflowException, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise SamqError(f"MLflow does not give {what}: {reason}; run the sweep again") from error
+        raise SamqError(f"cannot read {what} from MLflow: {reason}; run the sweep again") from error

@@ -1,6 +1,7 @@
-"""What became of a registered model's versions: promotions, refusals, rollbacks, each a tag of the registered model.
+"""The history of a registered model: promotions, refusals and rollbacks, each a tag of the registered model.
 
-A tag an event: two that are written at once do not overwrite each other, and a version may be deleted without its history.
+Each event has its own tag. Two events written at the same time do not overwrite each other, and the history of a version
+outlives the version.
 """
 
 import time
@@ -13,12 +14,12 @@ from mlflow import MlflowClient
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from samq.errors import SamqError
-from samq.tracking.registry import answering, user
+from samq.tracking.registry import mlflow_errors, user
 
-Action = Literal["promoted", "refused", "kept", "rolled back"]  # kept: it was in production already
+Action = Literal["promoted", "refused", "kept", "rolled back"]  # kept: it was already in production
 _KEY = "samq.event."
 MAX_REASON_CHARACTERS = 1000
-_MAX_FAILED = 20  # gates that an event names: a tag holds 5000 characters in a database
+_MAX_FAILED = 20  # failed gates that an event names; MLflow's database limits a tag to 5000 characters
 
 
 class Event(BaseModel):
@@ -27,33 +28,35 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     action: Action
-    version: str = Field(description="that was to serve from then on")
-    replaced: str | None = Field(description="version that served until then; None: none did")
+    version: str = Field(description="the version that was to be served from then on")
+    replaced: str | None = Field(description="the version that was in production until then; None: there was none")
     at: str = Field(description="time, UTC, ISO 8601")
     who: str
-    failed: tuple[str, ...] = Field(default=(), description="gates that did not hold")
-    reason: str = Field(default="", description="as it was given")
+    failed: tuple[str, ...] = Field(default=(), description="names of the gates that failed")
+    reason: str = Field(default="", description="as the user gave it")
 
     @property
     def verdict(self) -> str:
-        """What the gates said, in a word; empty for a rollback, which has none."""
+        """The gates' verdict in one word; empty for a rollback, which has no gates."""
         if self.action == "rolled back":
             return ""
         return "passed" if not self.failed else "forced" if self.action == "promoted" else "failed"
 
 
 def check_reason(reason: str | None, needed_for: str) -> str:
-    """The reason for what needs one; raises SamqError if it is empty or too long."""
+    """The reason without surrounding spaces; raises SamqError if it is empty or too long."""
     text = (reason or "").strip()
     if not text:
-        raise SamqError(f"{needed_for} needs a reason, which is recorded; give one with --reason")
+        raise SamqError(f"{needed_for} needs a reason, for the history; give one with --reason")
     if len(text) > MAX_REASON_CHARACTERS:
         raise SamqError(f"the reason has {len(text):,} characters; give one of at most {MAX_REASON_CHARACTERS:,}")
     return text
 
 
-def now(action: Action, version: str, replaced: str | None, failed: Sequence[str] = (), reason: str = "") -> Event:
-    """An event of this moment, by this user."""
+def new_event(
+    action: Action, version: str, replaced: str | None, failed: Sequence[str] = (), reason: str = ""
+) -> Event:
+    """An event with the current time and user."""
     return Event(
         action=action,
         version=version,
@@ -66,16 +69,16 @@ def now(action: Action, version: str, replaced: str | None, failed: Sequence[str
 
 
 def record(client: MlflowClient, name: str, event: Event) -> Event:
-    """Write an event into the model's history, and return it."""
+    """Add an event to the model's history, and return it."""
     key = f"{_KEY}{time.time_ns() // 1_000_000:014d}.{uuid.uuid4().hex[:8]}"
-    with answering(client, f"no model {name}"):
+    with mlflow_errors(client, f"no model {name}"):
         client.set_registered_model_tag(name, key, event.model_dump_json())
     return event
 
 
 def history(client: MlflowClient, name: str) -> list[Event]:
-    """All events of a model, the newest first; a tag that is none (a person may edit tags) is left out."""
-    with answering(client, f"no model {name}"):
+    """All events of a model, newest first. Skips tags that are not events, since anybody can edit tags."""
+    with mlflow_errors(client, f"no model {name}"):
         tags = client.get_registered_model(name).tags
     events = []
     for key in sorted((key for key in tags if key.startswith(_KEY)), reverse=True):

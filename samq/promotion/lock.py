@@ -1,24 +1,25 @@
-"""One at a time: what moves the aliases of a registered model holds this lock for the moment that it takes.
+"""The lock on the aliases of a registered model: one process moves them at a time.
 
-Over SQLite it is a file lock beside the database, which a process that dies gives back. A server has no locks, nor can it
-change an alias only if it still is what it was; there, each contender leaves a claim, a tag of the registered model, and
-goes on when it sees no other. Of two that see each other the one with the smaller claim waits, and the other gives up.
-Since a claim is written before the others are read, two never go on at once, with two exceptions: a claim older than
-`STALE_S` is taken for a dead process's, and who moves an alias by MLflow's own page or client makes no claim at all.
+Over SQLite it is a file lock beside the database, which the system releases when a process dies. MLflow's server has no
+locks, and cannot compare and swap an alias. There, each process writes a claim, a tag of the registered model, and goes
+on when it sees no other claim. Of two processes that see each other's claims, the one with the smaller claim waits and
+the other gives up. A process writes its claim before it reads the others, so two never go on at once, with two
+exceptions: a claim older than `STALE_S` counts as that of a dead process, and somebody who moves an alias by MLflow's
+own page or client makes no claim.
 """
 
-import fcntl
 import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from samq.errors import SamqError
-from samq.tracking.registry import answering, sqlite_folder
+from samq.tracking.registry import mlflow_errors, sqlite_folder
 
 CLAIM = "samq.claim."
 STALE_S = 120.0  # moving aliases takes under a second
@@ -27,45 +28,45 @@ _PAUSE_S = 0.1
 
 
 @contextmanager
-def alone(client: MlflowClient, name: str) -> Iterator[None]:
-    """Nobody else who takes this lock moves aliases of the model meanwhile; raises SamqError if somebody is at it."""
+def alias_lock(client: MlflowClient, name: str) -> Iterator[None]:
+    """Keep others who take this lock from moving the model's aliases; raises SamqError if another process holds it."""
     folder = sqlite_folder(client.tracking_uri)
-    with _locked(folder / ".promotion.lock") if folder else _claimed(client, name):
+    with _file_lock(folder / ".promotion.lock") if folder else _claim_lock(client, name):
         yield
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
-        except OSError as error:
-            raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+def _file_lock(path: Path) -> Iterator[None]:
+    try:
+        lock = FileLock(path).acquire()
+    except OSError as error:
+        raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
+    with lock:
         yield
 
 
 @contextmanager
-def _claimed(client: MlflowClient, name: str) -> Iterator[None]:
+def _claim_lock(client: MlflowClient, name: str) -> Iterator[None]:
     mine = f"{CLAIM}{uuid.uuid4().hex}"
-    with answering(client, f"no model {name}"):
+    with mlflow_errors(client, f"no model {name}"):
         client.set_registered_model_tag(name, mine, f"{time.time():.0f} {os.getpid()}")
     try:
         deadline = time.monotonic() + _PATIENCE_S
         while others := _others(client, name, mine):
             if min(others) < mine or time.monotonic() > deadline:
                 raise SamqError(
-                    f"somebody else is moving the aliases of {name}; look at `samq status {name}`, try again"
+                    f"somebody else is moving the aliases of {name}; look at `samq status {name}`, then try again"
                 )
             time.sleep(_PAUSE_S)
         yield
     finally:
-        with answering(client, f"no model {name}"):
+        with mlflow_errors(client, f"no model {name}"):
             client.delete_registered_model_tag(name, mine)
 
 
 def _others(client: MlflowClient, name: str, mine: str) -> list[str]:
-    """The claims of others that are not stale."""
-    with answering(client, f"no model {name}"):
+    """The claims of other processes that are not stale."""
+    with mlflow_errors(client, f"no model {name}"):
         tags = client.get_registered_model(name).tags
     now = time.time()
     return [

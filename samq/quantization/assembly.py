@@ -1,14 +1,13 @@
-"""Assembly: a plan's GGUF put together from the ladder's rungs by copying tensor bytes, without quantizing again.
+"""Assembly: a plan's GGUF is put together from the ladder's rungs by copying tensor bytes, without quantizing again.
 
-The file is the one that llama-quantize would write for the same plan, byte for byte: the metadata of a rung (that
-llama-quantize wrote, with the same importance matrix) with the plan's own provenance and file type in their places,
-and each tensor's bytes from the rung that has it in the plan's type; tensors of compensated rounding come from what
-`samq.quantization.compensation.compensate_rung` made of their rung. Offsets are recomputed as gguf_set_tensor_type of
-llama.cpp's ggml/src/gguf.cpp does.
+The file has the bytes that llama-quantize would write for the same plan. The metadata come from a rung, which
+llama-quantize wrote with the same importance matrix; the plan's own provenance and file type replace the rung's. Each
+tensor's bytes come from the rung that has it in the plan's type, or, for a plan of compensated rounding, from the file
+that `samq.quantization.compensation.compensate_rung` made of that rung. Offsets are computed as in
+gguf_set_tensor_type of llama.cpp's ggml/src/gguf.cpp.
 """
 
 import errno
-import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,36 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
-from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
-from samq.gguf.audit import accept, provenance_metadata, require_space
-from samq.errors import SamqError
-from samq.gguf.formats import NEEDS_IMATRIX, tensor_bytes
-from samq.gguf.file import require_alignment
 from samq.allocation.ladder import Ladder
+from samq.errors import SamqError
+from samq.files import GGUF_NAME
+from samq.gguf.audit import accept, provenance_metadata, require_space
+from samq.gguf.file import require_alignment
+from samq.gguf.formats import NEEDS_IMATRIX, tensor_bytes
+from samq.gguf.header import Header, pack_string, padded, read_header
 from samq.progress import Progress, silent
-from samq.llamacpp.programs import GGUF_NAME
 from samq.records import Plan, QuantizedModel
 
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type -> bytes
-_COPY_BYTES = 2**30  # of one system call
+_COPY_BYTES = 2**30  # at most in one system call
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    shape: tuple[int, ...]  # row length last
-    type: str
-    offset: int  # in the file
+class _Piece:
+    """Bytes of a file that are copied as they are."""
 
+    file: Path
+    offset: int
+    bytes: int
 
-@dataclass(frozen=True)
-class _Header:
-    """A GGUF's header with its values as they lie in the file, so that they can be written again unchanged."""
-
-    version: int
-    values: dict[str, bytes]  # key -> type and value
-    tensors: dict[str, _Tensor]
+    @property
+    def end(self) -> int:
+        """Where the next tensor starts in the file, after the padding."""
+        return self.offset + padded(self.bytes)
 
 
 def assemble(
@@ -56,10 +52,10 @@ def assemble(
     provenance: dict[str, str],
     progress: Progress = silent,
 ) -> QuantizedModel:
-    """Write the plan's GGUF into `folder` from the ladder, audit it, and describe it, as `samq.llamacpp.programs.quantize` does.
+    """Write the plan's GGUF into `folder` from the ladder, audit it and describe it.
 
-    Raises SamqError when the ladder lacks a tensor in the plan's type or the disk is too full, ToolError when what was
-    written is not the plan.
+    The file and the record are those of `samq.llamacpp.programs.quantize`. Raises SamqError if the ladder lacks a tensor
+    in the plan's type or the disk is too full, and ToolError if the written file is not the plan's.
     """
     require_space(folder, plan, plan.tensor_bytes)
     metadata, partial = provenance_metadata(plan, provenance), folder / f"{GGUF_NAME}.partial"
@@ -70,53 +66,51 @@ def assemble(
 def write_assembled(
     ladder: Ladder, plan: Plan, path: Path, metadata: Mapping[str, str], progress: Progress = silent
 ) -> None:
-    """Write the plan's GGUF to `path`, with `metadata` in place of the rungs' own `samq.*` values; nothing is checked."""
+    """Write the plan's GGUF to `path` without auditing it; `metadata` replace the `samq.*` values of the rung.
+
+    Raises SamqError as `assemble` does.
+    """
     if not ladder.rungs:
-        raise SamqError("the ladder has no rung to take the metadata from; make one first")
+        raise SamqError("the ladder does not have a rung to take the metadata from; make one first")
     require_alignment(ladder.gguf)
-    # the first that has a tensor in the type wanted is where it is copied from
     compensated = ladder.compensated if plan.rounding == "compensated" else ()
     base = next(iter(ladder.rungs.values()))
-    first = _read_header(base)
-    paths = (*compensated, *ladder.rungs.values(), ladder.gguf)
-    headers = {path: first if path == base else _read_header(path, first.values) for path in paths}
-    pieces = []  # (file, offset in it, bytes), in the order of writing
+    base_header = read_header(base)
+    files = (*compensated, *ladder.rungs.values(), ladder.gguf)  # of several that have a tensor the first is taken
+    headers = {file: base_header if file == base else read_header(file, base_header.values) for file in files}
+    types = {name: plan.types.get(name, entry.type) for name, entry in headers[ladder.gguf].tensors.items()}
+    pieces = []
     infos = bytearray()
     offset = 0
-    for name, tensor in first.tensors.items():
-        wanted = plan.types.get(name, headers[ladder.gguf].tensors[name].type)
-        holders = {file: header.tensors[name].type for file, header in headers.items() if name in header.tensors}
-        holder = next((file for file, kind in holders.items() if kind == wanted), None)
-        if holder is None:
-            held = sorted({*holders.values()})
-            advice = "add that rung"
-            if wanted in NEEDS_IMATRIX:
-                advice = "add that rung, with an importance matrix that has an entry for this tensor"
-            raise SamqError(f"the ladder has {name} in {', '.join(held)} and plan {plan.name} wants {wanted}; {advice}")
-        size = tensor_bytes(wanted, tensor.shape)
-        infos += _string(name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        infos += struct.pack("<IQ", GGMLQuantizationType[wanted], offset)
-        pieces.append((holder, headers[holder].tensors[name].offset, size))
-        offset += _padded(size)
-    values = _values(first.values, plan, metadata)
-    head = b"GGUF" + struct.pack("<IQQ", first.version, len(first.tensors), len(values))
-    head += b"".join(_string(key) + value for key, value in values.items()) + infos
-    head += bytes(_padded(len(head)) - len(head))
-    with open(path, "wb", buffering=0) as output:
-        output.write(head)
-        done = 0
-        for file, start, size in _joined(pieces):
-            progress(done, offset)
-            with open(file, "rb", buffering=0) as source:
-                _copy(source.fileno(), start, output.fileno(), size)
-            padding = _padded(size) - size
-            output.write(bytes(padding))
-            done += size + padding
+    for name, entry in base_header.tensors.items():
+        piece = _find_piece(name, types[name], headers, plan)
+        infos += pack_string(name) + struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
+        infos += struct.pack("<IQ", GGMLQuantizationType[types[name]], offset)
+        pieces.append(piece)
+        offset += padded(piece.bytes)
+    values = _values(base_header.values, plan, metadata)
+    head = b"GGUF" + struct.pack("<IQQ", base_header.version, len(base_header.tensors), len(values))
+    head += b"".join(pack_string(key) + value for key, value in values.items()) + infos
+    head += bytes(padded(len(head)) - len(head))
+    _write(path, head, pieces, progress)
+
+
+def _find_piece(name: str, kind: str, headers: Mapping[Path, Header], plan: Plan) -> _Piece:
+    """The tensor in the first file that has it in this type; raises SamqError if none does."""
+    entries = {file: header.tensors[name] for file, header in headers.items() if name in header.tensors}
+    for file, entry in entries.items():
+        if entry.type == kind:
+            return _Piece(file, entry.offset, tensor_bytes(kind, entry.shape))
+    types = sorted({entry.type for entry in entries.values()})
+    advice = "add that rung"
+    if kind in NEEDS_IMATRIX:
+        advice = "add that rung, with an importance matrix that has an entry for this tensor"
+    raise SamqError(f"the ladder has {name} in {', '.join(types)} and plan {plan.name} wants {kind}; {advice}")
 
 
 def _values(values: Mapping[str, bytes], plan: Plan, metadata: Mapping[str, str]) -> dict[str, bytes]:
     """A rung's values with the plan's file type, and `metadata` where the rung has its own `samq.*`."""
-    own = {key: struct.pack("<I", GGUFValueType.STRING) + _string(value) for key, value in metadata.items()}
+    own = {key: struct.pack("<I", GGUFValueType.STRING) + pack_string(value) for key, value in metadata.items()}
     result: dict[str, bytes] = {}
     for key, value in values.items():
         if key == "general.file_type":
@@ -129,22 +123,36 @@ def _values(values: Mapping[str, bytes], plan: Plan, metadata: Mapping[str, str]
     return result
 
 
-def _joined(pieces: list[tuple[Path, int, int]]) -> Iterator[tuple[Path, int, int]]:
-    """Join pieces that lie one behind the other in one file, the padding between them included."""
-    run: tuple[Path, int, int] | None = None
-    for file, start, size in pieces:
-        if run and run[0] == file and run[1] + _padded(run[2]) == start:
-            run = (file, run[1], start + size - run[1])
+def _write(path: Path, head: bytes, pieces: list[_Piece], progress: Progress) -> None:
+    """Write the header and then the pieces, each padded to the alignment."""
+    total = sum(padded(piece.bytes) for piece in pieces)
+    with open(path, "wb", buffering=0) as output:
+        output.write(head)
+        written = 0
+        for piece in _joined(pieces):
+            progress(written, total)
+            with open(piece.file, "rb", buffering=0) as source:
+                _copy(source.fileno(), piece.offset, output.fileno(), piece.bytes)
+            output.write(bytes(padded(piece.bytes) - piece.bytes))
+            written += padded(piece.bytes)
+
+
+def _joined(pieces: list[_Piece]) -> Iterator[_Piece]:
+    """Join pieces that follow one another in one file, with the padding between them."""
+    run: _Piece | None = None
+    for piece in pieces:
+        if run and run.file == piece.file and run.end == piece.offset:
+            run = _Piece(run.file, run.offset, piece.offset + piece.bytes - run.offset)
         else:
             if run:
                 yield run
-            run = (file, start, size)
+            run = piece
     if run:
         yield run
 
 
 def _copy(source: int, start: int, output: int, size: int) -> None:
-    """Append `size` bytes of the file `source` from `start` to the file `output`, inside the kernel where it can."""
+    """Append `size` bytes from `start` of the file `source` to the file `output`, inside the kernel where possible."""
     end = start + size
     ranged = hasattr(os, "copy_file_range")
     while start < end:
@@ -158,74 +166,8 @@ def _copy(source: int, start: int, output: int, size: int) -> None:
         except OSError as error:
             if not ranged or error.errno not in _NO_COPY_RANGE:
                 raise
-            ranged = False  # another file system, or one that cannot
+            ranged = False  # the files lie on two file systems, or on one that does not support the call
             continue
         if copied == 0:
             raise SamqError("a rung of the ladder is shorter than its header says; make the ladder again")
         start += copied
-
-
-def _read_header(path: Path, likely: Mapping[str, bytes] | None = None) -> _Header:
-    """The header of a GGUF (version 3, as llama-quantize writes it); raises SamqError if it is damaged.
-
-    `likely` values, another rung's, are recognized as a whole: a vocabulary's strings are read one by one only once.
-    """
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(data, likely or {})
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise SamqError(f"{path} is not a whole GGUF file ({error}); make the ladder again") from error
-
-
-def _parse(data: mmap.mmap, likely: Mapping[str, bytes]) -> _Header:
-    if data[:4] != b"GGUF":
-        raise ValueError("no GGUF magic")
-    version, tensor_count, value_count = struct.unpack_from("<IQQ", data, 4)
-    at = 24
-    values = {}
-    for _ in range(value_count):
-        key, at = _read_string(data, at)
-        value = likely.get(key, b"")
-        if not value or data[at : at + len(value)] != value:  # values say themselves where they end
-            value = data[at : _skip_value(data, at)]
-        values[key] = value
-        at += len(value)
-    found = []
-    for _ in range(tensor_count):
-        name, at = _read_string(data, at)
-        (dimensions,) = struct.unpack_from("<I", data, at)
-        shape = struct.unpack_from(f"<{dimensions}Q", data, at + 4)
-        kind, offset = struct.unpack_from("<IQ", data, at + 4 + 8 * dimensions)
-        at += 16 + 8 * dimensions
-        found.append((name, tuple(reversed(shape)), GGMLQuantizationType(kind).name, offset))
-    start = _padded(at)
-    return _Header(version, values, {name: _Tensor(shape, kind, start + offset) for name, shape, kind, offset in found})
-
-
-def _skip_value(data: mmap.mmap, at: int) -> int:
-    """Where the value (its type first) that starts at `at` ends."""
-    kind, at = struct.unpack_from("<I", data, at)[0], at + 4
-    count = 1
-    if kind == GGUFValueType.ARRAY:
-        kind, count = struct.unpack_from("<IQ", data, at)
-        at += 12
-    if kind != GGUFValueType.STRING:
-        return at + count * _SCALARS[kind]
-    length_at = struct.Struct("<Q").unpack_from
-    for _ in range(count):
-        at += 8 + length_at(data, at)[0]
-    return at
-
-
-def _read_string(data: mmap.mmap, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", data, at)
-    return data[at + 8 : at + 8 + length].decode(), at + 8 + length
-
-
-def _string(text: str) -> bytes:
-    content = text.encode()
-    return struct.pack("<Q", len(content)) + content
-
-
-def _padded(size: int) -> int:
-    return -(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT

@@ -17,14 +17,14 @@ import torch
 from gguf import GGUFWriter, ReaderTensor
 from numpy.typing import NDArray
 
-from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
-from samq.errors import SamqError
-from samq.gguf.file import open_gguf, read_metadata, read_rows, read_tensors, to_float
-from samq.sensitivity.gpu_memory import needs_gpu_memory
-from samq.sensitivity.gram import GramMatrices
 from samq.allocation.prices import rounding_error
+from samq.errors import SamqError
+from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
+from samq.gguf.file import open_gguf, read_metadata, read_rows, read_tensors, to_float
 from samq.progress import Progress, silent
 from samq.records import Compensation, OutputError, PriceTable
+from samq.sensitivity.gpu_memory import needs_gpu_memory
+from samq.sensitivity.gram import GramMatrices
 
 _DAMPING = 0.01  # of the diagonal's mean, added to it, as GPTQ does: other texts are not quite as this one
 _BAND = 128  # columns rounded before the rest hear of it

@@ -5,7 +5,7 @@ colour-blind readers (Okabe and Ito's palette), and each family has a marker of 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,10 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import Locator, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, predicted_and_measured
 from samq.records import Metric
-from samq.sweep.selection import MB, Comparison, Result, by_size, of_its_size, stock
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, predicted_and_measured
+from samq.sweep.selection import MB, Comparison, Result
+from samq.sweep.sweep import Sweep
 
 DPI = 150
 _TEXT: dict[str, Any] = {  # legible on lines, too
@@ -52,12 +53,12 @@ _PLACES = tuple(
 )
 
 
-def pareto_figure(results: Sequence[Result], best: str | None = None, comparisons: Sequence[Comparison] = ()) -> Figure:
+def pareto_figure(sweep: Sweep) -> Figure:
     """Mean KLD (log scale, ± one standard error) against size, a line a family; full precision, at 0, is left out.
 
     An arrow goes from a stock mixture to the plan of its size that is surely closer, or further, and says by how much.
     """
-    shown = [r for r in by_size(results) if r.plan.policy != "full" and r.kld and r.kld.value > 0]
+    shown = [r for r in sweep.by_size if r.plan.policy != "full" and r.kld and r.kld.value > 0]
     figure = Figure(figsize=(9, 5.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="size of the GGUF (MB)", ylabel="mean KL divergence to full precision (nats per token)")
@@ -72,14 +73,14 @@ def pareto_figure(results: Sequence[Result], best: str | None = None, comparison
             x, y = zip(*(points[r.name] for r in members), strict=True)
             errors = [_error(r.kld) for r in members]
             _draw(axes, family, x, y, yerr=errors, ls=family.line, lw=1.8 if policy == "budget" else 1.1)
-    if best in points:
-        axes.plot(*points[best], "o", ms=16, mfc="none", mec="black", mew=1.3, label="best")
+    if sweep.best and sweep.best.name in points:
+        axes.plot(*points[sweep.best.name], "o", ms=16, mfc="none", mec="black", mew=1.3, label="best")
     axes.set_yscale("log", nonpositive="clip")
     axes.margins(0.09)
     _log_ticks(axes.yaxis)
     _tidy(axes)
     _add_bits_per_weight(axes, shown[0])
-    arrows = _arrows(shown, comparisons)
+    arrows = _arrows(sweep, points)
     changes = [_draw_change(axes, points[one.rival], points[one.candidate], one.reduction) for one in arrows]
     pointed_at = {one.candidate for one in arrows}  # named by the mixture that the arrow comes from
     named = [r for r in shown if r.name not in pointed_at]
@@ -87,13 +88,13 @@ def pareto_figure(results: Sequence[Result], best: str | None = None, comparison
     return figure
 
 
-def prediction_figure(results: Sequence[Result]) -> Figure:
+def prediction_figure(sweep: Sweep) -> Figure:
     """Measured mean KLD against predicted KL (log scales, ± one standard error), with the line where they are equal."""
-    pairs = predicted_and_measured(results)
+    pairs = predicted_and_measured(sweep.results)
     figure = Figure(figsize=(6.6, 6.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="predicted KL (nats per token)", ylabel="measured mean KLD (nats per token)")
-    found = agreement(results)
+    found = agreement(sweep.results)
     summary = f": rank correlation {found.rank_correlation:.3f} over {found.candidates} plans" if found else ""
     axes.set_title(f"Predicted against measured KL{summary}", loc="left", fontsize=11)
     if not pairs:
@@ -165,16 +166,16 @@ def _add_bits_per_weight(axes: Axes, result: Result) -> None:
     top.spines[:].set_visible(False)
 
 
-def _arrows(shown: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Comparison]:
+def _arrows(sweep: Sweep, shown: Collection[str]) -> list[Comparison]:
     """For each stock mixture the plan of its size with the lowest mean KLD, if the two can be told apart."""
-    found = []
-    for mixture in stock(shown):
-        peers = {result.name for result in of_its_size(mixture, shown)}
-        against = [one for one in comparisons if one.rival == mixture.name and one.candidate in peers]
+    arrows = []
+    for mixture in sweep.stock:
+        peers = {plan.name for plan in sweep.of_its_size(mixture)}.intersection(shown)
+        against = [one for one in sweep.comparisons if one.rival == mixture.name and one.candidate in peers]
         closest = max(against, key=lambda one: one.reduction, default=None)
-        if closest and closest.verdict != "tie":
-            found.append(closest)
-    return found
+        if closest and closest.verdict != "tie" and mixture.name in shown:
+            arrows.append(closest)
+    return arrows
 
 
 def _draw_change(axes: Axes, start: tuple[float, float], end: tuple[float, float], reduction: float) -> Annotation:

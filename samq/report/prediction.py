@@ -1,17 +1,17 @@
 """How far predicted KL can be trusted: against what was measured, and against other samples of the same text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS, lengthening
 from samq.markdown import bullets, table
 from samq.records import Metric, PredictionCheck
 from samq.sweep.selection import Result, by_size, percent
+from samq.sweep.sweep import Sweep
 
-# From this KL on, predicted or measured, rounding is no small change and second order fails.
-SECOND_ORDER_LIMIT_NATS = 0.3
 # Below this llama.cpp's own rounding of activations is most of what is measured, and no plan can do better.
 FLOOR_NATS = 1e-4
 _SIGNIFICANT = 2.0  # standard errors between two figures that are called different
@@ -50,8 +50,9 @@ def beyond_second_order(results: Sequence[Result]) -> list[str]:
     return [result.name for result, *values in pairs if max(v.value for v in values) > SECOND_ORDER_LIMIT_NATS]
 
 
-def prediction_section(results: Sequence[Result], checks: Sequence[PredictionCheck]) -> list[str]:
+def prediction_section(sweep: Sweep) -> list[str]:
     """Paragraphs of the report on the predictions, in markdown; none if nothing was predicted."""
+    results, checks = sweep.results, sweep.checks
     parts, omitted = [], _left_out(results)
     if found := agreement(results):
         parts.append(
@@ -80,12 +81,6 @@ def prediction_section(results: Sequence[Result], checks: Sequence[PredictionChe
             bullets(_judgement(check) for check in checks if check.predicted.value > FLOOR_NATS),
         ]
     return ["## Predicted against measured", *parts] if parts else []
-
-
-def lengthening(changes: Mapping[str, float]) -> str:
-    """Why rounding to these types, which lengthens weights by so much (relative), does more than is predicted."""
-    types = " and ".join(f"{kind} lengthens weights by {100 * change:.1f} %" for kind, change in changes.items())
-    return f"rounding to {types}, and errors of one sign add up where the prediction takes them for noise"
 
 
 def _by_lengthened(results: Sequence[Result]) -> dict[tuple[tuple[str, float], ...], list[str]]:

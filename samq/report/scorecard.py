@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from samq import markdown
+from samq.records import Evaluation, Metric
 from samq.sweep.benchmarking import PRODUCTION
 from samq.sweep.cost import CostSettings, cost_section
-from samq.records import Evaluation, Metric
-from samq.sweep.selection import BY_SENSITIVITY, MB, VRAM, Result, by_size, percent
+from samq.sweep.selection import BY_SENSITIVITY, MB, VRAM, Result, percent
 from samq.sweep.significance import JSON_ITEMS, PairedComparison
+from samq.sweep.sweep import Sweep
 
 _JSON = "json/valid_percent"
 # Metrics by which a benchmark is known, of those that it has; the first that is there is shown.
@@ -74,26 +75,20 @@ _MACHINE = (
 _JSON_ROW = _Row("JSON valid (%)", _JSON)
 
 
-def scorecard_section(
-    results: Sequence[Result],
-    best: Result | None,
-    uniform: str | None = "Q4_K_M",
-    comparisons: Sequence[PairedComparison] = (),
-    cost: CostSettings | None = None,
-) -> list[str]:
-    """Full precision, the uniform candidate and the best: memory, latency, throughput and benchmarks, and the cost sheet.
+def scorecard_section(sweep: Sweep, cost: CostSettings | None = None) -> list[str]:
+    """Full precision, the uniform candidate (the rule's reference) and the best: memory, speed, benchmarks, costs.
 
-    Empty without a full-precision candidate. `comparisons` give the benchmarks' differences their errors and verdicts.
+    Empty without a full-precision candidate.
     """
-    full = next((result for result in results if result.plan.policy == "full"), None)
+    full, best, uniform = sweep.full, sweep.best, sweep.result(sweep.rule.reference)
     if full is None:
         return []
-    shown = [full, *(result for result in results if result.name == uniform)]
+    shown = [full, *([uniform] if uniform else [])]
     if best is not None and best not in shown:
         shown.append(best)
     rows = [*_MACHINE, *_benchmark_rows([result.evaluation for result in shown])]
     heads = ["", *(_heading(result, best) for result in shown)]
-    table = [[row.heading, *(_against_full(row, result, full, comparisons) for result in shown)] for row in rows]
+    table = [[row.heading, *(_against_full(row, result, sweep) for result in shown)] for row in rows]
     parts = ["## Full precision, uniform and mixed", markdown.table(heads, table), _LEGEND]
     if best is None:
         parts.append("There is no mixed column: no candidate could be the best.")
@@ -114,26 +109,19 @@ def _heading(result: Result, best: Result | None) -> str:
     return f"{result.name} ★" if best is not None and result.name == best.name else result.name
 
 
-def _against_full(row: _Row, result: Result, full: Result | None, comparisons: Sequence[PairedComparison]) -> str:
+def _against_full(row: _Row, result: Result, sweep: Sweep) -> str:
     """A figure, with its change against full precision and what can be said of that."""
-    metric = result.evaluation.metrics.get(row.metric)
+    metric, full = result.evaluation.metrics.get(row.metric), sweep.full
     text = row.show(metric)
     if full is None or result is full:
         return text
     change = row.show_change(metric, full.evaluation.metrics.get(row.metric))
     if not change:
         return text
-    found = _comparison(row.compared, result.name, full.name, comparisons)
-    if found is None or found.stderr is None:
+    comparison = sweep.benchmark_comparison(row.compared, result.name, full.name)
+    if comparison is None or comparison.stderr is None:
         return f"{text} ({change})"
-    return f"{text} ({change} ± {found.stderr * row.compared_scale:{row.format}}, {found.verdict})"
-
-
-def _comparison(
-    metric: str, candidate: str, reference: str, comparisons: Sequence[PairedComparison]
-) -> PairedComparison | None:
-    wanted = (metric, candidate, reference)
-    return next((c for c in comparisons if (c.metric_name, c.candidate, c.reference) == wanted), None)
+    return f"{text} ({change} ± {comparison.stderr * row.compared_scale:{row.format}}, {comparison.verdict})"
 
 
 def _benchmark_rows(evaluations: Sequence[Evaluation]) -> list[_Row]:
@@ -184,19 +172,19 @@ def why_missing(evaluation: Evaluation, metric: str) -> str:
     return evaluation.why_missing(metric) or ("not asked" if metric.startswith("eval/") else "not measured")
 
 
-def benchmark_section(results: Sequence[Result], comparisons: Sequence[PairedComparison]) -> list[str]:
+def benchmark_section(sweep: Sweep) -> list[str]:
     """Every benchmark's metrics of every candidate that was asked, with what can be said against full precision.
 
     Empty if no candidate was asked any.
     """
-    asked = [one for one in by_size(results) if any(name.startswith("eval/") for name in one.evaluation.metrics)]
+    asked = [one for one in sweep.by_size if any(name.startswith("eval/") for name in one.evaluation.metrics)]
     if not asked:
         return []
-    full = next((result for result in asked if result.plan.policy == "full"), None)
+    comparisons = sweep.benchmarks
     evaluations = [result.evaluation for result in asked]
     names = dict.fromkeys(name for one in evaluations for name in one.metrics if name.startswith("eval/"))
     rows = [_eval_row(name.split("/", 2)[1], name.split("/", 2)[2], evaluations) for name in names]
-    table = [[row.heading, *(_against_full(row, one, full, comparisons) for one in asked)] for row in rows]
+    table = [[row.heading, *(_against_full(row, one, sweep) for one in asked)] for row in rows]
     parts = ["## Benchmarks", markdown.table(["", *(result.name for result in asked)], table), _VERDICTS]
     if against := [c for c in comparisons if c.reference == PRODUCTION]:
         parts += ["### Against what is in production", _differences([*rows, _JSON_ROW], asked, against), _AGAINST]

@@ -1,13 +1,14 @@
-"""Passes over token sequences: every sequence's loss taken back to the weights, and numbers made of its gradients.
+"""Backpropagation over token sequences: each sequence's gradients, reduced to a few numbers a weight.
 
-The loss is that of the text's own next tokens, or of labels drawn from the model's distribution: the true Fisher
-information is the mean of the second kind's squared gradients. Gradients are too many to be kept, so a function reduces
-them to a few numbers a weight and sequence as they come.
+The labels of the loss are the text's next tokens, or tokens drawn from the model's distribution. The mean of the squared
+gradients of the second kind is the true Fisher information. Memory does not hold the gradients of all sequences, so a
+function reduces each gradient as soon as it is computed.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,17 +17,36 @@ from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
+from samq.progress import Progress, silent
 from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.layout import Weight
-from samq.progress import Progress, silent
 
 Labels = Literal["text", "model"]
-LOGITS_AT_ONCE = 2**22  # probabilities held in float32 beside the logits
+LOGITS_AT_ONCE = 2**22  # logits whose probabilities are in memory, in float32, beside all logits
 
-# (weight's index, first row, those rows of one sequence's gradient in float32) -> numbers in float64, on the gradient's
-# device; stacked experts' rows follow one another. The gradient may be overwritten after the call.
+# (the weight's index, first row, those rows of one sequence's gradient in float32) -> numbers in float64, on the
+# gradient's device. The rows of stacked experts are numbered through. The function may overwrite the gradient.
 Reduce = Callable[[int, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """The labels of the loss, and what the sequences are for.
+
+    A sequence's labels are drawn from a random stream of its own, which depends on `purpose`, `seed` and the sequence's
+    number, and not on the batches.
+    """
+
+    labels: Labels = "text"  # next tokens of the text, or drawn from the model's distribution at the same positions
+    seed: int = 0  # of the drawn labels
+    first_sequence: int = 0  # number of the first of the sequences among all that are measured
+    purpose: Literal["calibration", "check"] = "calibration"
+
+    def stream(self, sequence: int) -> np.random.Generator:
+        """The random stream of a sequence, by its number; a check's differ from all of the calibration's."""
+        key = (1,) if self.purpose == "check" else ()
+        return np.random.default_rng(np.random.SeedSequence((self.seed, sequence), spawn_key=key))
 
 
 def backpropagate(
@@ -36,38 +56,31 @@ def backpropagate(
     reduce: Reduce,
     *,
     numbers: int,
-    labels: Labels,
-    stream: Callable[[int], np.random.Generator],
-    text: str,
-    first_sequence: int = 0,
+    labelling: Labelling,
     batch_size: int = 1,
     progress: Progress = silent,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce the gradients of every sequence's summed loss to `numbers` numbers a weight.
+    """Reduce the gradient of each sequence's summed loss to `numbers` numbers a weight.
 
     Args:
-        model: in any floating type, on any device; it is put in eval mode.
+        model: in any floating-point type, on any device; the function puts it in eval mode.
         tokens: sequences of at least two tokens.
-        weights: of the model, see `samq.sensitivity.layout.weights_of`.
-        reduce: makes `numbers` numbers of some rows of a gradient; those of all rows are added up.
-        numbers: of each weight and sequence.
-        labels: next tokens of the text, or drawn from the model's distribution at the same positions.
-        stream: a sequence's number -> the random stream that its labels are drawn from, the same in any batch.
-        text: what the sequences are, for messages: `calibration`.
-        first_sequence: number of the first of these sequences, for their streams and for messages.
-        batch_size: sequences a pass. Models with weights outside linear layers (GPT-2, mixtures of experts) are taken
-            one sequence at a time.
-        progress: told of sequences done.
+        weights: the model's, from `samq.sensitivity.layout.weights_of`.
+        reduce: computes `numbers` numbers from some rows of a gradient. The numbers of all rows are added up.
+        numbers: how many numbers `reduce` returns.
+        labelling: the labels of the loss.
+        batch_size: sequences a pass. For models with weights outside linear layers (GPT-2, mixtures of experts) it is 1.
+        progress: told of the sequences that are done.
 
     Returns:
-        Summed losses in nats, (N,), and the numbers, (weights, N, numbers), in float64.
+        The summed losses in nats, (N,), and the numbers, (weights, N, numbers), both in float64.
 
     Raises:
-        SamqError: NaN or Inf in a loss or in the numbers, with the tensor and the sequence, or too little GPU memory.
+        SamqError: NaN or Inf in a loss or in the numbers (names the tensor and the sequence), or too little GPU memory.
     """
     losses = np.zeros(len(tokens))
     reduced = np.zeros((len(weights), len(tokens), numbers))
-    devices = {weight.parameter.device for weight in weights}  # several when a model is spread over GPUs
+    devices = {weight.parameter.device for weight in weights}  # several if the model is spread over GPUs
 
     def receive(index: int, sample: int, row: int, gradient: torch.Tensor) -> None:
         batch[gradient.device][index, sample] += reduce(index, row, gradient)
@@ -81,8 +94,9 @@ def backpropagate(
         for ids, mask, targets in batches(tokens, batch_size):
             lengths = mask.sum(1).tolist()
             here = slice(done, done + len(lengths))
-            streams = [stream(first_sequence + row) for row in range(here.start, here.stop)]
-            # Kept on the devices during a batch: a copy to the host for every gradient would stall a GPU.
+            first = labelling.first_sequence + done
+            streams = [labelling.stream(first + row) for row in range(len(lengths))]
+            # On the devices until the batch ends: to copy each gradient's numbers to the host would stall a GPU.
             batch = {
                 device: torch.zeros(len(weights), len(lengths), numbers, dtype=torch.float64, device=device)
                 for device in devices
@@ -91,10 +105,11 @@ def backpropagate(
                 f"a pass over {len(lengths)} sequences of up to {max(lengths)} tokens",
                 "use a smaller batch size or shorter sequences",
             ):
-                losses[here] = _backward(model, gradients, ids, mask, targets if labels == "text" else None, streams)
-            _check_losses(losses[here], weights, first_sequence + done, text)
+                text_labels = targets if labelling.labels == "text" else None
+                losses[here] = _backward(model, gradients, ids, mask, text_labels, streams)
+            _check_losses(losses[here], weights, first, labelling.purpose)
             reduced[:, here] = np.sum([part.cpu().numpy() for part in batch.values()], axis=0)
-            _check_reduced(reduced[:, here], weights, first_sequence + done, text)
+            _check_reduced(reduced[:, here], weights, first, labelling.purpose)
             done = here.stop
             progress(done, len(tokens))
     return losses, reduced
@@ -108,9 +123,9 @@ def _backward(
     targets: torch.Tensor | None,
     streams: list[np.random.Generator],
 ) -> list[float]:
-    """One batch's forward pass, and backward if all losses are finite; returns each sequence's summed loss in nats.
+    """Run one batch forward, and backward if all losses are finite; returns each sequence's summed loss in nats.
 
-    The graph, with all that the hooks keep, dies with this function's frame, before the next forward pass.
+    The graph, with all that the hooks keep, is freed when this function returns, before the next forward pass.
     """
     lengths = mask.sum(1).tolist()
     with _deterministic(model.device):
@@ -130,10 +145,11 @@ def _backward(
 def _loss_gradient(
     logits: torch.Tensor, labels: torch.Tensor | None, stream: np.random.Generator, gradient: torch.Tensor
 ) -> float:
-    """Summed negative log likelihood of one sequence, in nats; its gradient by the logits is written to `gradient`.
+    """Return the summed negative log likelihood of one sequence in nats, and write its gradient to `gradient`.
 
-    `logits` and `gradient` are (T, vocabulary), `labels` (T,) or None: drawn from the logits. The gradient is
-    softmax(logits) - onehot(label), made a few positions at a time: autograd would keep float32 copies of all.
+    `logits` and `gradient` are (T, vocabulary), `labels` (T,) or None, which draws them from the logits. The gradient with
+    respect to the logits is softmax(logits) - onehot(label), computed a few positions at a time: autograd would keep
+    float32 copies of all logits.
     """
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
     drawn = torch.from_numpy(stream.random(len(logits))).to(logits.device)
@@ -143,10 +159,10 @@ def _loss_gradient(
         logs = torch.log_softmax(logits[here].float(), dim=-1)
         probabilities = logs.exp()
         if labels is None:
-            # In float64, so that the draw hardly ever depends on rounding. The last sum is 1 but for rounding.
+            # In float64, so that the draw almost never depends on rounding. The last sum is 1 up to rounding.
             sums = probabilities.cumsum(-1, dtype=torch.float64)
             label = torch.searchsorted(sums, drawn[here, None] * sums[:, -1:], right=True)
-            label.clamp_(max=sums.shape[1] - 1)  # where logits are NaN there is no such label; the loss will tell
+            label.clamp_(max=sums.shape[1] - 1)  # NaN logits give a label out of range; the loss is NaN then too
         else:
             label = labels[here, None]
         loss -= logs.gather(1, label).sum(dtype=torch.float64)
@@ -155,7 +171,7 @@ def _loss_gradient(
     return loss.item()
 
 
-def _check_losses(losses: np.ndarray, weights: list[Weight], first: int, text: str) -> None:
+def _check_losses(losses: np.ndarray, weights: list[Weight], first: int, purpose: str) -> None:
     for sequence, loss in enumerate(losses, start=first):
         if not np.isfinite(loss):
             broken = [weight.name for weight in weights if not torch.isfinite(weight.parameter).all()]
@@ -164,29 +180,29 @@ def _check_losses(losses: np.ndarray, weights: list[Weight], first: int, text: s
                 if broken
                 else "no weight matrix holds NaN or Inf; load the model in float32, or leave that text out"
             )
-            raise SamqError(f"the loss of {text} sequence {sequence} is {loss}: {cause}")
+            raise SamqError(f"the loss of {purpose} sequence {sequence} is {loss}: {cause}")
 
 
-def _check_reduced(reduced: np.ndarray, weights: list[Weight], first: int, text: str) -> None:
-    wrong = np.argwhere(~np.isfinite(reduced).all(axis=2))
-    if len(wrong):
-        # A bad value spreads from the output towards the input: the last weight is the nearest to its source.
-        index, sample = wrong[-1]
+def _check_reduced(reduced: np.ndarray, weights: list[Weight], first: int, purpose: str) -> None:
+    not_finite = np.argwhere(~np.isfinite(reduced).all(axis=2))
+    if len(not_finite):
+        # NaN and Inf spread from the output towards the input, so the last weight is the nearest to their source.
+        index, sample = not_finite[-1]
         raise SamqError(
-            f"the gradient of {weights[index].name} on {text} sequence {first + sample} is NaN or Inf; load the model "
+            f"the gradient of {weights[index].name} on {purpose} sequence {first + sample} is NaN or Inf; load the model "
             "in float32, or leave that text out"
         )
 
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Have CUDA add up in a fixed order; the CPU always does."""
+    """Let CUDA add up in a fixed order, as the CPU always does."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)  # not by warnings only: attention would then stay as it is
+    torch.use_deterministic_algorithms(True)  # with warnings only, attention would not become deterministic
     try:
         yield
     finally:

@@ -1,11 +1,12 @@
 """Fisher information of weight matrices, as means over rows and over columns.
 
-The values of single weights take as much room as the model. Of a linear layer, the gradient of one token is the product
-of the output's gradient and the input, so the expected square of a sequence's is nearly a product, too: what a row's
-output matters, times how large a column's inputs are. F[i, j] is taken as rows[i] columns[j] / mean(F), the best
-approximation of rank one in the generalized Kullback-Leibler divergence (as in Adafactor: Shazeer and Stern 2018,
-arXiv:1804.04235, section 3). Means over blocks of a row, however small, do not know which columns have large inputs;
-an importance matrix makes llama-quantize keep its errors away from just those (benchmarks/fisher_grain.py).
+The values of single weights would take as much memory as the model. In a linear layer the gradient of one token is the
+product of the output's gradient and the input. The expected square of a sequence's gradient is nearly a product too: of
+the sensitivity of a row's output and the size of a column's inputs. F[i, j] is approximated as
+rows[i] columns[j] / mean(F), the best approximation of rank one in the generalized Kullback-Leibler divergence (as in
+Adafactor: Shazeer and Stern 2018, arXiv:1804.04235, section 3). Means over blocks of a row, however small, do not show
+which columns have large inputs, and an importance matrix makes llama-quantize keep its errors away from these columns
+(benchmarks/fisher_grain.py).
 """
 
 from collections.abc import Mapping
@@ -24,25 +25,25 @@ _PARTS = ("rows", "columns")
 
 @dataclass(frozen=True)
 class Fisher:
-    """Of one weight matrix, or of a stack of experts' matrices, in nats per token per squared weight."""
+    """Fisher information of one weight matrix, or a stack of experts' matrices, in nats per token per squared weight."""
 
-    rows: NDArray[np.float32]  # (rows,), means over each row; experts first when stacked
-    columns: NDArray[np.float32]  # (row length,), means over each column; experts first when stacked
+    rows: NDArray[np.float32]  # (rows,), mean of each row; experts first if stacked
+    columns: NDArray[np.float32]  # (row length,), mean of each column; experts first if stacked
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weights: (rows, row length), experts first when stacked."""
+        """The shape of the weights: (rows, row length), experts first if stacked."""
         return (*self.rows.shape, self.columns.shape[-1])
 
     def profile(self) -> NDArray[np.float32]:
-        """The columns over their mean, of `columns`' shape: what a row's mean is multiplied by. Ones if all are zero."""
+        """Each column relative to the mean of all, in the shape of `columns`: the factor on a row's mean. Ones if all are 0."""
         mean = self.columns.mean(axis=-1, keepdims=True, dtype=np.float64)
         return np.divide(self.columns, mean, out=np.ones_like(self.columns, np.float64), where=mean > 0).astype(
             np.float32
         )
 
     def mixed(self, share: float, other: "Fisher", other_share: float) -> "Fisher":
-        """Of two measurements' sequences together, each with its share of the tokens."""
+        """The Fisher information over the sequences of two measurements, each with its share of the tokens."""
         return Fisher(
             self.rows * np.float32(share) + other.rows * np.float32(other_share),
             self.columns * np.float32(share) + other.columns * np.float32(other_share),
@@ -50,7 +51,7 @@ class Fisher:
 
 
 def save_fisher(path: Path, fisher: Mapping[str, Fisher]) -> Path:
-    """Write GGUF name -> Fisher information as safetensors: the same values give the same bytes."""
+    """Write GGUF name -> Fisher information as safetensors, and return the path. The same values give the same bytes."""
     parts = {f"{name}.{part}": getattr(fisher[name], part) for name in sorted(fisher) for part in _PARTS}
     try:
         save_file({name: np.ascontiguousarray(values) for name, values in parts.items()}, path)
@@ -69,5 +70,5 @@ def load_fisher(path: Path) -> dict[str, Fisher]:
         raise SamqError(f"cannot read Fisher information from {path}: {error}; calibrate again") from error
     except KeyError as error:
         raise SamqError(
-            f"{path} is no Fisher information of this version ({error} is missing); calibrate again"
+            f"{path} does not hold Fisher information of this version ({error} is missing); calibrate again"
         ) from error

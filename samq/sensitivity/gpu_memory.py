@@ -1,4 +1,4 @@
-"""A GPU's memory that torch finds full: one sentence instead of a traceback."""
+"""One sentence instead of torch's traceback where the GPU's memory does not suffice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from samq.errors import SamqError
 
 @contextmanager
 def needs_gpu_memory(what: str, advice: str) -> Iterator[None]:
-    """Raise SamqError, saying what the memory does not hold and what to do, where torch runs out of GPU memory."""
+    """Raise SamqError if torch runs out of GPU memory: `what` does not fit, and `advice` says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:

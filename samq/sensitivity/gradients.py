@@ -1,10 +1,10 @@
-"""Gradients of single samples in a batch, one weight at a time, each handed over and freed before the next is made.
+"""Gradients of the single samples of a batch, computed for one weight at a time and freed before the next.
 
-Autograd adds the samples of a batch up and keeps a gradient for every weight. Here the weights are frozen; hooks keep
-the input X (B, T, in) and the output gradient dY (B, T, out) of every linear layer, and the gradient of sample b is
-dY[b]^T X[b], made in bands of rows. For an embedding the rows of dY are added up by token. What a weight gets from
-several uses (a tied embedding and output) is added before it is handed over. Weights in other kinds of modules (GPT-2's
-Conv1D, stacked experts) take autograd's gradient, and then a batch may hold only one sample.
+Autograd would add up the samples of a batch and keep a gradient for every weight. Here the weights are frozen. Hooks keep
+the input X (B, T, in) and the output's gradient dY (B, T, out) of every linear layer, and the gradient of sample b is
+dY[b]^T X[b], computed in bands of rows. For an embedding the rows of dY are added up by token. If a weight is used several
+times (a tied embedding and output), the gradients of its uses are added first. Weights in other kinds of modules (GPT-2's
+Conv1D, stacked experts) take autograd's gradient, which limits a batch to one sample.
 """
 
 from collections import defaultdict
@@ -21,31 +21,31 @@ from samq.sensitivity.layout import Weight
 
 BAND_WEIGHTS = 2**22  # weights of one band of a gradient: 16 MiB in float32
 
-# (weight's index, sample of the batch, first row, gradient of those rows in float32); stacked experts' rows follow
-# one another, and come all at once. The gradient may be overwritten by the call, and after it.
+# (the weight's index, sample of the batch, first row, gradient of those rows in float32). The rows of stacked experts are
+# numbered through and come all at once. The call may overwrite the gradient, and so may whatever follows it.
 Receive = Callable[[int, int, int, torch.Tensor], None]
 
 
 class SampleGradients:
-    """Hooks on a model for the time of a `with` block; `backward` then hands every sample's gradients to `receive`."""
+    """Hooks on a model during a `with` block, in which `backward` passes each sample's gradients to `receive`."""
 
     def __init__(self, model: PreTrainedModel, weights: list[Weight], receive: Receive) -> None:
         self.model = model
         self.weights = weights
         self.receive = receive
         self.lengths: list[int] = []
-        # Of each hooked weight: its uses whose output gradient is still to come, and those whose is here.
+        # For each hooked weight: the number of its uses without an output gradient so far, and the uses that have one.
         self._open: dict[int, int] = defaultdict(int)
         self._uses: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         self._hooked = self._hookable()
 
     @property
     def one_sample_only(self) -> bool:
-        """Some weight needs autograd's own gradient, which cannot tell samples apart."""
+        """Whether some weight needs autograd's own gradient, which is a sum over the samples."""
         return len(self._hooked) < len(self.weights)
 
     def _hookable(self) -> dict[int, list[nn.Module]]:
-        """Weight's index -> the modules that use it, for weights only linear layers and the token embedding use."""
+        """Index of a weight -> the modules that use it, if they all are linear layers or the token embedding."""
         users: dict[int, list[nn.Module]] = defaultdict(list)
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
@@ -80,7 +80,7 @@ class SampleGradients:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the hooks off and leave the model as it was."""
+        """Remove the hooks and restore the model."""
         for handle in self._handles:
             handle.remove()
         for parameter, trainable in self._trainable:
@@ -90,12 +90,12 @@ class SampleGradients:
         self._uses.clear()
 
     def backward(self, logits: torch.Tensor, gradient: torch.Tensor, lengths: list[int]) -> None:
-        """Run the backward pass from the logits' gradient (B, T, vocabulary), zero past each of the B lengths."""
+        """Run the backward pass from the logits' gradient (B, T, vocabulary), which is zero past each sample's length."""
         if self.one_sample_only and len(lengths) > 1:
             raise ValueError("this model's gradients are taken one sample at a time")
         self.lengths = lengths
         logits.backward(gradient)
-        for index in list(self._uses):  # one of its uses took no part in the loss
+        for index in list(self._uses):  # the loss does not depend on one of the weight's uses
             self._hand_over(index)
         self._open.clear()
 
@@ -103,13 +103,13 @@ class SampleGradients:
         self, index: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
         if isinstance(module, nn.Embedding):
-            output.requires_grad_(True)  # the root of the graph, as the weights are frozen
+            output.requires_grad_(True)  # the weights are frozen, so the graph starts here
         if output.requires_grad:
             self._open[index] += 1
             output.register_hook(partial(self._after_backward, index, inputs[0].detach().to(output.device)))
 
-    def _after_backward(self, index: int, entered: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._uses[index].append((entered, gradient.detach()))
+    def _after_backward(self, index: int, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._uses[index].append((layer_input, gradient.detach()))
         self._open[index] -= 1
         if self._open[index] == 0:
             self._hand_over(index)
@@ -124,21 +124,21 @@ class SampleGradients:
                 self.receive(index, sample, first, _band(parts, first, min(first + band, rows), columns))
 
     def _of_sample(
-        self, index: int, sample: int, entered: torch.Tensor, gradient: torch.Tensor
+        self, index: int, sample: int, layer_input: torch.Tensor, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One sample's part of a use: what entered, tokens (T,) or (T, in), and the output's gradient (T, out)."""
+        """One sample's part of a use: the input, token ids (T,) or (T, in), and the output's gradient (T, out)."""
         batch, longest = len(self.lengths), max(self.lengths)
         if gradient.shape[: 2 if gradient.ndim > 2 else 1] not in ((batch, longest), (batch * longest,)):
             if batch > 1:
                 raise SamqError(
-                    f"{self.weights[index].name} sees the tokens of several samples mixed, so their gradients cannot "
-                    "be told apart; measure with a batch size of 1"
+                    f"{self.weights[index].name} mixes the tokens of several samples, so SAMQ cannot separate their "
+                    "gradients; measure with a batch size of 1"
                 )
-            return entered.flatten(0, gradient.ndim - 2), gradient.flatten(0, -2).float()
+            return layer_input.flatten(0, gradient.ndim - 2), gradient.flatten(0, -2).float()
         start = sample * longest
-        # Past a sample's length the gradient is zero; cutting there saves the work.
-        ours = slice(start, start + self.lengths[sample])
-        return entered.flatten(0, gradient.ndim - 2)[ours], gradient.flatten(0, -2)[ours].float()
+        # Past a sample's length the gradient is zero, so the padding is cut off.
+        here = slice(start, start + self.lengths[sample])
+        return layer_input.flatten(0, gradient.ndim - 2)[here], gradient.flatten(0, -2)[here].float()
 
     def _after_accumulate(self, indices: list[int], parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -149,16 +149,16 @@ class SampleGradients:
 
 
 def _band(parts: list[tuple[torch.Tensor, torch.Tensor]], first: int, last: int, columns: int) -> torch.Tensor:
-    """Rows first..last of one sample's gradient, (last - first, columns), float32."""
+    """Rows `first` to `last` (exclusive) of one sample's gradient, float32 (last - first, columns)."""
     total = None
-    for entered, gradient in parts:
-        if entered.is_floating_point():
-            turned, entered = gradient[:, first:last].t(), entered.float()
-            total = turned @ entered if total is None else total.addmm_(turned, entered)
+    for layer_input, gradient in parts:
+        if layer_input.is_floating_point():
+            transposed, layer_input = gradient[:, first:last].t(), layer_input.float()
+            total = transposed @ layer_input if total is None else total.addmm_(transposed, layer_input)
         else:
             if total is None:
                 total = gradient.new_zeros(last - first, columns)
-            inside = (entered >= first) & (entered < last)
-            total.index_add_(0, entered[inside] - first, gradient[inside])
+            inside = (layer_input >= first) & (layer_input < last)
+            total.index_add_(0, layer_input[inside] - first, gradient[inside])
     assert total is not None
     return total

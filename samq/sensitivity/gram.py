@@ -1,8 +1,8 @@
-"""Gram matrices: how the inputs of every linear layer vary together, measured on calibration text.
+"""Gram matrices of the inputs of the linear layers, measured on calibration text.
 
-With x what enters a layer, its Gram matrix is the mean of x x^T over tokens, (row length, row length). llama-imatrix
-keeps its diagonal; all of it tells what an error dW of a row does to the layer's output: the mean square of that
-output's error is dW G dW^T.
+The Gram matrix G of a layer with input x is the mean of x x^T over tokens, (row length, row length). Its diagonal is the
+importance matrix of llama-imatrix. The whole matrix determines what an error dW of a row does to the layer's output: the
+mean square of the output's error is dW G dW^T.
 """
 
 import json
@@ -20,19 +20,20 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
+from samq.progress import Progress, silent
 from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.layout import Weight, weights_of
-from samq.progress import Progress, silent
 
-GRAM_TOKENS = 2**16  # more bring little: a third of that is 2 % worse on code-46m
-MEMORY_BYTES = 8 * 2**30  # of matrices summed up in one pass over the text
+GRAM_TOKENS = 2**16  # more tokens gain little: a third of them is 2 % worse on code-46m
+MEMORY_BYTES = 8 * 2**30  # of the matrices that one pass over the text adds up
 _SOURCE = "source"  # key of the file's metadata
 
 
 class GramMatrices:
     """The matrices in a file that `measure_gram` wrote: `matrices[tensor]` reads one, (row length, row length) float32.
 
-    Tensors that take the same input (a layer's query, key and value) share a matrix; `source` tells which.
+    Tensors with the same input, such as a layer's query, key and value, share a matrix: `source` maps each tensor to the
+    name of its matrix. Raises SamqError if the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,32 +64,32 @@ def measure_gram(
 ) -> None:
     """Write the Gram matrix of every linear layer's input to `path`, as safetensors.
 
-    Stacked experts are left out: each sees only the tokens that the router sends it.
+    Stacked experts are left out, since each gets only the tokens that the router sends it.
 
     Args:
-        model: in any floating type, on any device; matrices are summed up in float32.
+        model: in any floating-point type, on any device; the matrices are added up in float32.
         tokens: at least one sequence; padding does not count.
-        path: of the file to write; its metadata maps every tensor's GGUF name to the name that its matrix has. The same
-            matrices give the same bytes.
+        path: the file to write. Its metadata map every tensor's GGUF name to the name of its matrix. The same matrices
+            give the same bytes.
         names: torch's parameter name -> GGUF's, see `samq.gguf.file.gguf_names`.
         batch_size: sequences a forward pass.
-        memory_bytes: most that the matrices of one pass may take; where all take more, there are several passes.
-        progress: told of sequences done, over all passes.
+        memory_bytes: limit for the matrices of one pass; if all matrices together exceed it, there are several passes.
+        progress: told of the sequences that are done, over all passes.
 
     Raises:
-        SamqError: NaN or Inf in what enters a layer, or the file cannot be written.
+        SamqError: NaN or Inf in the input of a layer, or the file cannot be written.
     """
     model.eval()
     weights = {weight.name: weight for weight in weights_of(model, names)}
     layers = _layers(model, weights.values())
-    with _Inputs(layers, frozenset()) as first:  # one sequence tells which layers share their input
+    with _Inputs(layers, frozenset()) as first:  # one sequence shows which layers share their input
         first.forward(model, tokens.part(0, 1), 1)
     groups = _groups({name: weights[name].shape[-1] for name in dict.fromkeys(first.source.values())}, memory_bytes)
     matrices: dict[str, torch.Tensor] = {}
-    for done, group in enumerate(groups):
+    for number, group in enumerate(groups):
 
-        def say(sequences: int, total: int, done: int = done) -> None:
-            progress(done * total + sequences, len(groups) * total)
+        def tell(sequences: int, total: int, passes_before: int = number) -> None:
+            progress(passes_before * total + sequences, len(groups) * total)
 
         with (
             _Inputs(layers, frozenset(group)) as inputs,
@@ -97,30 +98,32 @@ def measure_gram(
                 "use a smaller batch size, shorter sequences, or more GPUs",
             ),
         ):
-            inputs.forward(model, tokens, batch_size, say)
+            inputs.forward(model, tokens, batch_size, tell)
         for name, matrix in inputs.sums.items():
             if not torch.isfinite(matrix).all():
-                raise SamqError(f"what enters {name} has NaN or Inf on the calibration text; load the model in float32")
-            if matrix.any():  # an input that is always zero says nothing
+                raise SamqError(
+                    f"the input of {name} has NaN or Inf on the calibration text; load the model in float32"
+                )
+            if matrix.any():  # an input that is always zero has no use
                 matrices[name] = (matrix / int(tokens.lengths.sum())).cpu()
     source = {name: key for name, key in sorted(first.source.items()) if key in matrices}
     try:
-        # One entry: safetensors writes several in any order, and the same matrices are to give the same bytes.
+        # One entry of metadata: safetensors writes several in any order, which would change the bytes.
         save_file(dict(sorted(matrices.items())), path, metadata={_SOURCE: json.dumps(source)})
     except (OSError, SafetensorError) as error:
         raise SamqError(f"cannot write {path}: {error}; choose a folder that can be written to") from error
 
 
 class _Inputs:
-    """Hooks on linear layers for the time of a `with` block, that sum x x^T up over the tokens of all sequences."""
+    """Hooks on linear layers during a `with` block, which add up x x^T over the tokens of all sequences."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], wanted: frozenset[str]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], measured: frozenset[str]) -> None:
         self.source: dict[str, str] = {}  # layer -> the first layer with the same input
-        self.sums: dict[str, torch.Tensor] = {}  # of the layers wanted
-        self._layers, self._wanted = layers, wanted
+        self.sums: dict[str, torch.Tensor] = {}  # of the layers in `measured`
+        self._layers, self._measured = layers, measured
         self._handles: list[Any] = []
-        self._inside = torch.ones(0, dtype=torch.bool)  # of the batch's tokens, those that are no padding
-        self._last: tuple[torch.Tensor, str] | None = None  # what entered the layer before, and that layer
+        self._is_token = torch.ones(0, dtype=torch.bool)  # False for the padding of the batch
+        self._last: tuple[torch.Tensor, str] | None = None  # the input of the layer before, and that layer
 
     def __enter__(self) -> Self:
         self._handles = [
@@ -137,30 +140,30 @@ class _Inputs:
         """Run the sequences through the model."""
         done = 0
         for ids, mask, _ in batches(tokens, batch_size):
-            self._inside = mask.bool().flatten()
+            self._is_token = mask.bool().flatten()
             model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
             self._last = None
             done += len(ids)
             progress(done, len(tokens))
 
     def _before_forward(self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        entered = inputs[0]
-        if entered.numel() // entered.shape[-1] != len(self._inside):
-            return  # an expert's own tokens: which of them are padding is not to be seen here
-        if self._last and entered is self._last[0]:
+        layer_input = inputs[0]
+        if layer_input.numel() // layer_input.shape[-1] != len(self._is_token):
+            return  # the tokens of one expert, of which the padding is not known
+        if self._last and layer_input is self._last[0]:
             self.source[name] = self._last[1]
             return
-        self._last = entered, name
+        self._last = layer_input, name
         self.source[name] = name
-        if name in self._wanted:
-            inside = entered.flatten(0, -2)[self._inside.to(entered.device)].float()
+        if name in self._measured:
+            vectors = layer_input.flatten(0, -2)[self._is_token.to(layer_input.device)].float()
             if name not in self.sums:
-                self.sums[name] = inside.new_zeros(inside.shape[-1], inside.shape[-1])
-            self.sums[name].addmm_(inside.t(), inside)
+                self.sums[name] = vectors.new_zeros(vectors.shape[-1], vectors.shape[-1])
+            self.sums[name].addmm_(vectors.t(), vectors)
 
 
 def _layers(model: PreTrainedModel, weights: Iterable[Weight]) -> dict[str, nn.Module]:
-    """GGUF name -> the linear layer that has the weight; an output tied to the embedding goes by the embedding's name."""
+    """GGUF name -> the linear layer with that weight; an output tied to the embedding has the embedding's name."""
     by_parameter = {id(weight.parameter): weight.name for weight in weights}
     return {
         by_parameter[id(module.weight)]: module
@@ -170,7 +173,7 @@ def _layers(model: PreTrainedModel, weights: Iterable[Weight]) -> dict[str, nn.M
 
 
 def _groups(row_lengths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:
-    """Inputs, in order, parted so that the matrices of a group fit into the memory; one alone always does."""
+    """Split the inputs, in order, into groups whose matrices fit into the memory; one matrix is always a group."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, row_length in row_lengths.items():

@@ -1,4 +1,4 @@
-"""A causal LM in full precision: what it is made of, whether it is whole, and how torch gets it."""
+"""A causal LM in full precision: its description by content, the check of its files, and loading into torch."""
 
 import importlib.util
 import json
@@ -29,10 +29,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from samq import __version__
-from samq.data.hub import is_unreachable
+from samq.data.hub import bytes_told_to, is_unreachable
 from samq.errors import SamqError, UnreachableError
 from samq.gguf import rescaling
-from samq.gguf.file import MappedReader, file_sha256, open_gguf, read_metadata
+from samq.gguf.file import file_sha256, open_gguf, read_metadata
+from samq.gguf.header import LazyReader
 from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
@@ -41,7 +42,7 @@ from samq.store import Store
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Top-level files only: some repositories keep the same weights in other formats in folders.
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-TORCH_FILES = ["pytorch_model*.bin"]  # fetched where a repository has no safetensors
+TORCH_FILES = ["pytorch_model*.bin"]  # downloaded if a repository does not have safetensors
 TOKENIZER_FILES = (
     "config.json",
     "generation_config.json",
@@ -53,24 +54,27 @@ TOKENIZER_FILES = (
     "chat_template*",
     "*.model",
 )
-# transformers' bar over a GGUF's tensors is the one that `set_tqdm_hook` does not reach; make it like the others.
+# `set_tqdm_hook` does not reach transformers' bar over a GGUF's tensors, so that bar is made like the others.
 modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm
-_loading = threading.Lock()  # what is changed of transformers and gguf meanwhile is so for all threads
+_loading = threading.Lock()  # loading changes transformers and gguf, which is visible to all threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def describe_source(model: str | Path, revision: str | None = None, hf_folder: Path | None = None) -> ModelSource:
-    """What a model is, by the contents of its files.
+def describe_source(
+    model: str | Path, revision: str | None = None, hf_folder: Path | None = None, progress: Progress = silent
+) -> ModelSource:
+    """Describe a model by the contents of its files.
 
     Args:
         model: an HF folder; a GGUF file, also one inside an installed package as package:<module>/<file>; or a hub id,
             whose files are then downloaded. rescaled:<GGUF> is that GGUF's model in another basis (`samq.gguf.rescaling`).
         revision: branch, tag or commit of a hub id.
-        hf_folder: where a GGUF's configuration and tokenizer are read from, instead of the GGUF.
+        hf_folder: the folder to read a GGUF's configuration and tokenizer from, instead of the GGUF.
+        progress: told of the bytes that are downloaded.
 
     Raises:
         UnreachableError: the hub does not answer.
-        SamqError: a file is missing or cut short, or it is no causal LM that transformers knows.
+        SamqError: a file is missing or cut short, or the model is not a causal LM that transformers knows.
     """
     name = str(model).removeprefix("rescaled:")
     path = _in_package(name) if name.startswith("package:") else Path(name)
@@ -79,10 +83,10 @@ def describe_source(model: str | Path, revision: str | None = None, hf_folder: P
     if path.suffix == ".gguf":
         return _describe_gguf(path, hf_folder)
     if hf_folder is not None:
-        raise SamqError(f"{model} is no GGUF, so it brings its own tokenizer; leave the other folder {hf_folder} out")
+        raise SamqError(f"{model} is not a GGUF and has its own tokenizer; leave the other folder {hf_folder} out")
     commit = None
     if not path.exists() and HUB_ID.fullmatch(str(model)):
-        path = _download(str(model), revision)
+        path = _download(str(model), revision, progress)
         commit = path.name  # a snapshot's folder is named after its commit
     _check_architecture(read_config(path), path)
     return ModelSource(
@@ -111,10 +115,10 @@ def _describe_gguf(path: Path, folder: Path | None) -> ModelSource:
 def _in_package(name: str) -> Path:
     """The path behind package:<module>/<file>."""
     module, _, file = name.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(module) if module.isidentifier() else None
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or spec.origin is None:
         raise SamqError(f"{name}: there is no package {module}; install it, or write package:<module>/<file>")
-    return Path(found.origin).parent / file
+    return Path(spec.origin).parent / file
 
 
 def _rescaled(gguf: Path) -> Path:
@@ -142,16 +146,22 @@ def _digest(files: Iterable[Path]) -> str:
     return digest_of({file.name: file_sha256(file) for file in files})
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, progress: Progress) -> Path:
     def fetch(revision: str | None, files: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+            huggingface_hub.snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=files,
+                ignore_patterns=["*/*"],
+                tqdm_class=bytes_told_to(progress),
+            )
         )
 
     try:
         folder = fetch(revision, HUB_FILES)
         return folder if any(folder.glob("*.safetensors")) else fetch(folder.name, HUB_FILES + TORCH_FILES)
-    except Exception as error:  # huggingface_hub, httpx and hf_xet all raise their own
+    except Exception as error:  # huggingface_hub, httpx and hf_xet raise errors of their own
         reason = str(error).strip().split("\n")[0]
         if is_unreachable(error):
             raise UnreachableError(
@@ -165,16 +175,16 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; raises SamqError if there is none or it is no JSON object."""
+    """Read the folder's config.json; raises SamqError if it is missing or not a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        raise SamqError(f"{folder} is no model folder: it has no config.json; give a Hugging Face model folder")
+        raise SamqError(f"{folder} is not a model folder: it has no config.json; give a Hugging Face model folder")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise SamqError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(config, dict):
-        raise SamqError(f"{path} holds no JSON object; copy it again")
+        raise SamqError(f"{path} does not hold a JSON object; copy it again")
     return config
 
 
@@ -193,7 +203,7 @@ def _check_architecture(config: dict[str, Any], folder: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of an HF folder, sorted; raises SamqError if one is missing or cut short.
 
-    safetensors come before torch's own format, as in transformers and in llama.cpp's converter.
+    safetensors take precedence over torch's own format, as in transformers and in llama.cpp's converter.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
@@ -209,8 +219,8 @@ def weight_files(folder: Path) -> list[Path]:
                 _check_safetensors(file)
         return files
     raise SamqError(
-        f"{folder} has no weights (model.safetensors or pytorch_model.bin, or shards of one with an index); give a model "
-        "that has"
+        f"{folder} has no weights (model.safetensors or pytorch_model.bin, or shards of one with an index); give a folder "
+        "with weights"
     )
 
 
@@ -218,7 +228,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SamqError(f"{index} is no index of weight files; copy it again") from error
+        raise SamqError(f"{index} is not an index of weight files; copy it again") from error
     for name in names:
         if not (index.parent / name).is_file():
             raise SamqError(f"{index.parent} lacks {name}, which {index.name} names; download the model again")
@@ -226,7 +236,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Compare the size that the header promises with the file's: a second's work for a model of any size."""
+    """Raise SamqError if the file's size is not what its header promises; takes a second for a model of any size."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -241,9 +251,14 @@ def _check_safetensors(path: Path) -> None:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer, from the source's folder when it has one, else from its GGUF; raises SamqError if that fails."""
+    """Load the tokenizer from the source's folder, or else from its GGUF; raises SamqError if that fails."""
+    with _loading, _gguf_read_once():
+        return _tokenizer(source)
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     folder, from_gguf = _places(source)
-    with _transformers_errors(f"the tokenizer of {source.name}"), _loading, _gguf_read_once():
+    with _transformers_errors(f"the tokenizer of {source.name}"):
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -252,55 +267,57 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(
     source: ModelSource, dtype: str = "float32", device: str = "auto", progress: Progress = silent
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in eval mode, and its tokenizer; nothing is downloaded.
+    """Load the model, in eval mode, and its tokenizer, without downloading anything.
 
     Args:
-        source: from `describe_source`. The weights come from its GGUF when it has one, the configuration and the
-            tokenizer from its folder when it has one.
+        source: from `describe_source`. The weights come from its GGUF if it has one; the configuration and the tokenizer
+            come from its folder if it has one.
         dtype: float32, bfloat16 or float16.
-        device: a torch device, or auto: all GPUs where there are any, else cpu.
-        progress: told how many tensors are read of a GGUF, and then how many the model has.
+        device: a torch device, or auto: all GPUs if there are any, else cpu.
+        progress: told of the tensors that are read from a GGUF, and then of those that the model has.
 
     Raises:
-        SamqError: unknown dtype, or the model cannot be loaded there.
+        SamqError: the dtype is unknown, or the model cannot be loaded on the device.
     """
     if dtype not in DTYPES:
         raise SamqError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     place = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     folder, from_gguf = _places(source)
     if not from_gguf:
-        weight_files(folder)  # transformers would fail on a damaged file late, and in its own words
+        weight_files(folder)  # transformers would find a damaged file late, and report it less clearly
     what = f"{source.name} as {dtype} on {place}"
-    with _transformers_errors(what), _loading, _bars_told_to(progress), _gguf_read_once():
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
-        )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            device_map=place,
-            local_files_only=True,
-            output_loading_info=True,
-            **from_gguf,
-        )
-        model, info = loaded[0].eval(), loaded[1]
-    if info["missing_keys"]:  # transformers only warns, and leaves them random
+    with _loading, _gguf_read_once():
+        with _transformers_errors(what), _bars_told_to(progress):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                device_map=place,
+                local_files_only=True,
+                output_loading_info=True,
+                **from_gguf,
+            )
+            model, info = loaded[0].eval(), loaded[1]
+        tokenizer = _tokenizer(source)
+    if info["missing_keys"]:  # transformers only warns, and leaves these weights random
         raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
     if any(
         parameter.is_meta for parameter in model.parameters()
     ):  # left on the host or on disk, out of autograd's reach
         raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
-    return model, load_tokenizer(source)
+    return model, tokenizer
 
 
 def compute_device(device: str) -> str:
-    """The torch device for work that is no model's: of `auto` the first GPU, or the CPU where there is none."""
+    """The torch device for work without a model: for `auto` the first GPU, or the CPU if there is none."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
-    """The folder to load from, and what names the GGUF in it to transformers."""
+    """The folder to load from, and the argument that names the GGUF to transformers."""
     if source.gguf is not None:
         return source.folder or source.gguf.parent, {"gguf_file": str(source.gguf)}
     if source.folder is None:
@@ -310,11 +327,11 @@ def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
 
 @contextmanager
 def _bars_told_to(progress: Progress) -> Iterator[None]:
-    """What transformers' bars would show goes to `progress`; they draw over SAMQ's, and fill logs with half lines."""
+    """Send the counts of transformers' bars to `progress`. The bars themselves would draw over SAMQ's and spoil log files."""
 
     def tell(_draw: Callable[..., Any], arguments: tuple[Any, ...], _options: dict[str, Any]) -> Iterator[Any]:
         (items,) = arguments
-        return _told(items, progress)
+        return _counted(items, progress)
 
     before = transformers_logging.set_tqdm_hook(tell)
     try:
@@ -325,20 +342,20 @@ def _bars_told_to(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """What transformers asks of gguf is shared: it parses a vocabulary three times a model, and maps names anew a module."""
-    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    """Let transformers open a GGUF once a model, not three times, and build its map of names once, not once a module."""
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     # not `open_gguf`: a reader that outlives the loading keeps in memory what was read through it
-    shared = {"GGUFReader": lru_cache(MappedReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
+    shared = {"GGUFReader": lru_cache(LazyReader), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
     try:
         for name, function in shared.items():
             setattr(gguf, name, function)
         yield
     finally:
-        for name, function in kept.items():
+        for name, function in originals.items():
             setattr(gguf, name, function)
 
 
-def _told(items: Any, progress: Progress) -> Iterator[Any]:
+def _counted(items: Any, progress: Progress) -> Iterator[Any]:
     for done, item in enumerate(items):
         progress(done, len(items))
         yield item
@@ -347,7 +364,7 @@ def _told(items: Any, progress: Progress) -> Iterator[Any]:
 
 @contextmanager
 def _transformers_errors(what: str) -> Iterator[None]:
-    """transformers and torch raise their own errors, of many kinds and sentences; keep the first sentence."""
+    """Raise SamqError with the first line of whatever error transformers or torch raises."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
@@ -358,16 +375,16 @@ def _transformers_errors(what: str) -> Iterator[None]:
 
 
 def write_hf_folder(gguf: Path, folder: Path) -> Path:
-    """Write a full-precision GGUF's model as an HF folder that llama.cpp's converter takes; returns the folder.
+    """Write a full-precision GGUF's model as an HF folder for llama.cpp's converter, and return the folder.
 
-    transformers refuses `save_pretrained` for a model that came from a GGUF, so the weights are saved directly.
+    transformers refuses `save_pretrained` for a model that it loaded from a GGUF, so the weights are saved directly.
     """
     source = describe_source(gguf)
     model, tokenizer = load_model(source, device="cpu")
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
-    del model.config.quantization_config  # says that the weights came from a GGUF; they are plain float32 now
-    tied = set(model.all_tied_weights_keys)  # the copies; safetensors takes no tensor twice
+    del model.config.quantization_config  # it names the GGUF, and the weights are plain float32 now
+    tied = set(model.all_tied_weights_keys)  # the copies, since safetensors does not store a tensor twice
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)

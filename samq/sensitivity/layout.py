@@ -1,8 +1,8 @@
-"""Where GGUF keeps the weights that torch holds: names, fused tensors, and the order of rows."""
+"""How a GGUF stores the weights of a torch model: names, fused tensors, and the order of rows."""
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from samq.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-# The widest rounding between two full-precision copies of a weight: BF16 keeps 8 bits, F16 nothing under 2^-25.
+# The largest rounding error between two full-precision copies of a weight: BF16 has 8 bits, F16 nothing below 2^-25.
 RELATIVE_ROUNDING = 2.0**-7
 ABSOLUTE_ROUNDING = 2.0**-24
 
@@ -28,8 +28,8 @@ ABSOLUTE_ROUNDING = 2.0**-24
 class Weight:
     """A weight matrix, or a stack of experts' matrices, of a torch model.
 
-    `view` takes the parameter, or anything of its shape such as a gradient, to GGUF's shape: (rows, row length),
-    experts first when stacked. Rows stay in torch's order; `row_orders` says what GGUF makes of it.
+    `view` converts the parameter, or a tensor of its shape such as a gradient, to GGUF's shape: (rows, row length), experts
+    first if stacked. The rows stay in torch's order; `row_orders` finds GGUF's.
     """
 
     name: str
@@ -38,40 +38,48 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, row length), experts first when stacked."""
+        """(rows, row length), experts first if stacked."""
         return tuple(self.view(self.parameter.detach()).shape)
 
 
-def weights_of(model: PreTrainedModel, names: Callable[[str], str | None]) -> list[Weight]:
-    """Every weight matrix of the model that GGUF has a name for, in the model's order, tied weights once.
+@dataclass(frozen=True)
+class GgufLayout:
+    """How a GGUF stores a torch model's weights: its name of each parameter, and its order of their rows."""
 
-    `names` maps torch's parameter names to GGUF's (`samq.gguf.file.gguf_names`). Vectors are left out: they are never
-    quantized. Raises SamqError if two parameters claim one GGUF tensor, or if none has a name.
+    names: Callable[[str], str | None]  # torch's parameter name -> GGUF's (`samq.gguf.file.gguf_names`)
+    row_orders: Mapping[str, np.ndarray] = field(default_factory=dict)  # see `row_orders`
+
+
+def weights_of(model: PreTrainedModel, names: Callable[[str], str | None]) -> list[Weight]:
+    """Every weight matrix of the model that has a GGUF name, in the model's order, tied weights once.
+
+    `names` maps torch's parameter names to GGUF's (`samq.gguf.file.gguf_names`). Vectors are left out, since llama.cpp
+    never quantizes them. Raises SamqError if two parameters make up one GGUF tensor, or if no parameter has a GGUF name.
     """
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for hf_name, parameter in model.named_parameters():  # a tied weight comes once, under the embedding's name
         if parameter.ndim not in (2, 3):
             continue
         for name, view in _gguf_views(hf_name, names).items():
             if parameter.ndim == 3 and "_exps." not in name:
-                continue  # a convolution: llama.cpp never quantizes those
-            if name in found:
+                continue  # a convolution, which llama.cpp never quantizes
+            if name in weights:
                 raise SamqError(
                     f"{hf_name} is one of several parameters that make up {name}: this layout of weights is not "
                     "supported; use a model whose experts are stacked in one parameter"
                 )
-            found[name] = Weight(name, parameter, torch.t if id(parameter) in transposed else view)
-    if not found:
+            weights[name] = Weight(name, parameter, torch.t if id(parameter) in transposed else view)
+    if not weights:
         raise SamqError(
             f"no weight of {type(model).__name__} has a GGUF name; check that the GGUF was converted from this model"
         )
-    return list(found.values())
+    return list(weights.values())
 
 
 def _gguf_views(hf_name: str, names: Callable[[str], str | None]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """GGUF name -> view, for the one tensor, or the two, that GGUF makes of a parameter."""
-    if hf_name.endswith("experts.gate_up_proj"):  # transformers stacks both halves on the rows, llama.cpp parts them
+    """GGUF name -> view, for the one tensor or the two tensors that GGUF stores for a parameter."""
+    if hf_name.endswith("experts.gate_up_proj"):  # transformers stacks the halves along the rows, llama.cpp splits them
         stem = hf_name.removesuffix("gate_up_proj")
         halves = {names(f"{stem}gate_proj"): 0, names(f"{stem}up_proj"): 1}
         if None not in halves:
@@ -84,7 +92,7 @@ def _gguf_views(hf_name: str, names: Callable[[str], str | None]) -> dict[str, C
 
 
 def _tensor(name: str) -> str:
-    """GGUF's tensor name; stacked experts have no `.weight` in torch."""
+    """GGUF's tensor name; torch's names of stacked experts lack the `.weight`."""
     return name if name.endswith(".weight") else f"{name}.weight"
 
 
@@ -93,7 +101,7 @@ def _half(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def rotary_row_order(rows: int, heads: int) -> np.ndarray:
-    """GGUF row -> torch row where llama.cpp's converter interleaved the two halves of every rotary head.
+    """GGUF row -> torch row, where llama.cpp's converter interleaved the two halves of each rotary head.
 
     Source: `LlamaModel.permute` in llama.cpp's conversion/llama.py.
     """
@@ -101,22 +109,22 @@ def rotary_row_order(rows: int, heads: int) -> np.ndarray:
 
 
 def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -> dict[str, np.ndarray]:
-    """The order of each weight's rows in a full-precision GGUF of the same model; weights in torch's order are absent.
+    """Find the order of each weight's rows in a full-precision GGUF of the same model; without weights in torch's order.
 
-    `order[i]` is the torch row that GGUF has as row i. Found by comparing every weight, up to rounding, so a tensor
-    laid out in a way that is not known, or a GGUF of another model, raises SamqError: never a silent mistake.
+    `order[i]` is the torch row that GGUF has as row i. The function compares every weight, up to rounding. It raises
+    SamqError for a tensor in an order that it does not know, and so for a GGUF of another model.
     """
     stored, rotated = stored_tensors(weights, gguf), _rotary_heads(read_metadata(gguf))
     orders = {}
     for done, weight in enumerate(weights):
         progress(done, len(weights))
-        ours = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
-        theirs = _read(gguf, stored[weight.name])
-        if _same(ours, theirs):
+        in_torch = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
+        in_gguf = _read(gguf, stored[weight.name])
+        if _same(in_torch, in_gguf):
             continue
         heads = rotated.get(weight.name.rpartition("attn_")[2])
-        order = rotary_row_order(len(ours), heads) if heads and len(ours) % (2 * heads) == 0 else None
-        if order is None or not _same(ours[order], theirs):
+        order = rotary_row_order(len(in_torch), heads) if heads and len(in_torch) % (2 * heads) == 0 else None
+        if order is None or not _same(in_torch[order], in_gguf):
             raise SamqError(
                 f"{weight.name} in {gguf} is not torch's weight, in any known order of rows; convert the GGUF from "
                 "this model"
@@ -127,7 +135,7 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
 
 
 def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
-    """GGUF's name -> the tensor there, of every weight; raises SamqError if one is missing or has another shape."""
+    """GGUF name -> the GGUF's tensor, for every weight; raises SamqError if one is missing or has another shape."""
     stored = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
     shapes = {name: tensor.shape for name, tensor in read_tensors(gguf).items()}
     for weight in weights:
@@ -140,18 +148,18 @@ def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]
 
 
 def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
-    """A tensor in float32, not through the memory map: its pages would stay with the process beside the model."""
+    """Read a tensor in float32. Not through the memory map, whose pages would stay in memory beside the model."""
     stored = np.fromfile(gguf, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
     weights = dequantize(stored.reshape(tensor.data.shape), tensor.tensor_type)
     return weights.reshape(tuple(reversed(tensor.shape)))
 
 
 def _rotary_heads(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Heads of the rotated projections, where the file has one number for all layers."""
+    """Number of heads of the rotated projections, if the file gives one number for all layers."""
     prefix = f"{metadata['general.architecture']}.attention."
     heads = metadata.get(f"{prefix}head_count", 0)
     return {"q.weight": heads, "k.weight": metadata.get(f"{prefix}head_count_kv", heads)}
 
 
-def _same(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    return np.allclose(ours, theirs, rtol=RELATIVE_ROUNDING, atol=ABSOLUTE_ROUNDING)
+def _same(in_torch: np.ndarray, in_gguf: np.ndarray) -> bool:
+    return np.allclose(in_torch, in_gguf, rtol=RELATIVE_ROUNDING, atol=ABSOLUTE_ROUNDING)

@@ -1,76 +1,77 @@
-"""How much the loss feels each weight tensor: gradient norms, and the Fisher information that prices a change.
+"""Sensitivity of the loss to each weight tensor: gradient norms, and the Fisher information that prices a change.
 
-One pass over the calibration sequences gives both. With g the gradient of one sequence's summed loss,
+One pass over the calibration sequences measures both. With g the gradient of one sequence's summed loss:
 
-    gradient norm   the founding method: L2 norm of the gradient of the sequence's mean loss, |g| / its label tokens;
-                    mean over sequences, and its standard error; divided by the largest it is the score
-    fisher          sum over sequences of g^2, over all label tokens, in nats per token per squared weight. Replacing
-                    W by W + dW then costs about sum(fisher * dW^2) / 2 in nats per token (the second-order term of
-                    the KL divergence, without the terms between weights); true Fisher information with labels drawn
-                    from the model, the empirical one with those of the text
+    gradient norm   the threshold method's measure: the L2 norm of the gradient of the sequence's mean loss, |g| / its
+                    label tokens; mean over sequences, with its standard error. The score is the norm divided by the
+                    model's largest.
+    fisher          the sum over sequences of g^2, divided by all label tokens, in nats per token per squared weight.
+                    Replacing W by W + dW costs about sum(fisher * dW^2) / 2 nats per token: the second-order term of
+                    the KL divergence, without the terms between weights. Labels drawn from the model give the true
+                    Fisher information, labels of the text the empirical one.
 
-Of the Fisher information the means over rows and over columns are kept (samq.sensitivity.fisher).
+Of the Fisher information SAMQ keeps the means over rows and over columns (samq.sensitivity.fisher).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from samq.sensitivity.backpropagation import Labels, backpropagate
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.sensitivity.fisher import Fisher
-from samq.sensitivity.layout import Weight, weights_of
 from samq.progress import Progress, silent
 from samq.records import SensitivityMap, TensorSensitivity
+from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.fisher import Fisher
+from samq.sensitivity.layout import GgufLayout, Weight, weights_of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Digests of what a sensitivity map is measured on, which the map records."""
+
+    model_digest: str  # of the ModelSource
+    calibration_digest: str  # of the CalibrationSet
 
 
 def measure_sensitivity(
     model: PreTrainedModel,
     tokens: TokenBatch,
+    layout: GgufLayout,
+    origin: Origin,
     *,
-    names: Callable[[str], str | None],
-    model_digest: str,
-    calibration_digest: str,
-    row_orders: Mapping[str, np.ndarray] | None = None,
+    labelling: Labelling,
     batch_size: int = 1,
-    labels: Labels = "text",
     second_moment: bool = True,
-    seed: int = 0,
-    first_sequence: int = 0,
     progress: Progress = silent,
 ) -> tuple[SensitivityMap, dict[str, Fisher] | None]:
     """Measure every weight matrix of a causal LM on the sequences of `tokens`.
 
     Args:
-        model: in any floating type, on any device; gradients are accumulated in float32 or wider.
+        model: in any floating-point type, on any device; gradients are added up in float32 or wider.
         tokens: at least two sequences, for a standard error.
-        names: torch's parameter name -> GGUF's, see `samq.gguf.file.gguf_names`.
-        model_digest: of the ModelSource, kept in the map.
-        calibration_digest: of the CalibrationSet, kept in the map.
-        row_orders: see `samq.sensitivity.layout.row_orders`; the fisher's rows are put in GGUF's order.
-        batch_size: sequences a pass; the figures do not depend on it but for rounding. Models with weights outside
-            linear layers (GPT-2, mixtures of experts) are measured one sequence at a time.
-        labels: next tokens of the text, or drawn from the model's distribution at the same positions, from a random
-            stream of its own for each (seed, sequence).
-        second_moment: also return the fisher.
-        seed: of the drawn labels.
-        first_sequence: number of the first of these sequences among all that are measured, for the random streams.
-        progress: told of sequences done.
+        layout: GGUF's names of the weights, and the order of their rows, which the Fisher information gets.
+        origin: digests for the map.
+        labelling: the labels of the loss.
+        batch_size: sequences a pass, which changes the figures by rounding only. For models with weights outside linear
+            layers (GPT-2, mixtures of experts) it is 1.
+        second_moment: whether to measure the Fisher information too.
+        progress: told of the sequences that are done.
 
     Returns:
-        The map, and GGUF name -> fisher; None without `second_moment`.
+        The map, and GGUF name -> Fisher information, or None without `second_moment`.
 
     Raises:
-        SamqError: too few sequences, or NaN or Inf in a loss or gradient, with the tensor and the sequence, or too
-            little GPU memory.
+        SamqError: too few sequences, NaN or Inf in a loss or gradient (names the tensor and the sequence), or too little
+            GPU memory.
     """
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
-    weights = weights_of(model, names)
+    weights = weights_of(model, layout.names)
     sums = _Sums(weights, second_moment)
     losses, reduced = backpropagate(
         model,
@@ -78,10 +79,7 @@ def measure_sensitivity(
         weights,
         sums.add,
         numbers=1,
-        labels=labels,
-        stream=lambda sequence: np.random.default_rng((seed, sequence)),
-        text="calibration",
-        first_sequence=first_sequence,
+        labelling=labelling,
         batch_size=batch_size,
         progress=progress,
     )
@@ -90,23 +88,23 @@ def measure_sensitivity(
     shapes = {weight.name: weight.shape for weight in weights}
     return (
         SensitivityMap(
-            model_digest=model_digest,
-            calibration_digest=calibration_digest,
-            labels=labels,
-            seed=seed,
+            model_digest=origin.model_digest,
+            calibration_digest=origin.calibration_digest,
+            labels=labelling.labels,
+            seed=labelling.seed,
             sequence_tokens=tuple(label_tokens.tolist()),
             loss_nats=float(losses.sum() / label_tokens.sum()),
             tied_embeddings="output.weight" not in squares,
             tensors=_sensitivities(shapes, squares, label_tokens, second_moment),
         ),
-        sums.fisher(int(label_tokens.sum()), row_orders or {}) if second_moment else None,
+        sums.fisher(int(label_tokens.sum()), layout.row_orders) if second_moment else None,
     )
 
 
 def merge(
     first: tuple[SensitivityMap, Mapping[str, Fisher]], more: tuple[SensitivityMap, Mapping[str, Fisher]]
 ) -> tuple[SensitivityMap, dict[str, Fisher]]:
-    """Two measurements (map, fisher) of one model on different sequences as one, as if all had been measured together."""
+    """Merge two measurements (map, fisher) of one model into the measurement of the sequences of both."""
     (one, one_fisher), (other, other_fisher) = first, more
     tokens = one.tokens + other.tokens
     squares = {
@@ -115,7 +113,7 @@ def merge(
     }
     shapes = {name: tensor.shape for name, tensor in one.tensors.items()}
     sequence_tokens = one.sequence_tokens + other.sequence_tokens
-    whole = one.model_copy(
+    merged = one.model_copy(
         update={
             "sequence_tokens": sequence_tokens,
             "loss_nats": (one.loss_nats * one.tokens + other.loss_nats * other.tokens) / tokens,
@@ -126,7 +124,7 @@ def merge(
         name: part.mixed(one.tokens / tokens, other_fisher[name], other.tokens / tokens)
         for name, part in one_fisher.items()
     }
-    return whole, fisher
+    return merged, fisher
 
 
 def _sensitivities(
@@ -135,7 +133,7 @@ def _sensitivities(
     label_tokens: np.ndarray,
     second_moment: bool,
 ) -> dict[str, TensorSensitivity]:
-    """GGUF name -> record, from `squares` (sequences,): squared gradient norms of the sequences' summed losses."""
+    """GGUF name -> record, from `squares` (sequences,), the squared gradient norms of the sequences' summed losses."""
     norms = {name: np.sqrt(values) / label_tokens for name, values in squares.items()}
     largest = max(values.mean() for values in norms.values())
     if not largest:
@@ -154,12 +152,12 @@ def _sensitivities(
 
 
 class _Sums:
-    """Sums of squared gradients of each row and each column of every weight, over all sequences."""
+    """The sums of squared gradients over all sequences, for each row and each column of every weight."""
 
     def __init__(self, weights: list[Weight], second_moment: bool) -> None:
         self.weights = weights
         self._rows: list[torch.Tensor] = []  # (rows of all experts,)
-        self._columns: list[torch.Tensor] = []  # (row length,), experts first when stacked
+        self._columns: list[torch.Tensor] = []  # (row length,), experts first if stacked
         if second_moment:
             for weight in weights:
                 *experts, rows, columns = weight.shape
@@ -168,11 +166,11 @@ class _Sums:
                 self._columns.append(torch.zeros(*experts, columns, device=device))
 
     def add(self, index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Take some rows of a sequence's gradient, all of them when stacked, and overwrite them.
+        """Add some rows of a sequence's gradient (all rows if experts are stacked), and overwrite them.
 
-        Returns their sum of squares, in nats^2 per squared weight.
+        Returns the rows' sum of squares, in nats^2 per squared weight.
         """
-        # A norm is taken in one pass over the gradient, without a copy; its square is the sum of squares.
+        # The norm takes one pass over the gradient and no copy; its square is the sum of squares.
         squares = torch.linalg.vector_norm(gradient, dim=1).square_()
         if self._rows:
             self._rows[index][row : row + len(squares)] += squares
@@ -181,7 +179,7 @@ class _Sums:
         return squares.sum(dtype=torch.float64)
 
     def fisher(self, label_tokens: int, row_orders: Mapping[str, np.ndarray]) -> dict[str, Fisher]:
-        """GGUF name -> fisher, in GGUF's order of rows."""
+        """GGUF name -> Fisher information, with the rows in GGUF's order."""
         result = {}
         for weight, row_sums, column_sums in zip(self.weights, self._rows, self._columns, strict=True):
             *experts, rows, columns = weight.shape

@@ -1,1 +1,1 @@
-"""From a registered model to answers."""
+"""The server: follows a registered model or a file, and answers OpenAI's requests with it."""

@@ -1,4 +1,4 @@
-"""OpenAI's answers: whole ones, and the chunks of streams."""
+"""The answers of OpenAI's API: whole ones, and the chunks of streams."""
 
 import time
 import uuid
@@ -10,19 +10,19 @@ from samq.serving.logprobs import Alternative, TokenLogprob
 
 
 class Shape(Protocol):
-    """How one endpoint words its answers."""
+    """The format of one endpoint's answers."""
 
     def whole(self, delta: Delta, finished: Finished) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """What a stream says of more text."""
+        """The chunks of a stream for more text."""
 
     def last(self, finished: Finished) -> dict[str, Any]:
-        """What a stream says at the end of the text."""
+        """The chunk of a stream at the end of the text."""
 
     def usage(self, finished: Finished) -> dict[str, Any]:
-        """What a stream says after that if the token counts are asked for."""
+        """The chunk after the last, if the client asked for the token counts."""
 
 
 class CompletionShape:

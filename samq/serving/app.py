@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints over the engine, health, readiness, metrics."""
+"""The HTTP application: OpenAI's endpoints over the engine, health, readiness and metrics."""
 
 import asyncio
 import random
@@ -16,8 +16,8 @@ from starlette.responses import Response
 from samq import __version__
 from samq.serving.answers import ChatShape, CompletionShape
 from samq.serving.engine import Engine, Work
-from samq.serving.middleware import Gate
 from samq.serving.metrics import Metrics
+from samq.serving.middleware import RequestGuard
 from samq.serving.model import ServedModel
 from samq.serving.protocol import ChatRequest, CompletionRequest
 from samq.serving.refusal import ErrorBody, Refused
@@ -29,9 +29,9 @@ from samq.serving.watch import Watcher
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or streamed"},
-    400: {"model": ErrorBody, "description": "the request cannot be answered as it is; the message says why"},
+    400: {"model": ErrorBody, "description": "the request is invalid; the message says why"},
     401: {"model": ErrorBody, "description": "the API key is missing or wrong"},
-    404: {"model": ErrorBody, "description": "another model is served"},
+    404: {"model": ErrorBody, "description": "the server has another model"},
     413: {"model": ErrorBody, "description": "the body is too long"},
     429: {"model": ErrorBody, "description": "the queue is full; Retry-After says when to try again"},
     503: {"model": ErrorBody, "description": "no model is loaded, or the server is shutting down"},
@@ -40,7 +40,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 class Server:
-    """The parts of a server that live as long as it does."""
+    """The parts of a server."""
 
     def __init__(self, source: Source, settings: ServingSettings) -> None:
         """The worker starts at once; the model is loaded when the application starts."""
@@ -52,28 +52,28 @@ class Server:
         self.watcher = Watcher(source, self.engine, settings, self.metrics, self.recent)
 
     def close(self) -> None:
-        """Stop following the source, give up what is still at work, and free the model.
+        """Stop following the source, give up unfinished requests, and free the model.
 
-        Whatever takes more than a moment is left as it is, and `closed` False: the process has to end under it.
+        If a thread does not end in time, `closed` stays False, and the caller must end the process.
         """
         self.engine.drain(0)
         self.closed = self.watcher.stop() and self.engine.close()
 
 
 class _App(FastAPI):
-    """Describes itself without FastAPI's own 422, which no request gets."""
+    """An application whose OpenAPI description has no 422: FastAPI adds it, but no request gets it."""
 
     def openapi(self) -> dict[str, Any]:
-        """The description."""
-        described = super().openapi()
-        for operations in described["paths"].values():
+        """The OpenAPI description."""
+        description = super().openapi()
+        for operations in description["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-        return described
+        return description
 
 
 def create_app(server: Server) -> FastAPI:
-    """The application; its lifespan starts and ends the server's parts."""
+    """The application; its lifespan starts and stops the server's parts."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -89,7 +89,7 @@ def create_app(server: Server) -> FastAPI:
     _add_errors(app)
     key = server.settings.api_key
     app.add_middleware(
-        Gate,
+        RequestGuard,
         api_key=key.get_secret_value() if key else None,
         max_body_bytes=server.settings.max_body_bytes,
         requests=server.metrics.requests,
@@ -135,19 +135,19 @@ def _add_status(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        """The model that is served."""
+        """The model that the server has."""
         model = engine.model
         data = [{"id": model.gguf.name, "object": "model", "created": 0, "owned_by": "samq"}] if model else []
         return {"object": "list", "data": data}
 
     @app.get("/health")
     def health() -> dict[str, str]:
-        """Whether the process lives."""
+        """Whether the process is alive."""
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: {"description": "no model is loaded, or the server is shutting down"}})
     def ready() -> JSONResponse:
-        """Whether requests are answered, by which model, and how that could be loaded."""
+        """Whether the server answers requests, with which model, and how that model was loaded."""
         model = engine.model
         status = "shutting down" if engine.draining else "ready" if model else "no model"
         body = {"status": status, "problem": server.watcher.problem, **(_describe(model) if model else {})}
@@ -155,7 +155,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
-        """For Prometheus."""
+        """The metrics for Prometheus."""
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -188,15 +188,15 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return answer(Refused(500, "the server failed; its log says how", code="internal_error"))
+        return answer(Refused(500, "the server failed; see its log", code="internal_error"))
 
 
-def _check_model(engine: Engine, wanted: str | None) -> None:
+def _check_model(engine: Engine, name: str | None) -> None:
     model = engine.model
-    if wanted is not None and model and wanted != model.gguf.name:
+    if name is not None and model and name != model.gguf.name:
         raise Refused(
             404,
-            f"there is no model {wanted} here; this server has {model.gguf.name}",
+            f"this server does not have the model {name}; it has {model.gguf.name}",
             code="model_not_found",
             param="model",
         )
@@ -208,7 +208,7 @@ def _work(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Work:
-    """In a thread: a schema's grammar can take a second."""
+    """Runs in a thread, since making a schema's grammar can take a second."""
     return Work(
         tokenize=tokenize,
         sampling=body.sampling(random.getrandbits(32)),
@@ -232,7 +232,7 @@ def _tokenize_prompt(body: CompletionRequest) -> Callable[[ServedModel], list[in
         if wrong is not None:
             raise Refused(
                 400,
-                f"{wrong} is no token: the vocabulary has {model.model.vocab_size}, from 0 on",
+                f"{wrong} is not a token: the vocabulary has {model.model.vocab_size} tokens, from 0 on",
                 code="invalid_token",
                 param="prompt",
             )
@@ -247,7 +247,7 @@ def _tokenize_chat(body: ChatRequest) -> Callable[[ServedModel], list[int]]:
     def tokenize(model: ServedModel) -> list[int]:
         try:
             return model.tokenize_chat(turns)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template can raise anything
             if model.model.chat_template is None:
                 raise Refused(400, str(error), code="no_chat_template") from error
             reason = str(error).partition("\n")[0][:200]

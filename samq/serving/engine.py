@@ -1,6 +1,6 @@
-"""The inference worker: one thread that answers queued requests, one after the other.
+"""The inference worker: one thread that answers queued requests, one after another.
 
-It knows nothing about HTTP. A job's events go to a callback, which is called in the worker's thread.
+It knows nothing about HTTP. It sends a job's events to a callback, in the worker's thread.
 """
 
 import logging
@@ -17,22 +17,22 @@ from samq.serving.logprobs import TokenLogprob, token_logprob
 from samq.serving.metrics import Metrics
 from samq.serving.model import ServedModel
 from samq.serving.refusal import Refused
-from samq.serving.sampling import Sampling, check_grammar
+from samq.serving.sampling import SamplerSettings, check_grammar
 from samq.serving.text import TextAssembler
 
 logger = logging.getLogger(__name__)
 
 _MOST_RETRY_AFTER_S = 60
-_LAST_BATCH_S = 2.0  # for the worker to end: llama.cpp cannot be interrupted within a batch
+_LAST_BATCH_S = 2.0  # time for the worker to end: llama.cpp cannot be interrupted within a batch
 _LEAST_DELTA_S = 0.05  # nobody reads faster, and every delta takes time from llama.cpp's threads
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be generated, whatever model does it."""
+    """A request for generated tokens, for any model."""
 
     tokenize: Callable[[ServedModel], list[int]]  # raises Refused
-    sampling: Sampling
+    sampling: SamplerSettings
     max_tokens: int | None = None  # None: as many as the context has room for
     stops: Sequence[str] = ()
     logprobs: int | None = None  # alternatives to each token; None: no log probabilities at all
@@ -56,25 +56,25 @@ class Finished:
     completion_tokens: int
 
 
-Event = Delta | Finished | Refused
+AnswerEvent = Delta | Finished | Refused
 
 
 @dataclass(eq=False)
 class Job:
-    """A request in the queue or at work."""
+    """A request that is queued or being answered."""
 
     work: Work
-    emit: Callable[[Event], None]
-    stream: bool  # whether parts of the answer are wanted as they come, or all of it at the end
+    emit: Callable[[AnswerEvent], None]
+    stream: bool  # whether the client gets the answer in parts, or all of it at the end
     created: float = field(default_factory=time.monotonic)
-    model: ServedModel | None = None  # that the prompt was tokenized for; None: for none yet
+    model: ServedModel | None = None  # the model that the prompt was tokenized for
     prompt: list[int] = field(default_factory=list)
     limit: int = 0  # of generated tokens
     started: bool = False
     cancelled: bool = False
 
     def fit(self, model: ServedModel) -> None:
-        """Tokenize the prompt for a model; raises Refused (400) for what that model cannot do."""
+        """Tokenize the prompt for a model; raises Refused (400) if that model cannot answer it."""
         self.prompt, self.limit = _check(self.work, model)
         self.model = model
 
@@ -100,18 +100,18 @@ class Engine:
 
     @property
     def model(self) -> ServedModel | None:
-        """What serves now; it may be replaced at any time."""
+        """The model that serves now; it may be replaced at any time."""
         return self._model
 
     @property
     def draining(self) -> bool:
-        """Whether no more requests are taken."""
+        """Whether the engine refuses new requests."""
         return self._draining
 
     def exchange(self, new: ServedModel | None, *, more_to_come: bool = False) -> ServedModel | None:
-        """Let another model, or none, answer from the next request on; returns the old one, for the caller to close.
+        """Let another model, or none, answer from the next request on; the caller closes the old one, which this returns.
 
-        Without a model requests are refused, those in the queue too, unless there is `more_to_come`: then they wait.
+        Without a model the engine refuses all requests, including those in the queue. With `more_to_come` they wait.
         """
         with self._changed:
             old, self._model = self._model, new
@@ -123,16 +123,16 @@ class Engine:
         return old
 
     def check_room(self) -> None:
-        """Raises Refused (429 or 503) if `prepare` would now: a cheap look, before work is spent on a request."""
+        """Raises Refused (429 or 503) if `prepare` would do so now: a cheap check before work on a request."""
         with self._changed:
             self._refuse_if_unavailable()
             self._refuse_if_full()
 
-    def prepare(self, work: Work, emit: Callable[[Event], None], *, stream: bool) -> Job:
-        """Tokenize and check a request; takes milliseconds for long prompts, so not on the event loop.
+    def prepare(self, work: Work, emit: Callable[[AnswerEvent], None], *, stream: bool) -> Job:
+        """Tokenize and check a request. Do not call it on the event loop: a long prompt takes milliseconds.
 
-        Raises Refused: 400 for what the model cannot do, 429 if the queue is full, 503 while there is no model, or
-        when the server is shutting down.
+        Raises Refused: 400 if the model cannot answer the request, 429 if the queue is full, 503 without a model or when
+        the server is shutting down.
         """
         job = Job(work, emit, stream)
         with self._changed:
@@ -157,7 +157,7 @@ class Engine:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """Give up a job, wherever it is; nothing happens if it is done."""
+        """Give up a job, queued or running; does nothing if it has finished."""
         with self._changed:
             job.cancelled = True
             if job in self._queue:
@@ -169,22 +169,22 @@ class Engine:
         return min(max(1, math.ceil(self._seconds_per_job)), _MOST_RETRY_AFTER_S)
 
     def drain(self, timeout_s: float) -> None:
-        """Take no more requests, wait until those that there are have finished, and give up what is left after the time."""
+        """Refuse new requests, wait until the present ones have finished, and give up those left after the timeout."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
-            done = self._changed.wait_for(lambda: not self._queue and not self._running, timeout_s)
+            finished = self._changed.wait_for(lambda: not self._queue and not self._running, timeout_s)
             left = [*self._queue, *([self._running] if self._running else [])]
             self._queue.clear()
             self._changed.notify_all()
             for job in left:
                 job.cancelled = True
                 job.emit(_shutting_down())
-        if not done:
-            logger.warning("%d requests were not finished within %g s and are given up", len(left), timeout_s)
+        if not finished:
+            logger.warning("gave up %d requests that did not finish within %g s", len(left), timeout_s)
 
     def close(self) -> bool:
-        """End the worker, and free the model; requests that are left are given up.
+        """Give up all requests, end the worker, and free the model.
 
         Returns False, and frees nothing, if the worker does not end in time.
         """
@@ -207,7 +207,7 @@ class Engine:
         if len(self._queue) >= self._queue_size and not idle:
             raise Refused(
                 429,
-                f"{len(self._queue)} requests wait already, as many as may; try again later",
+                f"the queue is full, with {len(self._queue)} requests; try again later",
                 code="queue_full",
                 retry_after_s=self.retry_after_s(),
             )
@@ -277,7 +277,7 @@ class Engine:
 
 
 class _Answer:
-    """Turns tokens into deltas: for a stream as they come, though not more often than can be seen, else at the end."""
+    """Turns tokens into deltas: for a stream as they come, but no faster than people read; otherwise at the end."""
 
     def __init__(self, job: Job, model: ServedModel) -> None:
         self._job = job
@@ -287,7 +287,7 @@ class _Answer:
         self._logprobs: list[tuple[int, TokenLogprob]] = []  # where a token's text begins; those not given out yet
 
     def add(self, piece: bytes, logprob: TokenLogprob | None, now: float) -> bool:
-        """Take a token that came `now`; returns whether a stop sequence has appeared."""
+        """Add a token that came `now`; returns whether a stop sequence has appeared."""
         text = self._assembler.push(piece)
         if logprob:
             self._logprobs.append((self._assembler.start, logprob))
@@ -299,13 +299,13 @@ class _Answer:
         return self._assembler.stopped
 
     def end(self) -> None:
-        """Give out what is left."""
+        """Emit the rest."""
         if text := self._assembler.finish():
             self._text.append(text)
         self._give_out(last=True)
 
     def _give_out(self, *, last: bool = False) -> None:
-        """The text, and the tokens that it is of: those after it may still prove to be of a stop sequence."""
+        """Emit the text and its tokens; the tokens after it may still turn out to be part of a stop sequence."""
         end = math.inf if last and not self._assembler.stopped else self._assembler.sent
         logprobs = tuple(logprob for start, logprob in self._logprobs if start < end)
         self._logprobs = self._logprobs[len(logprobs) :]
@@ -327,12 +327,11 @@ def _check(work: Work, model: ServedModel) -> tuple[list[int], int]:
     prompt, room = work.tokenize(model), model.loading.context_tokens
     if not prompt:
         raise Refused(400, "the prompt has no tokens; send some text", code="empty_prompt", param="prompt")
-    wanted = work.max_tokens or 1
-    if len(prompt) + wanted > room:
-        asked = f"max_tokens asks for {work.max_tokens} more" if work.max_tokens else "that leaves none for an answer"
+    if len(prompt) + (work.max_tokens or 1) > room:
+        excess = f"max_tokens asks for {work.max_tokens} more" if work.max_tokens else "no room is left for an answer"
         raise Refused(
             400,
-            f"the context is {room} tokens, the prompt has {len(prompt)}, and {asked}; shorten one of them",
+            f"the context holds {room} tokens, the prompt has {len(prompt)}, and {excess}; shorten one of them",
             code="context_length_exceeded",
             param="max_tokens" if work.max_tokens and len(prompt) < room else "prompt",
         )

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, as the model gives them: before temperature, penalties and grammar."""
+"""Log probabilities of tokens from the model's logits: before temperature, penalties and grammar."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token that was drawn, and the most probable ones in its place (which may include it), best first."""
+    """A token that was drawn, and the most probable tokens at its place, best first; they may include it."""
 
     bytes: bytes
     logprob: float

@@ -1,6 +1,6 @@
-"""What Prometheus is told.
+"""The metrics for Prometheus.
 
-`llamacpp:` names are llama-server's, which dashboards know; latencies have the shape of vLLM's histograms.
+Names that begin with `llamacpp:` are llama-server's, which existing dashboards use. Latencies are histograms as in vLLM.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from samq.llamacpp import gpu
 from samq.serving.source import ServedGguf
 
-# Seconds; close together around 0.1, where the alert on p99 has its limit.
+# Seconds; close together around 0.1, the limit of the alert on p99.
 _TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.09, 0.1, 0.11, 0.125, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.09, 0.1, 0.11, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 
@@ -21,24 +21,24 @@ class Metrics:
     """The metrics of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        """All counts start at 0."""
+        """All counters start at 0."""
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "samq_requests", "Answers by endpoint and HTTP status (499: the client left)", ["endpoint", "status"],
             registry=registry,
         )  # fmt: skip
-        self.processing = Gauge("llamacpp:requests_processing", "Requests that are being answered", registry=registry)
+        self.processing = Gauge("llamacpp:requests_processing", "Requests being answered", registry=registry)
         self.deferred = Gauge("llamacpp:requests_deferred", "Requests that wait in the queue", registry=registry)
         self.prompt_tokens = Counter("llamacpp:prompt_tokens", "Prompt tokens of all requests", registry=registry)
         self.cached_tokens = Counter(
-            "samq_cached_prompt_tokens", "Prompt tokens that were still in the KV cache", registry=registry
+            "samq_cached_prompt_tokens", "Prompt tokens found in the KV cache", registry=registry
         )
         self.predicted_tokens = Counter("llamacpp:tokens_predicted", "Tokens generated", registry=registry)
         self.kv_cache = Gauge(
-            "llamacpp:kv_cache_usage_ratio", "KV cache that the request at work fills, 0 to 1", registry=registry
+            "llamacpp:kv_cache_usage_ratio", "Share of the KV cache that the running request fills", registry=registry
         )
         self.queue_wait = Histogram(
-            "samq_request_queue_time_seconds", "Wait for the worker", buckets=_REQUEST_BUCKETS, registry=registry
+            "samq_request_queue_time_seconds", "Wait in the queue", buckets=_REQUEST_BUCKETS, registry=registry
         )
         self.first_token = Histogram(
             "samq_time_to_first_token_seconds",
@@ -48,7 +48,7 @@ class Metrics:
         )
         self.inter_token = Histogram(
             "samq_inter_token_latency_seconds",
-            "From a token to the next of its answer",
+            "From one token of an answer to the next",
             buckets=_TOKEN_BUCKETS,
             registry=registry,
         )
@@ -62,35 +62,35 @@ class Metrics:
             "samq_model_reloads", "Loads of a model, by result (success, failure)", ["result"], registry=registry
         )
         self.lookup_failures = Counter(
-            "samq_model_lookup_failures", "Times that MLflow could not be asked, or the file read", registry=registry
+            "samq_model_lookup_failures", "Failures to read MLflow's alias, or the file", registry=registry
         )
         self.reload_failed = Gauge(
-            "samq_model_reload_failed", "1 while the newest version is not served, as it failed", registry=registry
+            "samq_model_reload_failed", "1 if the newest version failed to load and is not served", registry=registry
         )
         self.shadow_agreement = Gauge(
-            "samq_shadow_agreement_ratio", "Equal tokens in the last shadow check, 0 to 1", registry=registry
+            "samq_shadow_agreement_ratio", "Share of equal tokens in the last shadow check", registry=registry
         )
         self._info = Gauge(
-            "samq_model_info", "The model that serves", ["name", "version", "alias", "sha256", "plan"],
+            "samq_model_info", "The model that is served", ["name", "version", "alias", "sha256", "plan"],
             registry=registry,
         )  # fmt: skip
         for result in ("success", "failure"):
-            self.reloads.labels(result)  # so that a rate exists before the first event
+            self.reloads.labels(result)  # so that a rate exists before the first load
         registry.register(_GpuMemory())
         ProcessCollector(registry=registry)
 
     def show_model(self, gguf: ServedGguf | None) -> None:
-        """Say what serves now; None: nothing."""
+        """Name the model that serves now; None: no model."""
         self._info.clear()
         if gguf:
             self._info.labels(gguf.name, gguf.version, gguf.alias, gguf.sha256, gguf.plan_digest).set(1)
 
 
 class _GpuMemory(Collector):
-    """Asks the driver when Prometheus asks.
+    """Asks the driver for this process's GPU memory whenever Prometheus reads the metrics.
 
-    In a container whose process ids are not the driver's, the driver does not list this process. What the whole GPU
-    has in use is no answer then, as others come and go while a server lives: there is no sample, and not a wrong 0.
+    In a container whose process ids are not the driver's, the driver does not list this process. The memory in use on the
+    whole GPU would be wrong then, because of other processes. So there is no sample, instead of a wrong 0.
     """
 
     def collect(self) -> Iterator[GaugeMetricFamily]:

@@ -1,4 +1,4 @@
-"""What happens to a request before any of it is read: the API key, the length of its body, the count of answers."""
+"""Middleware that checks each request before the application reads it: API key and body length; it counts the answers."""
 
 import hmac
 import json
@@ -9,17 +9,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from samq.serving.refusal import Refused
 
-STATUS = "samq.status"  # in a request's scope: the status to count, where it is not the one that was sent
+STATUS = "samq.status"  # in a request's scope: the status to count, if it differs from the one that was sent
 _KEYLESS = ("/health", "/ready", "/metrics")
 
 
-class Gate:
+class RequestGuard:
     """ASGI middleware around the whole application."""
 
     def __init__(
         self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int, requests: Counter, endpoints: frozenset[str]
     ) -> None:
-        """`endpoints` are the paths that are counted under their own name."""
+        """`endpoints` are the paths that the counter names; it counts all others as `other`."""
         self._app = app
         self._key = api_key.encode() if api_key else None
         self._limit = max_body_bytes
@@ -63,14 +63,14 @@ class Gate:
             raise _too_long(self._limit)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Count the body's bytes as they come: a length need not be announced, or true."""
-        seen = 0
+        """Count the body's bytes as they arrive: the header with its length may be missing or wrong."""
+        received = 0
 
         async def bounded() -> Message:
-            nonlocal seen
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._limit:
+            received += len(message.get("body", b""))
+            if received > self._limit:
                 raise HTTPException(413, str(_too_long(self._limit)))
             return message
 

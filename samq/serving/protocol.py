@@ -1,4 +1,4 @@
-"""OpenAI's requests, as far as they are supported: what is not is refused, never ignored. null is the default."""
+"""OpenAI's requests. A field or value that is not supported is refused, never ignored. null means the default."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,11 +6,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from samq.serving.grammar import json_grammar, schema_grammar
-from samq.serving.sampling import Sampling
+from samq.serving.sampling import SamplerSettings
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half a character (a lone surrogate), which no encoding has."""
+    """JSON can hold half a character (a lone surrogate), which cannot be encoded."""
     text.encode()
     return text
 
@@ -24,9 +24,9 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream tells besides the answer."""
+    """Options of a stream."""
 
-    include_usage: bool = Field(default=False, description="a last chunk with the token counts")
+    include_usage: bool = Field(default=False, description="send a last chunk with the token counts")
 
 
 class AnyText(_Strict):
@@ -51,7 +51,7 @@ class JsonSchema(_Strict):
 
 
 class JsonSchemaFormat(_Strict):
-    """JSON of a schema, as far as a grammar can say it: `minimum` and `uniqueItems`, for example, are not enforced."""
+    """JSON of a schema. A grammar enforces it, which cannot express everything: not `minimum` or `uniqueItems`."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -63,17 +63,17 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
-    """Describe that whatever need not be given may be null too."""
+    """Let the schema allow null for every optional field."""
     properties = schema["properties"]
     for name in properties.keys() - set(schema["required"]):
-        told = properties[name]
-        if {"type": "null"} not in told.get("anyOf", ()):
-            about = {key: told.pop(key) for key in ("title", "description", "default") if key in told}
-            properties[name] = {"anyOf": [told, {"type": "null"}], **about}
+        field = properties[name]
+        if {"type": "null"} not in field.get("anyOf", ()):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            properties[name] = {"anyOf": [field, {"type": "null"}], **about}
 
 
 def _needs(flag: str, value: Any, info: ValidationInfo) -> Any:
-    """The value; raises PydanticCustomError if the flag is off without which it would have no effect."""
+    """The value; raises PydanticCustomError if it has no effect because the flag is off."""
     if value is not None and info.data.get(flag) is False:
         raise PydanticCustomError(
             "has_no_effect", f"it has no effect without {flag}; set {flag} to true, or leave it out"
@@ -82,16 +82,18 @@ def _needs(flag: str, value: Any, info: ValidationInfo) -> Any:
 
 
 class _Generation(_Strict):
-    """What both kinds of completion have in common."""
+    """The fields that both kinds of completion share."""
 
     model_config = ConfigDict(json_schema_extra=_allow_null)
 
-    model: Text | None = Field(default=None, description="name of the model that is served; default: that one")
+    model: Text | None = Field(default=None, description="name of the served model; default: that model")
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1, ge=0, le=2, allow_inf_nan=False)
     top_p: Probability = 1
     top_k: int = Field(default=0, ge=0, le=2**31 - 1, description="0: all tokens (not in OpenAI's protocol)")
-    min_p: Probability = Field(default=0, description="least probability, relative to the best (not in OpenAI's)")
+    min_p: Probability = Field(
+        default=0, description="least probability, relative to the best token's (not in OpenAI's protocol)"
+    )
     repeat_penalty: float = Field(
         default=1, ge=0.01, le=10, allow_inf_nan=False, description="not in OpenAI's protocol"
     )
@@ -126,14 +128,14 @@ class _Generation(_Strict):
         """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, seed: int) -> Sampling:
-        """How tokens are drawn, with this seed if the request has none; raises Refused for a schema without grammar."""
+    def sampling(self, seed: int) -> SamplerSettings:
+        """The sampler's settings, with this seed if the request has none; raises Refused for a schema without a grammar."""
         grammar = None
         if isinstance(self.response_format, JsonObject):
             grammar = json_grammar()
         elif isinstance(self.response_format, JsonSchemaFormat):
             grammar = schema_grammar(self.response_format.json_schema.schema_)
-        return Sampling(
+        return SamplerSettings(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -151,7 +153,7 @@ class CompletionRequest(_Generation):
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | Annotated[list[int], Field(min_length=1)]
     max_tokens: int | None = Field(default=16, ge=1)
-    logprobs: int | None = Field(default=None, ge=0, le=20, description="alternatives that are told for each token")
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="number of alternatives for each token")
     echo: Literal[False] | None = None
 
 
@@ -171,7 +173,7 @@ class Message(_Strict):
 
     @property
     def turn(self) -> dict[str, Any]:
-        """As chat templates want it."""
+        """The message in the form that chat templates expect."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         turn = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return turn if self.name is None else {**turn, "name": self.name}
@@ -192,5 +194,5 @@ class ChatRequest(_Generation):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of the answer; None: as many as there is room for."""
+        """The limit of the answer in tokens; None: as many as the context has room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -1,4 +1,4 @@
-"""A request that is not answered, and how that is said: in the shape of OpenAI's errors."""
+"""Refused requests, in the format of OpenAI's errors."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class ErrorBody(BaseModel):
 
 
 class Refused(Exception):
-    """Answer with this status instead of with tokens."""
+    """The request gets this error status instead of an answer."""
 
     def __init__(
         self,
@@ -55,6 +55,6 @@ class Refused(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that say when to try again, or how to say who one is."""
+        """The headers that tell the client when to try again, or how to authenticate."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})

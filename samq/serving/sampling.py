@@ -1,4 +1,4 @@
-"""Choosing the next token: llama.cpp's samplers, and a grammar in front of them."""
+"""Choice of the next token with llama.cpp's samplers, and a grammar in front of them."""
 
 import ctypes
 from typing import Any, Self
@@ -14,8 +14,8 @@ from samq.serving.refusal import Refused
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
-class Sampling(BaseModel):
-    """How a token is drawn; the defaults are OpenAI's: the model's own distribution."""
+class SamplerSettings(BaseModel):
+    """Settings of llama.cpp's samplers. The defaults are OpenAI's: the model's own distribution."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     temperature: float = 1.0  # 0: the most probable token
@@ -32,12 +32,12 @@ class Sampling(BaseModel):
 class Sampler:
     """llama.cpp's samplers for one answer; a context manager, which frees them."""
 
-    def __init__(self, model: Model, sampling: Sampling, context_tokens: int) -> None:
+    def __init__(self, model: Model, settings: SamplerSettings, context_tokens: int) -> None:
         """`context_tokens`: how far back penalties look. Raises Refused (400) for a grammar that llama.cpp cannot read."""
         self._model = model
-        self._grammar = _make_grammar(model, sampling.grammar) if sampling.grammar else None
+        self._grammar = _make_grammar(model, settings.grammar) if settings.grammar else None
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        for stage in _stages(sampling, model.vocab_size, context_tokens):
+        for stage in _stages(settings, model.vocab_size, context_tokens):
             api.llama_sampler_chain_add(self._chain, stage)
 
     def __enter__(self) -> Self:
@@ -53,13 +53,13 @@ class Sampler:
     def sample(self, context: Context) -> int:
         """The next token, given the context's last logits.
 
-        Raises Refused (400) if the grammar allows no token of the vocabulary, or the samplers choose another (a penalty
-        can make numbers that are none): llama.cpp would end the process.
+        Raises Refused (400) if the grammar allows no token of the vocabulary, or if the samplers choose a token that it does
+        not allow, as a penalty can produce NaN. llama.cpp would end the process.
         """
         if not self._grammar:
             return context.sample(self._chain)
         logits = context.last_logits()
-        # As llama.cpp's own programs do: the choice is mostly allowed, and a look at one token is cheap.
+        # As llama.cpp's own programs do: the grammar mostly allows the choice, and checking one token is cheap.
         token = self._choose(_candidates(logits))
         if not self._allows(token):
             candidates = _candidates(logits)
@@ -67,7 +67,7 @@ class Sampler:
             if not np.isfinite(candidates["logit"]).any():
                 raise Refused(
                     400,
-                    "the vocabulary of this model has no token that the response format allows next",
+                    "the model's vocabulary has no token that the response format allows next",
                     code="unsatisfiable_response_format",
                     param="response_format",
                 )
@@ -107,39 +107,39 @@ def check_grammar(model: Model, grammar: str) -> None:
 
 def _make_grammar(model: Model, grammar: str) -> Any:
     with captured_log(errors_only=True) as log:
-        made = api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
-    if not made:
+        sampler = api.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+    if not sampler:
         raise Refused(
             400,
             f"llama.cpp cannot use the response format: {first_error(log())}",
             code="invalid_grammar",
             param="response_format",
         )
-    return made
+    return sampler
 
 
-def _stages(sampling: Sampling, vocab_size: int, context_tokens: int) -> list[Any]:
-    """The samplers that change anything, in llama.cpp's order."""
+def _stages(settings: SamplerSettings, vocab_size: int, context_tokens: int) -> list[Any]:
+    """The samplers that have an effect with these settings, in llama.cpp's order."""
     stages = []
-    penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    penalties = (settings.repeat_penalty, settings.frequency_penalty, settings.presence_penalty)
     if penalties != (1.0, 0.0, 0.0):
         stages.append(api.llama_sampler_init_penalties(vocab_size, context_tokens, *penalties))
-    if sampling.temperature == 0:
+    if settings.temperature == 0:
         return [*stages, api.llama_sampler_init_greedy()]
-    if sampling.top_k:
-        stages.append(api.llama_sampler_init_top_k(sampling.top_k))
-    if sampling.top_p < 1:
-        stages.append(api.llama_sampler_init_top_p(sampling.top_p, 1))
-    if sampling.min_p > 0:
-        stages.append(api.llama_sampler_init_min_p(sampling.min_p, 1))
-    if sampling.temperature != 1:
-        stages.append(api.llama_sampler_init_temp(sampling.temperature))
-    # The remainder is never LLAMA_DEFAULT_SEED itself (2^32 - 1), by which llama.cpp means a random one.
-    return [*stages, api.llama_sampler_init_dist(sampling.seed % api.LLAMA_DEFAULT_SEED)]
+    if settings.top_k:
+        stages.append(api.llama_sampler_init_top_k(settings.top_k))
+    if settings.top_p < 1:
+        stages.append(api.llama_sampler_init_top_p(settings.top_p, 1))
+    if settings.min_p > 0:
+        stages.append(api.llama_sampler_init_min_p(settings.min_p, 1))
+    if settings.temperature != 1:
+        stages.append(api.llama_sampler_init_temp(settings.temperature))
+    # The remainder is never LLAMA_DEFAULT_SEED (2^32 - 1), which makes llama.cpp choose a random seed.
+    return [*stages, api.llama_sampler_init_dist(settings.seed % api.LLAMA_DEFAULT_SEED)]
 
 
 def _candidates(logits: NDArray[np.float32]) -> NDArray[Any]:
-    made = np.zeros(len(logits), _CANDIDATE)
-    made["id"] = np.arange(len(logits))
-    made["logit"] = logits
-    return made
+    candidates = np.zeros(len(logits), _CANDIDATE)
+    candidates["id"] = np.arange(len(logits))
+    candidates["logit"] = logits
+    return candidates

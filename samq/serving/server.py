@@ -1,4 +1,4 @@
-"""Running the application: the socket, and a shutdown that lets requests finish."""
+"""Runs the application: the socket, and a shutdown that lets requests finish."""
 
 import asyncio
 import logging
@@ -15,9 +15,9 @@ from samq.serving.source import Source
 
 logger = logging.getLogger(__name__)
 
-_LAST_BYTES_S = 5  # for what is finished to reach its clients
-# MLflow's client would ask a server that is down for 4 minutes, again and again; the next look comes soon enough. These
-# bound a lookup, two requests, to 15 s. An environment that says otherwise is left as it is.
+_LAST_BYTES_S = 5  # time for finished answers to reach their clients
+# By default MLflow's client retries for 4 minutes if its server is down. These settings limit a lookup, two requests, to
+# 15 s; the watcher looks again soon enough. Variables that the environment already has stay as they are.
 _MLFLOW = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -26,9 +26,9 @@ _MLFLOW = {
 
 
 def serve(source: Source, settings: ServingSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C; requests at work then have `drain_timeout_s` to finish, and new ones get 503.
+    """Serve until SIGTERM or Ctrl-C. Present requests then have `drain_timeout_s` to finish, and new ones get 503.
 
-    Ends the process if a thread is still at work after that.
+    Ends the process if a thread is still running after that.
     """
     for name, value in _MLFLOW.items():
         os.environ.setdefault(name, value)
@@ -45,11 +45,11 @@ def serve(source: Source, settings: ServingSettings) -> None:
     _DrainingServer(config, server).run()
     if not server.closed:
         logging.shutdown()
-        os._exit(0)  # leaving the interpreter would take llama.cpp's globals from under the thread
+        os._exit(0)  # a normal exit would destroy llama.cpp's globals while the thread uses them
 
 
 class _DrainingServer(uvicorn.Server):
-    """Uvicorn closes its socket at the first signal; this one answers on, with 503, until what is at work has finished."""
+    """Uvicorn closes its socket at the first signal. This server goes on answering 503 until present requests finish."""
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)
@@ -62,19 +62,19 @@ class _DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second ends the process at once, whatever its threads wait for."""
+        """The first signal drains; a second one ends the process at once, whatever its threads wait for."""
         if self._draining or self._loop is None:
             signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
         else:
-            logger.info("%s: finishing what is at work, at most %g s", signal.Signals(sig).name, self._patience_s)
+            logger.info("%s: waiting at most %g s for requests to finish", signal.Signals(sig).name, self._timeout_s)
             self._draining = self._loop.create_task(self._drain())
-            self._loop.call_soon_threadsafe(lambda: None)  # a handler runs between two bytecodes: wake the loop
+            self._loop.call_soon_threadsafe(lambda: None)  # a signal handler does not wake the loop
 
     @property
-    def _patience_s(self) -> float:
+    def _timeout_s(self) -> float:
         return self._server.settings.drain_timeout_s
 
     async def _drain(self) -> None:
-        await asyncio.to_thread(self._server.engine.drain, self._patience_s)
+        await asyncio.to_thread(self._server.engine.drain, self._timeout_s)
         self.should_exit = True

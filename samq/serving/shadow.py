@@ -1,4 +1,4 @@
-"""The shadow check: how far a new model answers recent prompts as the one that serves does."""
+"""The shadow check: how much a new model's answers to recent prompts agree with those of the served model."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -6,33 +6,33 @@ from contextlib import closing
 
 from samq.serving.model import ServedModel
 from samq.serving.refusal import Refused
-from samq.serving.sampling import Sampling
+from samq.serving.sampling import SamplerSettings
 
 Tokenize = Callable[[ServedModel], list[int]]
 
 
 class RecentPrompts:
-    """The newest prompts, in memory only, as what tokenizes them for any model."""
+    """The newest prompts, in memory only, each as a function that tokenizes it for any model."""
 
     def __init__(self, count: int) -> None:
-        """Keep `count` of them; none if 0."""
+        """Keep at most `count` prompts."""
         self._prompts: deque[Tokenize] = deque(maxlen=count)
 
     def add(self, tokenize: Tokenize) -> None:
-        """Remember a prompt, and forget the oldest if there are too many."""
+        """Add a prompt, and drop the oldest if there are too many."""
         self._prompts.append(tokenize)
 
     def newest(self) -> list[Tokenize]:
-        """Those that are kept, oldest first."""
+        """The kept prompts, oldest first."""
         return list(self._prompts)
 
 
-def agreement(old: ServedModel, new: ServedModel, prompts: Sequence[Tokenize], tokens: int) -> float | None:
-    """Share of tokens that two models agree on, greedy and up to their first difference in each answer.
+def token_agreement(old: ServedModel, new: ServedModel, prompts: Sequence[Tokenize], tokens: int) -> float | None:
+    """Share of tokens that two models agree on, with greedy decoding and up to their first difference in each answer.
 
-    The mean over prompts of (length of the common beginning / length of the longer answer); None if no prompt fits
-    into both contexts. Answers are compared as bytes, so the two may have different vocabularies; `old` may be
-    serving meanwhile: each answer waits for its turn.
+    It is the mean over prompts of (length of the common prefix / length of the longer answer), and None if no prompt fits
+    into both contexts. Answers are compared as bytes, so the two models may have different vocabularies. `old` may serve
+    meanwhile: each answer waits for its turn.
     """
     shares = []
     for tokenize in prompts:
@@ -58,7 +58,7 @@ def _answer(model: ServedModel, tokenize: Tokenize, tokens: int) -> list[bytes] 
             return None
         if not prompt or len(prompt) + tokens > model.loading.context_tokens:
             return None
-        with closing(model.generate(prompt, Sampling(temperature=0))) as generated:
+        with closing(model.generate(prompt, SamplerSettings(temperature=0))) as generated:
             for token in generated:
                 if model.model.is_end(token.id):
                     break

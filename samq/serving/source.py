@@ -1,4 +1,4 @@
-"""Where the GGUF to serve is looked up: a file, or an alias in the model registry."""
+"""Looks up the GGUF to serve: a file, or an alias in the model registry."""
 
 import logging
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.errors import SamqError
+from samq.errors import SamqError, UnreachableError
 from samq.gguf.file import file_sha256
 from samq.home import mlflow_uri
 
@@ -17,7 +17,7 @@ _MODELS_URI = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
 @dataclass(frozen=True)
 class ServedGguf:
-    """A GGUF that is, or is to be, served. What a plain file has no answer for is empty."""
+    """A GGUF to serve. Fields that do not apply to a plain file are empty."""
 
     name: str
     path: Path
@@ -32,25 +32,19 @@ class ServedGguf:
         return f"{self.name}{version} (sha256 {self.sha256[:12]})"
 
 
-Source = Callable[[], ServedGguf]  # looks up what is to be served now; raises SamqError, the two below among them
-
-
-class Unreachable(SamqError):
-    """MLflow, or the file, cannot be read: what is to be served is not known."""
-
-
-class NothingNamed(SamqError):
-    """MLflow was asked, and has no such model, version or alias."""
+# Looks up the GGUF to serve. Raises UnreachableError if MLflow or the file cannot be read, NotRegisteredError if MLflow has
+# no such model, version or alias, and SamqError if the GGUF cannot be served here.
+Source = Callable[[], ServedGguf]
 
 
 def find_source(target: str) -> Source:
-    """The source that `models:/NAME@ALIAS` or a path names; raises SamqError if it is neither."""
+    """The source for `models:/NAME@ALIAS` or a path; raises SamqError if `target` is neither."""
     if match := _MODELS_URI.fullmatch(target):
         return registry_source(match["name"], match["alias"], mlflow_uri())
     if target.startswith("models:"):
-        raise SamqError(f"{target} names no model by its alias; write models:/NAME@production")
+        raise SamqError(f"{target} does not name a model by its alias; write models:/NAME@production")
     if not Path(target).is_file():
-        raise SamqError(f"there is no file {target}; give a GGUF file, or models:/NAME@production")
+        raise SamqError(f"the file {target} does not exist; give a GGUF file, or models:/NAME@production")
     return FileSource(Path(target))
 
 
@@ -58,27 +52,27 @@ def registry_source(name: str, alias: str, tracking_uri: str) -> Source:
     """The version of a registered model that an alias points at."""
 
     def look_up() -> ServedGguf:
-        # Here, as MLflow takes seconds to import, and a file needs none of it.
+        # Imported here, since MLflow takes seconds to import, and a file does not need it.
         from samq.tracking.registry import connect, resolve
 
-        found = resolve(connect(tracking_uri), name, alias)
+        version = resolve(connect(tracking_uri), name, alias)
         return ServedGguf(
             name=name,
-            path=found.path,
-            sha256=found.sha256,
-            version=found.version,
+            path=version.path,
+            sha256=version.sha256,
+            version=version.version,
             alias=alias,
-            plan_digest=found.plan_digest,
+            plan_digest=version.plan_digest,
         )
 
     return look_up
 
 
 class FileSource:
-    """A file, which may be replaced by another: by renaming, as llama.cpp reads from the file while it serves.
+    """A file that another may replace. Replace it by renaming, since llama.cpp reads from the file while it serves.
 
-    Unlike a registry's versions, the old content is gone then: where memory does not suffice for both models, nothing
-    is left to go back to.
+    Unlike a version in the registry, the old content is then gone. If memory does not hold both models, the server cannot
+    go back to the old one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,19 +85,19 @@ class FileSource:
 
 
 _Stamp = tuple[int, int, int, int, int]
-_hashes: dict[Path, tuple[_Stamp, str]] = {}  # of this process: what is looked up is verified too, and gone back to
+_hashes: dict[Path, tuple[_Stamp, str]] = {}  # a cache: lookup, verification and going back hash the same files
 
 
 def content_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file, which is only read again if it looks changed: 40 GB take tens of seconds.
+    """SHA-256 (hex) of a file. Reads the file again only if it looks changed: 40 GB take tens of seconds.
 
-    Whoever writes to a file changes its `st_ctime_ns`, which unlike `st_mtime_ns` cannot be set back. Raises
-    Unreachable if there is no such file, and SamqError if it cannot be read.
+    Writing to a file changes its `st_ctime_ns`, which unlike `st_mtime_ns` cannot be set back. Raises UnreachableError if
+    the file does not exist, and SamqError if it cannot be read.
     """
     try:
         stat = path.stat()
     except OSError as error:
-        raise Unreachable(f"cannot read {path}: {error.strerror}; put the GGUF back") from error
+        raise UnreachableError(f"cannot read {path}: {error.strerror}; put the GGUF back") from error
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     known = _hashes.get(path)
     if known is None or known[0] != stamp:

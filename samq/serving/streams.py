@@ -1,4 +1,4 @@
-"""From the worker's events to the body of an HTTP answer: whole, or as server-sent events."""
+"""Turns the worker's events into the body of an HTTP answer: whole, or as server-sent events."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from samq.serving.answers import Shape
-from samq.serving.engine import Delta, Engine, Event, Finished, Job, Work
+from samq.serving.engine import AnswerEvent, Delta, Engine, Finished, Job, Work
 from samq.serving.middleware import STATUS
 from samq.serving.refusal import Refused
 
@@ -24,23 +24,23 @@ _CLIENT_LEFT = 499  # nginx's number; nobody receives it
 
 
 class Exchange:
-    """One request at the worker: its events, its deadline, and the client who may leave."""
+    """One request at the worker: its events, its deadline, and its client, who may leave."""
 
     def __init__(self, engine: Engine, request: Request, timeout_s: float) -> None:
-        """The time runs from here."""
+        """The timeout starts here."""
         self._engine = engine
         self._request = request
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[AnswerEvent] = asyncio.Queue()
         self._job: Job | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     async def answer(self, work: Work, shape: Callable[[str], Shape], *, stream: bool, usage: bool) -> Response:
         """Queue the work, and return the answer; raises Refused.
 
-        A stream begins with its first text, so that what goes wrong before has a status of its own.
+        A stream begins with its first text, so that an error before it has its own HTTP status.
         """
         job = await asyncio.to_thread(self._engine.prepare, work, self._emit, stream=stream)
         self._engine.submit(job)
@@ -49,7 +49,7 @@ class Exchange:
         self._alarm = self._loop.call_at(self._deadline, self._expire)
         try:
             first = await self._first()
-            assert job.model, "it has answered"
+            assert job.model, "a job that has answered has its model"
             words = shape(job.model.gguf.name)
             if not stream:
                 delta = first if isinstance(first, Delta) else Delta("")
@@ -63,25 +63,25 @@ class Exchange:
         return _EventStream(self._stream(first, words, usage), self._end)
 
     def _end(self) -> None:
-        """Stop the clock, and the worker if it is still at it."""
+        """Stop the timer, and the worker if it is still on this job."""
         if self._alarm:
             self._alarm.cancel()
         if self._job:
             self._engine.cancel(self._job)
 
     def _expire(self) -> None:
-        """The time is over: for the worker at once, for the client when it reads on."""
+        """End the request at its deadline: the worker stops at once, the client learns it at its next event."""
         late = self._too_late()
         self._end()
         self._events.put_nowait(late)
 
-    def _emit(self, event: Event) -> None:
-        """Called by the worker."""
+    def _emit(self, event: AnswerEvent) -> None:
+        """Queue an event; the worker calls this."""
         with suppress(RuntimeError):  # the loop has ended, and nobody listens
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def _first(self) -> Event:
-        """The first event; raises Refused if it is one, and if the client leaves."""
+    async def _first(self) -> AnswerEvent:
+        """The first event; raises it if it is a Refused, and raises Refused if the client leaves."""
         waiting = asyncio.create_task(self._next())
         leaving = asyncio.create_task(self._client_leaves())
         try:
@@ -98,8 +98,8 @@ class Exchange:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
 
-    async def _next(self) -> Event:
-        """The next event; raises Refused if it is one, as it is when the time is over."""
+    async def _next(self) -> AnswerEvent:
+        """The next event; raises it if it is a Refused, as after the deadline."""
         event = await self._events.get()
         if isinstance(event, Refused):
             raise event
@@ -109,7 +109,7 @@ class Exchange:
         if self._job and not self._job.started:
             return Refused(
                 503,
-                f"the request waited {self._timeout_s:g} s in the queue, as long as it may; try again later",
+                f"the request waited {self._timeout_s:g} s in the queue, the limit of this server; try again later",
                 code="queue_timeout",
                 retry_after_s=self._engine.retry_after_s(),
             )
@@ -119,10 +119,10 @@ class Exchange:
             code="request_timeout",
         )
 
-    def _merge(self, delta: Delta) -> tuple[Delta, Event | None]:
-        """The delta and those that are there already, as one; and the event after them, if that is there too."""
+    def _merge(self, delta: Delta) -> tuple[Delta, AnswerEvent | None]:
+        """One delta of this and all that have arrived since, and the event after them if that has arrived too."""
         deltas = [delta]
-        following: Event | None = None
+        following: AnswerEvent | None = None
         while following is None and not self._events.empty():
             event = self._events.get_nowait()
             if isinstance(event, Delta):
@@ -132,8 +132,8 @@ class Exchange:
         text = "".join(one.text for one in deltas)
         return Delta(text, tuple(token for one in deltas for token in one.logprobs)), following
 
-    async def _stream(self, event: Event, shape: Shape, usage: bool) -> AsyncGenerator[bytes]:
-        """Server-sent events; an error after the first is one of them, and ends the stream."""
+    async def _stream(self, event: AnswerEvent, shape: Shape, usage: bool) -> AsyncGenerator[bytes]:
+        """Server-sent events. An error after the first event becomes an event, and ends the stream."""
         ended = False
         try:
             while isinstance(event, Delta):
@@ -150,7 +150,7 @@ class Exchange:
         except Refused as refused:
             ended = True
             self._request.scope[STATUS] = refused.status
-            logger.warning("a stream was broken off: %s", refused)
+            logger.warning("a stream ended early: %s", refused)
             yield _sse(refused.body) + _DONE
         finally:
             if not ended:
@@ -158,7 +158,7 @@ class Exchange:
 
 
 class _EventStream(StreamingResponse):
-    """Closes the generator and ends the exchange whatever happens: a client may leave while a chunk is on its way to it."""
+    """Always closes the generator and ends the exchange, even if the client leaves during a chunk."""
 
     def __init__(self, events: AsyncGenerator[bytes], end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})

@@ -1,4 +1,4 @@
-"""Following what is to be served: the first load, and the change to another model while requests go on."""
+"""Follows the source of the model: loads the first model, and changes to a new one while requests go on."""
 
 import logging
 import math
@@ -6,24 +6,24 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from samq.errors import SamqError
+from samq.errors import NotRegisteredError, SamqError, UnreachableError
 from samq.serving.engine import Engine
 from samq.serving.loading import MemoryShort, Unfit, fits_beside, load, load_verified, verify
 from samq.serving.metrics import Metrics
 from samq.serving.model import ServedModel
 from samq.serving.settings import ServingSettings
-from samq.serving.shadow import RecentPrompts, agreement
-from samq.serving.source import NothingNamed, ServedGguf, Source, Unreachable
+from samq.serving.shadow import RecentPrompts, token_agreement
+from samq.serving.source import ServedGguf, Source
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = (60.0, 3600.0)  # first and longest wait before a failed load is tried again, while another model serves
-_MOST_WAIT_S = 600.0  # while none does; the first wait is the poll interval then
-_LAST_LOOK_S = 2.0  # for the thread to end; it may be waiting for MLflow, or loading, for minutes
+_RETRY_S = (60.0, 3600.0)  # first and longest wait before the next attempt after a failed load, while a model serves
+_MOST_WAIT_S = 600.0  # the longest wait while no model serves; the first wait is then the poll interval
+_LAST_LOOK_S = 2.0  # time for the thread to end; it may wait for MLflow, or load, for minutes
 
 
 class Watcher:
-    """Looks at the source again and again, in a thread, and loads what is new."""
+    """Polls the source in a thread, and loads a new model when the source names one."""
 
     def __init__(
         self, source: Source, engine: Engine, settings: ServingSettings, metrics: Metrics, recent: RecentPrompts
@@ -44,15 +44,15 @@ class Watcher:
 
     @property
     def problem(self) -> str | None:
-        """Why what the source names is not served, or not known; None if all is well."""
+        """Why the source's model is unknown or not served; None if it is served."""
         return self._lookup_problem or self._load_problem
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start polling."""
         self._thread.start()
 
     def stop(self) -> bool:
-        """Look no more; returns whether the thread has ended. If it has not, it may still be using the engine's model."""
+        """Stop polling; returns whether the thread has ended. If it has not, it may still use the engine's model."""
         self._ended.set()
         self._thread.join(_LAST_LOOK_S)
         return not self._thread.is_alive()
@@ -61,72 +61,74 @@ class Watcher:
         while not self._ended.is_set():
             try:
                 self.check()
-            except Exception:  # the thread must outlive whatever a file or a registry does
-                logger.exception("cannot follow the model")
+            except Exception:  # the thread must survive any error of a file or a registry
+                logger.exception("cannot check for a new model")
             self._ended.wait(self._settings.poll_interval_s)
 
     def check(self) -> None:
-        """Look once, and load what the source names if it is not what serves, or what failed a short time ago."""
+        """Ask the source once, and load its model unless that serves already, or failed a short time ago."""
         serving = self._engine.model
         try:
-            wanted = self._source()
-        except Unreachable as error:
+            gguf = self._source()
+        except UnreachableError as error:
             self._metrics.lookup_failures.inc()
             self._report(str(error))
             return
-        except NothingNamed as error:
+        except NotRegisteredError as error:
             self._settle()
             self._report(f"{error}; {serving.gguf} keeps serving" if serving else f"nothing to serve yet: {error}")
             return
-        except SamqError as error:  # it names what cannot be served here
+        except SamqError as error:  # the source names a model that cannot be served here
             self._metrics.reload_failed.set(1)
             self._report(str(error))
             return
         self._lookup_problem = None
         if self._ended.is_set():
             return
-        if serving and serving.gguf == wanted:
+        if serving and serving.gguf == gguf:
             self._settle()
-        elif serving and _same_content(serving.gguf, wanted):
-            serving.gguf = wanted
-            self._metrics.show_model(wanted)
+        elif serving and _same_content(serving.gguf, gguf):
+            serving.gguf = gguf
+            self._metrics.show_model(gguf)
             self._settle()
-        elif wanted != self._failed or time.monotonic() >= self._retry_at:
-            self._change(serving, wanted)
+        elif gguf != self._failed or time.monotonic() >= self._retry_at:
+            self._change(serving, gguf)
 
-    def _change(self, serving: ServedModel | None, wanted: ServedGguf) -> None:
+    def _change(self, serving: ServedModel | None, gguf: ServedGguf) -> None:
         try:
-            # In a thread that ends: llama.cpp's OpenMP keeps the threads of whoever once called it, and more of them than
-            # processors wait in the kernel instead of spinning, which cost a third of the tokens on two.
-            with ThreadPoolExecutor(1) as one:
-                one.submit(self._replace, serving, wanted).result()
+            # In a thread of its own that ends: OpenMP keeps a team of threads for each thread that has called llama.cpp. If
+            # it has more threads than processors, they wait in the kernel instead of spinning. On two cores that cost a
+            # third of the throughput.
+            with ThreadPoolExecutor(1) as executor:
+                executor.submit(self._replace, serving, gguf).result()
         except Exception as error:
-            keeps = self._engine.model
-            self._retries = self._retries + 1 if wanted == self._failed else 0
-            self._failed = wanted
+            still_serving = self._engine.model
+            self._retries = self._retries + 1 if gguf == self._failed else 0
+            self._failed = gguf
             self._retry_at = time.monotonic() + self._wait_s(error)
             self._metrics.reloads.labels("failure").inc()
             self._metrics.reload_failed.set(1)
-            self._load_problem = f"{wanted} is not served: {error}" + (f"; {keeps.gguf} keeps serving" if keeps else "")
+            instead = f"; {still_serving.gguf} keeps serving" if still_serving else ""
+            self._load_problem = f"{gguf} is not served: {error}{instead}"
             logger.error("%s", self._load_problem, exc_info=not isinstance(error, SamqError))
         else:
             self._metrics.reloads.labels("success").inc()
-            logger.info("%s serves", wanted)
+            logger.info("%s serves", gguf)
             self._settle()
 
     def _wait_s(self, error: Exception) -> float:
-        """Seconds until what failed is tried again: memory may be free by then, or the file copied or put back."""
+        """Seconds until the next attempt after a failure: by then memory may be free, or the file put back."""
         first, most = _RETRY_S if self._engine.model else (self._settings.poll_interval_s, _MOST_WAIT_S)
         if isinstance(error, Unfit) and self._engine.model:
             return math.inf
         return min(first * 2 ** min(self._retries, 32), most)
 
-    def _replace(self, serving: ServedModel | None, wanted: ServedGguf) -> None:
-        """Load a model and let it serve; raises if it cannot, and then the old one serves."""
-        verify(wanted)  # before anything is freed for it
+    def _replace(self, serving: ServedModel | None, gguf: ServedGguf) -> None:
+        """Load a model and let it serve; raises if that fails, and the old one then serves."""
+        verify(gguf)  # before freeing anything for it
         if serving is None:
-            self._engine.exchange(load_verified(wanted, self._settings))
-        elif new := self._load_beside(serving, wanted):
+            self._engine.exchange(load_verified(gguf, self._settings))
+        elif new := self._load_beside(serving, gguf):
             try:
                 self._compare(serving, new)
             except Exception:
@@ -135,45 +137,45 @@ class Watcher:
             self._engine.exchange(new)
             serving.close()
         else:
-            self._replace_alone(serving, wanted)
+            self._replace_alone(serving, gguf)
 
-    def _load_beside(self, serving: ServedModel, wanted: ServedGguf) -> ServedModel | None:
-        """Load a model while the old one serves; None if memory does not suffice for both, as planned or as it proves.
+    def _load_beside(self, serving: ServedModel, gguf: ServedGguf) -> ServedModel | None:
+        """Load a model while the old one serves; None if memory does not hold both, by llama.cpp's plan or in fact.
 
-        With fewer layers or a shorter context it might fit, but it would stay so when the old one is gone.
+        It might fit with fewer GPU layers or a shorter context, but would then keep these after the old one is gone.
         """
-        if not fits_beside(wanted, self._settings):
-            logger.warning("%s does not fit beside %s by llama.cpp's plan", wanted, serving.gguf)
+        if not fits_beside(gguf, self._settings):
+            logger.warning("by llama.cpp's plan, %s does not fit into memory beside %s", gguf, serving.gguf)
             return None
         try:
-            return load_verified(wanted, self._settings, degrade=False)
+            return load_verified(gguf, self._settings, degrade=False)
         except MemoryShort as shortage:
-            logger.warning("%s does not fit beside %s: %s", wanted, serving.gguf, shortage)
+            logger.warning("%s does not fit into memory beside %s: %s", gguf, serving.gguf, shortage)
             return None
 
-    def _replace_alone(self, serving: ServedModel, wanted: ServedGguf) -> None:
-        """Free the old model before the new one is loaded; requests wait meanwhile."""
-        logger.warning("%s is freed before %s is loaded; requests wait", serving.gguf, wanted)
+    def _replace_alone(self, serving: ServedModel, gguf: ServedGguf) -> None:
+        """Free the old model before loading the new one; requests wait meanwhile."""
+        logger.warning("freeing %s before loading %s; requests wait", serving.gguf, gguf)
         if self._settings.shadow.prompts:
-            logger.warning("the shadow check is left out: it needs both models at once")
+            logger.warning("skipping the shadow check: it needs both models in memory")
         self._engine.exchange(None, more_to_come=True)
         serving.close()
         try:
-            self._engine.exchange(load_verified(wanted, self._settings))
+            self._engine.exchange(load_verified(gguf, self._settings))
         except Exception as failure:
-            logger.warning("%s cannot be loaded; %s is loaded again", wanted, serving.gguf)
+            logger.warning("cannot load %s; loading %s again", gguf, serving.gguf)
             try:
                 self._engine.exchange(load(serving.gguf, self._settings))
             except Exception as loss:
                 self._engine.exchange(None)
-                raise SamqError(f"{failure}; and {serving.gguf} cannot be loaded again: {loss}") from failure
+                raise SamqError(f"{failure}; and cannot load {serving.gguf} again: {loss}") from failure
             raise
 
     def _compare(self, serving: ServedModel, new: ServedModel) -> None:
-        """The shadow check, if it is asked for; raises Unfit if the models agree too little."""
+        """The shadow check, if the settings ask for it; raises Unfit if the models agree too little."""
         shadow = self._settings.shadow
         prompts = self._recent.newest()
-        share = agreement(serving, new, prompts, shadow.tokens) if prompts else None
+        share = token_agreement(serving, new, prompts, shadow.tokens) if prompts else None
         if share is None:
             return
         self._metrics.shadow_agreement.set(share)
@@ -183,22 +185,22 @@ class Watcher:
         )  # fmt: skip
         if shadow.least_agreement is not None and share < shadow.least_agreement:
             raise Unfit(
-                f"it agrees with {serving.gguf} on {share:.3f} of the tokens of {len(prompts)} recent prompts, and "
-                f"{shadow.least_agreement} is asked for; lower least_agreement if that is meant"
+                f"it agrees with {serving.gguf} on {share:.3f} of the tokens of {len(prompts)} recent prompts, less than "
+                f"least_agreement ({shadow.least_agreement}); lower that if the difference is intended"
             )
 
     def _settle(self) -> None:
-        """Nothing that the source names has failed."""
+        """Clear the load problem."""
         self._load_problem, self._failed = None, None
         self._metrics.reload_failed.set(0)
 
     def _report(self, problem: str) -> None:
-        """Log a problem of looking up once, however often it is met."""
+        """Record a problem of asking the source, and log it if it is new."""
         if problem != self._lookup_problem:
             logger.error("%s", problem)
         self._lookup_problem = problem
 
 
 def _same_content(one: ServedGguf, other: ServedGguf) -> bool:
-    """Whether there is nothing to load: the same bytes under the same name."""
+    """Whether both are the same bytes under the same name, so that there is nothing to load."""
     return (one.name, one.sha256) == (other.name, other.sha256)

@@ -10,12 +10,11 @@ import pandas as pd
 from pydantic import Field
 
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
+from samq.files import ANSWERS_NAME, EVALUATION_NAME, ITEMS_NAME
 from samq.records import Evaluation, Record
 from samq.sweep.selection import Result
-from samq.sweep.significance import ITEMS_NAME, JSON_ITEMS, PairedComparison, compare_items
+from samq.sweep.significance import JSON_ITEMS, PairedComparison, compare_items
 
-_ANSWERS_NAME = "json.parquet"  # in a result's folder: a row for each JSON prompt
 _COLUMNS = ["benchmark", "metric", "task", "item", "document", "value", "higher_is_better"]  # all that is compared
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def join_items(answers: pd.DataFrame | None, benchmarks: pd.DataFrame | None) ->
 
 def compared_items(result: Result) -> pd.DataFrame:
     """What a candidate is compared by: its answers to JSON prompts, and its benchmark items."""
-    answers, items = result.folder / _ANSWERS_NAME, items_of(result)
+    answers, items = result.folder / ANSWERS_NAME, items_of(result)
     return join_items(pd.read_parquet(answers) if answers.is_file() else None, items if len(items) else None)
 
 

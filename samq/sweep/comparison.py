@@ -18,12 +18,13 @@ from itertools import product
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 from scipy.stats import t as student
 
 from samq.errors import SamqError
+from samq.files import DIVERGENCE_NAME
 from samq.sweep.selection import Comparison, Result, stock
 
-DIVERGENCE_NAME = "divergence.parquet"  # in a result's folder: a row for each scored token
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 _TOKENS = ["chunk", "position", "token"]
@@ -56,14 +57,25 @@ def _interval(sums: NDArray[np.float64], seed: int) -> tuple[float, float]:
     if chunks == 1:
         return -math.inf, math.inf
     tail = (1 - CONFIDENCE) / 2
-    taken = np.random.default_rng(seed).integers(0, chunks, (RESAMPLES, chunks), np.int32)
-    resampled = sums[:, taken].sum(axis=2)
-    low, high = np.quantile(np.log(resampled[0] / resampled[1]), [tail, 1 - tail])
+    low, high = bootstrap(
+        tuple(sums),
+        _log_ratio,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        paired=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     means = sums.mean(axis=1, keepdims=True)
     ours, theirs = sums / means
     half = student.ppf(1 - tail, chunks - 1) * (ours - theirs).std(ddof=1) / math.sqrt(chunks)
     centre = math.log(means[0, 0] / means[1, 0])
     return min(float(low), centre - half), max(float(high), centre + half)
+
+
+def _log_ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+    return np.log(ours.sum(axis=axis) / theirs.sum(axis=axis))
 
 
 def compare_sweep(results: Sequence[Result], *, seed: int = 0) -> list[Comparison]:

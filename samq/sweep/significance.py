@@ -20,17 +20,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, bootstrap, norm
 from scipy.stats import t as student
 
-from samq.sweep.comparison import CONFIDENCE, RESAMPLES
 from samq.errors import SamqError
 from samq.records import Metric, Record
+from samq.sweep.comparison import CONFIDENCE, RESAMPLES
 
-ITEMS_NAME = "benchmarks.parquet"  # in a result's folder: a row for each item and metric
 JSON_ITEMS = "json/valid"  # the JSON prompts' answers among the items: every evaluation may have them
 MARGIN = 0.01  # the founding goal: no more than 1 % worse
 _POWER = 0.8  # chance to decide with the items that are said to be needed, the usual one
+_BATCH = 100  # resamples in memory at once: 8 MB for 10,000 items
 _ITEM = ["task", "item", "document"]
 
 Verdict = Literal["non-inferior", "inferior", "undecided"]
@@ -85,7 +85,7 @@ def compare_items(
     margin: float = MARGIN,
     seed: int = 0,
 ) -> list[PairedComparison]:
-    """Compare two candidates by their tables of items (`samq.evaluation.lm_eval.benchmarks`), one comparison a benchmark and metric.
+    """Compare two candidates by their tables of items, one comparison for each benchmark and metric.
 
     `margin` is relative to the reference's value. What only one of the two was asked is left out. Deterministic for a seed.
     Raises SamqError if the two were asked other items of the same benchmark.
@@ -225,9 +225,18 @@ def tango_limit(differences: NDArray[np.float64], confidence: float, side: Liter
 
 
 def _resampled_means(differences: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    count = len(differences)
-    random = np.random.default_rng(seed)
-    return np.array([differences[random.integers(0, count, count)].mean() for _ in range(RESAMPLES)])
+    """The means of as many bootstrap resamples as RESAMPLES says; of a single item all are its own."""
+    if len(differences) == 1:
+        return np.repeat(differences, RESAMPLES)
+    resampled = bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=_BATCH,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return np.asarray(resampled.bootstrap_distribution)
 
 
 def _range(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:

@@ -1,51 +1,52 @@
-"""What MLflow gets to know of a candidate: its metrics and parameters, under keys that MLflow accepts."""
+"""A candidate's metrics and parameters for MLflow, under keys that MLflow accepts."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from samq import __version__
+from samq.errors import SamqError
+from samq.records import Plan
+from samq.report.table import kept_tensors
 from samq.sweep.benchmarking import PRODUCTION
 from samq.sweep.cost import CostSettings, cost_metrics
-from samq.errors import SamqError
-from samq.records import CalibrationSet, ModelSource, Plan, TextSet, Toolchain
-from samq.report.markdown_report import kept_tensors
-from samq.sweep.selection import Comparison, Result, rival_of
-from samq.sweep.significance import PairedComparison, delta_metrics
+from samq.sweep.selection import Result
+from samq.sweep.significance import delta_metrics
+from samq.sweep.sweep import MadeFrom, Sweep
 
-# What a policy may have been asked for.
-_ASKED = tuple("budget output_guard embedding_guard least_type threshold quantile keep base grouping".split())
+# Parameters of any policy.
+_POLICY_PARAMETERS = tuple(
+    "budget output_guard embedding_guard least_type threshold quantile keep base grouping".split()
+)
 
 
 def legal_metric_name(name: str) -> str:
-    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, and a tidy path.
+    """A name that MLflow accepts on every system: letters, digits, `_ - . /` and spaces, without empty path parts.
 
-    lm-eval names a metric with its filter, `acc,none`: no filter is left out, another stays (`acc_strict-match`).
+    lm-eval names a metric with its filter. This drops the filter of `acc,none` and keeps others (`acc_strict-match`).
     """
     name = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name.replace(",none", ""))
     parts = [part for part in name.split("/") if part.strip(".")]
     if not parts:
-        raise SamqError(f"{name!r} has nothing that MLflow accepts in a metric's name; rename the metric")
+        raise SamqError(f"{name!r} has no character that MLflow accepts in a metric's name; rename the metric")
     return "/".join(parts)
 
 
-def metrics_of(
-    result: Result, results: Sequence[Result] = (), comparisons: Sequence[Comparison] = ()
-) -> dict[str, float]:
-    """Everything numeric of a candidate under legal names, standard errors as `<name>_stderr`.
+def metrics_of(result: Result, sweep: Sweep) -> dict[str, float]:
+    """All numbers of a candidate under legal names, standard errors as `<name>_stderr`.
 
-    The plan's own figures are among them, for axes of plots, the same ones for every candidate wherever they have a
-    meaning, since MLflow leaves out of parallel coordinates what lacks one of the axes:
+    They include the plan's own numbers, which serve as axes of plots. MLflow leaves a run out of parallel coordinates if
+    it lacks an axis, so every candidate gets the same numbers wherever they have a meaning:
 
-    - `plan/threshold` is 0 for full precision, which keeps every tensor, and 1 for a stock mixture, which keeps none; a
+    - `plan/threshold` is 0 for full precision, which keeps every tensor, and 1 for a stock mixture, which keeps none. A
       budget plan has neither a threshold nor `plan/kept_tensors`.
-    - `plan/budget_bytes` of a plan without a budget is what its tensors take.
-    - `plan/predicted_kl_nats` is absent where a type of the plan has no price.
-    - `comparison/...` is against the stock mixture of the sweep that `samq.sweep.selection.rival_of` names; for a mixture
-      itself it is 0 %, for full precision 100 %. The ends of the interval are absent where there is none.
+    - `plan/budget_bytes` of a plan without a budget is the size of its tensors.
+    - `plan/predicted_kl_nats` is absent if a type of the plan has no price.
+    - `comparison/...` compares with the stock mixture that `samq.sweep.sweep.Sweep.rival` names. It is 0 % for that
+      mixture and 100 % for full precision. Without an interval, the ends of the interval are absent.
 
-    What was not measured is absent.
+    A metric that was not measured is absent.
     """
     plan = result.plan
     predicted = result.predicted
@@ -56,7 +57,7 @@ def metrics_of(
         "plan/budget_bytes": float(plan.parameters.get("budget_bytes") or plan.tensor_bytes),
         "plan/predicted_kl_nats": predicted.value if predicted else None,
         "plan/predicted_kl_nats_stderr": predicted.stderr if predicted else None,
-        **_against_rival(result, results, comparisons),
+        **_against_rival(result, sweep),
     }
     for name, metric in result.evaluation.metrics.items():
         values[legal_metric_name(name)] = metric.value
@@ -64,16 +65,13 @@ def metrics_of(
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def benchmark_metrics(
-    result: Result, comparisons: Sequence[PairedComparison], cost: CostSettings | None
-) -> dict[str, float]:
-    """A candidate's differences on benchmarks from full precision and from production, and what serving it costs."""
+def benchmark_metrics(result: Result, sweep: Sweep, cost: CostSettings | None) -> dict[str, float]:
+    """A candidate's differences on benchmarks from full precision and from production, and its serving cost."""
     values: dict[str, float] = {}
-    mine = [one for one in comparisons if one.candidate == result.name]
-    for against, references in (("f16", False), (PRODUCTION, True)):
-        for name, metric in delta_metrics(
-            [one for one in mine if (one.reference == PRODUCTION) is references], against
-        ).items():
+    own = [comparison for comparison in sweep.benchmarks if comparison.candidate == result.name]
+    for against, with_production in (("f16", False), (PRODUCTION, True)):
+        chosen = [comparison for comparison in own if (comparison.reference == PRODUCTION) is with_production]
+        for name, metric in delta_metrics(chosen, against).items():
             values[legal_metric_name(name)] = metric.value
             if metric.stderr is not None:
                 values[f"{legal_metric_name(name)}_stderr"] = metric.stderr
@@ -82,20 +80,18 @@ def benchmark_metrics(
     return values
 
 
-def _against_rival(
-    result: Result, results: Sequence[Result], comparisons: Sequence[Comparison]
-) -> dict[str, float | None]:
-    """How much closer to full precision a candidate is than the stock mixture it is held against, in percent."""
-    rival = rival_of(result, results)
+def _against_rival(result: Result, sweep: Sweep) -> dict[str, float | None]:
+    """How much closer to full precision a candidate is than its rival, a stock mixture, in percent."""
+    rival = sweep.rival(result)
     if rival is None:
         return {}
     if result.plan.policy in ("full", "stock"):
         low = reduction = high = 1.0 if result.plan.policy == "full" else 0.0
     else:
-        found = [one for one in comparisons if (one.candidate, one.rival) == (result.name, rival.name)]
-        if not found:
+        comparison = sweep.comparison(result.name, rival.name)
+        if comparison is None:
             return {}
-        low, reduction, high = found[0].low, found[0].reduction, found[0].high
+        low, reduction, high = comparison.low, comparison.reduction, comparison.high
     return {
         "comparison/kld_reduction_percent": 100 * reduction,
         "comparison/kld_reduction_low_percent": 100 * low,
@@ -111,12 +107,12 @@ def _threshold(plan: Plan) -> float | None:
 
 
 def params_of(plan: Plan) -> dict[str, str]:
-    """What a candidate is: the same keys for every policy, empty where they have no meaning."""
-    asked = {key: plan.parameters.get(key) for key in _ASKED}
+    """The parameters of a candidate: the same keys for every policy, empty if a key has no meaning for it."""
+    parameters = {key: plan.parameters.get(key) for key in _POLICY_PARAMETERS}
     return {
         "policy": plan.policy,
         "rounding": plan.rounding,
-        **{key: "" if value is None else str(value) for key, value in asked.items()},
+        **{key: "" if value is None else str(value) for key, value in parameters.items()},
         "mixture": plan.mixture,
     }
 
@@ -132,18 +128,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def common_params(
-    source: ModelSource, calibration: CalibrationSet, heldout: TextSet, toolchain: Toolchain
-) -> dict[str, str]:
-    """What all candidates of a sweep have in common."""
+def common_params(made_from: MadeFrom) -> dict[str, str]:
+    """Parameters that all candidates of a sweep share."""
     return {
-        "model": source.name,
-        "revision": source.revision or "",
-        "weights_digest": source.weights_digest,
-        "dataset": calibration.dataset,
-        "dataset_digest": calibration.tokens_digest,
-        "heldout_digest": heldout.digest(),
-        "llama_cpp": toolchain.version,
-        "llama_cpp_build": toolchain.build,
+        "model": made_from.source.name,
+        "revision": made_from.source.revision or "",
+        "weights_digest": made_from.source.weights_digest,
+        "dataset": made_from.calibration.dataset,
+        "dataset_digest": made_from.calibration.tokens_digest,
+        "heldout_digest": made_from.heldout.digest(),
+        "llama_cpp": made_from.toolchain.version,
+        "llama_cpp_build": made_from.toolchain.build,
         "samq": __version__,
     }

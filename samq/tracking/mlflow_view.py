@@ -1,8 +1,8 @@
 """The saved view of MLflow's run page that shows a sweep: its candidates, the columns that matter, and charts.
 
-By default MLflow's run table shows no metric at all. Views are what its page itself saves when a person chooses *Save as
-new view*: an experiment's tag with the page's state in JSON, compressed. Written for MLflow 3.17; a version that reads
-views in another way shows its default page instead.
+By default MLflow's run table shows no metrics. Its page saves a view when a user chooses *Save as new view*: an
+experiment's tag with the state of the page in compressed JSON. This module writes the same tag. It is written for MLflow
+3.17; a version that reads views in another way shows its default page instead.
 """
 
 import base64
@@ -15,7 +15,7 @@ NAME = "Latest sweep"
 KEY = "samq-latest-sweep"
 TAG = f"mlflow.sharedViewState.{KEY}"
 
-# Column -> width in pixels, in the order of the table; those that no candidate has are left out.
+# Column -> width in pixels, in the order of the table; columns that no candidate has are left out.
 _COLUMNS = {
     "metrics.`plan/budget_bytes`": 140,
     "metrics.`plan/threshold`": 110,
@@ -35,7 +35,7 @@ _COLUMNS = {
     "tags.`samq.rival`": 110,
     "tags.`samq.verdict`": 130,
 }
-# Axes of the parallel coordinates. MLflow leaves out a run that lacks one, so only what all its candidates have is an axis.
+# Axes of the parallel coordinates. MLflow leaves out a run that lacks an axis, so a chart uses the axes that all have.
 _THRESHOLD = "plan/threshold"
 _AXES = (
     "memory/file_bytes",
@@ -48,12 +48,12 @@ _AXES = (
 
 def view_of(parent_run_id: str, created_ms: int, candidates: Iterable[Iterable[str]]) -> str:
     """The tag's value for a view of one sweep's candidates, the largest first; `candidates` are their metrics' names."""
-    known = [set(names) for names in candidates]
-    common = set.intersection(*known) if known else set()
-    logged = {f"metrics.`{name}`" for names in known for name in names}
+    metrics = [set(names) for names in candidates]
+    common = set.intersection(*metrics) if metrics else set()
+    logged = {f"metrics.`{name}`" for names in metrics for name in names}
     columns = {name: width for name, width in _COLUMNS.items() if name in logged or not name.startswith("metrics.")}
-    charts = [_parallel("What bytes buy", _AXES, known)]
-    if with_threshold := [names for names in known if _THRESHOLD in names]:
+    charts = [_parallel("What bytes buy", _AXES, metrics)]
+    if with_threshold := [names for names in metrics if _THRESHOLD in names]:
         charts.append(_parallel("What thresholds buy", (_THRESHOLD, *_AXES), with_threshold))
     charts += [
         _scatter("Size against fidelity", "memory/file_bytes", "fidelity/mean_kld_nats"),
@@ -72,7 +72,7 @@ def view_of(parent_run_id: str, created_ms: int, candidates: Iterable[Iterable[s
         "columnOrder": list(columns),
         "columnWidths": columns,
         "runsHiddenMode": "SHOW_ALL",
-        "isAccordionReordered": True,  # else MLflow's own sections of charts come first
+        "isAccordionReordered": True,  # otherwise MLflow's own sections of charts come first
         "compareRunCharts": charts,
         "compareRunSections": [{"uuid": "sweep", "name": "Sweep", "display": True, "isReordered": False}],
     }

@@ -1,10 +1,9 @@
 """MLflow's model registry: GGUFs as versions of a registered model, found by alias.
 
-A version points at the GGUF where it lies and holds no copy of it: its tags say where (`gguf_uri`), which (`sha256`) and
-how large (`size_bytes`), and its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
+A version points at the GGUF and holds no copy of it. Its tags give the location (`gguf_uri`), the content (`sha256`) and
+the size (`size_bytes`); its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
 """
 
-import fcntl
 import getpass
 import json
 import re
@@ -14,22 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Run
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
-from samq.report.description import describe_plan
-from samq.errors import SamqError
+from samq.errors import NotRegisteredError, SamqError, UnreachableError
 from samq.records import Evaluation, Plan, QuantizedModel
-from samq.report.markdown_report import COLUMNS
+from samq.report.description import describe_plan
+from samq.report.table import COLUMNS
 from samq.sweep.selection import MB
-from samq.serving.source import NothingNamed, Unreachable
 
-CANDIDATE = "candidate"
-PRODUCTION = "production"
-PREVIOUS = "previous"
+CANDIDATE_ALIAS = "candidate"
+PRODUCTION_ALIAS = "production"
+PREVIOUS_ALIAS = "previous"
 HELDOUT = "heldout"  # context of the dataset that fidelity is measured on, among a run's inputs
 
 
@@ -47,34 +46,32 @@ class RegisteredGguf:
 
     @property
     def path(self) -> Path:
-        """The GGUF on this machine; raises SamqError if it lies elsewhere."""
+        """The GGUF on this machine; raises SamqError if it is elsewhere."""
         if urlsplit(self.uri).scheme != "file":
             raise SamqError(
-                f"version {self.version} of {self.name} lies at {self.uri}, not on this machine; copy it here"
+                f"version {self.version} of {self.name} is at {self.uri}, not on this machine; copy it here"
             )
         return _local(self.uri)
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of one MLflow server or database, which is made if it is a SQLite file that does not exist.
+    """A client of one MLflow server or database; creates a SQLite file that does not exist.
 
-    Several processes may connect to a new SQLite file at once: MLflow makes its tables without a lock, so this takes one.
-    Raises Unreachable if MLflow cannot be used there.
+    Several processes may connect to a new SQLite file at the same time. MLflow creates its tables without a lock, so this
+    function takes one. Raises UnreachableError if MLflow cannot be used there.
     """
     folder = sqlite_folder(tracking_uri)
     try:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".mlflow.lock", "w") if folder else nullcontext() as lock:
-            if lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / ".mlflow.lock") if folder else nullcontext():
             client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             client.search_experiments(max_results=1)
         return client
     except (MlflowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Unreachable(
-            f"cannot use MLflow at {tracking_uri}: {reason}; start its server, or give sqlite:///FILE"
+        raise UnreachableError(
+            f"cannot use MLflow at {tracking_uri}: {reason}; start its server, or set the URI to sqlite:///FILE"
         ) from error
 
 
@@ -93,12 +90,12 @@ def register(
     gguf: Path,
     plan: Plan,
     evaluation: Evaluation,
-    alias: str = CANDIDATE,
+    alias: str = CANDIDATE_ALIAS,
 ) -> str:
-    """Make the GGUF a version of the registered model `name`, give it the alias, and return the version.
+    """Register the GGUF as a version of the model `name`, point the alias at it, and return the version.
 
-    A GGUF (by SHA-256) that already is a version keeps that version: a night without news registers nothing.
-    `run_id` is the candidate's run, whose metrics and parameters the version shows.
+    A GGUF (by SHA-256) that is already a version keeps that version, so a sweep with the same result registers nothing.
+    `run_id` is the candidate's run. The version shows its metrics and parameters.
     """
     uri = gguf.absolute().as_uri()
     try:
@@ -106,7 +103,7 @@ def register(
         version = _find(client, name, model.sha256)
         if version is None:
             version = _create_version(client, name, client.get_run(run_id), model, uri, plan, evaluation)
-        elif version.tags.get("gguf_uri") != uri:  # the same bytes, made again elsewhere
+        elif version.tags.get("gguf_uri") != uri:  # the same bytes at another place
             client.set_model_version_tag(name, version.version, "gguf_uri", uri)
         client.set_registered_model_alias(name, alias, version.version)
     except MlflowException as error:
@@ -114,47 +111,47 @@ def register(
     return str(version.version)
 
 
-def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE) -> RegisteredGguf:
-    """The version that an alias points at; raises SamqError if there is none, or it is not one that SAMQ registered."""
-    with answering(client, f"no model {name} with the alias {alias}"):
+def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE_ALIAS) -> RegisteredGguf:
+    """The version that an alias points at; raises SamqError if there is none, or if SAMQ did not register it."""
+    with mlflow_errors(client, f"no model {name} with the alias {alias}"):
         version = client.get_model_version_by_alias(name, alias)
-    return _described(version, f"move the alias {alias} to one it did")
+    return _registered_gguf(version, f"move the alias {alias} to one that it did")
 
 
 def find_version(client: MlflowClient, name: str, version: str) -> RegisteredGguf:
-    """A version by its number; raises SamqError if there is none, or it is not one that SAMQ registered."""
-    with answering(client, f"no version {version} of a model {name}"):
-        return _described(client.get_model_version(name, version), "name one it did")
+    """A version by its number; raises SamqError if there is none, or if SAMQ did not register it."""
+    with mlflow_errors(client, f"no version {version} of a model {name}"):
+        return _registered_gguf(client.get_model_version(name, version), "name one that it did")
 
 
 def aliases(client: MlflowClient, name: str) -> dict[str, str]:
-    """Alias -> version of a registered model; raises SamqError if there is no such model."""
-    with answering(client, f"no model {name}"):
+    """Alias -> version of a registered model; raises SamqError if the model does not exist."""
+    with mlflow_errors(client, f"no model {name}"):
         return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
 
 
 @contextmanager
-def answering(client: MlflowClient, absent: str) -> Iterator[None]:
-    """What MLflow refuses, as one sentence: that it has `absent` (such as "no model x"), or why it cannot be used."""
+def mlflow_errors(client: MlflowClient, absent: str) -> Iterator[None]:
+    """Turn MLflow's errors into one sentence: that it has `absent` (such as "no model x"), or why it cannot be used."""
     try:
         yield
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise NothingNamed(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
+            raise NotRegisteredError(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
         reason = str(error).splitlines()[0]
-        raise Unreachable(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
+        raise UnreachableError(f"cannot use MLflow at {client.tracking_uri}: {reason}; start its server") from error
 
 
 def user() -> str:
-    """Who does what MLflow is told of."""
+    """User name to record in MLflow."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
+    except (KeyError, OSError):  # a container may run under a user id that has no name
         return "unknown"
 
 
-def _described(version: ModelVersion, advice: str) -> RegisteredGguf:
-    """What the tags of a version say; raises SamqError if SAMQ did not write them."""
+def _registered_gguf(version: ModelVersion, advice: str) -> RegisteredGguf:
+    """The version as its tags describe it; raises SamqError if SAMQ did not write them."""
     tags = version.tags
     missing = [tag for tag in ("gguf_uri", "sha256", "size_bytes", "plan_digest") if tag not in tags]
     if missing:
@@ -173,7 +170,7 @@ def _described(version: ModelVersion, advice: str) -> RegisteredGguf:
 
 
 def aliased_files(client: MlflowClient) -> list[Path]:
-    """The GGUFs on this machine that an alias of any registered model points at: what is served, or may be again."""
+    """The GGUFs on this machine that an alias of any registered model points at: served now, or needed for a rollback."""
     uris = []
     for model in _registered_models(client):
         for version in sorted(set(model.aliases.values())):
@@ -182,15 +179,15 @@ def aliased_files(client: MlflowClient) -> list[Path]:
 
 
 def model_names(client: MlflowClient) -> list[str]:
-    """The registered models, in the order of their names."""
-    with answering(client, "no registered models"):
+    """Names of the registered models, sorted."""
+    with mlflow_errors(client, "no registered models"):
         return sorted(model.name for model in _registered_models(client))
 
 
 def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelVersion]:
-    """The newest versions of a registered model, and those that an alias points at; the newest first."""
+    """The `count` newest versions of a registered model, and those that an alias points at; newest first."""
     aliased = aliases(client, name).values()
-    with answering(client, f"no model {name}"):
+    with mlflow_errors(client, f"no model {name}"):
         newest = client.search_model_versions(f"name = '{name}'", max_results=count, order_by=["version_number DESC"])
         known = {str(version.version): version for version in newest}
         known |= {version: client.get_model_version(name, version) for version in aliased if version not in known}
@@ -198,11 +195,11 @@ def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelV
 
 
 def _registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
-    page = None
-    while page != "":
-        found = client.search_registered_models(page_token=page)
-        yield from found
-        page = found.token or ""
+    token = None
+    while token != "":
+        page = client.search_registered_models(page_token=token)
+        yield from page
+        token = page.token or ""
 
 
 def _local(uri: str) -> Path:
@@ -211,8 +208,9 @@ def _local(uri: str) -> Path:
 
 def _create_registered_model(client: MlflowClient, name: str) -> None:
     description = (
-        "GGUFs that SAMQ built and measured. Each version points at a file; its tags say where it lies and its SHA-256. "
-        f"The alias `{CANDIDATE}` marks the best of the last sweep, `{PRODUCTION}` what is served, `{PREVIOUS}` what was."
+        "GGUFs that SAMQ built and measured. Each version points at a file; its tags give the location and the SHA-256. "
+        f"The alias `{CANDIDATE_ALIAS}` marks the best candidate of the last sweep, `{PRODUCTION_ALIAS}` the version in "
+        f"production, `{PREVIOUS_ALIAS}` the one before it."
     )
     try:
         client.create_registered_model(name, description=description)
@@ -222,19 +220,19 @@ def _create_registered_model(client: MlflowClient, name: str) -> None:
 
 
 def _find(client: MlflowClient, name: str, sha256: str) -> ModelVersion | None:
-    """The newest version of this content."""
-    found = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{sha256}'")
-    return max(found, key=lambda version: int(version.version), default=None)
+    """The newest version with this content."""
+    versions = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{sha256}'")
+    return max(versions, key=lambda version: int(version.version), default=None)
 
 
 def _create_version(
     client: MlflowClient, name: str, run: Run, model: QuantizedModel, uri: str, plan: Plan, evaluation: Evaluation
 ) -> ModelVersion:
     description = _description(model, plan, evaluation)
-    # What mlflow.create_external_model does, without its global tracking URI.
+    # mlflow.create_external_model does the same with a global tracking URI.
     logged = client.create_logged_model(
         run.info.experiment_id,
-        name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows these for registered models, and not here
+        name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows these in names of registered models, but not here
         source_run_id=run.info.run_id,
         tags={MLFLOW_MODEL_IS_EXTERNAL: "true", MLFLOW_RUN_NOTE: description, "sha256": model.sha256},
         params={key: value for key, value in run.data.params.items() if value},
@@ -242,8 +240,8 @@ def _create_version(
     )
     _link_metrics(client, run, logged.model_id)
     client.finalize_logged_model(logged.model_id, "READY")
-    # `models:/<id>` as the source would be looked up by MLflow's global client; the artifact location need not be, and
-    # a server accepts it as it belongs to the model.
+    # MLflow would look up a source `models:/<id>` with its global client. It does not look up the artifact location, and
+    # a server accepts that location because it belongs to the model.
     version = client.create_model_version(
         name,
         source=logged.artifact_location,
@@ -265,9 +263,9 @@ def _create_version(
 
 
 def _link_metrics(client: MlflowClient, run: Run, model_id: str) -> None:
-    """Show the run's metrics on the model's page: logged again as they are, with the model's id, they are not doubled."""
+    """Show the run's metrics on the model's page: log them again with the model's id, which does not duplicate them."""
     inputs = run.inputs.dataset_inputs if run.inputs else []
-    heldout = next((one.dataset for one in inputs if HELDOUT in [tag.value for tag in one.tags]), None)
+    heldout = next((item.dataset for item in inputs if HELDOUT in [tag.value for tag in item.tags]), None)
     metrics = [
         Metric(
             key=key,

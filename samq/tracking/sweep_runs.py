@@ -8,12 +8,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -27,24 +24,23 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_TYPE,
     MLFLOW_USER,
 )
-from pydantic import BaseModel, ConfigDict, Field
 
 from samq import __version__
-from samq.tracking import mlflow_view
-from samq.sweep.benchmarking import items_of
-from samq.sweep.cost import CostSettings
-from samq.report.description import describe_plan
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
+from samq.files import EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
+from samq.records import CalibrationSet, TextSet
+from samq.report.description import describe_plan
 from samq.report.figures import pareto_figure, prediction_figure
 from samq.report.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
-from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
 from samq.report.prediction import predicted_and_measured
-from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
-from samq.report.markdown_report import results_table
-from samq.sweep.selection import Comparison, Failure, Result, by_size, pareto, rival_of
-from samq.tracking.registry import CANDIDATE, HELDOUT, connect, register, sqlite_folder, user
-from samq.sweep.significance import ITEMS_NAME, PairedComparison
+from samq.report.table import results_table
+from samq.sweep.benchmarking import items_of
+from samq.sweep.selection import Failure, Result
+from samq.sweep.sweep import MadeFrom, Sweep
+from samq.tracking import mlflow_view
+from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
+from samq.tracking.registry import HELDOUT, connect, register, sqlite_folder, user
+from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -63,137 +59,24 @@ A parent run is a sweep; its children are the candidates: full precision, stock 
 """
 
 
-class TrackingSettings(BaseModel):
-    """Where a sweep is logged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tracking_uri: str = Field(description="sqlite:///FILE, or the address of an MLflow server")
-    experiment: str
-    run_name: str
-    registered_model: str | None = Field(default=None, description="register the best candidate under this name")
-    artifact_location: str | None = Field(
-        default=None,
-        description="of a new experiment; None: mlartifacts beside the SQLite file, or what the server decides",
-    )
-
-
-@dataclass(frozen=True)
-class TrackedSweep:
-    """Where a sweep is to be found in MLflow."""
-
-    tracking_uri: str
-    experiment_id: str
-    parent_run_id: str
-    child_run_ids: dict[str, str]  # of the candidates that were measured
-    registered_model: str | None = None
-    model_version: str | None = None
-    not_registered: str | None = None  # why the best is not, though it was asked for
-
-    def urls(self, address: str) -> dict[str, str]:
-        """Pages of this sweep on an MLflow server.
-
-        The sweep's run, the table and the charts of its candidates, their comparison, and the registered version.
-        """
-        experiment = f"{address}/#/experiments/{self.experiment_id}"
-        models = "workflowType=machine_learning"  # else MLflow shows its pages for prompts and agents
-        view = f"{experiment}/runs?{models}&viewStateShareKey={mlflow_view.KEY}"
-        ids = quote(json.dumps(list(self.child_run_ids.values())))
-        urls = {
-            "sweep": f"{experiment}/runs/{self.parent_run_id}?{models}",
-            "candidates": view,
-            "charts": f"{view}&compareRunsMode=CHART",
-            "compare": f"{address}/#/compare-runs?runs={ids}&experiments=%5B%22{self.experiment_id}%22%5D&{models}",
-        }
-        if self.registered_model and self.model_version:
-            urls["model"] = f"{address}/#/models/{quote(self.registered_model)}/versions/{self.model_version}?{models}"
-        return urls
-
-    def summary(self) -> list[str]:
-        """Lines that tell a person at a terminal where to look."""
-        served = self.tracking_uri.startswith("http")
-        urls = self.urls(self.tracking_uri.rstrip("/") if served else "http://127.0.0.1:5000")
-        lines = [f"MLflow: {urls['sweep']}" + ("" if served else "   (after `samq ui`)")]
-        if "model" in urls:
-            lines.append(f"registered: {self.registered_model} version {self.model_version}, alias {CANDIDATE}")
-        if self.not_registered:
-            lines.append(f"not registered: {self.not_registered}; run the sweep again, which measures nothing anew")
-        return lines
-
-
-def track_sweep(
-    settings: TrackingSettings,
-    *,
-    source: ModelSource,
-    calibration: CalibrationSet,
-    heldout: TextSet,
-    toolchain: Toolchain,
-    sensitivity: SensitivityMap,
-    results: Sequence[Result],
-    failures: Sequence[Failure],
-    best: Result | None,
-    report: str,
-    parameters: Mapping[str, Any],
-    tags: Mapping[str, str],
-    comparisons: Sequence[Comparison] = (),
-    checks: Sequence[PredictionCheck] = (),
-    benchmarks: Sequence[PairedComparison] = (),
-    cost: CostSettings | None = None,
-) -> TrackedSweep:
+def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> TrackedSweep:
     """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
-    `report` is the sweep's markdown, `parameters` what the sweep was asked to do (may be nested), `tags` more for the
-    parent run, `comparisons` those of `samq.sweep.comparison`, `checks` those of the predictions. A registration that fails is
-    said in the tag `samq.registered` and costs no more. Raises SamqError if MLflow cannot be used or refuses something
-    else; the parent run then is FAILED.
+    `report` is the sweep in Markdown. A registration that fails stands in the tag `samq.registered`, and the sweep counts
+    all the same. Raises SamqError if MLflow cannot be used or refuses anything else; the parent run then is FAILED.
     """
     client = connect(settings.tracking_uri)
-    common = common_params(source, calibration, heldout, toolchain)
-    datasets = [_dataset(calibration, "calibration"), _dataset(heldout, HELDOUT)]
-    summary = {"samq.candidates": str(len(results)), "samq.best": best.name if best else ""}
-    if failures:
-        summary["samq.failures"] = _cut("; ".join(f"{one.name} in {one.stage}: {one.reason}" for one in failures))
-    children: dict[str, str] = {}
-    lost = [failure for failure in failures if failure.of_candidate]
-    version = not_registered = None
     try:
         experiment_id = _experiment(client, settings)
-        parent_tags = {**tags, **summary, MLFLOW_RUN_NOTE: _cut(_body(report))}
-        with _run(client, experiment_id, settings.run_name, parent_tags) as parent:
-            client.log_batch(parent, _best_metrics(best), _params({**flatten(parameters), **common}))
-            _log_inputs(client, parent, datasets)
-            client.log_text(parent, report, "report.md")
-            client.log_table(parent, results_table(results, failures), "candidates.json")
-            for name, figure in _figures(sensitivity, results, best, comparisons).items():
-                client.log_figure(parent, figure, f"figures/{name}.png")
-            client.log_dict(parent, sensitivity.content(), "sensitivity-map.json")
-            if benchmarks:
-                rows = [one.model_dump(mode="json") for one in benchmarks]
-                client.log_dict(parent, {"comparisons": rows}, "benchmark-comparisons.json")
-            if checks:
-                client.log_dict(parent, {c.plan: c.model_dump(mode="json") for c in checks}, "prediction-checks.json")
-            for failure in lost:
-                _log_failure(client, experiment_id, parent, failure, common)
-            front = pareto(results)
-            values = {
-                result.name: metrics_of(result, results, comparisons) | benchmark_metrics(result, benchmarks, cost)
-                for result in results
-            }
-            for result in reversed(by_size(results)):  # MLflow lists the newest first
-                child_tags = {MLFLOW_PARENT_RUN_ID: parent, "samq.verdict": _verdict(result, best, front)}
-                if rival := rival_of(result, results):
-                    child_tags["samq.rival"] = rival.name
-                with _run(client, experiment_id, result.name, child_tags) as child:
-                    _log_result(client, child, result, values[result.name], common, datasets)
-                children[result.name] = child
-            if best and settings.registered_model:
-                version, not_registered = _register(client, settings.registered_model, children[best.name], best)
-                registered = (
-                    f"{settings.registered_model} version {version}" if version else f"failed: {not_registered}"
-                )
-                client.set_tag(parent, "samq.registered", _cut(registered))
-            view = mlflow_view.view_of(parent, _now_ms(), values.values())
-            client.set_experiment_tag(experiment_id, mlflow_view.TAG, view)
+        with _run(client, experiment_id, settings.run_name, _parent_tags(settings, sweep, report)) as parent:
+            _log_parent(client, parent, settings, sweep, report)
+            children = _log_children(client, experiment_id, parent, settings, sweep)
+            version, not_registered = _register(client, settings.registered_model, children, sweep.best)
+            if version or not_registered:
+                outcome = f"{settings.registered_model} version {version}" if version else f"failed: {not_registered}"
+                client.set_tag(parent, REGISTERED, _cut(outcome))
+            values = [_values(result, settings, sweep) for result in sweep.results]
+            client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.view_of(parent, _now_ms(), values))
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise SamqError(
@@ -203,18 +86,82 @@ def track_sweep(
         tracking_uri=settings.tracking_uri,
         experiment_id=experiment_id,
         parent_run_id=parent,
-        child_run_ids={result.name: children[result.name] for result in by_size(results)},
+        child_run_ids={result.name: children[result.name] for result in sweep.by_size},
         registered_model=settings.registered_model if version else None,
         model_version=version,
         not_registered=not_registered,
+        flow_run_id=settings.tags.get(FLOW_RUN) or None,
     )
 
 
-def _register(client: MlflowClient, name: str, run_id: str, best: Result) -> tuple[str | None, str | None]:
-    """The version that the best candidate is now, or why it is none: what was measured is worth the same without it."""
+def _parent_tags(settings: TrackingSettings, sweep: Sweep, report: str) -> dict[str, str]:
+    tags = {
+        **settings.tags,
+        "samq.candidates": str(len(sweep.results)),
+        "samq.best": sweep.best.name if sweep.best else "",
+        MLFLOW_RUN_NOTE: _cut(_body(report)),
+    }
+    if sweep.failures:
+        failures = (f"{failure.name} in {failure.stage}: {failure.reason}" for failure in sweep.failures)
+        tags["samq.failures"] = _cut("; ".join(failures))
+    return tags
+
+
+def _log_parent(client: MlflowClient, run_id: str, settings: TrackingSettings, sweep: Sweep, report: str) -> None:
+    """Parameters, report, table, figures, and the records of comparisons and checks."""
+    parameters = {**flatten(settings.parameters), **common_params(sweep.made_from)}
+    client.log_batch(run_id, _best_metrics(sweep.best), _params(parameters))
+    _log_inputs(client, run_id, _datasets(sweep.made_from))
+    client.log_text(run_id, report, "report.md")
+    client.log_table(run_id, results_table(sweep), "candidates.json")
+    for name, figure in _figures(sweep).items():
+        client.log_figure(run_id, figure, f"figures/{name}.png")
+    client.log_dict(run_id, sweep.sensitivity.content(), "sensitivity-map.json")
+    if sweep.benchmarks:
+        rows = [comparison.model_dump(mode="json") for comparison in sweep.benchmarks]
+        client.log_dict(run_id, {"comparisons": rows}, "benchmark-comparisons.json")
+    if sweep.checks:
+        checks = {check.plan: check.model_dump(mode="json") for check in sweep.checks}
+        client.log_dict(run_id, checks, "prediction-checks.json")
+
+
+def _log_children(
+    client: MlflowClient, experiment_id: str, parent: str, settings: TrackingSettings, sweep: Sweep
+) -> dict[str, str]:
+    """A child run for each candidate; name -> run id of those that were measured."""
+    for failure in sweep.lost:
+        _log_failure(client, experiment_id, parent, failure, sweep.made_from)
+    children = {}
+    for result in reversed(sweep.by_size):  # MLflow lists the newest first
+        tags = {MLFLOW_PARENT_RUN_ID: parent, "samq.verdict": _verdict(result, sweep)}
+        if rival := sweep.rival(result):
+            tags["samq.rival"] = rival.name
+        with _run(client, experiment_id, result.name, tags) as child:
+            _log_result(client, child, result, _values(result, settings, sweep), sweep.made_from)
+        children[result.name] = child
+    return children
+
+
+def _values(result: Result, settings: TrackingSettings, sweep: Sweep) -> dict[str, float]:
+    """All metrics of a candidate."""
+    return metrics_of(result, sweep) | benchmark_metrics(result, sweep, settings.cost)
+
+
+def _register(
+    client: MlflowClient, name: str | None, children: Mapping[str, str], best: Result | None
+) -> tuple[str | None, str | None]:
+    """The version that the best candidate is now, or why it is none; neither if there is nothing to register."""
+    if name is None or best is None:
+        return None, None
     try:
         version = register(
-            client, name, run_id, model=best.model, gguf=best.gguf, plan=best.plan, evaluation=best.evaluation
+            client,
+            name,
+            children[best.name],
+            model=best.model,
+            gguf=best.gguf,
+            plan=best.plan,
+            evaluation=best.evaluation,
         )
     except SamqError as error:
         logger.warning("%s is not registered: %s", best.name, error)
@@ -222,19 +169,14 @@ def _register(client: MlflowClient, name: str, run_id: str, best: Result) -> tup
     return version, None
 
 
-def _figures(
-    sensitivity: SensitivityMap, results: Sequence[Result], best: Result | None, comparisons: Sequence[Comparison]
-) -> dict[str, Figure]:
-    """What the parent run shows, by name; the figures that a sweep has nothing for are left out."""
-    figures = {
-        "pareto": pareto_figure(results, best.name if best else None, comparisons),
-        "sensitivity": sensitivity_heatmap(sensitivity),
-    }
-    if predicted_and_measured(results):
-        figures["prediction"] = prediction_figure(results)
-    if best:
-        figures["types"] = types_heatmap(best.plan)
-    if budgets := [result.plan for result in by_size(results) if result.plan.policy == "budget"]:
+def _figures(sweep: Sweep) -> dict[str, Figure]:
+    """What the parent run shows, by name; figures that the sweep has no data for are left out."""
+    figures = {"pareto": pareto_figure(sweep), "sensitivity": sensitivity_heatmap(sweep.sensitivity)}
+    if predicted_and_measured(sweep.results):
+        figures["prediction"] = prediction_figure(sweep)
+    if sweep.best:
+        figures["types"] = types_heatmap(sweep.best.plan)
+    if budgets := [result.plan for result in sweep.by_size if result.plan.policy == "budget"]:
         figures["budgets"] = plans_heatmap(budgets)
     return figures
 
@@ -247,12 +189,12 @@ def _best_metrics(best: Result | None) -> list[Metric]:
     return [Metric(name, value, _now_ms(), 0) for name, value in values.items()]
 
 
-def _verdict(result: Result, best: Result | None, front: Sequence[str]) -> str:
+def _verdict(result: Result, sweep: Sweep) -> str:
     if result.plan.policy == "full":
         return "baseline"
-    if best and result.name == best.name:
+    if result is sweep.best:
         return "★ best"
-    return "◆ Pareto front" if result.name in front else "dominated"
+    return "◆ Pareto front" if result.name in sweep.front else "dominated"
 
 
 def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
@@ -297,8 +239,7 @@ def _log_result(
     run_id: str,
     result: Result,
     values: Mapping[str, float],
-    common: Mapping[str, str],
-    datasets: list[DatasetInput],
+    made_from: MadeFrom,
 ) -> None:
     tags = {
         MLFLOW_RUN_NOTE: describe_plan(result.plan),
@@ -314,11 +255,11 @@ def _log_result(
     client.log_batch(
         run_id,
         metrics=[Metric(name, value, started, 0) for name, value in values.items()],
-        params=_params({**params_of(result.plan), **common}),
+        params=_params({**params_of(result.plan), **common_params(made_from)}),
         tags=[RunTag(key, value) for key, value in tags.items()],
     )
-    _log_inputs(client, run_id, datasets)
-    client.log_dict(run_id, result.plan.content(), "plan.json")
+    _log_inputs(client, run_id, _datasets(made_from))
+    client.log_dict(run_id, result.plan.content(), PLAN_NAME)
     client.log_figure(run_id, types_heatmap(result.plan), "types.png")
     for path in sorted(result.folder.iterdir()):
         if path.suffix == ".parquet":
@@ -331,9 +272,7 @@ def _log_result(
             client.log_artifact(run_id, str(Path(folder) / ITEMS_NAME), "evaluation")
 
 
-def _log_failure(
-    client: MlflowClient, experiment_id: str, parent: str, failure: Failure, common: Mapping[str, str]
-) -> None:
+def _log_failure(client: MlflowClient, experiment_id: str, parent: str, failure: Failure, made_from: MadeFrom) -> None:
     tags = {
         MLFLOW_PARENT_RUN_ID: parent,
         MLFLOW_RUN_NOTE: _cut(f"Failed in {failure.stage}: {failure.reason}"),
@@ -341,8 +280,12 @@ def _log_failure(
         "samq.failure": _cut(failure.reason),
     }
     run_id = _create_run(client, experiment_id, failure.name, tags)
-    client.log_batch(run_id, params=_params(common))
+    client.log_batch(run_id, params=_params(common_params(made_from)))
     client.set_terminated(run_id, "FAILED")
+
+
+def _datasets(made_from: MadeFrom) -> list[DatasetInput]:
+    return [_dataset(made_from.calibration, "calibration"), _dataset(made_from.heldout, HELDOUT)]
 
 
 def _dataset(text: CalibrationSet | TextSet, context: str) -> DatasetInput:

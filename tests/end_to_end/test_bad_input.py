@@ -48,7 +48,7 @@ def test_bad_input_of_the_flow_is_one_sentence_and_exit_code_2(tmp_path):
         return str(path)
 
     cases = []
-    cases.append(((config(without_config), {}), "without-config is no model folder: it has no config.json"))
+    cases.append(((config(without_config), {}), "without-config is not a model folder: it has no config.json"))
     cases.append(((config(cut), {}), "model.safetensors has 74316 bytes where its header promises 74416"))
     cases.append(((config(model, name=str(rows)), {}), "has no field 'text'; name some of its fields: body"))
     cases.append(((config(model), {"SAMQ_LLAMA_CPP": str(nothing)}), f"llama-quantize is not in {nothing}/bin"))

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.services import mlflow_page
-from samq.tracking.registry import PREVIOUS, PRODUCTION, aliases
+from samq.tracking.registry import PREVIOUS_ALIAS, PRODUCTION_ALIAS, aliases
 from tests.end_to_end.conftest import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
@@ -73,7 +73,7 @@ def free_port():
 
 def samq(environment, *arguments, code=0):
     """Run a command to its end; returns what it printed."""
-    command = [sys.executable, "-m", "samq.cli.app", *map(str, arguments)]
+    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stdout + done.stderr
@@ -89,7 +89,15 @@ def serve(environment, tmp_path):
         config, log = tmp_path / "serving.yaml", tmp_path / "serve.log"
         config.write_text(yaml.safe_dump({**SERVING, "port": free_port()}))
         address = f"http://127.0.0.1:{yaml.safe_load(config.read_text())['port']}"
-        command = [sys.executable, "-m", "samq.cli.app", "serve", f"models:/{MODEL}@production", "--config", str(config)]
+        command = [
+            sys.executable,
+            "-m",
+            "samq.cli",
+            "serve",
+            f"models:/{MODEL}@production",
+            "--config",
+            str(config),
+        ]
         with log.open("wb") as output:
             root = Path(__file__).parents[2]
             child = subprocess.Popen(command, env=environment, cwd=root, stdout=output, stderr=output)
@@ -171,7 +179,7 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
     policy = tmp_path / "policy.yaml"
     policy.write_text(yaml.safe_dump(POLICY))
     client = registry(environment)
-    for alias in (PRODUCTION, PREVIOUS):  # which the same test over the other registry has moved
+    for alias in (PRODUCTION_ALIAS, PREVIOUS_ALIAS):  # which the same test over the other registry has moved
         client.delete_registered_model_alias(MODEL, alias)
     said = samq(environment, "promote", MODEL, "--version", first, "--policy", policy)
     assert f"version {first} is in production" in said and "already" not in said
@@ -192,7 +200,7 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
         samq(environment, "rollback", MODEL, "--reason", reason)
-        assert aliases(client, MODEL).items() >= {PRODUCTION: first, PREVIOUS: second}.items()
+        assert aliases(client, MODEL).items() >= {PRODUCTION_ALIAS: first, PREVIOUS_ALIAS: second}.items()
         wait(lambda: served_sha256(address) == first_sha256, lambda: httpx.get(f"{address}/ready").text)
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)

@@ -26,16 +26,12 @@ from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.data.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
+from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, ITEMS_NAME, MAP_NAME
 from samq.gguf.file import file_sha256, read_metadata, read_tensors, read_weights
-from samq.sensitivity.hf_model import write_hf_folder
-from samq.llamacpp.programs import GGUF_NAME
 from samq.records import Compensation
-from samq.sweep.selection import KLD
-from samq.sweep.significance import ITEMS_NAME
+from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
-from tasks.calibrate import MAP_NAME
-from tasks.compensate import COMPENSATION_NAME
-from tasks.quantize import COMPENSATED_NAME
+from samq.sweep.selection import KLD
 from tests.command_line import samq
 from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
 
@@ -125,13 +121,13 @@ def test_the_finalists_are_put_to_the_benchmarks_item_by_item(sweep, home):
 def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_missing(sweep, home):
     before = artifacts(home)
     unknown = {**SMALL, "benchmarks": {"tasks": ["samq_hellaswagg"]}}
-    with pytest.raises(SamqError, match="there is no task 'samq_hellaswagg'; nearest are samq_hellaswag"):
+    with pytest.raises(SamqError, match="the task 'samq_hellaswagg' does not exist; similar names are samq_hellaswag"):
         requantize(RequantizeParameters.model_validate(unknown))
     assert rebuilt(before, artifacts(home)) == []
     offline = {**SMALL, "benchmarks": {**SMALL["benchmarks"], "tasks": ["samq_hellaswag", "mmlu"]}}
     made = requantize(RequantizeParameters.model_validate(offline))
     assert rebuilt(before, artifacts(home)) == []
-    assert "the data of mmlu cannot be had" in made.best.evaluation.missing["eval/mmlu"]
+    assert "cannot load the data of mmlu" in made.best.evaluation.missing["eval/mmlu"]
 
 
 def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(made_by_sweep, home, tmp_path):
@@ -314,7 +310,7 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
     config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
     environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
     environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "samq.cli.app", "requantize", "--config", str(config)]
+    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
 
     def start():
         log = (tmp_path / "log").open("ab")

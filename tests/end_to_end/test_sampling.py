@@ -7,11 +7,11 @@ import pytest
 
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
-from samq.sensitivity.fisher import load_fisher
+from samq.files import FISHER_NAME, MAP_NAME, PRICES_NAME
 from samq.records import PriceTable, SensitivityMap
+from samq.sensitivity.fisher import load_fisher
 from samq.store import Store
-from tasks.calibrate import FISHER_NAME, MAP_NAME, calibrate
-from tasks.price import PRICES_NAME
+from tasks.calibrate import calibrate
 from tests.end_to_end.conftest import artifacts, rebuilt
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 

@@ -45,13 +45,13 @@ def environment(folder, home):
 def up(folder, environment):
     """(MLflow's address, Prefect's address) of a running `samq up`, which afterwards ends all that it started."""
     log = folder / "up.log"
-    command = [sys.executable, "-m", "samq.cli.app", "up", "--mlflow-port", free_port(), "--prefect-port", free_port()]
+    command = [sys.executable, "-m", "samq.cli", "up", "--mlflow-port", free_port(), "--prefect-port", free_port()]
     with log.open("wb") as output:
         child = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        while "Ctrl-C ends all" not in log.read_text():
+        while "Press Ctrl-C to stop" not in log.read_text():
             assert child.poll() is None, log.read_text()
             time.sleep(0.2)
         yield re.findall(r"^(?:MLflow|Prefect) +(\S+)$", log.read_text(), re.M)

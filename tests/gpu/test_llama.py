@@ -8,13 +8,13 @@ import pytest
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.llamacpp import gpu
 from samq.evaluation.divergence import compare
-from samq.evaluation.lm_eval.generation import generate
-from samq.llamacpp.runtime import Model, captured_log
 from samq.evaluation.measure import compute_baseline, evaluate
-from samq.llamacpp.memory import predict_memory
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.llamacpp import gpu
+from samq.llamacpp.generation import Decoding, generate
+from samq.llamacpp.memory import predict_memory
+from samq.llamacpp.runtime import Model, captured_log
 
 MIB = 2**20
 SETTINGS = EvaluationSettings(
@@ -47,14 +47,14 @@ def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(sharp_gguf):
 def test_answers_are_the_same_every_time(sharp_gguf):
     with Model(sharp_gguf) as model:
         prompts = [TOKENS[start : start + 40] for start in range(0, 200, 10)]
-        answer = partial(generate, model, prompts, limit=30, finished=lambda text: False)
+        answer = partial(generate, model, prompts, Decoding(limit=30, finished=lambda text: False))
         assert answer() == answer()
 
 
 @pytest.mark.parametrize("kv_type", ["F16", "Q8_0"])
 def test_weights_and_cache_are_as_large_as_predicted(sharp_gguf, kv_type):
-    settings = EvaluationSettings(vram_context_tokens=8192, kv_type=kv_type)
-    predicted = {name: metric.value for name, metric in predict_memory(sharp_gguf, settings).items()}
+    memory = predict_memory(sharp_gguf, 8192, kv_type=kv_type)
+    predicted = {name: metric.value for name, metric in memory.items()}
     with captured_log() as log, Model(sharp_gguf) as model, model.context(8192, outputs=1, kv_type=kv_type):
         sizes = {
             what: sum(
@@ -71,7 +71,7 @@ def test_the_driver_sees_what_was_predicted_and_that_it_is_given_back(sharp_gguf
     with Model(sharp_gguf) as model, model.context(256):
         pass  # CUDA's own share comes with the first model, and stays
     before = gpu.used_bytes()
-    predicted = predict_memory(sharp_gguf, SETTINGS)["memory/predicted_vram_bytes"].value
+    predicted = predict_memory(sharp_gguf, SETTINGS.vram_context_tokens)["memory/predicted_vram_bytes"].value
     assert abs(gpu.used_bytes() - before) < 8 * MIB, "a prediction allocates nothing"
     with Model(sharp_gguf) as model, model.context(8192, outputs=1):
         assert gpu.used_bytes() - before == pytest.approx(predicted, abs=64 * MIB)

@@ -6,20 +6,28 @@ import torch
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
+from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import describe_source, load_model
-from samq.allocation.check import check_prediction
-from samq.sensitivity.measure import measure_sensitivity
-from tests.samq.allocation.test_check import MODELS, quantized
+from samq.sensitivity.layout import GgufLayout
+from samq.sensitivity.measure import Origin, measure_sensitivity
+from tests.samq.allocation.test_check import MODELS, check, quantized
 from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama
 
 MIB = 2**20
 WIDE = dict(hidden_size=512, intermediate_size=1000, max_position_embeddings=256, initializer_range=0.05)
 
 
-def measure(model, tokens, architecture="llama", **arguments):
+def measure(
+    model, tokens, architecture="llama", *, row_orders=None, labels="text", seed=0, first_sequence=0, **arguments
+):
     return measure_sensitivity(
-        model, tokens, names=names_of(model, architecture), model_digest="m", calibration_digest="c", **arguments
+        model,
+        tokens,
+        GgufLayout(names_of(model, architecture), row_orders or {}),
+        Origin("model", "text"),
+        labelling=Labelling(labels, seed, first_sequence),
+        **arguments,
     )
 
 
@@ -82,7 +90,7 @@ def test_bfloat16_is_near_float32():
 def test_the_check_of_a_prediction_is_that_of_the_cpu(kind, tmp_path):
     make, architecture = MODELS[kind]
     arguments = quantized(make(), tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
-    one, two = (check_prediction(make().to(device), random_tokens(), **arguments) for device in ("cpu", "cuda"))
+    one, two = (check(make().to(device), random_tokens(), **arguments) for device in ("cpu", "cuda"))
     for figure in ("additive", "by_tensor", "joint"):
         assert getattr(two, figure).value == pytest.approx(getattr(one, figure).value, rel=1e-3)
 

@@ -46,7 +46,7 @@ import json, sys
 from pathlib import Path
 import torch
 from samq.serving.loading import load
-from samq.serving.sampling import Sampling
+from samq.serving.sampling import SamplerSettings
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
 
@@ -57,7 +57,7 @@ taken = torch.empty(torch.cuda.mem_get_info()[0] - int(sys.argv[2]), dtype=torch
 served = load(gguf, settings)
 with served.in_use():
     prompt = [number % 250 + 5 for number in range(4000)]
-    answer = [token.id for token, _ in zip(served.generate(prompt, Sampling(temperature=0)), range(20))]
+    answer = [token.id for token, _ in zip(served.generate(prompt, SamplerSettings(temperature=0)), range(20))]
 print(json.dumps({"layers": served.loading.gpu_layers, "context": served.loading.context_tokens,
                   "notes": served.loading.notes, "answer": answer}))
 """

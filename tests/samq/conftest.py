@@ -5,6 +5,8 @@ import pytest
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
 
+from samq.errors import SamqError
+from samq.llamacpp.runtime import Context
 from samq.tracking.registry import connect
 from tests.samq.sweeps import make_sweep
 
@@ -29,3 +31,21 @@ def mlflow_uri(empty_database, tmp_path, monkeypatch):
     (tmp_path / "mlflow").mkdir()
     path = shutil.copy(empty_database, tmp_path / "mlflow" / "mlflow.db")
     return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def decode_fails(monkeypatch):
+    """Call it to let the batch number `at` from now on fail, and no other."""
+    decode = Context.decode
+    left = []
+
+    def failing(self, *arguments, **settings):
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                left.clear()
+                raise SamqError("llama.cpp failed on a batch")
+        return decode(self, *arguments, **settings)
+
+    monkeypatch.setattr(Context, "decode", failing)
+    return lambda at: left.append(at)

@@ -1,18 +1,18 @@
 """A small sweep as records: what the tests of reports, figures, tracking and the registry start from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from samq.allocation.budget import solve
-from samq.sweep.comparison import DIVERGENCE_NAME, compare_sweep
+from samq.allocation.knapsack import solve
 from samq.evaluation.divergence import summarize
-from samq.gguf.formats import bits_per_weight, tensor_bytes
+from samq.files import DIVERGENCE_NAME
 from samq.gguf.file import file_sha256
+from samq.gguf.formats import bits_per_weight, tensor_bytes
 from samq.records import (
     CalibrationSet,
     Evaluation,
@@ -28,7 +28,9 @@ from samq.records import (
     TextSet,
     Toolchain,
 )
-from samq.sweep.selection import Comparison, Failure, Result
+from samq.sweep.comparison import compare_sweep
+from samq.sweep.selection import Failure, Result
+from samq.sweep.sweep import MadeFrom, Sweep
 
 SHAPES = {
     "attn_q": (576, 576),
@@ -44,38 +46,26 @@ LADDER = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16")
 CHUNKS, SCORED = 12, 64  # held-out chunks, scored tokens of each
 
 
-@dataclass(frozen=True)
-class Sweep:
-    source: ModelSource
-    calibration: CalibrationSet
-    heldout: TextSet
-    toolchain: Toolchain
-    sensitivity: SensitivityMap
-    results: list[Result]
-    failures: list[Failure]
+def check_of(sweep: Sweep, name: str) -> PredictionCheck:
+    """A check of a budget plan's prediction that finds what the price table said."""
+    result = sweep.result(name)
+    assert result and result.predicted
+    predicted, error = result.predicted.value, result.predicted.stderr
+    return PredictionCheck(
+        plan=name,
+        plan_digest=result.plan.digest(),
+        samples=32,
+        tokens=5000,
+        predicted=Metric(value=predicted, stderr=error),
+        additive=Metric(value=1.03 * predicted, stderr=error),
+        by_tensor=Metric(value=1.06 * predicted, stderr=0.06 * predicted),
+        joint=Metric(value=1.2 * predicted, stderr=0.15 * predicted),
+    )
 
-    def result(self, name: str) -> Result:
-        return next(result for result in self.results if result.name == name)
 
-    @property
-    def comparisons(self) -> list[Comparison]:
-        return compare_sweep(self.results)
-
-    def check(self, name: str) -> PredictionCheck:
-        """A check of a budget plan's prediction that finds what the price table said."""
-        result = self.result(name)
-        assert result.predicted
-        predicted, error = result.predicted.value, result.predicted.stderr
-        return PredictionCheck(
-            plan=name,
-            plan_digest=result.plan.digest(),
-            samples=32,
-            tokens=5000,
-            predicted=Metric(value=predicted, stderr=error),
-            additive=Metric(value=1.03 * predicted, stderr=error),
-            by_tensor=Metric(value=1.06 * predicted, stderr=0.06 * predicted),
-            joint=Metric(value=1.2 * predicted, stderr=0.15 * predicted),
-        )
+def with_results(sweep: Sweep, results: Iterable[Result]) -> Sweep:
+    """The sweep with other results; comparisons stay as they are, also those of candidates that it no longer has."""
+    return replace(sweep, results=tuple(results))
 
 
 def make_sweep(
@@ -121,20 +111,24 @@ def make_sweep(
     plans += [_threshold_plan(cut, sensitivity, shapes) for cut in thresholds]
     plans += [_stock_plan(mixture, shapes) for mixture in stock]
     plans += [_budget_plan(text, options, shapes) for text in budgets]
+    results = tuple(_result(folder, plan, options, random) for plan in plans)
     return Sweep(
-        source=ModelSource(
-            name="SmolLM2-135M-Instruct", revision="1" * 40, weights_digest="c" * 64, tokenizer_digest="d" * 64
+        made_from=MadeFrom(
+            source=ModelSource(
+                name="SmolLM2-135M-Instruct", revision="1" * 40, weights_digest="c" * 64, tokenizer_digest="d" * 64
+            ),
+            calibration=CalibrationSet(
+                dataset="humaneval", samples=32, sequence_tokens=256, tokens=5000, seed=0, tokens_digest="e" * 64
+            ),
+            heldout=TextSet(dataset="humaneval", texts=("def f():", "def g():")),
+            toolchain=Toolchain(version="0.3.36", build="0123456789ab", bin_folder=folder),
         ),
-        calibration=CalibrationSet(
-            dataset="humaneval", samples=32, sequence_tokens=256, tokens=5000, seed=0, tokens_digest="e" * 64
-        ),
-        heldout=TextSet(dataset="humaneval", texts=("def f():", "def g():")),
-        toolchain=Toolchain(version="0.3.36", build="0123456789ab", bin_folder=folder),
         sensitivity=sensitivity,
-        results=[_result(folder, plan, options, random) for plan in plans],
-        failures=[
-            Failure(name="threshold-0.9", stage="quantize", reason="llama-quantize ended with\ncode 1 | see log")
-        ],
+        results=results,
+        failures=(
+            Failure(name="threshold-0.9", stage="quantize", reason="llama-quantize ended with\ncode 1 | see log"),
+        ),
+        comparisons=tuple(compare_sweep(results)),
     )
 
 

@@ -9,8 +9,9 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from samq import doctor
-from samq.cli import app as cli
+from samq.cli.app import app
 from samq.llamacpp.toolchain import PROGRAMS
+from samq.progress import console
 
 
 def by_name():
@@ -52,9 +53,9 @@ def test_a_missing_demo_package_is_no_failure():
 
 
 def report(monkeypatch):
-    """(state, what, found, what to do) of every row that `samq doctor` prints, and its exit code."""
-    monkeypatch.setattr(cli.console, "width", 400)
-    done = CliRunner().invoke(cli.app, ["doctor"])
+    """(state, component, found, advice) of every row that `samq doctor` prints, and its exit code."""
+    monkeypatch.setattr(console, "width", 400)
+    done = CliRunner().invoke(app, ["doctor"])
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stderr.splitlines() if "│" in line]
     return {row[1]: row for row in rows}, done.exit_code
 

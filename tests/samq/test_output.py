@@ -38,13 +38,13 @@ def test_a_read_only_place_is_refused(disk):
 
 def test_an_exported_artifact_is_its_files_without_logs(artifact, tmp_path):
     make_folder(tmp_path / "new" / "out")
-    export(artifact, tmp_path / "new" / "out")
+    export(map(artifact.path, artifact.files), tmp_path / "new" / "out")
     assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"result.json", "table.parquet"}
 
 
 def test_a_full_disk_gets_no_half_file(artifact, disk):
     with pytest.raises(SamqError, match=r"cannot write to .*disk: No space left on device; free some space"):
-        export(artifact, disk.folder)
+        export(map(artifact.path, artifact.files), disk.folder)
     assert {path.name for path in disk.folder.iterdir()} == {"result.json"}
 
 

@@ -13,6 +13,12 @@ def test_a_bar_shows_what_is_done_of_how_much(terminal):
     assert "calibrate tiny" in terminal.getvalue() and "3/7" in terminal.getvalue()
 
 
+def test_a_bar_of_bytes_shows_them_in_a_unit_that_people_read(terminal):
+    with progress.bar("find org/large", in_bytes=True) as report:
+        report(1_200_000_000, 8_000_000_000)
+    assert "1.2/8.0 GB" in terminal.getvalue()
+
+
 def test_bars_of_several_threads_share_the_terminal_and_it_is_free_afterwards(terminal):
     both = threading.Barrier(2)
 

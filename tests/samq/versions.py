@@ -6,16 +6,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.gguf.audit import as_is
 from samq.gguf.file import file_sha256
-from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.llamacpp.programs import quantize
+from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Toolchain
 from samq.sweep.selection import Result
-from samq.tracking.sweep_runs import TrackingSettings, track_sweep
+from samq.sweep.sweep import Sweep
+from samq.tracking.sweep_runs import track_sweep
+from samq.tracking.tracked import TrackingSettings
 from tests.conftest import write_tiny_gguf
-from tests.samq.sweeps import Sweep, make_sweep
+from tests.samq.sweeps import make_sweep
 
 NAME = "llama"
 PROMPTS = 400
@@ -88,16 +90,8 @@ def measured(result: Result, folder: Path, *, valid: int, right: int, first: int
 
 def register_night(uri: str, sweep: Sweep, results: list[Result]) -> str:
     """Track a night and register its quantized candidate; returns the version."""
-    tracked = track_sweep(
-        TrackingSettings(tracking_uri=uri, experiment="nights", run_name="nightly", registered_model=NAME),
-        **{name: getattr(sweep, name) for name in ("source", "calibration", "heldout", "toolchain", "sensitivity")},
-        results=results,
-        failures=[],
-        best=results[1],
-        report="# Report\n",
-        parameters={},
-        tags={},
-    )
+    settings = TrackingSettings(tracking_uri=uri, experiment="nights", run_name="nightly", registered_model=NAME)
+    tracked = track_sweep(settings, replace(sweep, results=tuple(results), failures=()), "# Report\n")
     assert tracked.model_version
     return tracked.model_version
 

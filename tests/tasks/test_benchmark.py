@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from samq.sweep.benchmarking import Candidate
 from samq.evaluation.settings import BenchmarkSettings
+from samq.sweep.benchmarking import Candidate
 from tasks.benchmark import benchmark, find_benchmarks
 
 

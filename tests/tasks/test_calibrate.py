@@ -1,7 +1,7 @@
 """What calibration does before its own bar shows anything."""
 
-from samq.sensitivity.layout import weights_of
 from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.layout import weights_of
 from samq.store import Store
 from tasks.calibrate import open_model
 from tests.tiny_models import save_folder, tiny_llama, write_llama_gguf

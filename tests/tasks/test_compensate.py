@@ -4,21 +4,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from samq.gguf.audit import audit
 from samq.allocation.budget import BudgetPolicy
-from samq.gguf.file import file_sha256, read_metadata, read_tensors
 from samq.allocation.ladder import rungs_of
-from samq.sensitivity.hf_model import describe_source
 from samq.allocation.prices import plan_cost
+from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, TOKENS_NAME
+from samq.gguf.audit import audit
+from samq.gguf.file import file_sha256, read_metadata, read_tensors
 from samq.records import CalibrationSet, Compensation, QuantizedModel
+from samq.sensitivity.hf_model import describe_source
 from samq.store import Store
 from tasks.calibrate import calibrate
-from tasks.compensate import COMPENSATION_NAME, compensate, compensate_rung, gram, price_compensated
+from tasks.compensate import compensate, compensate_rung, gram, price_compensated
 from tasks.ladder import rung
 from tasks.plan import load_plan, plan_budget
 from tasks.price import load_prices, price
-from tasks.quantize import COMPENSATED_NAME, MODEL_NAME, assemble
-from tasks.text import SET_NAME, TOKENS_NAME
+from tasks.quantize import MODEL_NAME, assemble
+from tasks.text import SET_NAME
 from tests.tiny_models import random_tokens, save_folder, tiny_llama, write_llama_gguf
 
 TOKENS = random_tokens(lengths=(60,) * 24)

@@ -1,13 +1,13 @@
 """Measurements run one at a time: their latencies are compared, and a GPU holds one model."""
 
-import fcntl
+import logging
 import os
-import sys
+import re
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from samq.data.tokens import TokenBatch
 from samq.errors import ToolError
@@ -28,14 +28,9 @@ def publish(store, stage, write):
     return store.find(stage, "k")
 
 
-def somebody_waits_for(path):
-    """Whether Linux has a process waiting for a lock on this file."""
-    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> FLOCK" in line]
-    return any(int(fields[6].rpartition(":")[2]) == path.stat().st_ino for fields in waiting)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/locks is Linux's")
-def test_a_measurement_waits_for_the_one_before(store):
+def test_a_measurement_waits_for_the_one_before(store, caplog):
+    caplog.set_level(logging.DEBUG, "filelock")
+    measuring = store.root / ".tmp" / "measuring"
     full = publish(store, "convert", lambda folder: write_tiny_gguf(folder / "model.gguf"))
     tokens = publish(store, "heldout", lambda folder: TokenBatch.of([[1] * 64]).save(folder / "heldout.npz"))
     settings = EvaluationSettings(context_tokens=32, chunks=1)
@@ -47,11 +42,10 @@ def test_a_measurement_waits_for_the_one_before(store):
         except ToolError as error:  # the model has no tokenizer: it gets as far as that
             errors.append(str(error))
 
-    with (store.root / ".tmp" / "measuring").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with FileLock(measuring):
         thread = threading.Thread(target=measure)
         thread.start()
-        while not somebody_waits_for(store.root / ".tmp" / "measuring"):
+        while not re.search(rf"not acquired on {re.escape(str(measuring))}, waiting", caplog.text):
             assert thread.is_alive(), errors
             time.sleep(0.01)
         assert not list((store.root / ".tmp").glob("baseline-*/evaluate.log")), "it has started nothing yet"

@@ -3,13 +3,14 @@
 import pytest
 
 from samq.allocation.budget import BudgetPolicy, why_doubted
-from samq.gguf.formats import tensor_bytes
+from samq.files import GGUF_NAME, PRICES_NAME
 from samq.gguf.file import file_sha256
-from samq.llamacpp.programs import GGUF_NAME, quantizable_tensors
+from samq.gguf.formats import tensor_bytes
+from samq.llamacpp.programs import quantizable_tensors
 from samq.records import Price, PriceTable, TensorPrices
 from samq.store import Store
 from tasks.plan import load_plan, plan_budget
-from tasks.price import PRICES_NAME, load_prices
+from tasks.price import load_prices
 from tests.conftest import write_tiny_gguf
 
 

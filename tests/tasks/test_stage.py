@@ -15,9 +15,9 @@ from samq import __version__
 from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError, ToolError, UnreachableError
 from samq.evaluation.settings import BenchmarkSettings
-from samq.sensitivity.hf_model import describe_source
 from samq.llamacpp.process import run as run_program
 from samq.records import ModelSource, TextSet, Toolchain
+from samq.sensitivity.hf_model import describe_source
 from samq.store import MANIFEST, Artifact, Store
 from tasks.stage import ContentCache, identity, is_transient, stage
 from tasks.text import load_text

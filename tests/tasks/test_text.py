@@ -2,11 +2,12 @@
 
 import pytest
 
-from samq.data.tokens import TokenBatch
 from samq.data.datasets import DatasetSpec
+from samq.data.tokens import TokenBatch
+from samq.files import TOKENS_NAME
 from samq.records import TextSet
 from samq.store import Store
-from tasks.text import TOKENS_NAME, heldout, load_calibration_set, load_text, tokenize
+from tasks.text import heldout, load_calibration_set, load_text, tokenize
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 TEXTS = TextSet(dataset="words", texts=("the other bathtub", "an ant", "x"))

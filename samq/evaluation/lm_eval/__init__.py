@@ -1,1 +1,1 @@
-"""lm-eval's tasks on a GGUF: the model adapter, and what is asked of it."""
+"""lm-eval's tasks on a GGUF: the model adapter, the tasks, and the results as metrics and items."""

@@ -1,4 +1,4 @@
-"""Finding and opening lm-eval's tasks, and saying in one sentence what keeps one from being run."""
+"""Finds and opens lm-eval's tasks, and says in one sentence why a task cannot run."""
 
 import difflib
 import inspect
@@ -28,16 +28,17 @@ from samq.markdown import one_line
 from samq.progress import Progress, silent
 from samq.records import digest_of
 
-_HUB = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec", "aiohttp")  # whose errors are of data
+# Packages whose errors mean that a task's data could not be loaded.
+_HUB = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec", "aiohttp")
 
 
 class UnavailableError(SamqError):
-    """A task that is as it should be, but needs data or a package that is not to be had here and now."""
+    """The task is correct, but its data or a package that it needs is not available here and now."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a name in the settings stands for, opened: a task, or the tasks of a group or a tag."""
+    """An opened task, or the opened tasks of a group or a tag, under the name that the settings use."""
 
     name: str
     tasks: dict[str, Task]
@@ -45,41 +46,41 @@ class Benchmark:
 
     @property
     def runs_code(self) -> bool:
-        """Whether a task of it runs what the model writes."""
+        """Whether one of its tasks runs code that the model writes."""
         return any(map(_runs_code, self.tasks.values()))
 
     @property
     def confines_code(self) -> bool:
-        """Whether all code of it is run by `samq.evaluation.sandbox.run`."""
+        """Whether `samq.evaluation.sandbox.run` runs all its code."""
         judges = [task.get_config("process_results") for task in self.tasks.values() if _runs_code(task)]
         return all(getattr(judge, "__module__", None) == judging.__name__ for judge in judges)
 
     @property
     def pools_items(self) -> bool:
-        """Whether it is a group whose figures are means over all items of its tasks, so that items can stand for it."""
+        """Whether it is a group whose metrics are means over all items of its tasks, so that the items represent it."""
         group = self.groups.get(self.name)
         parts = group.aggregate_metric_list if group else None
         return bool(parts) and all(part.weight_by_size and part.aggregation == "mean" for part in parts or ())
 
     def digest(self) -> str:
-        """SHA-256 (hex) of what its figures depend on apart from the model: configurations, items, lm-eval's version.
+        """SHA-256 (hex) of all that its metrics depend on except the model: configurations, items, lm-eval's version.
 
-        A function of a configuration is taken with all of its file, which may hold what it calls; where a file lies is
-        left out.
+        A function in a configuration counts with the whole text of its file, since it may call other functions there.
+        The path of the file does not count.
         """
-        described = {name: _describe(task) for name, task in sorted(self.tasks.items())}
+        tasks = {name: _describe(task) for name, task in sorted(self.tasks.items())}
         groups = {name: _plain(group.to_dict()) for name, group in sorted(self.groups.items())}
-        return digest_of({"lm_eval": version("lm-eval"), "tasks": described, "groups": groups})
+        return digest_of({"lm_eval": version("lm-eval"), "tasks": tasks, "groups": groups})
 
 
 class TaskLibrary:
-    """All tasks that can be named: SAMQ's, those in folders of the user's, and lm-eval's own."""
+    """All tasks that settings can name: SAMQ's, those in the user's folders, and lm-eval's own."""
 
     def __init__(self, folders: Sequence[Path] = ()) -> None:
         """Raises SamqError if a folder is missing, or a .yaml file in it is malformed."""
         for folder in folders:
             if not folder.is_dir():
-                raise SamqError(f"there is no folder of tasks at {folder}; check task_folders")
+                raise SamqError(f"the folder of tasks {folder} does not exist; check task_folders")
             for path in sorted(folder.glob("**/*.yaml")):
                 _read(path)
         self._folders = [FOLDER, *folders]
@@ -88,35 +89,35 @@ class TaskLibrary:
     def open(self, name: str, settings: BenchmarkSettings) -> Benchmark:
         """Open a task, a group, a tag or a task file, with its data.
 
-        Raises SamqError if there is none of that name, its file is malformed, its data cannot be had, or it runs code
-        and the settings do not allow that.
+        Raises SamqError if the name is unknown, if the file is malformed, if the data cannot be loaded, or if the task
+        runs code and the settings do not allow that.
         """
         is_file = name.endswith((".yaml", ".yml"))
         with quiet(), code_allowed(settings.run_code):
             try:
                 manager, config = self._manager(name, is_file)
-                # before it is loaded: lm-eval's own code tasks run code as they are imported
+                # before loading it: some of lm-eval's own code tasks run code when they are imported
                 if not settings.run_code and _says_unsafe(manager, config):
                     raise _code_refused(name)
-                found = manager.load([name])
+                loaded = manager.load([name])
             except SamqError:
                 raise
-            except Exception as error:  # a task is a program of its author's
+            except Exception as error:  # a task is its author's program, and can raise anything
                 raise _explained(name, error) from error
-        benchmark = Benchmark(Path(name).stem if is_file else name, found["tasks"], found.get("groups", {}))
+        benchmark = Benchmark(Path(name).stem if is_file else name, loaded["tasks"], loaded.get("groups", {}))
         if benchmark.runs_code and not settings.run_code:
             raise _code_refused(name)
         return benchmark
 
     def _manager(self, name: str, is_file: bool) -> tuple[TaskManager, dict[str, Any]]:
-        """Who can open it, and its configuration.
+        """The task manager that can open the task, and the task's configuration.
 
-        lm-eval's own tasks, 14,000 files, are looked through only if need be: it takes six seconds.
+        Searches lm-eval's own tasks only if necessary: they are 14,000 files, which takes six seconds.
         """
         if is_file:
             config = _read(Path(name))
             if not isinstance(config.get("group", config.get("task")), str):
-                raise SamqError(f"{name} names no task; give it a line `task: NAME`")
+                raise SamqError(f"{name} does not name its task; add a line `task: NAME`")
         else:
             entry = self._near.task_index.get(name)
             config = (entry.cfg if entry else None) or {"group": name, "task": [name]}  # a tag, or an unknown name
@@ -124,11 +125,11 @@ class TaskLibrary:
             return self._near, config
         manager = _lm_evals() if self._folders == [FOLDER] else TaskManager(include_path=self._folders)
         if not is_file and name not in manager.task_index:
-            raise SamqError(f"there is no task {name!r}; {_nearest(name, manager.all_tasks)}")
+            raise SamqError(f"the task {name!r} does not exist; {_nearest(name, manager.all_tasks)}")
         return manager, config if is_file else _config(manager, name)
 
     def _are_near(self, members: Sequence[Any]) -> bool:
-        """Whether all members of a group are known without lm-eval's own tasks."""
+        """Whether all members of a group are SAMQ's tasks or the user's."""
         for member in members:
             name = member.get("group", member.get("task")) if isinstance(member, Mapping) else member
             entry = self._near.task_index.get(name)
@@ -148,14 +149,15 @@ def _lm_evals() -> TaskManager:
 
 
 def check_benchmarks(settings: BenchmarkSettings, progress: Progress = silent) -> tuple[dict[str, str], dict[str, str]]:
-    """The digest of each task that can be run, and for each other one why it cannot: as now, before a long run.
+    """The digest of each task that can run now, and for each other task the reason why it cannot.
 
-    Raises SamqError for what a person has to correct: an unknown task, a malformed file, a missing folder.
+    A flow calls this before a long run. Raises SamqError for errors that the user has to correct: an unknown task, a
+    malformed file, a missing folder.
     """
     library = TaskLibrary(settings.task_folders)
     digests, missing = {}, {}
-    for done, name in enumerate(settings.tasks):
-        progress(done, len(settings.tasks))
+    for count, name in enumerate(settings.tasks):
+        progress(count, len(settings.tasks))
         with seeded(settings.seed), quiet():
             try:
                 digests[name] = library.open(name, settings).digest()
@@ -166,7 +168,7 @@ def check_benchmarks(settings: BenchmarkSettings, progress: Progress = silent) -
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Python's and NumPy's global generators as lm-eval seeds them, for tasks that shuffle; put back afterwards."""
+    """Seed Python's and NumPy's global generators as lm-eval does, for tasks that shuffle; restore them afterwards."""
     states = random.getstate(), np.random.get_state()
     random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
     np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
@@ -179,7 +181,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's remarks about a task, which are for its author, and the bars of `datasets`; errors stay."""
+    """Silence lm-eval's warnings about a task, which are for its author, and the bars of `datasets`; keep errors."""
     log = logging.getLogger("lm_eval")
     level, bars = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
@@ -194,7 +196,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def code_allowed(allowed: bool) -> Iterator[None]:
-    """Tell Hugging Face's `code_eval`, which lm-eval's own code tasks use, what the user said."""
+    """Tell Hugging Face's `code_eval`, which lm-eval's own code tasks use, whether the user allows code."""
     before = os.environ.pop("HF_ALLOW_CODE_EVAL", None)
     if allowed:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
@@ -207,17 +209,17 @@ def code_allowed(allowed: bool) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A task file, its functions unresolved."""
+    """Read a task file without resolving its functions."""
     if not path.is_file():
-        raise SamqError(f"there is no task file at {path}; check the path")
+        raise SamqError(f"the task file {path} does not exist; check the path")
     try:
         return load_yaml(path, resolve_func=False)
-    except Exception as error:  # of PyYAML, or of lm-eval about what it includes
-        raise SamqError(f"{path} is no task file ({one_line(str(error))}); correct it") from error
+    except Exception as error:  # PyYAML's, or lm-eval's about a file that it includes
+        raise SamqError(f"{path} is not a valid task file ({one_line(str(error))}); correct it") from error
 
 
 def _config(manager: TaskManager, name: str) -> dict[str, Any]:
-    """The configuration of a task or a group, its functions unresolved; a tag's is that of a group of its tasks."""
+    """The configuration of a task or a group, with unresolved functions; a tag counts as a group of its tasks."""
     entry = manager.task_index.get(name)
     if entry is None:
         return {}
@@ -225,7 +227,7 @@ def _config(manager: TaskManager, name: str) -> dict[str, Any]:
 
 
 def _says_unsafe(manager: TaskManager, config: Mapping[str, Any]) -> bool:
-    """Whether a configuration, or that of a member of the group, says that code of the model's is run."""
+    """Whether a configuration, or that of a member of the group, says that the task runs the model's code."""
     if config.get("unsafe_code"):
         return True
     for member in config.get("task") or () if "group" in config else ():
@@ -238,7 +240,7 @@ def _says_unsafe(manager: TaskManager, config: Mapping[str, Any]) -> bool:
 
 
 def _code_refused(name: str) -> SamqError:
-    return SamqError(f"{name} runs code that the model writes; allow it with run_code, or leave it out")
+    return SamqError(f"{name} runs code that the model writes; allow it with run_code, or leave the task out")
 
 
 def _runs_code(task: Task) -> bool:
@@ -246,26 +248,26 @@ def _runs_code(task: Task) -> bool:
 
 
 def _explained(name: str, error: Exception) -> SamqError:
-    """What a person can do about an error that opening a task raised."""
+    """The error of opening a task, with advice for the user."""
     reason = f"{type(error).__name__}: {one_line(str(error))}"
     cause = error.__cause__ or error
     if isinstance(cause, ImportError) and cause.name:
         return UnavailableError(f"{name} needs the Python package {cause.name}; install it")
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HUB:
         return UnavailableError(
-            f"the data of {name} cannot be had ({reason}); connect to the network, check its file, or choose a task that "
-            f"SAMQ carries (samq_...)"
+            f"cannot load the data of {name} ({reason}); connect to the network, check its file, or choose one of SAMQ's "
+            f"own tasks (samq_...)"
         )
-    return SamqError(f"{name} is no task that lm-eval can open ({reason}); correct its file")
+    return SamqError(f"lm-eval cannot open the task {name} ({reason}); correct its file")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"nearest are {', '.join(near)}" if near else "`lm_eval ls tasks` lists lm-eval's"
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"similar names are {', '.join(matches)}" if matches else "`samq lm-eval ls tasks` lists lm-eval's tasks"
 
 
 def _describe(task: Task) -> dict[str, Any]:
-    """A task's configuration and all its documents, wherever these came from."""
+    """A task's configuration and the digests of all its documents, wherever they came from."""
     config = _plain(task.dump_config())
     config.pop("dataset_kwargs", None)
     config.get("metadata", {}).pop("config_source", None)
@@ -283,7 +285,7 @@ def _digest(documents: Iterable[Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: functions by their name and file, what else JSON lacks as text."""
+    """A value in JSON's types: functions by their name and file, any other value that JSON lacks as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""A GGUF with its 16-bit weights held in 32 bits: the same values, computed with in float32.
+"""Loads a GGUF with its 16-bit weights in 32 bits, so that llama.cpp computes in float32.
 
-llama.cpp rounds what it multiplies F16 weights with to F16 as well. That is how the model is served, and how it is measured;
-but against a program that computes in float32, as transformers does on a processor, it is a difference of its own.
+llama.cpp rounds activations to F16 before it multiplies them by F16 weights. The server and the evaluation do so too.
+Next to a program that computes in float32, such as transformers on a processor, that rounding is a difference of its own.
 """
 
 import tempfile
@@ -11,17 +11,17 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from samq.errors import SamqError
-from samq.llamacpp.runtime import Model
 from samq.gguf.file import open_gguf, read_rows
+from samq.llamacpp.runtime import Model
 
 _WIDENED = frozenset({GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
 
 
 def load_float32(path: Path) -> Model:
-    """The model of `path`, with F16 and BF16 weights in F32; quantized ones stay as they are.
+    """The model of `path` with F16 and BF16 weights in F32; quantized weights stay as they are.
 
-    It takes twice the memory, and while it is loaded as much of the folder for temporary files. Raises SamqError if the
-    file cannot be loaded, or there is no room for the copy.
+    The model takes twice the memory, and while it loads as much space in the temporary folder. Raises SamqError if the
+    file cannot be loaded, or if there is no room for the copy.
     """
     reader = open_gguf(path)
     with tempfile.TemporaryDirectory(prefix="samq-") as folder:
@@ -38,12 +38,12 @@ def load_float32(path: Path) -> Model:
 
 
 def _write(reader: GGUFReader, path: Path) -> None:
-    """Write what was read with wider weights, a tensor at a time."""
+    """Write the file again with wider weights, a tensor at a time."""
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(path, architecture, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":  # which the writer has written
+        if name.startswith("GGUF.") or name == "general.architecture":  # the writer adds these itself
             continue
         kind = field.types[0]
         writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)

@@ -5,76 +5,20 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from samq.allocation.threshold import Target
-from samq.allocation.budget import Budget, BudgetPolicy, budget_plan, parse_budget, solve, undominated, why_doubted
+from samq.allocation.budget import Budget, BudgetPolicy, budget_plan, parse_budget, why_doubted
 from samq.allocation.budget_notation import read_budget
+from samq.allocation.target import Target
 from samq.errors import SamqError
-from samq.llamacpp.memory import predict_memory
-from samq.evaluation.settings import EvaluationSettings
+from samq.files import GGUF_NAME
 from samq.gguf.formats import tensor_bytes
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
-from samq.llamacpp.programs import GGUF_NAME, quantize
+from samq.llamacpp.memory import predict_memory
+from samq.llamacpp.programs import quantize
 from samq.records import Price, PriceTable, TensorPrices
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
 from tests.conftest import write_tiny_gguf
 from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "F16")
-
-
-def random_options(seed, tensors, types=5):
-    random = np.random.default_rng(seed)
-    sizes = random.integers(1, 50, (tensors, types)) * 32
-    costs = random.lognormal(0, 3, (tensors, types))
-    return {
-        f"tensor{row}": {
-            str(kind): Price(bytes=int(sizes[row, kind]), kl_nats=costs[row, kind]) for kind in range(types)
-        }
-        for row in range(tensors)
-    }
-
-
-def cost_and_bytes(options, types):
-    chosen = [options[name][kind] for name, kind in types.items()]
-    return sum(price.kl_nats for price in chosen), sum(price.bytes for price in chosen)
-
-
-def best_of_all(options, limit):
-    return min(
-        sum(price.kl_nats for price in choice)
-        for choice in itertools.product(*(types.values() for types in options.values()))
-        if sum(price.bytes for price in choice) <= limit
-    )
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_the_solution_is_the_best_of_all_choices(seed):
-    options = random_options(seed, tensors=6, types=4)
-    smallest = sum(min(price.bytes for price in types.values()) for types in options.values())
-    largest = sum(max(price.bytes for price in types.values()) for types in options.values())
-    for limit in np.linspace(smallest, largest, 5).astype(int):
-        cost, size = cost_and_bytes(options, solve(options, int(limit)).types)
-        assert size <= limit
-        assert cost == pytest.approx(best_of_all(options, limit), rel=1e-12)
-
-
-def test_a_larger_budget_never_costs_more():
-    options = random_options(0, tensors=60)
-    smallest = sum(min(price.bytes for price in types.values()) for types in options.values())
-    costs = [
-        cost_and_bytes(options, solve(options, limit).types)[0]
-        for limit in range(smallest, 3 * smallest, smallest // 40)
-    ]
-    assert all(after <= before for before, after in itertools.pairwise(costs))
-
-
-def test_dominated_types_are_left_out():
-    types = {
-        "small": Price(bytes=10, kl_nats=3.0),
-        "worse": Price(bytes=12, kl_nats=3.5),
-        "dearer": Price(bytes=20, kl_nats=3.0),
-        "large": Price(bytes=30, kl_nats=1.0),
-    }
-    assert list(undominated(types)) == ["small", "large"]
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +166,8 @@ def test_the_gguf_of_a_vram_budget_needs_no_more_vram(loadable, tmp_path, tied, 
     budget = read_budget(smallest).bytes + room
     plan = budget_plan(target, prices, parse_budget(f"vram:{budget}@2048{kind}", target), BudgetPolicy())
     quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={})
-    settings = EvaluationSettings(vram_context_tokens=2048, kv_type=kind.removeprefix("/") or "F16")
-    needed = predict_memory(tmp_path / GGUF_NAME, settings)["memory/predicted_vram_bytes"].value
+    memory = predict_memory(tmp_path / GGUF_NAME, 2048, kv_type=kind.removeprefix("/") or "F16")
+    needed = memory["memory/predicted_vram_bytes"].value
     assert 0.95 * budget < needed <= budget
     assert tied or plan.types["token_embd.weight"] == "F16", "what lies in host memory costs nothing"
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from samq.allocation.check import RoundedPlan, check_prediction
 from samq.data.tokens import batches
 from samq.errors import SamqError
-from samq.gguf.formats import fits
 from samq.gguf.file import read_tensors, read_weights
-from samq.sensitivity.layout import rotary_row_order, weights_of
-from samq.allocation.check import check_prediction
+from samq.gguf.formats import fits
 from samq.records import Metric, Plan
-from samq.sensitivity.measure import measure_sensitivity
+from samq.sensitivity.backpropagation import Labelling
+from samq.sensitivity.layout import GgufLayout, rotary_row_order, weights_of
+from samq.sensitivity.measure import Origin, measure_sensitivity
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
 MODELS = {
@@ -46,7 +47,7 @@ def plan_of(types):
 
 
 def quantized(model, folder, kinds, architecture="llama"):
-    """The arguments of `check_prediction` for a plan that gives tensors `kinds` in turn, where their rows allow it."""
+    """The arguments of `check` for a plan that gives tensors `kinds` in turn, where their rows allow it."""
     names = names_of(model, architecture)
     weights = weights_of(model, names)
     config = model.config
@@ -70,6 +71,11 @@ def quantized(model, folder, kinds, architecture="llama"):
         rounded=write_gguf(folder / "rounded.gguf", tensors, types),
         row_orders=orders,
     )
+
+
+def check(model, tokens, *, plan, predicted, names, original, rounded, row_orders, **arguments):
+    rounded_plan, layout = RoundedPlan(plan, original, rounded), GgufLayout(names, row_orders)
+    return check_prediction(model, tokens, rounded_plan, predicted, layout, **arguments)
 
 
 def changes(arguments):
@@ -104,12 +110,12 @@ def costs_by_autograd(model, tokens, arguments, seed=0):
     ("kind", "batch_size"), [*((kind, 1) for kind in MODELS), ("untied llama", 4), ("tied llama", 4)]
 )
 def test_the_figures_are_those_of_autograd(kind, batch_size, tmp_path, monkeypatch):
-    for module in ("gradients", "prediction_check"):
+    for module in ("sensitivity.gradients", "allocation.check"):
         monkeypatch.setattr(f"samq.{module}.BAND_WEIGHTS", 200)  # several bands even for these small weights
     make, architecture = MODELS[kind]
     model, tokens = make(), random_tokens(lengths=(12, 5, 9, 2, 12, 7))
     arguments = quantized(model, tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
-    found = check_prediction(model, tokens, **arguments, batch_size=batch_size)
+    found = check(model, tokens, **arguments, batch_size=batch_size)
     wanted = costs_by_autograd(model, tokens, arguments).sum(axis=1) / found.tokens
     assert found.additive.value == pytest.approx(wanted[0], rel=1e-4)
     assert found.by_tensor.value == pytest.approx(wanted[1], rel=1e-4)
@@ -121,7 +127,7 @@ def test_the_check_says_what_it_was_made_on(tmp_path):
     model, tokens = tiny_llama(), random_tokens()
     arguments = quantized(model, tmp_path, ["Q4_0"])
     seen = []
-    found = check_prediction(model, tokens, **arguments, batch_size=2, progress=lambda *done: seen.append(done))
+    found = check(model, tokens, **arguments, batch_size=2, progress=lambda *done: seen.append(done))
     assert (found.plan, found.plan_digest) == ("mixed", arguments["plan"].digest())
     assert (found.samples, found.tokens, found.predicted) == (5, 35, PREDICTED)
     assert found.additive.n == found.by_tensor.n == found.joint.n == 5
@@ -131,7 +137,7 @@ def test_the_check_says_what_it_was_made_on(tmp_path):
 def test_standard_errors_of_sequences_of_one_length_are_those_of_a_mean(tmp_path):
     model, tokens = tiny_llama(), random_tokens(lengths=(9,) * 6)
     arguments = quantized(model, tmp_path, ["Q4_0"])
-    found = check_prediction(model, tokens, **arguments)
+    found = check(model, tokens, **arguments)
     costs = costs_by_autograd(model, tokens, arguments) / 8
     errors = costs.std(axis=1, ddof=1) / math.sqrt(6)
     assert [found.additive.stderr, found.by_tensor.stderr, found.joint.stderr] == pytest.approx(errors, rel=1e-3)
@@ -140,7 +146,7 @@ def test_standard_errors_of_sequences_of_one_length_are_those_of_a_mean(tmp_path
 def test_two_checks_are_identical_and_another_seed_draws_other_labels(tmp_path):
     model, tokens = tiny_llama(), random_tokens()
     arguments = quantized(model, tmp_path, ["Q4_0"])
-    one, two, other = (check_prediction(model, tokens, **arguments, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (check(model, tokens, **arguments, seed=seed) for seed in (0, 0, 1))
     assert one == two
     assert other.additive.value != pytest.approx(one.additive.value, rel=1e-3)
 
@@ -151,29 +157,28 @@ def test_labels_are_not_the_calibrations(tmp_path):
     _, fisher = measure_sensitivity(
         model,
         tokens,
-        names=arguments["names"],
-        model_digest="model",
-        calibration_digest="text",
-        labels="model",
+        GgufLayout(arguments["names"]),
+        Origin("model", "text"),
+        labelling=Labelling("model"),
     )
     calibrated = sum(
         (fisher[name].rows[:, None] * fisher[name].profile() * change.numpy() ** 2).sum() / 2
         for name, change in changes(arguments).items()
     )
-    found = check_prediction(model, tokens, **arguments)
+    found = check(model, tokens, **arguments)
     assert found.additive.value != pytest.approx(calibrated, rel=1e-3)
 
 
 def test_a_plan_that_changes_nothing_costs_nothing(tmp_path):
     model = tiny_llama()
-    found = check_prediction(model, random_tokens(), **quantized(model, tmp_path, ["F16"]))
+    found = check(model, random_tokens(), **quantized(model, tmp_path, ["F16"]))
     assert found.additive == found.by_tensor == found.joint == Metric(value=0, stderr=0, n=5)
 
 
 def test_the_joint_form_is_the_divergence_of_a_small_change(tmp_path):
     model, tokens = tiny_llama(), random_tokens(lengths=(24,) * 400)
     arguments = quantized(model, tmp_path, ["Q8_0"])
-    found = check_prediction(model, tokens, **arguments, batch_size=50)
+    found = check(model, tokens, **arguments, batch_size=50)
     ids = torch.from_numpy(tokens.ids.astype(np.int64))
     change = changes(arguments)
     with torch.no_grad():
@@ -191,7 +196,7 @@ def test_the_joint_form_is_the_divergence_of_a_small_change(tmp_path):
 def test_one_sequence_is_too_few(tmp_path):
     model = tiny_llama()
     with pytest.raises(SamqError, match="at least 2 sequences, not 1"):
-        check_prediction(model, random_tokens(lengths=(5,)), **quantized(model, tmp_path, ["Q8_0"]))
+        check(model, random_tokens(lengths=(5,)), **quantized(model, tmp_path, ["Q8_0"]))
 
 
 @pytest.mark.parametrize("which", ["original", "rounded"])
@@ -203,10 +208,10 @@ def test_a_gguf_of_another_model_is_named(which, tmp_path):
     output = tensors.pop("output.weight")
     arguments[which] = write_gguf(tmp_path / "tied.gguf", tensors, types)
     with pytest.raises(SamqError, match=r"output\.weight is \(64, 32\) in torch, but .*tied\.gguf has no such tensor"):
-        check_prediction(model, random_tokens(), **arguments)
+        check(model, random_tokens(), **arguments)
     arguments[which] = write_gguf(tmp_path / "small.gguf", tensors | {"output.weight": output[:48]}, types)
     with pytest.raises(SamqError, match=r"output\.weight is \(64, 32\) in torch, but .*small\.gguf has \(48, 32\)"):
-        check_prediction(model, random_tokens(), **arguments)
+        check(model, random_tokens(), **arguments)
 
 
 def test_a_gguf_of_another_plan_is_named(tmp_path):
@@ -214,9 +219,9 @@ def test_a_gguf_of_another_plan_is_named(tmp_path):
     arguments = quantized(model, tmp_path, ["Q8_0"])
     types = arguments["plan"].types
     with pytest.raises(SamqError, match=r"output\.weight is Q8_0 in .*rounded\.gguf and Q4_0 in plan mixed"):
-        check_prediction(model, random_tokens(), **arguments | {"plan": plan_of(types | {"output.weight": "Q4_0"})})
+        check(model, random_tokens(), **arguments | {"plan": plan_of(types | {"output.weight": "Q4_0"})})
     with pytest.raises(SamqError, match=r"plan mixed names blk\.2\.ffn_up\.weight, which the model in torch lacks"):
-        check_prediction(model, random_tokens(), **arguments | {"plan": plan_of({"blk.2.ffn_up.weight": "Q8_0"})})
+        check(model, random_tokens(), **arguments | {"plan": plan_of({"blk.2.ffn_up.weight": "Q8_0"})})
 
 
 def test_a_damaged_gguf_is_named(tmp_path):
@@ -227,7 +232,7 @@ def test_a_damaged_gguf_is_named(tmp_path):
     with np.errstate(invalid="ignore"):
         arguments["rounded"] = write_gguf(tmp_path / "damaged.gguf", tensors, arguments["plan"].types)
     with pytest.raises(SamqError, match=r"blk\.0\.ffn_up\.weight in .*damaged\.gguf holds NaN or Inf"):
-        check_prediction(model, random_tokens(), **arguments)
+        check(model, random_tokens(), **arguments)
 
 
 def test_a_damaged_model_is_named_with_the_sequence(tmp_path):
@@ -236,4 +241,4 @@ def test_a_damaged_model_is_named_with_the_sequence(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[3, 4] = math.nan
     with pytest.raises(SamqError, match=r"loss of check sequence 0 is nan: output\.weight holds NaN or Inf"):
-        check_prediction(model, random_tokens(), **arguments)
+        check(model, random_tokens(), **arguments)

@@ -1,11 +1,12 @@
 import pytest
 
-from samq.allocation.threshold import Target, ThresholdPolicy, full_plan, stock_plan, threshold_plan
-from samq.quantization.assembly import assemble
-from samq.errors import SamqError
-from samq.gguf.formats import fallback
-from samq.gguf.file import TensorInfo, read_tensors
 from samq.allocation.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, rungs_of, threshold_types, uniform_plan
+from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.threshold import ThresholdPolicy, threshold_plan
+from samq.errors import SamqError
+from samq.gguf.file import TensorInfo, read_tensors
+from samq.gguf.formats import fallback
+from samq.quantization.assembly import assemble
 from samq.records import Plan, SensitivityMap, TensorSensitivity
 from tests.conftest import write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix

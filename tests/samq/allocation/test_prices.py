@@ -6,13 +6,13 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from samq.allocation.threshold import Target
-from samq.errors import SamqError
-from samq.sensitivity.fisher import Fisher
-from samq.gguf.file import read_tensors, read_weights
 from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.allocation.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
+from samq.allocation.target import Target
+from samq.errors import SamqError
+from samq.gguf.file import read_tensors, read_weights
 from samq.records import Metric, SensitivityMap, TensorSensitivity
+from samq.sensitivity.fisher import Fisher
 from tests.conftest import write_tiny_gguf
 
 TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
@@ -117,7 +117,9 @@ def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatc
     fisher = Fisher(products.mean(axis=-1).astype(np.float32), products.mean(axis=-2).astype(np.float32))
     tensors = read_tensors(paths["F16"])
     target = SimpleNamespace(quantizable=tensors)
-    monkeypatch.setattr("samq.allocation.prices._SLAB_WEIGHTS", 4 * 64)  # several slabs an expert, the last of them shorter
+    monkeypatch.setattr(
+        "samq.allocation.prices._SLAB_WEIGHTS", 4 * 64
+    )  # several slabs an expert, the last of them shorter
     ladder = Ladder(paths["F16"], {"Q8_0": paths["Q8_0"]})
     table = price_table(ladder, tensors, sensitivity_of(target), {name: fisher}, gguf_sha256="")
     weights = read_weights(paths["F16"], name).astype(float)

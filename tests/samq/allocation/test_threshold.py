@@ -1,13 +1,12 @@
 import pytest
 
+from samq.allocation.target import Target, stock_plan
 from samq.allocation.threshold import (
-    Target,
     ThresholdPolicy,
     change_points,
     group_scores,
     propose_thresholds,
     resolve_threshold,
-    stock_plan,
     threshold_name,
     threshold_plan,
 )

@@ -109,7 +109,7 @@ def test_an_unnamed_split_is_train():
     ("name", "content", "message"),
     [
         ("lost.jsonl", None, "there is no data file at .*lost.jsonl; check the path"),
-        ("a.csv", b"text\na", "a.csv is not a data file that can be read; give one of .jsonl"),
+        ("a.csv", b"text\na", "a.csv is not a data file of a known kind; give one of .jsonl"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 of .*a.jsonl is not JSON"),
         ("a.jsonl", b'["a"]\n', "line 1 of .*a.jsonl is list, not an object with fields"),
         ("a.jsonl", b'{"text": "a"}\n{"text": " "}\n', "the text of row 2 of .*a.jsonl is empty; remove that row"),
@@ -144,5 +144,5 @@ def test_an_unknown_name_is_one_sentence():
 
 
 def test_a_slice_in_the_split_is_refused():
-    with pytest.raises(SamqError, match=r"split 'train\[:10\]' holds a slice"):
+    with pytest.raises(SamqError, match=r"split 'train\[:10\]' contains a slice"):
         load_texts(DatasetSpec(name="org/set", split="train[:10]"))

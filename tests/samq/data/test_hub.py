@@ -1,5 +1,6 @@
 """Models and data sets by hub id, from a hub on this machine: the few pages of the Hugging Face hub that are asked for."""
 
+import ast
 import hashlib
 import json
 import os
@@ -14,8 +15,8 @@ import torch
 from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file
 
-from samq.sensitivity.hf_model import describe_source, load_model
 from samq.records import ModelSource
+from samq.sensitivity.hf_model import describe_source, load_model
 from tests.tiny_models import save_folder, tiny_llama
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -98,7 +99,9 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "tiny")
     (folder / "original.pth").write_bytes(b"the same weights in another format")
-    done = run("from samq.sensitivity.hf_model import describe_source; print(describe_source('org/tiny').model_dump_json())")
+    done = run(
+        "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/tiny').model_dump_json())"
+    )
     assert done.returncode == 0, done.stderr
     source, local = ModelSource.model_validate_json(done.stdout), describe_source(folder)
     assert (source.name, source.revision) == ("org/tiny", COMMIT)
@@ -109,13 +112,29 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
 
 
 @pytest.mark.e2e
+def test_a_download_tells_of_its_bytes_and_draws_nothing_itself(hub):
+    root, run = hub
+    folder = save_folder(tiny_llama(), root / "org" / "tiny")
+    code = "from samq.sensitivity.hf_model import *; describe_source('org/tiny', progress=lambda *told: print(told))"
+    process = run(code)
+    assert (process.returncode, process.stderr) == (0, "")
+    told = [ast.literal_eval(line) for line in process.stdout.splitlines()]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert told[-1] == (size, size)
+    assert all(done <= total <= size for done, total in told)
+    assert run(code).stdout == "", "nothing is downloaded twice"
+
+
+@pytest.mark.e2e
 def test_weights_in_torchs_own_format_are_fetched_where_there_are_no_others(hub):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "old")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     (folder / "training_args.bin").write_bytes(b"nothing of the model")
-    done = run("from samq.sensitivity.hf_model import describe_source; print(describe_source('org/old').model_dump_json())")
+    done = run(
+        "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/old').model_dump_json())"
+    )
     assert done.returncode == 0, done.stderr
     source = ModelSource.model_validate_json(done.stdout)
     assert source.weights_digest == describe_source(folder).weights_digest

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from samq.data.tokens import TokenBatch, batches, tokenize
 from samq.data.datasets import DatasetSpec
+from samq.data.tokens import TokenBatch, batches, tokenize
 from samq.errors import SamqError
 from tests.tiny_models import tiny_tokenizer
 
@@ -66,9 +66,9 @@ def test_packed_sequences_are_shuffled_by_the_seed_so_that_the_first_are_of_all_
 
 
 def test_nothing_to_predict_is_refused():
-    with pytest.raises(SamqError, match="gives no sequence of 2 to 8 tokens"):
+    with pytest.raises(SamqError, match="does not give a sequence of 2 to 8 tokens"):
         tokenize([words(1)], **by(tiny_tokenizer(bos=False)), spec=SPEC, sequence_tokens=8)
-    with pytest.raises(SamqError, match="sequences of 1 tokens hold nothing to predict"):
+    with pytest.raises(SamqError, match="sequences of 1 tokens have no next token to predict"):
         tokenize([words(1, 2)], **by(tiny_tokenizer()), spec=SPEC, sequence_tokens=1)
 
 

@@ -1,11 +1,10 @@
 import pytest
 
-from samq.allocation.threshold import Target, stock_plan
+from samq.allocation.target import Target, stock_plan
 from samq.data.datasets import DatasetSpec, load_texts
-from samq.errors import SamqError
-from samq.llamacpp.runtime import Context
+from samq.files import GGUF_NAME
+from samq.llamacpp.programs import convert, quantize
 from samq.sensitivity.hf_model import describe_source
-from samq.llamacpp.programs import GGUF_NAME, convert, quantize
 
 
 @pytest.fixture(scope="session")
@@ -32,21 +31,3 @@ def heldout_text(tmp_path_factory):
     texts = load_texts(DatasetSpec(name="humaneval", start=100, samples=12))
     path.write_text("\n".join(texts))
     return path
-
-
-@pytest.fixture
-def decode_fails(monkeypatch):
-    """Call it to let the batch number `at` from now on fail, and no other."""
-    decode = Context.decode
-    left = []
-
-    def failing(self, *arguments, **settings):
-        if left:
-            left[0] -= 1
-            if left[0] == 0:
-                left.clear()
-                raise SamqError("llama.cpp failed on a batch")
-        return decode(self, *arguments, **settings)
-
-    monkeypatch.setattr(Context, "decode", failing)
-    return lambda at: left.append(at)

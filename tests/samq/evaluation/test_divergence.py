@@ -9,9 +9,9 @@ from scipy.special import log_softmax, softmax
 from samq.errors import SamqError
 from samq.evaluation.baseline import cut_chunks, open_baseline, scored_logits, write_baseline
 from samq.evaluation.divergence import compare, measure_divergence, summarize
-from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp.process import run
+from samq.llamacpp.runtime import Model
 from samq.llamacpp.toolchain import environment, program
 
 SETTINGS = EvaluationSettings(context_tokens=128, chunks=6)

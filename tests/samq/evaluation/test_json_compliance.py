@@ -6,8 +6,8 @@ from jsonschema import Draft202012Validator
 
 from samq.evaluation.json_compliance import is_settled, judge, measure_json, summarize, wilson_interval
 from samq.evaluation.json_prompts import JsonPrompt, chat_tokens, load_prompts, outline
-from samq.llamacpp.runtime import Model
 from samq.evaluation.settings import EvaluationSettings
+from samq.llamacpp.runtime import Model
 
 PERSON = JsonPrompt(
     id="person",

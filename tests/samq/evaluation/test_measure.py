@@ -9,12 +9,12 @@ from pydantic import ValidationError
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.generation import generate
-from samq.llamacpp.runtime import Model
-from samq.llamacpp.memory import predict_memory, read_plan, weights_on_gpu
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
 from samq.gguf.file import read_tensors
+from samq.llamacpp.generation import Decoding, generate
+from samq.llamacpp.memory import predict_memory, read_plan, weights_on_gpu
+from samq.llamacpp.runtime import Model
 from samq.records import Evaluation
 from tests.conftest import write_tiny_gguf
 
@@ -52,15 +52,15 @@ def test_the_embedding_needs_gpu_memory_only_where_it_is_the_output_too(tmp_path
 
 @pytest.mark.e2e
 def test_predicted_memory_follows_the_context_and_the_kv_type(smollm2_q4_k_m):
-    def predicted(**settings):
-        metrics = predict_memory(smollm2_q4_k_m, EvaluationSettings(**settings))
+    def predicted(context_tokens, **settings):
+        metrics = predict_memory(smollm2_q4_k_m, context_tokens, **settings)
         return {name.removeprefix("memory/"): metric.value for name, metric in metrics.items()}
 
-    short, long = predicted(vram_context_tokens=1024), predicted(vram_context_tokens=4096)
+    short, long = predicted(1024), predicted(4096)
     # 30 layers, K and V of 3 heads x 64, 2 bytes each
     assert short["kv_cache_bytes"] == 1024 * 30 * 2 * 3 * 64 * 2
     assert long["kv_cache_bytes"] == 4 * short["kv_cache_bytes"]
-    quantized = predicted(vram_context_tokens=4096, kv_type="Q8_0")
+    quantized = predicted(4096, kv_type="Q8_0")
     assert quantized["kv_cache_bytes"] == pytest.approx(long["kv_cache_bytes"] * 34 / 64, rel=1e-3)
     assert long["file_bytes"] == smollm2_q4_k_m.stat().st_size
     assert long["predicted_vram_bytes"] == sum(
@@ -74,8 +74,9 @@ def test_speed_is_of_each_request_and_generation_of_many_is_that_of_one(smollm2_
     with Model(smollm2_q4_k_m) as model:
         metrics = measure_speed(model, model.tokenize("def add(a, b): return a + b\n" * 3), settings)
         prompts = [model.tokenize(f"def {name}(a, b):\n    return") for name in ("add", "subtract", "multiply")]
-        together = generate(model, prompts, limit=12, finished=lambda text: "\n" in text)
-        alone = [generate(model, [prompt], limit=12, finished=lambda text: "\n" in text)[0] for prompt in prompts]
+        one_line = Decoding(limit=12, finished=lambda text: "\n" in text)
+        together = generate(model, prompts, one_line)
+        alone = [generate(model, [prompt], one_line)[0] for prompt in prompts]
     assert together == alone == [" a + b\n", " a - b\n", " a * b\n"]
     value = {name: metric.value for name, metric in metrics.items()}
     assert all(metric.n == 3 for metric in metrics.values()) and all(number > 0 for number in value.values())

@@ -1,8 +1,8 @@
 import pytest
 
-from samq.allocation.threshold import Target, stock_plan
-from samq.gguf.audit import audit, require_space
+from samq.allocation.target import Target, stock_plan
 from samq.errors import SamqError, ToolError
+from samq.gguf.audit import audit, require_space
 from samq.llamacpp.programs import quantize
 
 

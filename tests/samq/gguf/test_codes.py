@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from samq.allocation.threshold import Target
+from samq.allocation.ladder import make_rung
+from samq.allocation.target import Target
 from samq.gguf.codes import TYPES_WITH_CODES, read_codes, read_grid, write_codes
 from samq.gguf.file import open_gguf, to_float
-from samq.allocation.ladder import make_rung
 from tests.conftest import write_tiny_gguf
 
 NAME, ROW_LENGTH = "blk.1.ffn_down.weight", 512

@@ -1,7 +1,16 @@
 import pytest
 
 from samq.errors import SamqError
-from samq.gguf.formats import TYPES, bits_per_weight, check_mixture, check_type, fallback, fits, tensor_bytes, without_entry
+from samq.gguf.formats import (
+    TYPES,
+    bits_per_weight,
+    check_mixture,
+    check_type,
+    fallback,
+    fits,
+    tensor_bytes,
+    without_entry,
+)
 
 
 def test_types_run_from_fewest_bits_to_most():

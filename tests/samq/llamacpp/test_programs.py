@@ -2,10 +2,10 @@ import os
 
 import pytest
 
-from samq.allocation.threshold import Target, full_plan, stock_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.errors import SamqError, ToolError
-from samq.gguf.formats import TYPES, fallback
 from samq.gguf.file import file_sha256, imatrix_entries, open_gguf, read_metadata, read_tensors, read_weights
+from samq.gguf.formats import TYPES, fallback
 from samq.llamacpp.programs import (
     check_imatrix,
     convert,

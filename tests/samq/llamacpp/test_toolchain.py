@@ -6,7 +6,14 @@ import pytest
 
 from samq.errors import ToolError
 from samq.llamacpp.process import run
-from samq.llamacpp.toolchain import PROGRAMS, converter_build, environment, find_toolchain, program, python_library_build
+from samq.llamacpp.toolchain import (
+    PROGRAMS,
+    converter_build,
+    environment,
+    find_toolchain,
+    program,
+    python_library_build,
+)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from samq.allocation.threshold import Target
-from samq.sweep.benchmarking import join_items
+from samq.allocation.target import Target
 from samq.errors import SamqError
 from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.gates import failed, judge
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, load_policy
+from samq.sweep.benchmarking import join_items
 from samq.tracking.registry import RegisteredGguf
 from tests.conftest import write_tiny_gguf
 from tests.samq.sweeps import make_sweep
@@ -88,7 +88,7 @@ def test_what_the_policy_does_not_ask_for_does_not_apply(evidence):
         update={**dict.fromkeys(type(POLICY).model_fields), "audit": False},
     )
     assert {(one.verdict, one.reason) for one in judge(evidence, nothing)} == {
-        ("not applicable", "the policy does not ask for it")
+        ("not applicable", "the policy does not require it")
     }
 
 
@@ -109,10 +109,10 @@ def test_a_reference_of_which_nothing_is_known_any_more_fails(evidence):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sha256": "0" * 64}, "is not the file that was registered"),
+        ({"sha256": "0" * 64}, "is not the registered file"),
         ({"uri": "file:///nowhere/model.gguf"}, r"cannot read /nowhere/model\.gguf"),
         ({"uri": "s3://bucket/model.gguf"}, "not on this machine"),
-        ({"plan_digest": "0" * 64}, "is not the one it was registered with"),
+        ({"plan_digest": "0" * 64}, "the plan in the version's run is not the registered one"),
     ],
 )
 def test_a_file_that_is_not_the_registered_one_fails_the_audit(evidence, changes, message):
@@ -133,7 +133,8 @@ def test_a_file_that_is_not_its_plan_fails_the_audit(evidence):
 def test_another_file_than_the_measured_one_fails_the_audit(evidence):
     other = evidence.candidate.evaluation.model_copy(update={"sha256": "0" * 64})
     found = gate(with_candidate(evidence, evaluation=other), "audit")
-    assert (found.verdict, found.reason.split(";")[0]) == ("fail", "another file was measured than was registered")
+    assert found.verdict == "fail"
+    assert found.reason.split(";")[0] == "the evaluation measured another file than the registered one"
 
 
 def test_missing_provenance_is_named(evidence, results, tmp_path):
@@ -176,7 +177,7 @@ def test_worse_answers_than_full_precisions_fail(evidence, results, items, chang
     found = gate(
         dataclasses.replace(evidence, candidate=of(results[1], "version 2", **changes)), f"{items} against {FULL}"
     )
-    assert (found.verdict, found.reason) == ("fail", "worse by more than the margin, with 95 % confidence")
+    assert (found.verdict, found.reason) == ("fail", "worse by more than the margin, at 95 % confidence")
     assert found.value.startswith("0.500 against 0.750, worse by at most 0.2")
     assert found.limit == "worse by less than 0.0375, 5 % of full precision"
 
@@ -192,7 +193,7 @@ def test_too_few_items_to_tell_fail_and_say_how_many_it_takes(evidence):
     strict = POLICY.model_copy(update={"json_answers": JsonPolicy(margin=0.001)})
     found = gate(evidence, "json/valid against full precision", strict)
     assert found.verdict == "fail"
-    assert re.fullmatch(r"400 items cannot show it; about [\d,]+ would be needed", found.reason)
+    assert re.fullmatch(r"400 items are too few to decide; about [\d,]+ would be enough", found.reason)
 
 
 def test_a_single_item_shows_nothing(evidence):
@@ -227,7 +228,7 @@ def test_a_benchmark_that_was_not_run_fails_with_the_evaluations_reason(evidence
 
 def test_a_candidate_without_any_table_of_items_fails(evidence):
     found = gate(with_candidate(evidence, items=join_items(None, None)), "json/valid against production")
-    assert found.reason == "version 2 was not measured: its evaluation does not say why; run the sweep again"
+    assert found.reason == "version 2 was not measured: the evaluation gives no reason; run the sweep again"
 
 
 def test_tables_of_items_are_read_whatever_else_they_hold():

@@ -15,8 +15,8 @@ from mlflow.exceptions import MlflowException
 
 from samq.errors import SamqError
 from samq.promotion.history import MAX_REASON_CHARACTERS, history
+from samq.promotion.lock import CLAIM, STALE_S, alias_lock
 from samq.promotion.move import judge_version, promote, rollback
-from samq.promotion.lock import CLAIM, STALE_S, alone
 from samq.services import mlflow_page
 from samq.tracking.registry import aliases, connect, find_version, notable_versions
 from tests.samq.versions import NAME, POLICY, three_nights
@@ -115,7 +115,8 @@ def test_what_has_moved_since_the_judgement_is_not_overwritten(client):
     first, second = judged(client, "1"), judged(client, "2")  # both while nothing was in production
     promote(client, first)
     with pytest.raises(
-        SamqError, match=r"somebody else moved llama from nothing to version 1 in production while version 2"
+        SamqError,
+        match=r"somebody else moved production of llama from nothing to version 1 in the meantime, so version 2",
     ):
         promote(client, second)
     assert in_use(client) == ("1", None)
@@ -247,7 +248,7 @@ def test_gate_tags_are_of_the_last_judgement_only(client):
 def test_a_version_whose_run_is_gone_cannot_be_judged(client, database):
     version = dataclasses.replace(find_version(client, NAME, "1"), run_id="0" * 32)
     with pytest.raises(
-        SamqError, match=r"MLflow does not give what was measured of llama version 1: .*; run the sweep again"
+        SamqError, match=r"cannot read the measurements of llama version 1 from MLflow: .*; run the sweep again"
     ):
         judge_version(client, version, POLICY)
 
@@ -297,7 +298,7 @@ def race(uri):
 @pytest.mark.e2e
 def test_of_two_promotions_at_once_in_sqlite_one_wins_and_the_other_is_told(client):
     told = race(client.tracking_uri)
-    assert "samq.errors.SamqError: somebody else moved llama from nothing to version" in told
+    assert "samq.errors.SamqError: somebody else moved production of llama from nothing to version" in told
 
 
 @pytest.fixture
@@ -328,9 +329,9 @@ def test_a_claim_on_a_server_holds_others_off_until_it_is_stale(server):
     client = connect(server)
     first = f"{CLAIM}{'0' * 32}"
     client.set_registered_model_tag(NAME, first, f"{time.time():.0f} {os.getpid()}")
-    with pytest.raises(SamqError, match=r"somebody else is moving the aliases of llama"), alone(client, NAME):
+    with pytest.raises(SamqError, match=r"somebody else is moving the aliases of llama"), alias_lock(client, NAME):
         pass
     client.set_registered_model_tag(NAME, first, f"{time.time() - STALE_S - 1:.0f} {os.getpid()}")
-    with alone(client, NAME):
+    with alias_lock(client, NAME):
         pass
     assert list(client.get_registered_model(NAME).tags) == [first]

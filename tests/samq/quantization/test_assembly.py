@@ -1,11 +1,11 @@
 import pytest
 
-from samq.allocation.threshold import Target, full_plan, stock_plan
-from samq.quantization.assembly import assemble
+from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
+from samq.allocation.target import Target, full_plan, stock_plan
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256, read_metadata
-from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.llamacpp.programs import planned_bytes, quantize
+from samq.quantization.assembly import assemble
 from tests.conftest import write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from samq.allocation.threshold import Target
-from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
-from samq.quantization.compensation import Compensator, compensate, compensate_rung, compensated_prices
-from samq.errors import SamqError
-from samq.gguf.file import open_gguf, read_metadata, read_tensors, read_weights
-from samq.sensitivity.gram import GramMatrices
 from samq.allocation.ladder import make_rung
+from samq.allocation.target import Target
+from samq.errors import SamqError
+from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
+from samq.gguf.file import open_gguf, read_metadata, read_tensors, read_weights
+from samq.quantization.compensation import Compensator, compensate, compensate_rung, compensated_prices
 from samq.records import Price, PriceTable, TensorPrices
+from samq.sensitivity.gram import GramMatrices
 from tests.conftest import write_tiny_gguf
 
 DAMPING = 0.01

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from samq.sweep.benchmarking import compare_benchmarks, join_items
-from samq.sweep.cost import CostSettings, cost_metrics, cost_section
+from samq.files import ITEMS_NAME
 from samq.records import Metric
 from samq.report.scorecard import benchmark_section, scorecard_section, why_missing
-from samq.sweep.selection import VRAM
-from samq.sweep.significance import ITEMS_NAME
+from samq.sweep.benchmarking import compare_benchmarks, join_items
+from samq.sweep.cost import CostSettings, cost_metrics, cost_section
+from samq.sweep.selection import VRAM, SelectionRule
+from tests.samq.sweeps import with_results
 
 COST = CostSettings(price_per_gpu_hour=2.5, gpu_memory_bytes=70_000_000)
 ACCURACY = {"F16": 0.5, "Q4_K_M": 0.4, "budget-size-of-Q4_K_M": 0.49}
@@ -53,15 +54,14 @@ def asked(sweep):
             result = with_evaluation(result, metrics=gsm8k, missing={"eval/mmlu": "the hub cannot be reached"})
             result = replace(result, benchmark_folders=(result.folder,))
         results.append(result)
-    return results
+    asked = replace(sweep, results=tuple(results), rule=SelectionRule(max_size_ratio=1.05))
+    assert asked.best is asked.result(BEST)
+    return asked
 
 
-def named(results, name):
-    return next(result for result in results if result.name == name)
-
-
-def compared(results):
-    return compare_benchmarks(results, 0.01)
+def compared(sweep, production=None):
+    """The sweep with its candidates compared on benchmarks."""
+    return replace(sweep, benchmarks=tuple(compare_benchmarks(sweep.results, 0.01, production)))
 
 
 def table_of(section, heading):
@@ -74,7 +74,7 @@ def table_of(section, heading):
 
 
 def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
-    section = scorecard_section(asked, named(asked, BEST), comparisons=compared(asked))
+    section = scorecard_section(compared(asked))
     lines = section[1].split("\n")
     assert lines[0] == f"|  | F16 | Q4_K_M | {BEST} ★ |"
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
@@ -86,7 +86,7 @@ def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
         "JSON valid (%)",
     ]
     rows = table_of(section, ARTICLE)
-    full, mixed = (named(asked, name).evaluation.metrics[VRAM].value for name in ("F16", BEST))
+    full, mixed = (asked.result(name).evaluation.metrics[VRAM].value for name in ("F16", BEST))
     assert rows["VRAM (MB)"][0] == f"{full / 1e6:.1f}"
     assert rows["VRAM (MB)"][2] == f"{mixed / 1e6:.1f} ({100 * (mixed / full - 1):+.1f} %)"
     gsm8k = rows["samq_gsm8k: exact_match (%), 200 items"]
@@ -97,23 +97,23 @@ def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
 def test_json_has_its_paired_error_and_its_verdict(asked):
     for name, valid in (("F16", 40), ("Q4_K_M", 10), (BEST, 38)):
         answers = pd.DataFrame({"id": list(map(str, range(40))), "valid": np.arange(40) < valid})
-        answers.to_parquet(named(asked, name).folder / "json.parquet")
+        answers.to_parquet(asked.result(name).folder / "json.parquet")
     production = join_items(pd.DataFrame({"id": answers["id"], "valid": True}), None)
-    comparisons = compare_benchmarks(asked, 0.01, production)
-    rows = table_of(scorecard_section(asked, named(asked, BEST), comparisons=comparisons), ARTICLE)
+    asked = compared(asked, production)
+    rows = table_of(scorecard_section(asked), ARTICLE)
     # the change is that of the percentages measured; its error is of the answers, in points too
     assert rows["JSON valid (%)"][1].endswith(" ± 6.9, inferior)") and "± 3.5, undecided)" in rows["JSON valid (%)"][2]
-    rows = table_of(benchmark_section(asked, comparisons), "### Against what is in production")
+    rows = table_of(benchmark_section(asked), "### Against what is in production")
     assert sorted(rows["JSON valid (%)"]) == ["-5.0 ± 3.5, undecided", "-75.0 ± 6.9, inferior"]
 
 
 def test_a_figure_that_is_not_there_says_why(asked):
     full = with_evaluation(
-        named(asked, "F16"),
+        asked.result("F16"),
         without=("speed/latency_p99_ms", VRAM),
         missing={"speed": "no timed requests", "memory": "odd"},
     )
-    section = scorecard_section([full, *asked[1:]], named(asked, BEST))
+    section = scorecard_section(with_results(asked, [full, *asked.results[1:]]))
     rows = table_of(section, ARTICLE)
     assert rows["mmlu: acc (%)"] == ["–", "–", "–"] and rows["VRAM (MB)"][0] == "–"
     assert "(" not in rows["VRAM (MB)"][1], "there is nothing to compare with"
@@ -123,7 +123,7 @@ def test_a_figure_that_is_not_there_says_why(asked):
 
 
 def test_reasons_are_looked_up_from_the_metric_to_what_it_belongs_to(asked):
-    evaluation = named(asked, "F16").evaluation.model_copy(
+    evaluation = asked.result("F16").evaluation.model_copy(
         update={"missing": {"eval/mmlu": "no network", "speed": "no requests", "speed/latency_p99_ms": "too few"}}
     )
     assert why_missing(evaluation, "eval/mmlu/acc") == "no network"
@@ -134,38 +134,39 @@ def test_reasons_are_looked_up_from_the_metric_to_what_it_belongs_to(asked):
 
 
 def test_without_a_choice_or_a_mixture_the_columns_that_are_there_are_shown(asked):
-    without = scorecard_section(asked, None)
+    without = scorecard_section(replace(asked, rule=SelectionRule(max_bytes=1)))
     assert without[1].startswith("|  | F16 | Q4_K_M |\n")
     assert "There is no mixed column: no candidate could be the best." in without
-    for name in ("Q4_K_M", "Q5_K_M"):
-        uniform = scorecard_section(asked, named(asked, name))
+    uncompared = replace(asked, comparisons=())  # so no plan of SAMQ's can be the best
+    for name, ratio in (("Q4_K_M", 1.05), ("Q5_K_M", 1.2)):
+        uniform = scorecard_section(replace(uncompared, rule=SelectionRule(max_size_ratio=ratio)))
         assert f"There is no mixed column: the best is {name}, llama-quantize's own mixture." in uniform
-    assert not any("no mixed column" in part for part in scorecard_section(asked, named(asked, BEST)))
-    assert scorecard_section(asked, named(asked, BEST), uniform=None)[1].startswith(f"|  | F16 | {BEST} ★ |\n")
-    stock = named(asked, "Q4_K_M")
-    assert scorecard_section(asked, stock)[1].startswith("|  | F16 | Q4_K_M ★ |\n")
-    assert scorecard_section([result for result in asked if result.name != "F16"], stock) == []
+    assert not any("no mixed column" in part for part in scorecard_section(asked))
+    alone = replace(asked, rule=SelectionRule(reference=None, max_bytes=asked.result(BEST).bytes))
+    assert scorecard_section(alone)[1].startswith(f"|  | F16 | {BEST} ★ |\n")
+    assert scorecard_section(uncompared)[1].startswith("|  | F16 | Q4_K_M ★ |\n")
+    assert scorecard_section(with_results(asked, asked.results[1:])) == []
 
 
 def test_the_cost_sheet_pays_for_whole_gpus_all_month(asked):
-    section = scorecard_section(asked, named(asked, BEST), cost=COST)
+    section = scorecard_section(asked, COST)
     rows = table_of(section, "## Cost")
-    vram = [named(asked, name).evaluation.metrics[VRAM].value for name in ("F16", "Q4_K_M", BEST)]
+    vram = [asked.result(name).evaluation.metrics[VRAM].value for name in ("F16", "Q4_K_M", BEST)]
     gpus = [math.ceil(value / 63e6) for value in vram]
     assert rows["GPUs needed"] == [str(count) for count in gpus] and gpus[0] > gpus[2]
     assert rows["$ per month"][0] == f"{gpus[0] * 2.5 * 730:,.2f}"
     assert rows["$ per month"][2] == f"{gpus[2] * 2.5 * 730:,.2f} ({100 * (gpus[2] / gpus[0] - 1):+.1f} %)"
     assert "2.5 $ an hour" in section[-1] and "90 %" in section[-1]
-    assert cost_metrics(named(asked, BEST).evaluation, COST) == {
+    assert cost_metrics(asked.result(BEST).evaluation, COST) == {
         "cost/gpus_needed": Metric(value=gpus[2]),
         "cost/month_usd": Metric(value=gpus[2] * 2.5 * 730),
     }
 
 
 def test_where_vram_is_not_known_there_is_no_cost(asked):
-    full = with_evaluation(named(asked, "F16"), without=(VRAM,))
+    full = with_evaluation(asked.result("F16"), without=(VRAM,))
     assert cost_metrics(full.evaluation, COST) == {}
-    rows = table_of(cost_section([full, named(asked, BEST)], COST), "## Cost")
+    rows = table_of(cost_section([full, asked.result(BEST)], COST), "## Cost")
     assert rows["GPUs needed"][0] == rows["$ per month"][0] == "–" and "(" not in rows["$ per month"][1]
 
 
@@ -177,9 +178,9 @@ def test_a_gpu_that_is_filled_exactly_is_enough():
 
 
 def test_all_benchmarks_are_shown_for_who_was_asked(asked):
-    section = benchmark_section(asked, compared(asked))
+    section = benchmark_section(compared(asked))
     lines = section[1].split("\n")
-    assert lines[0].strip("| ").split(" | ") == sorted(ACCURACY, key=lambda name: -named(asked, name).bytes)
+    assert lines[0].strip("| ").split(" | ") == sorted(ACCURACY, key=lambda name: -asked.result(name).bytes)
     assert len(lines) == 3 and "non-inferior" in section[2].lower()
     assert "items would be needed" in section[3]
-    assert benchmark_section([named(asked, "Q5_K_M")], []) == []
+    assert benchmark_section(with_results(asked, [asked.result("Q5_K_M")])) == []

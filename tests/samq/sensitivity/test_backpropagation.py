@@ -1,19 +1,19 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from samq.sensitivity.backpropagation import backpropagate
 from samq.data.tokens import batches
 from samq.errors import SamqError
+from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.layout import weights_of
 from tests.tiny_models import names_of, random_tokens, tiny_llama
 
 
-def run(model, tokens, reduce, **arguments):
-    given = dict(numbers=1, labels="text", stream=np.random.default_rng, text="held-out")
-    return backpropagate(model, tokens, weights_of(model, names_of(model)), reduce, **given | arguments)
+def run(model, tokens, reduce, *, numbers=1, labels="text", seed=0, first_sequence=0, **arguments):
+    labelling = Labelling(labels, seed, first_sequence, "check")
+    weights = weights_of(model, names_of(model))
+    return backpropagate(model, tokens, weights, reduce, numbers=numbers, labelling=labelling, **arguments)
 
 
 def nothing(index, row, gradient):
@@ -44,14 +44,25 @@ def test_numbers_of_all_rows_are_added_up_for_each_weight_and_sequence(batch_siz
 def test_labels_come_from_the_sequences_own_stream():
     model, tokens = tiny_llama(), random_tokens()
 
-    def losses(stream, batch_size=1):
-        found, _ = run(model, tokens, nothing, labels="model", stream=stream, batch_size=batch_size)
-        return found
+    def losses(first=0, **arguments):
+        return run(model, tokens.part(first, 5), nothing, labels="model", first_sequence=first, **arguments)[0]
 
-    one, four = losses(np.random.default_rng), losses(np.random.default_rng, batch_size=4)
+    one, four = losses(), losses(batch_size=4)
     assert four == pytest.approx(one, rel=1e-5)
-    others = losses(lambda sequence: np.random.default_rng(sequence if sequence == 2 else sequence + 10))
-    assert (others != one).tolist() == [True, True, False, True, True]
+    assert losses(first=2) == pytest.approx(one[2:], rel=1e-5)
+    assert (losses(seed=1) != one).all()
+    others, _ = run(model, tokens, nothing, labels="model", first_sequence=1)
+    assert (others != one).all()
+
+
+def test_a_checks_streams_are_none_of_the_calibrations():
+    draws = {
+        Labelling("model", seed, purpose=purpose).stream(sequence).random()
+        for seed in range(4)
+        for sequence in range(4)
+        for purpose in ("calibration", "check")
+    }
+    assert len(draws) == 32
 
 
 @pytest.mark.parametrize("labels", ["text", "model"])
@@ -61,7 +72,7 @@ def test_a_damaged_weight_is_named_with_the_sequence(labels):
         model.model.embed_tokens.weight[5, 4] = math.nan
     tokens = random_tokens()
     first = next(number for number in range(len(tokens)) if 5 in tokens.sequence(number)[:-1])
-    message = rf"loss of held-out sequence {first} is nan: token_embd\.weight holds NaN or Inf"
+    message = rf"loss of check sequence {first} is nan: token_embd\.weight holds NaN or Inf"
     with pytest.raises(SamqError, match=message):
         run(model, tokens, nothing, labels=labels)
 
@@ -73,5 +84,5 @@ def test_numbers_that_are_not_finite_are_named_with_the_tensor_and_the_sequence(
         calls.append(index)
         return torch.tensor([math.inf if calls.count(2) == 4 and index == 2 else 0.0])
 
-    with pytest.raises(SamqError, match=r"gradient of blk\.0\.attn_k\.weight on held-out sequence 3 is NaN or Inf"):
+    with pytest.raises(SamqError, match=r"gradient of blk\.0\.attn_k\.weight on check sequence 3 is NaN or Inf"):
         run(tiny_llama(), random_tokens(), reduce, batch_size=2)

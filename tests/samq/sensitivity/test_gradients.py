@@ -90,7 +90,7 @@ def test_a_layer_that_sees_samples_mixed_is_refused():
     model.model.layers[0].mlp = Mixing(torch.nn.Linear(32, 32, bias=False))
     weights = [weight for weight in weights if not weight.name.startswith("blk.0.ffn")]
     weights.append(type(weights[0])("mixed.weight", model.model.layers[0].mlp.inner.weight, lambda tensor: tensor))
-    with pytest.raises(SamqError, match=r"mixed\.weight sees the tokens of several samples mixed.*batch size of 1"):
+    with pytest.raises(SamqError, match=r"mixed\.weight mixes the tokens of several samples.*batch size of 1"):
         by_hooks(model, weights, tokens, 4)
     assert ("mixed.weight", 4) in by_hooks(model, weights, tokens, 1)
 

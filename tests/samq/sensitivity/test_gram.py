@@ -19,7 +19,7 @@ MODELS = {
 
 
 def inputs_of(model, tokens, names):
-    """GGUF name -> what enters the linear layer, over all tokens, sequence by sequence."""
+    """GGUF name -> the input of the linear layer, over all tokens, sequence by sequence."""
     by_parameter = {id(weight.parameter): weight.name for weight in weights_of(model, names)}
     found = {}
 
@@ -79,7 +79,7 @@ def test_an_input_that_is_always_zero_has_no_matrix(tmp_path):
 def test_nan_names_the_layer_and_writes_nothing(tmp_path):
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(SamqError, match=r"what enters blk\.1\.ffn_down\.weight has NaN or Inf"):
+    with pytest.raises(SamqError, match=r"the input of blk\.1\.ffn_down\.weight has NaN or Inf"):
         measure_gram(model, random_tokens(), tmp_path / "gram.safetensors", names=names_of(model))
     assert not (tmp_path / "gram.safetensors").exists()
 

@@ -8,10 +8,11 @@ import torch
 
 from samq.errors import SamqError
 from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors
-from samq.sensitivity.layout import row_orders, weights_of
-from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer, write_hf_folder
+from samq.gguf.header import LazyReader
 from samq.llamacpp.programs import convert
-from tests.tiny_models import names_of, save_folder, tiny_llama, write_llama_gguf
+from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer, write_hf_folder
+from samq.sensitivity.layout import row_orders, weights_of
+from tests.tiny_models import byte_tokenizer, names_of, save_folder, tiny_llama, write_llama_gguf
 
 
 @pytest.fixture
@@ -75,6 +76,21 @@ def test_a_gguf_with_its_folder_gives_torchs_weights_back(folder, tmp_path):
     assert len(row_orders(weights_of(model, names_of(model)), path)) == 4
 
 
+def test_a_gguf_is_opened_once_for_its_model_and_its_tokenizer(tmp_path, monkeypatch):
+    opened = []
+
+    class CountingReader(LazyReader):
+        def __init__(self, path, *arguments):
+            opened.append(str(path))
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr("samq.sensitivity.hf_model.LazyReader", CountingReader)
+    path = write_llama_gguf(tiny_llama(), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer())
+    _, tokenizer = load_model(describe_source(path), device="cpu")
+    assert opened == [str(path)]
+    assert tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
 def test_loading_tells_of_its_progress_and_draws_nothing_itself(folder, tmp_path, capfd):
     path = write_llama_gguf(tiny_llama(), tmp_path / "tiny-f16.gguf")
     for source in (describe_source(path, hf_folder=folder), describe_source(folder)):
@@ -104,7 +120,7 @@ def test_dtypes(folder):
 
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(SamqError, match=r"tiny is no model folder: it has no config\.json"):
+    with pytest.raises(SamqError, match=r"tiny is not a model folder: it has no config\.json"):
         describe_source(folder)
 
 
@@ -152,7 +168,7 @@ def test_a_missing_shard_is_named(sharded):
 
 def test_a_damaged_index_is_named(sharded):
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": []}')
-    with pytest.raises(SamqError, match=r"index\.json is no index of weight files"):
+    with pytest.raises(SamqError, match=r"index\.json is not an index of weight files"):
         describe_source(sharded)
 
 
@@ -194,7 +210,7 @@ def test_a_gguf_without_a_tokenizer_says_so(tmp_path):
 
 
 def test_a_second_folder_is_refused(folder):
-    with pytest.raises(SamqError, match="is no GGUF, so it brings its own tokenizer"):
+    with pytest.raises(SamqError, match="is not a GGUF and has its own tokenizer"):
         describe_source(folder, hf_folder=folder)
 
 
@@ -206,7 +222,7 @@ def test_an_unknown_hub_id_is_one_sentence(name):
 
 
 def test_an_unknown_path_is_no_hub_id(tmp_path):
-    with pytest.raises(SamqError, match=r"lost is no model folder: it has no config\.json"):
+    with pytest.raises(SamqError, match=r"lost is not a model folder: it has no config\.json"):
         describe_source(tmp_path / "lost")
 
 

@@ -7,19 +7,22 @@ import torch
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
+from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.fisher import Fisher
-from samq.sensitivity.layout import row_orders, weights_of
-from samq.sensitivity.measure import measure_sensitivity, merge
+from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
+from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
 
-def measure(model, tokens, architecture="llama", **arguments):
+def measure(
+    model, tokens, architecture="llama", *, row_orders=None, labels="text", seed=0, first_sequence=0, **arguments
+):
     return measure_sensitivity(
         model,
         tokens,
-        names=names_of(model, architecture),
-        model_digest="model",
-        calibration_digest="text",
+        GgufLayout(names_of(model, architecture), row_orders or {}),
+        Origin("model", "text"),
+        labelling=Labelling(labels, seed, first_sequence),
         **arguments,
     )
 

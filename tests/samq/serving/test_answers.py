@@ -15,7 +15,7 @@ from samq.gguf.file import file_sha256
 from samq.serving.grammar import json_grammar
 from samq.serving.loading import load
 from samq.serving.refusal import Refused
-from samq.serving.sampling import Sampling
+from samq.serving.sampling import SamplerSettings
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
 
@@ -195,7 +195,7 @@ def test_json_of_a_schema_fits_the_schema(served):
 def test_a_choice_that_leaves_the_grammar_ends_the_answer_and_not_the_process(chat_gguf):
     """llama.cpp's float32 makes a penalty of 0 of this one, and then a choice that is none."""
     model = load(FileSource(chat_gguf)(), ServingSettings(context_tokens=512))
-    sampling = Sampling(repeat_penalty=5e-324, grammar=json_grammar())
+    sampling = SamplerSettings(repeat_penalty=5e-324, grammar=json_grammar())
     with pytest.raises(Refused, match="leave no choice"), model.in_use():
         for seed in range(20):
             with closing(model.generate(model.tokenize("hello"), sampling.model_copy(update={"seed": seed}))) as tokens:

@@ -34,7 +34,7 @@ def test_a_full_queue_refuses_with_a_time_to_come_back_and_takes_what_it_can(cha
             waiting = [pool.submit(server.complete) for _ in range(2)]
             server.wait(lambda: server.metric("llamacpp:requests_deferred") == 2)
             response = server.complete()
-            assert refused(response, 429, "2 requests wait")["code"] == "queue_full"
+            assert refused(response, 429, "queue is full, with 2 requests")["code"] == "queue_full"
             assert 1 <= int(response.headers["retry-after"]) <= 60
         assert [one.result().status_code for one in waiting] == [200, 200]
         assert server.complete().status_code == 200

@@ -92,7 +92,7 @@ def test_what_proves_not_to_fit_beside_the_old_model_replaces_it_and_is_as_the_s
     new = write_chat_gguf(tmp_path / "new.gguf", context=2**18, seed=1)
     done = run_with_little_memory(BESIDE, old, new)
     assert done.returncode == 0, done.stderr
-    assert "does not fit beside" in done.stderr and "cannot make a context of 262144" in done.stderr
+    assert "does not fit into memory beside" in done.stderr and "cannot make a context of 262144" in done.stderr
     found = json.loads(done.stdout)
     assert found["models"] == [[file_sha256(gguf), 2**18, []] for gguf in (old, new)]
     assert found["problem"] is None
@@ -137,7 +137,7 @@ def test_a_model_that_says_nothing_is_not_served(tmp_path):
     gguf = write_chat_gguf(
         tmp_path / "tiny.gguf", spread=0
     )  # all logits are 0: the first token, always, which is empty
-    with pytest.raises(SamqError, match=r"does not answer the warm-up prompt sanely: it says nothing"):
+    with pytest.raises(SamqError, match=r"does not answer the warm-up prompt sanely: the answer is empty"):
         load(FileSource(gguf)(), ServingSettings())
 
 
@@ -157,9 +157,9 @@ def test_what_the_memory_cannot_hold_beside_does_not_fit(tmp_path):
 @pytest.mark.parametrize(
     "target, reason",
     [
-        ("nowhere.gguf", "there is no file nowhere.gguf; give a GGUF file, or models:/NAME@production"),
-        ("models:/llama", "names no model by its alias; write models:/NAME@production"),
-        ("models:/llama/3", "names no model by its alias"),
+        ("nowhere.gguf", "the file nowhere.gguf does not exist; give a GGUF file, or models:/NAME@production"),
+        ("models:/llama", "does not name a model by its alias; write models:/NAME@production"),
+        ("models:/llama/3", "does not name a model by its alias"),
     ],
 )
 def test_a_target_that_is_none_is_one_sentence(target, reason):

@@ -5,7 +5,7 @@ import pytest
 
 from samq.serving.loading import load
 from samq.serving.settings import ServingSettings
-from samq.serving.shadow import RecentPrompts, agreement
+from samq.serving.shadow import RecentPrompts, token_agreement
 from samq.serving.source import FileSource
 from tests.samq.serving.conftest import running
 from tests.samq.serving.test_reload import put, serves
@@ -24,15 +24,15 @@ def models(chat_gguf, other_gguf):
 
 def test_a_model_agrees_with_itself_and_not_with_another(models):
     one, same, other = models
-    assert agreement(one, same, PROMPTS, 16) == 1
-    assert agreement(one, other, PROMPTS, 16) < 0.5
+    assert token_agreement(one, same, PROMPTS, 16) == 1
+    assert token_agreement(one, other, PROMPTS, 16) < 0.5
 
 
 def test_prompts_that_do_not_fit_are_left_out(models):
     one, same, _ = models
     too_long = [lambda model: model.tokenize("x" * 600)]
-    assert agreement(one, same, too_long, 16) is None
-    assert agreement(one, same, too_long + PROMPTS, 16) == 1
+    assert token_agreement(one, same, too_long, 16) is None
+    assert token_agreement(one, same, too_long + PROMPTS, 16) == 1
 
 
 def test_only_the_newest_prompts_are_kept_and_none_by_default():
@@ -55,7 +55,7 @@ def test_a_new_model_that_agrees_too_little_does_not_take_over(tmp_path, chat_gg
         put(chat_gguf, file)
         server.wait(lambda: server.metric("samq_model_reload_failed") == 1)
         server.wait(lambda: server.ready()["problem"])
-        assert "of the tokens of 2 recent prompts, and 0.9 is asked for" in server.ready()["problem"]
+        assert "of the tokens of 2 recent prompts, less than least_agreement (0.9)" in server.ready()["problem"]
         assert serves(server, other_gguf)()
         assert 0 <= server.metric("samq_shadow_agreement_ratio") < 0.9
 

@@ -29,7 +29,7 @@ def process(model, tmp_path, *, until=lambda client: ready(client), environment=
         port = probe.getsockname()[1]
     config = tmp_path / "serving.yaml"
     config.write_text("".join(f"{name}: {value}\n" for name, value in {"context_tokens": 8192, **settings}.items()))
-    command = [sys.executable, "-m", "samq.cli.app", "serve", str(model), "--config", str(config), "--port", str(port)]
+    command = [sys.executable, "-m", "samq.cli", "serve", str(model), "--config", str(config), "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(
             command,
@@ -167,6 +167,6 @@ def test_an_mlflow_that_is_down_is_asked_twice_a_lookup_unless_the_user_has_it_o
 
 
 def test_what_cannot_be_served_is_one_sentence(tmp_path):
-    refused(samq("serve", "nowhere.gguf", home=tmp_path), "there is no file nowhere.gguf")
+    refused(samq("serve", "nowhere.gguf", home=tmp_path), "the file nowhere.gguf does not exist")
     done = samq("serve", "nowhere.gguf", "--host", "0.0.0.0", home=tmp_path)
-    refused(done, "can be reached from other machines: set SAMQ_API_KEY")
+    refused(done, "other machines can reach host 0.0.0.0: set SAMQ_API_KEY")

@@ -1,15 +1,17 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
-from samq.sweep.benchmarking import PRODUCTION, compare_benchmarks, items_of, join_items, with_benchmarks
-from samq.sweep.cost import CostSettings
 from samq.errors import SamqError
-from samq.evaluation.settings import EVALUATION_NAME
-from samq.tracking.mlflow_values import benchmark_metrics
+from samq.files import EVALUATION_NAME, ITEMS_NAME
 from samq.records import Evaluation, Metric
 from samq.report.markdown_report import markdown_report
-from samq.sweep.selection import SelectionRule, finalists
-from samq.sweep.significance import ITEMS_NAME, JSON_ITEMS
+from samq.sweep.benchmarking import PRODUCTION, compare_benchmarks, items_of, join_items, with_benchmarks
+from samq.sweep.cost import CostSettings
+from samq.sweep.selection import Comparison, SelectionRule, finalists
+from samq.sweep.significance import JSON_ITEMS
+from samq.tracking.mlflow_values import benchmark_metrics
 
 RIGHT = {"F16": [1, 1, 1, 0], "Q4_K_M": [0, 1, 0, 0], "threshold-0.2": [1, 1, 0, 1]}
 
@@ -90,7 +92,9 @@ def test_answers_to_json_prompts_are_compared_for_all_that_gave_any(results, swe
         ("Q5_K_M", "F16"): pytest.approx(1 / 3),
         ("Q5_K_M", PRODUCTION): 0,
     }
-    assert "json/valid_delta_vs_f16" in benchmark_metrics(named(results, "Q5_K_M"), found, None)
+    assert "json/valid_delta_vs_f16" in benchmark_metrics(
+        named(results, "Q5_K_M"), replace(sweep, results=tuple(results), benchmarks=tuple(found)), None
+    )
     assert set(items_of(named(results, "Q4_K_M"))["benchmark"]) == {"samq_hellaswag"}, (
         "MLflow has the answers beside it"
     )
@@ -105,11 +109,11 @@ def test_production_asked_otherwise_is_left_out_and_a_candidate_is_an_error(resu
         compare_benchmarks([*results, other], 0.01)
 
 
-def test_mlflow_gets_the_differences_and_the_cost(results):
-    candidate = named(results, "Q4_K_M")
+def test_mlflow_gets_the_differences_and_the_cost(sweep, results):
+    compared = tuple(compare_benchmarks(results, 0.01, table([1, 1, 1, 1])))
     values = benchmark_metrics(
-        candidate,
-        compare_benchmarks(results, 0.01, table([1, 1, 1, 1])),
+        named(results, "Q4_K_M"),
+        replace(sweep, results=tuple(results), benchmarks=compared),
         CostSettings(price_per_gpu_hour=2.5, gpu_memory_bytes=10**12),
     )
     assert values["eval/samq_hellaswag/acc_delta_vs_f16"] == -0.5
@@ -120,19 +124,13 @@ def test_mlflow_gets_the_differences_and_the_cost(results):
 
 
 def test_the_report_has_the_table_of_benchmarks_and_says_why_figures_are_missing(sweep, results):
-    best = named(results, "threshold-0.2")
-    report = markdown_report(
-        sweep.source,
-        sweep.calibration,
-        sweep.heldout,
-        sweep.toolchain,
-        results,
-        [],
-        best,
-        SelectionRule(),
-        sweep.comparisons,
-        benchmarks=compare_benchmarks(results, 0.01, table([1, 1, 1, 1])),
-    )
+    compared = tuple(compare_benchmarks(results, 0.01, table([1, 1, 1, 1])))
+    # So that the best is one that was asked.
+    wins = tuple(Comparison("threshold-0.2", mixture, 0.4, 0.3, 0.5) for mixture in ("Q4_K_M", "Q5_K_M"))
+    rule = SelectionRule(max_size_ratio=1.6)
+    asked = replace(sweep, results=tuple(results), benchmarks=compared, comparisons=wins, rule=rule)
+    assert asked.best is named(results, "threshold-0.2")
+    report = markdown_report(asked)
     assert "## Full precision, uniform and mixed" in report and "## Benchmarks" in report
     assert "### Against what is in production\n\n|  | threshold-0.2 | Q4_K_M |" in report
     assert "| samq_hellaswag: acc (%), 4 items | -25.0 ± 25.0, undecided | -75.0 ± 25.0, " in report

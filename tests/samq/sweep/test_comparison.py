@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from samq.sweep.comparison import DIVERGENCE_NAME, compare, compare_sweep
 from samq.errors import SamqError
+from samq.files import DIVERGENCE_NAME
+from samq.sweep.comparison import compare, compare_sweep
 from samq.sweep.selection import Comparison
 
 

@@ -5,9 +5,10 @@ import pytest
 from mlflow.utils.validation import _validate_metric_name
 
 from samq.errors import SamqError
-from samq.tracking.mlflow_values import flatten, legal_metric_name, metrics_of, params_of
 from samq.records import Metric
 from samq.sweep.selection import Comparison
+from samq.tracking.mlflow_values import flatten, legal_metric_name, metrics_of, params_of
+from tests.samq.sweeps import with_results
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,8 @@ def test_a_name_with_nothing_legal_in_it_is_refused(name):
         legal_metric_name(name)
 
 
-def values_of(sweep, results=None):
-    results = sweep.results if results is None else results
-    return {result.name: metrics_of(result, results, sweep.comparisons) for result in results}
+def values_of(sweep):
+    return {result.name: metrics_of(result, sweep) for result in sweep.results}
 
 
 def test_every_candidate_has_the_plans_axes_for_parallel_coordinates(sweep):
@@ -63,17 +63,17 @@ def test_a_budget_is_an_axis_and_other_plans_have_what_they_take(sweep):
 
 def test_predictions_have_their_errors_and_are_absent_where_a_type_has_no_price(sweep):
     result = sweep.result("Q4_K_M")
-    values = metrics_of(result)
+    values = metrics_of(result, sweep)
     assert values["plan/predicted_kl_nats"] == result.predicted.value
     assert values["plan/predicted_kl_nats_stderr"] == result.predicted.stderr
     assert values_of(sweep)["F16"]["plan/predicted_kl_nats"] == 0
-    unpriced = metrics_of(dataclasses.replace(result, predicted=None))
+    unpriced = metrics_of(dataclasses.replace(result, predicted=None), sweep)
     assert not [name for name in unpriced if "predicted_kl" in name]
 
 
 def test_a_candidate_is_held_against_the_mixture_of_its_size(sweep):
     values = values_of(sweep)
-    one = next(c for c in sweep.comparisons if (c.candidate, c.rival) == ("budget-size-of-Q4_K_M", "Q4_K_M"))
+    one = sweep.comparison("budget-size-of-Q4_K_M", "Q4_K_M")
     ours = values["budget-size-of-Q4_K_M"]
     assert ours["comparison/kld_reduction_percent"] == 100 * one.reduction
     assert ours["comparison/kld_reduction_low_percent"] == 100 * one.low
@@ -86,24 +86,24 @@ def test_a_candidate_is_held_against_the_mixture_of_its_size(sweep):
 
 
 def test_without_mixtures_nothing_is_compared(sweep):
-    values = values_of(sweep, [result for result in sweep.results if result.plan.policy != "stock"])
+    values = values_of(with_results(sweep, (result for result in sweep.results if result.plan.policy != "stock")))
     assert not [name for one in values.values() for name in one if name.startswith("comparison/")]
 
 
 def test_an_interval_without_bounds_is_no_metric(sweep):
     rival = Comparison("budget-size-of-Q4_K_M", "Q4_K_M", 0.5, -math.inf, 1.0)
-    values = metrics_of(sweep.result(rival.candidate), sweep.results, [rival])
+    values = metrics_of(sweep.result(rival.candidate), dataclasses.replace(sweep, comparisons=(rival,)))
     assert "comparison/kld_reduction_low_percent" not in values
     assert values["comparison/kld_reduction_percent"] == 50
 
 
 def test_standard_errors_are_metrics_where_they_have_a_meaning(sweep):
     result = sweep.result("Q4_K_M")
-    values = metrics_of(result)
+    values = metrics_of(result, sweep)
     assert values["fidelity/mean_kld_nats_stderr"] == result.kld.stderr
     assert "speed/latency_p99_ms_stderr" not in values
     bare = result.evaluation.model_copy(update={"metrics": {"eval/x/acc,none": Metric(value=0.5, stderr=0.1)}})
-    values = metrics_of(dataclasses.replace(result, evaluation=bare))
+    values = metrics_of(dataclasses.replace(result, evaluation=bare), sweep)
     assert values.items() >= {"eval/x/acc": 0.5, "eval/x/acc_stderr": 0.1}.items()
 
 

@@ -151,7 +151,7 @@ def test_a_gguf_on_another_machine_has_no_path_here(sweep, mlflow_uri):
     client = connect(mlflow_uri)
     version, _ = register_result(client, sweep.result("threshold-0.2"))
     client.set_model_version_tag("llama-3.1", version, "gguf_uri", "s3://bucket/model.gguf")
-    with pytest.raises(SamqError, match=r"lies at s3://bucket/model\.gguf, not on this machine"):
+    with pytest.raises(SamqError, match=r"is at s3://bucket/model\.gguf, not on this machine"):
         _ = resolve(client, "llama-3.1").path
 
 

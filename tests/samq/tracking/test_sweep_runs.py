@@ -10,14 +10,16 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from samq.tracking import mlflow_view
-from samq.sweep.comparison import compare_sweep
 from samq.errors import SamqError
 from samq.records import Plan, SensitivityMap
 from samq.report.markdown_report import markdown_report
-from samq.sweep.selection import Failure, SelectionRule, choose
+from samq.sweep.comparison import compare_sweep
+from samq.sweep.selection import Failure, SelectionRule
+from samq.tracking import mlflow_view
 from samq.tracking.registry import connect
-from samq.tracking.sweep_runs import TrackingSettings, track_sweep
+from samq.tracking.sweep_runs import track_sweep
+from samq.tracking.tracked import TrackingSettings
+from tests.samq.sweeps import check_of
 
 RULE = SelectionRule(max_size_ratio=1.6)
 BEST = "budget-size-of-Q5_K_M"
@@ -30,27 +32,29 @@ AXES = {
 
 
 def settings(uri, **others):
-    return TrackingSettings(tracking_uri=uri, experiment="sweeps", run_name="nightly", **others)
-
-
-def track(sweep, where, results=None, comparisons=None, checks=()):
-    results = sweep.results if results is None else results
-    comparisons = compare_sweep(results) if comparisons is None else comparisons
-    best = choose(results, RULE, comparisons)
-    made_from = {name: getattr(sweep, name) for name in ("source", "calibration", "heldout", "toolchain")}
-    return track_sweep(
-        where,
-        **made_from,
-        sensitivity=sweep.sensitivity,
-        results=results,
-        failures=sweep.failures,
-        best=best,
-        report=markdown_report(*made_from.values(), results, sweep.failures, best, RULE, comparisons, checks),
+    return TrackingSettings(
+        tracking_uri=uri,
+        experiment="sweeps",
+        run_name="nightly",
         parameters={"calibration": {"sequence_tokens": 256}},
         tags={"prefect.flow_run": "calm-otter"},
-        comparisons=comparisons,
-        checks=checks,
+        **others,
     )
+
+
+@pytest.fixture
+def sweep(sweep):
+    """The sweep under a rule that lets its larger plans be the best."""
+    return dataclasses.replace(sweep, rule=RULE)
+
+
+def track(sweep, where):
+    return track_sweep(where, sweep, markdown_report(sweep))
+
+
+def of_results(sweep, results):
+    """The sweep with these results only, compared with each other."""
+    return dataclasses.replace(sweep, results=tuple(results), comparisons=tuple(compare_sweep(results)))
 
 
 def artifacts(client, run_id, folder=None):
@@ -59,7 +63,9 @@ def artifacts(client, run_id, folder=None):
 
 
 def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri), checks=[sweep.check("budget-size-of-Q4_K_M")])
+    tracked = track(
+        dataclasses.replace(sweep, checks=(check_of(sweep, "budget-size-of-Q4_K_M"),)), settings(mlflow_uri)
+    )
     client = connect(mlflow_uri)
 
     parent = client.get_run(tracked.parent_run_id)
@@ -74,7 +80,7 @@ def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_u
         *(f"figures/{name}.png" for name in ("pareto", "prediction", "sensitivity", "types", "budgets")),
     }
     contexts = {one.dataset.digest: one.tags[0].value for one in parent.inputs.dataset_inputs}
-    assert contexts == {"e" * 12: "calibration", sweep.heldout.digest()[:12]: "heldout"}
+    assert contexts == {"e" * 12: "calibration", sweep.made_from.heldout.digest()[:12]: "heldout"}
 
     assert list(tracked.child_run_ids) == ORDER
     for name, run_id in tracked.child_run_ids.items():
@@ -104,7 +110,7 @@ def test_children_have_the_same_keys_wherever_they_have_a_meaning(sweep, mlflow_
 
 def test_a_sweep_without_predictions_has_no_figure_of_them(sweep, mlflow_uri):
     results = [dataclasses.replace(r, predicted=None) for r in sweep.results if r.plan.policy in ("full", "stock")]
-    tracked = track(sweep, settings(mlflow_uri), results=results)
+    tracked = track(of_results(sweep, results), settings(mlflow_uri))
     figures = artifacts(connect(mlflow_uri), tracked.parent_run_id, "figures")
     assert figures == {f"figures/{name}.png" for name in ("pareto", "sensitivity", "types")}
 
@@ -121,8 +127,7 @@ def test_a_failed_candidate_is_a_failed_run_that_says_why(sweep, mlflow_uri):
 
 def test_a_rung_or_a_check_that_failed_is_said_and_is_no_candidate(sweep, mlflow_uri):
     others = [Failure("Q2_K", "ladder", "it hung"), Failure(BEST, "check", "out of memory")]
-    sweep.failures.extend(others)
-    tracked = track(sweep, settings(mlflow_uri))
+    tracked = track(dataclasses.replace(sweep, failures=(*sweep.failures, *others)), settings(mlflow_uri))
     client = connect(mlflow_uri)
     runs = client.search_runs([tracked.experiment_id], f"tags.mlflow.parentRunId = '{tracked.parent_run_id}'")
     assert sorted(run.info.run_name for run in runs) == sorted([*ORDER, "threshold-0.9"])
@@ -206,10 +211,9 @@ def test_what_was_not_measured_is_left_out_and_said(sweep, mlflow_uri):
 
 
 def test_a_sweep_that_breaks_off_looks_finished_nowhere(sweep, mlflow_uri):
-    comparisons = sweep.comparisons
     shutil.rmtree(sweep.result("threshold-0.2").folder)
     with pytest.raises(SamqError, match="cannot log the sweep"):
-        track(sweep, settings(mlflow_uri, registered_model="model"), comparisons=comparisons)
+        track(sweep, settings(mlflow_uri, registered_model="model"))
     client = connect(mlflow_uri)
     experiment = client.get_experiment_by_name("sweeps")
     statuses = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
@@ -222,12 +226,12 @@ def test_a_sweep_that_breaks_off_looks_finished_nowhere(sweep, mlflow_uri):
 def test_a_deleted_experiment_comes_back(sweep, mlflow_uri):
     client = connect(mlflow_uri)
     client.delete_experiment(client.create_experiment("sweeps"))
-    tracked = track(sweep, settings(mlflow_uri), results=sweep.results[:1])
+    tracked = track(of_results(sweep, sweep.results[:1]), settings(mlflow_uri))
     assert client.get_experiment(tracked.experiment_id).lifecycle_stage == "active"
 
 
 def test_artifacts_go_where_they_are_told(sweep, mlflow_uri, tmp_path):
-    track(sweep, settings(mlflow_uri, artifact_location=str(tmp_path / "elsewhere")), results=sweep.results[:1])
+    track(of_results(sweep, sweep.results[:1]), settings(mlflow_uri, artifact_location=str(tmp_path / "elsewhere")))
     assert list((tmp_path / "elsewhere").rglob("report.md"))
 
 
@@ -235,7 +239,7 @@ def test_sweeps_are_tracked_from_several_threads(sweep, mlflow_uri):
     tracked = {}
 
     def work(name):
-        tracked[name] = track(sweep, settings(mlflow_uri, registered_model="model"), results=sweep.results[:2])
+        tracked[name] = track(of_results(sweep, sweep.results[:2]), settings(mlflow_uri, registered_model="model"))
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
     for thread in threads:
@@ -274,9 +278,9 @@ def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
 
 
 def test_a_long_report_still_fits_a_tag(sweep, mlflow_uri):
-    failure = sweep.failures[0].__class__(name="x", stage="evaluate", reason="why " * 5000)
-    sweep.failures.append(failure)
-    tracked = track(sweep, settings(mlflow_uri), results=sweep.results[:1])
+    failure = Failure("x", stage="evaluate", reason="why " * 5000)
+    alone = of_results(sweep, sweep.results[:1])
+    tracked = track(dataclasses.replace(alone, failures=(*sweep.failures, failure)), settings(mlflow_uri))
     client = connect(mlflow_uri)
     tags = client.get_run(tracked.parent_run_id).data.tags
     assert len(tags["mlflow.note.content"]) == len(tags["samq.failures"]) == 8000

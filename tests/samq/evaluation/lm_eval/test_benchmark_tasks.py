@@ -26,33 +26,33 @@ def test_lm_evals_own_tasks_are_known_but_need_the_hub(tmp_path, monkeypatch):
     (tmp_path / "tokenizers/punkt_tab").mkdir(parents=True)  # which ifeval would fetch as it is imported
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     for name in ("hellaswag", "mmlu", "humaneval", "gsm8k", "ifeval"):
-        with pytest.raises(UnavailableError, match=rf"^the data of {name} cannot be had \(.*connect to the network"):
+        with pytest.raises(UnavailableError, match=rf"^cannot load the data of {name} \(.*connect to the network"):
             open_task(name, settings=CODE)
 
 
 def test_an_unknown_task_names_the_nearest():
-    with pytest.raises(SamqError, match=r"^there is no task 'samq_helaswag'; nearest are samq_hellaswag"):
+    with pytest.raises(SamqError, match=r"^the task 'samq_helaswag' does not exist; similar names are samq_hellaswag"):
         open_task("samq_helaswag")
-    with pytest.raises(SamqError, match=r"`lm_eval ls tasks` lists"):
+    with pytest.raises(SamqError, match=r"`samq lm-eval ls tasks` lists"):
         open_task("3141592653589793")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: [unclosed", r"colours.yaml is no task file \(.*\); correct it"),
-        ("- a\n- list", "is no task file"),
-        ("include: nowhere.yaml", "is no task file"),
-        ("dataset_path: json", r"colours.yaml names no task; give it a line `task: NAME`"),
+        ("task: [unclosed", r"colours.yaml is not a valid task file \(.*\); correct it"),
+        ("- a\n- list", "is not a valid task file"),
+        ("include: nowhere.yaml", "is not a valid task file"),
+        ("dataset_path: json", r"colours.yaml does not name its task; add a line `task: NAME`"),
         (
             "task: colours\noutput_type: dance",
-            r"colours.yaml is no task that lm-eval can open \(ValueError: Got invalid output",
+            r"lm-eval cannot open the task .*colours.yaml \(ValueError: Got invalid output",
         ),
-        ("task: colours\nno_such_setting: 1", r"is no task that lm-eval can open \(TypeError"),
+        ("task: colours\nno_such_setting: 1", r"lm-eval cannot open the task .* \(TypeError"),
         ("task: colours\nprocess_docs: !function nowhere.function", r"needs the Python package nowhere; install it"),
         (
             "task: colours\ndataset_path: json\ndataset_kwargs: {data_files: {test: /no/such.jsonl}}",
-            "the data of .* cannot be had",
+            "cannot load the data of .*",
         ),
     ],
 )
@@ -66,11 +66,11 @@ def test_a_malformed_task_file_is_one_sentence(tmp_path, text, message):
 
 def test_a_malformed_file_in_a_folder_and_a_missing_folder_are_said_at_once(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: [unclosed")
-    with pytest.raises(SamqError, match=r"broken.yaml is no task file"):
+    with pytest.raises(SamqError, match=r"broken.yaml is not a valid task file"):
         TaskLibrary([tmp_path])
-    with pytest.raises(SamqError, match=r"^there is no folder of tasks at .*nowhere; check task_folders$"):
+    with pytest.raises(SamqError, match=r"^the folder of tasks .*nowhere does not exist; check task_folders$"):
         TaskLibrary([tmp_path / "nowhere"])
-    with pytest.raises(SamqError, match=r"^there is no task file at .*nowhere.yaml; check the path$"):
+    with pytest.raises(SamqError, match=r"^there is not a valid task file at .*nowhere.yaml; check the path$"):
         open_task(tmp_path / "nowhere.yaml")
 
 
@@ -94,7 +94,10 @@ def test_a_task_that_runs_code_as_it_is_imported_is_refused_before_that(tmp_path
     for name in names:  # all of them before it is imported
         with pytest.raises(SamqError) as caught:
             open_task(name, folders=[tmp_path])
-        assert str(caught.value) == f"{name} runs code that the model writes; allow it with run_code, or leave it out"
+        assert (
+            str(caught.value)
+            == f"{name} runs code that the model writes; allow it with run_code, or leave the task out"
+        )
     with pytest.raises(SamqError, match=r"^humaneval runs code that the model writes; allow it"):
         open_task("humaneval")  # lm-eval's own
     assert all(open_task(name, folders=[tmp_path], settings=CODE).runs_code for name in names)
@@ -128,7 +131,7 @@ def test_a_digest_is_of_what_a_function_of_the_task_calls_too(tmp_path):
 def test_a_check_tells_what_can_be_run_and_why_the_rest_cannot():
     digests, missing = check_benchmarks(BenchmarkSettings(tasks=("samq_json", "hellaswag")))
     assert list(digests) == ["samq_json"] and "connect to the network" in missing["hellaswag"]
-    with pytest.raises(SamqError, match="there is no task"):
+    with pytest.raises(SamqError, match="the task 'samq_jsn' does not exist"):
         check_benchmarks(BenchmarkSettings(tasks=("samq_json", "samq_jsn")))
 
 

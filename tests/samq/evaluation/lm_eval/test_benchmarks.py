@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.benchmarks import benchmark, measure_benchmarks, run_benchmarks
 from samq.evaluation.json_compliance import measure_json
 from samq.evaluation.json_prompts import load_prompts
-from samq.llamacpp.runtime import Model
+from samq.evaluation.lm_eval.benchmarks import benchmark, measure_benchmarks, run_benchmarks
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings
+from samq.files import ITEMS_NAME
+from samq.llamacpp.runtime import Model
 from samq.records import Evaluation
-from samq.sweep.significance import ITEMS_NAME, compare_items
+from samq.sweep.significance import compare_items
 from tests.samq.evaluation.lm import RuleLM
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.samq.evaluation.task_files import COLOURS, write_task
@@ -112,7 +113,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(tmp_path):
     assert len(reasons) == 5 and not any("\n" in reason for reason in reasons)
     assert "run_code" in results.missing["eval/samq_humaneval"]
     assert "connect to the network" in results.missing["eval/hellaswag"]
-    assert "nearest are samq_hellaswag" in results.missing["eval/samq_helaswag"]
+    assert "similar names are samq_hellaswag" in results.missing["eval/samq_helaswag"]
     assert results.missing["eval/samq_gsm8k"] == "the model is tired; let it rest"
 
 
@@ -223,7 +224,7 @@ def test_a_failure_is_no_result(tmp_path, monkeypatch):
         output=tmp_path / "out",
         benchmarks=BenchmarkSettings(tasks=("samq_gsm8k",), limit=1),
     )
-    with pytest.raises(SamqError, match=r"^samq_gsm8k failed in lm-eval \(MemoryError: no more\); its log has more$"):
+    with pytest.raises(SamqError, match=r"^samq_gsm8k failed in lm-eval \(MemoryError: no more\); see its log$"):
         benchmark(request, silent_report)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -3,8 +3,8 @@ import pytest
 from scipy.special import log_softmax
 
 from samq.errors import SamqError
-from samq.llamacpp.runtime import Model
 from samq.evaluation.lm_eval.scoring import Continuation, score
+from samq.llamacpp.runtime import Model
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from samq.data.datasets import packaged_rows
-from samq.evaluation.sandbox.run import run as sandbox
+from samq.evaluation.sandbox import run as sandbox
 from samq.evaluation.sandbox.run import CodeLimits, isolation, run_tests
 
 
@@ -136,7 +136,9 @@ def as_ordinary_user(tmp_path, monkeypatch, first=""):
     if subprocess.run([sys.executable, "-c", become], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this root cannot become an ordinary user")
     # all imports before, as root's Python may lie where only root can read
-    child = f"import sys, threading\nsys.path.append({str(Path(sandbox.__file__).parent)!r})\nimport child, confinement\n"
+    child = (
+        f"import sys, threading\nsys.path.append({str(Path(sandbox.__file__).parent)!r})\nimport child, confinement\n"
+    )
     (tmp_path / "wrapper.py").write_text(f"{child}{become}{first}\nchild.main(*map(int, sys.argv[-4:]))")
     program = tmp_path / "python"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -B {tmp_path / "wrapper.py"} "$@"\n')

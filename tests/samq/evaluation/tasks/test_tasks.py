@@ -10,8 +10,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from samq.data.datasets import packaged_rows
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.benchmarks import run_benchmarks
 from samq.evaluation.json_prompts import load_prompts, question
+from samq.evaluation.lm_eval.benchmarks import run_benchmarks
 from samq.evaluation.sandbox.run import isolation
 from samq.evaluation.settings import BenchmarkSettings
 from samq.evaluation.tasks import FOLDER

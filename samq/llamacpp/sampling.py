@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits."""
+"""Choice of the next token from the logits."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at temperature 0; else a draw from the softmax at that temperature, cut as `top_k` and `top_p` say."""
+    """Greedy at temperature 0, otherwise a draw from the softmax at that temperature, cut to `top_k` and `top_p`."""
 
     temperature: float = 0.0
     top_k: int = 0  # only the k most probable tokens; 0: all
-    top_p: float = 1.0  # only the most probable tokens, until together they have this probability
+    top_p: float = 1.0  # only the most probable tokens whose probabilities add up to this
     seed: int = 0
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    """A token, from the logits of all of them, shaped (vocabulary,)."""
+    """Choose a token from logits shaped (vocabulary,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature

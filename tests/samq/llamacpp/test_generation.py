@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.generation import generate
+from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import Context, Model
-from samq.evaluation.lm_eval.sampling import Sampling, choose
+from samq.llamacpp.sampling import Sampling, choose
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 
 VOCABULARY = 264
 LIMIT = 6
+GREEDY = Sampling()
 
 
 @pytest.fixture(scope="module", params=["llama", "mamba"])
@@ -48,8 +49,8 @@ def prompts_with_preambles(preambles, each, seed=0):
     return [prompt.astype(np.int32) for prompt in made]
 
 
-def answers(model, prompts, **settings):
-    return generate(model, prompts, limit=LIMIT, finished=lambda text: False, **settings)
+def answers(model, prompts, sampling=GREEDY, **settings):
+    return generate(model, prompts, Decoding(LIMIT, lambda text: False, sampling), **settings)
 
 
 def test_answers_do_not_depend_on_what_shares_the_work(model):
@@ -94,7 +95,7 @@ def test_a_prompt_after_which_all_is_nonsense_fails_alone(tmp_path, kv_type):
         assert set(reasons) == {3, 18} and "nonsense.gguf gives logits that are not finite" in reasons[3]
         assert found == ["" if index in reasons else text for index, text in enumerate(expected)]
         assert [done for done, _ in told] == list(range(1, 21))
-        for sampling in (Sampling(), Sampling(temperature=1.0)):
+        for sampling in (GREEDY, Sampling(temperature=1.0)):
             with pytest.raises(SamqError, match="logits that are not finite"):
                 answers(model, prompts, sampling=sampling)
 

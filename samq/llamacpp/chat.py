@@ -1,6 +1,6 @@
-"""Chats as text and tokens, by the model's own template: what transformers makes of it, but for the date.
+"""Chats as text and tokens, by the model's own chat template, as transformers renders it except for the date.
 
-Templates that tell the model the date tell it the same day in all measurements, so that answers do not depend on it.
+Some templates tell the model the date. Measurements always use the same day, so that answers do not depend on it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from samq.errors import SamqError
 from samq.llamacpp.runtime import Model
 
 Message = Mapping[str, str]
-_CUT = "END-OF-THE-LAST-MESSAGE "  # transformers' way to find where it ends: the space shows whether spaces are kept
+# Marks the end of the last message, as in transformers. The space shows whether the template keeps trailing spaces.
+_CUT = "END-OF-THE-LAST-MESSAGE "
 
 
 def tokenize_chat(model: Model, messages: Sequence[Message], *, dated: bool = False) -> NDArray[np.int32]:
@@ -29,30 +30,30 @@ def tokenize_chat(model: Model, messages: Sequence[Message], *, dated: bool = Fa
 
 
 def render_chat(model: Model, messages: Sequence[Message], *, continue_last: bool = False, dated: bool = False) -> str:
-    """The text of `messages` (role and content each), up to where the model's answer begins.
+    """The text of `messages` (each with role and content), up to where the model's answer begins.
 
-    With `continue_last` it ends with the last message's content, for the model to go on with. A template that refuses
-    a system message gets the chat without it. `dated`: with today's date where the template has one. Raises SamqError if
-    the model has no template, or it refuses the chat.
+    With `continue_last` the text ends with the content of the last message, and the model continues it. If the template
+    refuses a system message, the text leaves that message out. `dated`: with today's date if the template asks for one.
+    Raises SamqError if the model has no template, or if the template refuses the chat.
     """
     if model.chat_template is None:
         raise SamqError(f"{model.path} has no chat template; use it without one")
-    shown = [dict(message) for message in messages]
+    turns = [dict(message) for message in messages]
     if continue_last:
-        shown[-1]["content"] += _CUT
+        turns[-1]["content"] += _CUT
     bos, eos = ("" if token is None else model.token_text(token) for token in (model.bos, model.eos))
     formatter = _formatter(model.chat_template, bos, eos, not continue_last, dated)
     try:
-        text = _format(formatter, shown)
+        text = _format(formatter, turns)
     except (TemplateError, ValueError) as error:
         raise SamqError(
-            f"the chat template of {model.path} refuses a chat: {error}; leave the template or that message out"
+            f"the chat template of {model.path} refuses a chat: {error}; leave out the template or that message"
         ) from error
     if not continue_last:
         return text
-    text, found, rest = text.rpartition(_CUT.strip())
-    if not found:
-        raise SamqError(f"the chat template of {model.path} drops the last message; evaluate without it")
+    text, mark, rest = text.rpartition(_CUT.strip())
+    if not mark:
+        raise SamqError(f"the chat template of {model.path} drops the last message; evaluate without the template")
     return text if rest.startswith(" ") else text.rstrip()
 
 
@@ -68,11 +69,11 @@ def _format(formatter: Jinja2ChatFormatter, messages: list[Any]) -> str:
 
 @lru_cache
 def _formatter(template: str, bos: str, eos: str, add_generation_prompt: bool, dated: bool) -> Jinja2ChatFormatter:
-    kind = Jinja2ChatFormatter if dated else _DatelessFormatter
-    return kind(template, eos, bos, add_generation_prompt)
+    formatter = Jinja2ChatFormatter if dated else _FixedDateFormatter
+    return formatter(template, eos, bos, add_generation_prompt)
 
 
-class _DatelessFormatter(Jinja2ChatFormatter):
+class _FixedDateFormatter(Jinja2ChatFormatter):
     @staticmethod
     def strftime_now(f: str) -> str:
         return datetime(2024, 7, 26).strftime(f)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samq.evaluation.lm_eval.prefixes import common_length, trees
+from samq.llamacpp.prefixes import common_length, trees
 
 FEW_TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple)
 

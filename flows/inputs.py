@@ -1,0 +1,58 @@
+"""What every candidate is made from and measured against: model, text, tokens, importance matrix, baseline."""
+
+from dataclasses import dataclass
+
+from flows.parameters import RequantizeParameters
+from samq.data.datasets import require_disjoint
+from samq.quantization.provenance import provenance
+from samq.store import Artifact
+from samq.sweep.sweep import MadeFrom
+from samq.workspace import Workspace
+from tasks.convert import convert
+from tasks.evaluate import baseline
+from tasks.imatrix import imatrix
+from tasks.model import TorchModel
+from tasks.source import find_model
+from tasks.target import Target
+from tasks.text import heldout, load_calibration_set, load_text, tokenize
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Made once for a run of the flow."""
+
+    made_from: MadeFrom  # what reports and runs name
+    model: TorchModel  # what gradients are taken of
+    target: Target  # what plans are for
+    tokens: Artifact  # calibration sequences
+    available: int  # how many of them are not kept for checks
+    heldout: Artifact
+    baseline: Artifact
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What every GGUF says of itself, beside its plan."""
+        return provenance(self.made_from)
+
+
+def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
+    """Find and convert the model, read and tokenize the text, and compute the baseline's logits."""
+    model, calibration = parameters.model, parameters.calibration
+    require_disjoint(calibration.dataset, parameters.heldout)
+    source = find_model(model.source, model.revision, model.hf_folder)
+    text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
+    full = convert(at, source, model.precision)
+    tokens = tokenize(at, full, text, calibration.dataset.seed, calibration.sequence_tokens, calibration.packing)
+    calibration_set = load_calibration_set(tokens, calibration.dataset)
+    available = calibration.sequences_left(calibration_set.samples)
+    matrix = imatrix(at, full, text, calibration.sequence_tokens) if calibration.imatrix else None
+    chunks = heldout(at, full, heldout_text)
+    return Inputs(
+        made_from=MadeFrom(source, calibration_set, heldout_text, at.toolchain),
+        model=TorchModel(source, full, model.dtype),
+        target=Target(full, matrix),
+        tokens=tokens,
+        available=available,
+        heldout=chunks,
+        baseline=baseline(at, full, chunks, parameters.evaluation),
+    )

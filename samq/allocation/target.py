@@ -1,0 +1,109 @@
+"""What plans are for: the full-precision GGUF, and the plans that follow from it alone."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from samq.gguf.file import TensorInfo, file_sha256, imatrix_entries, read_tensors
+from samq.gguf.formats import check_mixture, fallback, without_entry
+from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
+from samq.records import Plan, Substitution, Toolchain
+
+OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The full-precision GGUF a plan is for, and what llama-quantize says of it."""
+
+    gguf: Path
+    sha256: str
+    tensors: dict[str, TensorInfo]
+    quantizable: dict[str, TensorInfo]
+    toolchain: Toolchain
+    imatrix: Path | None = None
+
+    @classmethod
+    def open(
+        cls,
+        gguf: Path,
+        toolchain: Toolchain,
+        imatrix: Path | None = None,
+        sha256: str | None = None,
+    ) -> "Target":
+        """Read the file's tensors and ask llama-quantize which of them it quantizes."""
+        return cls(
+            gguf=gguf,
+            sha256=sha256 or file_sha256(gguf),
+            tensors=read_tensors(gguf),
+            quantizable=quantizable_tensors(gguf, toolchain),
+            toolchain=toolchain,
+            imatrix=imatrix,
+        )
+
+    @property
+    def imatrix_sha256(self) -> str | None:
+        """SHA-256 of the importance matrix, if there is one."""
+        return file_sha256(self.imatrix) if self.imatrix else None
+
+    def legal_type(self, name: str, requested: str) -> tuple[str, Substitution | None]:
+        """What llama-quantize can write to a tensor for which `requested` is asked, and why, if that is another type."""
+        tensor = self.quantizable[name]
+        asked = fallback(requested, tensor.row_length)
+        reason = f"rows of {tensor.row_length} do not allow {requested}"
+        used = asked if name in self._imatrix_entries else fallback(without_entry(asked, name), tensor.row_length)
+        if used != asked:
+            reason = (
+                "the importance matrix has no entry for it" if self.imatrix else f"{asked} needs an importance matrix"
+            )
+        return used, None if used == requested else Substitution(requested=requested, used=used, reason=reason)
+
+    @cached_property
+    def _imatrix_entries(self) -> frozenset[str]:
+        return imatrix_entries(self.imatrix) if self.imatrix else frozenset()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection shares the token embedding."""
+        return OUTPUT not in self.tensors
+
+
+def full_plan(target: Target) -> Plan:
+    """The baseline: every tensor as it is."""
+    kinds = {tensor.type for tensor in target.quantizable.values()}
+    kind = "F16" if "F16" in kinds else min(kinds)
+    types = {name: tensor.type for name, tensor in target.quantizable.items()}
+    return make_plan(target, kind, "full", {}, types, mixture=kind)
+
+
+def stock_plan(target: Target, mixture: str) -> Plan:
+    """What llama-quantize makes of `mixture` by itself, with the same importance matrix, named tensor by tensor."""
+    mixture = check_mixture(mixture)
+    types, substitutions = mixture_types(target.gguf, mixture, target.toolchain, imatrix=target.imatrix)
+    types = {name: types[name] for name in target.quantizable}
+    return make_plan(target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture)
+
+
+def make_plan(
+    target: Target,
+    name: str,
+    policy: Literal["full", "stock", "uniform", "threshold", "budget"],
+    parameters: dict[str, float | int | str | bool | None],
+    types: dict[str, str],
+    substitutions: dict[str, Substitution] | None = None,
+    mixture: str = "Q4_K_M",
+) -> Plan:
+    """The record of a plan that gives the quantizable tensors these types; the others keep theirs."""
+    return Plan(
+        name=name,
+        policy=policy,
+        parameters=parameters,
+        types=types,
+        substitutions=substitutions or {},
+        mixture=mixture,
+        tensor_bytes=planned_bytes(target.tensors, types),
+        weights=sum(tensor.weights for tensor in target.tensors.values()),
+        gguf_sha256=target.sha256,
+        imatrix_sha256=target.imatrix_sha256,
+    )

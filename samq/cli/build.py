@@ -1,0 +1,158 @@
+"""Commands that write or read a GGUF: `samq quantize`, `samq compensate` and `samq inspect`."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from samq import __version__
+from samq.cli import stages
+from samq.cli.files import adopt, find_model, sha256
+from samq.cli.options import (
+    AllSamples,
+    BatchSize,
+    Dataset,
+    Device,
+    DtypeOption,
+    Fields,
+    FullGguf,
+    GgufOut,
+    HfFolder,
+    Imatrix,
+    Packing,
+    Seed,
+    SequenceTokens,
+    Split,
+)
+from samq.cli.start import loading_packages, prepare_prefect
+from samq.cli.text import dataset_spec, read_calibration
+from samq.errors import SamqError
+from samq.files import GGUF_NAME, GRAM_NAME
+from samq.output import check_file, work_folder
+from samq.progress import bar, console
+
+if TYPE_CHECKING:
+    from samq.store import Artifact
+
+
+def quantize(
+    gguf: FullGguf,
+    plan: Annotated[Path, typer.Option(help="Plan of `samq plan`.")],
+    out: GgufOut,
+    imatrix: Imatrix = None,
+) -> None:
+    """Write the GGUF of a plan with llama-quantize, and verify it.
+
+    Every tensor's type and size must be the plan's.
+    """
+    from samq.llamacpp import programs
+    from samq.llamacpp.toolchain import find_toolchain
+    from samq.records import Plan
+
+    check_file(out)
+    tensor_plan, toolchain = Plan.load(plan), find_toolchain()
+    if tensor_plan.rounding == "compensated":
+        raise SamqError(
+            f"{plan} is a plan of compensated rounding, which llama-quantize does not know; use `samq requantize`, or "
+            "quantize a plan of `samq plan` and run `samq compensate` on that file"
+        )
+    programs.check_imatrix(tensor_plan, imatrix)
+    if sha256(gguf) != tensor_plan.gguf_sha256:
+        raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
+    provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
+    with work_folder(out.absolute().parent) as work, bar(f"quantize {tensor_plan.name}") as progress:
+        model = programs.quantize(
+            gguf, tensor_plan, work, toolchain, provenance=provenance, imatrix=imatrix, progress=progress
+        )
+        os.replace(work / model.file, out)
+    size = f"{model.file_bytes / 1e6:.1f} MB, {model.bits_per_weight:.2f} bits per weight"
+    console.print(f"{out}: {size}\nsha256 {model.sha256}", highlight=False, soft_wrap=True)
+
+
+def compensate(
+    quantized: Annotated[Path, typer.Argument(help="Quantized GGUF, from llama-quantize or any other tool.")],
+    gguf: FullGguf,
+    out: GgufOut,
+    dataset: Dataset = "humaneval",
+    samples: AllSamples = None,
+    field: Fields = None,
+    split: Split = None,
+    sequence_tokens: SequenceTokens = 512,
+    batch_size: BatchSize = 1,
+    dtype: DtypeOption = "float32",
+    device: Device = "auto",
+    packing: Packing = None,
+    seed: Seed = 0,
+    hf_folder: HfFolder = None,
+) -> None:
+    """Round a quantized GGUF again with GPTQ, at the same size.
+
+    Pushes each rounding error onto the columns that follow. Types and scales stay as they are.
+    """
+    prepare_prefect()
+    check_file(out)
+    text = read_calibration(dataset_spec(dataset, field, split=split, seed=seed), samples, None, packing)
+    source = find_model(gguf, hf_folder=hf_folder)
+    at, full = stages.workspace(device), adopt({GGUF_NAME: gguf})
+    sequences = stages.tokenize(at, full, text, sequence_tokens)
+    with loading_packages():
+        from tasks.model import TorchModel
+
+    grams = stages.measure_gram(at, TorchModel(source, full, dtype), sequences, batch_size)
+    ratios = _compensate(gguf, quantized, grams, out, device)
+    if not ratios:
+        raise SamqError(f"{quantized} has no tensor whose rounding can be compensated; {out} is a copy of it")
+    median, least, most = (f"{100 * ratio:.0f} %" for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1]))
+    console.print(
+        f"compensated {len(ratios)} tensors; their layers keep {median} of the output error (median; {least} to {most})\n"
+        f"{out}\nsha256 {sha256(out)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, device: str) -> list[float]:
+    """Write the compensated GGUF; the share of its layer's output error that each tensor keeps, in ascending order."""
+    with loading_packages():
+        from samq.quantization import compensation
+        from samq.sensitivity.gram import GramMatrices
+        from samq.sensitivity.hf_model import compute_device
+
+    with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
+        errors = compensation.compensate(
+            gguf,
+            quantized,
+            GramMatrices(grams.path(GRAM_NAME)),
+            work / out.name,
+            device=compute_device(device),
+            progress=progress,
+        )
+        os.replace(work / out.name, out)
+    return sorted(error.ratio for error in errors.tensors.values())
+
+
+def inspect(gguf: Annotated[Path, typer.Argument(help="GGUF file.")]) -> None:
+    """Show types, sizes and provenance of a GGUF."""
+    from samq.gguf.file import read_metadata, read_tensors
+
+    with bar(f"open {gguf.name}"):
+        tensors, metadata = list(read_tensors(gguf).values()), read_metadata(gguf)
+    table = Table("type", "tensors", "weights", "MB", "bits per weight", title=str(gguf))
+    for kind in sorted({tensor.type for tensor in tensors}):
+        of_kind = [tensor for tensor in tensors if tensor.type == kind]
+        table.add_row(kind, *_totals([tensor.weights for tensor in of_kind], [tensor.bytes for tensor in of_kind]))
+    table.add_section()
+    table.add_row("all", *_totals([tensor.weights for tensor in tensors], [tensor.bytes for tensor in tensors]))
+    console.print(table)
+    for key, value in metadata.items():
+        if key.startswith(("samq.", "general.", "quantize.")):
+            console.print(f"{key} = {value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"sha256 = {sha256(gguf)}", highlight=False, soft_wrap=True)
+
+
+def _totals(weights: list[int], sizes: list[int]) -> tuple[str, str, str, str]:
+    """Cells of a row: tensors, weights, MB, bits per weight."""
+    bits = f"{8 * sum(sizes) / sum(weights):.2f}" if sum(weights) else ""  # a GGUF may hold only a vocabulary
+    return str(len(weights)), f"{sum(weights):,}", f"{sum(sizes) / 1e6:.2f}", bits

@@ -1,0 +1,124 @@
+"""Commands about this machine: `samq doctor`, `samq prune`, `samq ui` and `samq up`."""
+
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from samq.cli.options import MlflowPort, PrefectPort
+from samq.cli.start import PROJECT, loading_packages, prepare_prefect
+from samq.home import store_folder
+from samq.progress import bar, console
+
+
+def doctor() -> None:
+    """Check this machine, and say how to get what is missing."""
+    from samq.doctor import diagnose
+
+    with bar("check this machine"):  # a program's first start may take a minute
+        findings = diagnose()
+    table = Table("", "component", "found", "advice")
+    for finding in findings:
+        table.add_row(finding.state, finding.name, finding.found, finding.advice)
+    console.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def prune(
+    older_than_days: Annotated[float, typer.Option(min=0, help="Age of the last use, in days.")],
+) -> None:
+    """Delete stored files that no recent run has used.
+
+    Keeps the GGUFs that an alias in MLflow points at.
+    """
+    with loading_packages():
+        from samq.home import mlflow_uri
+        from samq.store import Store
+        from samq.tracking.registry import aliased_files, connect
+
+    with bar("delete old files"):
+        freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))
+    console.print(f"freed {freed / 1e6:,.1f} MB in {store_folder()}", highlight=False, soft_wrap=True)
+
+
+def ui(
+    mlflow_port: MlflowPort = 5000,
+    prefect_port: PrefectPort = 4200,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the latest sweep's report in the browser.")] = False,
+) -> None:
+    """Serve the pages of MLflow and Prefect until Ctrl-C.
+
+    Prints the links of the latest sweep: its report, candidates, plots, registered model and flow run.
+    """
+    import webbrowser
+
+    from samq.services import mlflow_page, prefect_page
+
+    prepare_prefect()
+    with console.status("start MLflow and Prefect"), ExitStack() as stack:
+        mlflow = stack.enter_context(mlflow_page(mlflow_port))
+        prefect = stack.enter_context(prefect_page(prefect_port))
+        services = stack.pop_all()
+    with services:
+        links = _latest_links(mlflow, prefect)
+        width = max(map(len, links), default=0)
+        for page, address in links.items():
+            console.print(f"{page:{width}}  {address}", highlight=False, soft_wrap=True)
+        if not links:
+            console.print(f"MLflow   {mlflow}\nPrefect  {prefect}\nNo sweep yet: run `samq demo`.", highlight=False)
+        console.print("Press Ctrl-C to stop both servers.", highlight=False)
+        if open_report and links:
+            webbrowser.open(links["report"])
+        _wait_for_signal()
+
+
+def _latest_links(mlflow: str, prefect: str) -> dict[str, str]:
+    """What a page of the latest sweep answers -> its address; empty without a sweep."""
+    from samq.tracking.registry import connect
+    from samq.tracking.tracked import latest_sweep
+
+    sweep = latest_sweep(connect(mlflow), mlflow)
+    return sweep.links(mlflow, prefect) if sweep else {}
+
+
+def up(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None:
+    """Run MLflow, Prefect and a worker until Ctrl-C.
+
+    Creates the deployments of prefect.yaml, such as the nightly run.
+    """
+    from samq.services import mlflow_page, prefect_page, worker
+
+    prepare_prefect()
+    with console.status("start MLflow, Prefect and a worker"), ExitStack() as stack:
+        mlflow = stack.enter_context(mlflow_page(mlflow_port))
+        os.environ["MLFLOW_TRACKING_URI"] = mlflow  # the worker's runs log to the server, not to its database
+        prefect = stack.enter_context(prefect_page(prefect_port))
+        stack.enter_context(worker(prefect, PROJECT))
+        services = stack.pop_all()
+    with services:
+        console.print(
+            f"MLflow   {mlflow}\nPrefect  {prefect}\n"
+            f"To run the demo: PREFECT_API_URL={prefect}/api prefect deployment run requantize/on-demand\n"
+            "Press Ctrl-C to stop everything.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _wait_for_signal()
+
+
+def _wait_for_signal() -> None:
+    """Return at Ctrl-C or SIGTERM; exit with code 1 as soon as a service ends by itself."""
+    from samq.services import first_ended
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(1):
+        if ended := first_ended():
+            console.print(f"samq: {ended}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1)

@@ -1,0 +1,111 @@
+"""Commands that put a model into production: `samq promote`, `samq rollback`, `samq status` and `samq serve`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from samq.cli.options import RegisteredModel
+from samq.cli.start import PROJECT, loading_packages, prepare_prefect, require_prefect
+from samq.progress import bar, console
+
+POLICY = "deployments/promotion/policy.yaml"
+
+
+def promote(
+    name: RegisteredModel,
+    version: Annotated[
+        str | None, typer.Option(help="Version to promote. [default: the one with the alias candidate]")
+    ] = None,
+    policy: Annotated[
+        Path, typer.Option(help=f"Policy file of the gates (YAML). [default: {POLICY}]", show_default=False)
+    ] = PROJECT / POLICY,
+    force: Annotated[bool, typer.Option("--force", help="Promote even if gates fail. Needs --reason.")] = False,
+    reason: Annotated[str, typer.Option(help="Reason to record.")] = "",
+) -> None:
+    """Move the production alias to a version that passes the gates.
+
+    If a gate fails, the command changes nothing and exits with code 3.
+    """
+    with loading_packages():
+        from samq.promotion.history import check_reason
+        from samq.promotion.policy import load_policy
+
+    gates = load_policy(policy)
+    reason = check_reason(reason, "--force") if force or reason else ""
+    prepare_prefect()
+    with bar("start Prefect"):
+        from flows.promote import PromoteParameters, RefusedError
+        from flows.promote import promote as flow
+        from samq.promotion.gate_report import describe, gates_table
+
+        require_prefect()
+    try:
+        promotion = flow(PromoteParameters(model=name, version=version, policy=gates, force=force, reason=reason))
+    except RefusedError as refused:
+        promotion = refused.promotion
+    console.print(gates_table(promotion.judgement.gates))
+    console.print(f"{name} {describe(promotion.event)}", markup=False, highlight=False, soft_wrap=True)
+    if promotion.event.action == "refused":
+        raise typer.Exit(3)
+
+
+def rollback(name: RegisteredModel, reason: Annotated[str, typer.Option(help="Reason to record.")]) -> None:
+    """Restore the version that was in production before. Run it again to undo."""
+    with loading_packages():
+        from samq.home import mlflow_uri
+        from samq.promotion.gate_report import describe
+        from samq.promotion.move import rollback as swap
+        from samq.tracking.registry import connect
+
+    with bar(f"roll back {name}"):
+        event = swap(connect(mlflow_uri()), name, reason)
+    console.print(f"{name} {describe(event)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="Name of the registered model. [default: all]")] = None,
+    last: Annotated[int, typer.Option(min=1, help="Number of versions and of events to show.")] = 10,
+) -> None:
+    """Show aliases, versions, and the history of promotions."""
+    with loading_packages():
+        from samq.home import mlflow_uri
+        from samq.promotion.gate_report import history_table, status_table
+        from samq.promotion.history import history
+        from samq.tracking.registry import aliases, connect, model_names, notable_versions
+
+    with bar("query MLflow"):
+        client = connect(mlflow_uri())
+        for model in [name] if name else model_names(client):
+            console.print(status_table(model, aliases(client, model), notable_versions(client, model, last)))
+            if events := history(client, model)[:last]:
+                console.print(history_table(events))
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="GGUF file, or models:/NAME@production for a registered model.")],
+    config: Annotated[Path | None, typer.Option(help="Settings file (YAML), such as deployments/serving.yaml.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen at. [default: 8000]")] = None,
+    allow_without_key: Annotated[
+        bool, typer.Option("--allow-without-key", help="Serve other machines even if SAMQ_API_KEY is not set.")
+    ] = False,
+) -> None:
+    """Serve a model over the OpenAI API.
+
+    The server follows the alias without dropping requests. Clients must send the key in SAMQ_API_KEY, if it is set.
+    """
+    import logging
+
+    with loading_packages():
+        from samq.serving.server import serve as run
+        from samq.serving.settings import load_settings
+        from samq.serving.source import find_source
+
+    key = os.environ.get("SAMQ_API_KEY") or None
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for logger in ("samq", "uvicorn"):
+        logging.getLogger(logger).setLevel(logging.INFO)
+    settings = load_settings(config, host=host, port=port, api_key=key, allow_without_key=allow_without_key or None)
+    run(find_source(model), settings)

@@ -1,0 +1,76 @@
+"""Commands that run the whole flow: `samq demo` and `samq requantize`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from samq.cli.options import NoImatrix
+from samq.cli.start import PROJECT, loading_packages, prepare_prefect, require_prefect
+from samq.progress import bar, console
+
+if TYPE_CHECKING:
+    from flows.requantize import FinishedSweep
+
+
+def demo(
+    config: Annotated[Path | None, typer.Option(help="Parameter file. [default: the demo's own]")] = None,
+) -> None:
+    """Re-quantize SmolLM2-135M-Instruct on HumanEval, in minutes.
+
+    Compares full precision, Q4_K_M, a budget plan of the same size, and threshold plans.
+    """
+    from samq.report.next_steps import next_commands
+
+    deployments = PROJECT / "deployments"
+    finished = _run(config or deployments / "parameters" / "demo.yaml")
+    best, tracked = finished.sweep.best, finished.tracked
+    policy = deployments / "promotion" / ("policy.yaml" if config else "demo.yaml")
+    name = tracked.registered_model if tracked.model_version else None
+    for line in next_commands(name, best.gguf if best else None, policy):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def requantize(
+    config: Annotated[Path, typer.Option(help="Parameter file (YAML), such as those in deployments/parameters/.")],
+    no_imatrix: NoImatrix = False,
+) -> None:
+    """Run the whole flow that a parameter file describes.
+
+    Converts, calibrates, plans, quantizes, evaluates, reports and registers, and tracks everything in MLflow.
+    """
+    _run(config, no_imatrix)
+
+
+def _run(config: Path, no_imatrix: bool = False) -> "FinishedSweep":
+    """Run the flow that a parameter file describes, and print what it found."""
+    prepare_prefect()
+    with loading_packages():
+        from flows.parameters import load_parameters
+
+    parameters = load_parameters(config)
+    if no_imatrix:
+        calibration = parameters.calibration.model_copy(update={"imatrix": False})
+        parameters = parameters.model_copy(update={"calibration": calibration})
+    with bar("start Prefect"):
+        from flows.requantize import requantize as flow
+
+        require_prefect()
+    finished = flow(parameters)
+    _show(finished)
+    return finished
+
+
+def _show(finished: "FinishedSweep") -> None:
+    """Print what the sweep found and where MLflow has it."""
+    from samq.report.table import terminal_table
+
+    sweep = finished.sweep
+    typer.echo()
+    console.print(terminal_table(sweep))
+    for failure in sweep.failures:
+        console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
+    if sweep.best:
+        console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
+    for line in finished.tracked.summary():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

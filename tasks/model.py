@@ -1,0 +1,38 @@
+"""The model in torch: what gradients and Gram matrices are taken of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from samq.files import GGUF_NAME
+from samq.gguf.file import gguf_names, read_metadata
+from samq.progress import bar
+from samq.records import ModelSource
+from samq.sensitivity.hf_model import load_model
+from samq.sensitivity.layout import row_orders, weights_of
+from samq.store import Artifact
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A model and its full-precision GGUF, which a GGUF source's weights come from."""
+
+    source: ModelSource
+    full: Artifact
+    dtype: str = "float32"  # torch's: float32, bfloat16 or float16
+
+    def load(self, device: str) -> tuple[PreTrainedModel, Callable[[str], str | None]]:
+        """The model on its device, and the GGUF name of each parameter (None for those that a GGUF does not hold)."""
+        gguf = self.full.path(GGUF_NAME)
+        weights = self.source.model_copy(update={"gguf": gguf}) if self.source.gguf else self.source
+        with bar(f"load {self.source.name}") as progress:
+            model, _ = load_model(weights, dtype=self.dtype, device=device, progress=progress)
+            return model, gguf_names(read_metadata(gguf))
+
+    def load_with_rows(self, device: str) -> tuple[PreTrainedModel, Callable[[str], str | None], dict[str, np.ndarray]]:
+        """`load`, and for each weight whose rows the converter reordered their order in the GGUF."""
+        model, names = self.load(device)
+        with bar(f"compare {self.source.name} with its GGUF") as progress:
+            return model, names, row_orders(weights_of(model, names), self.full.path(GGUF_NAME), progress)

@@ -1,0 +1,119 @@
+"""`samq quantize`, `samq compensate` and `samq inspect`."""
+
+import re
+import resource
+
+import gguf as gguf_package
+import pytest
+
+from samq.gguf.file import file_sha256
+from samq.records import Plan
+from tests.command_line import refused
+from tests.command_line import samq as samq_process
+from tests.conftest import write_tiny_gguf
+
+
+def test_a_missing_input_of_quantize_is_refused(samq, tmp_path, gguf, plan):
+    arguments = ("quantize", "--plan", plan, "--out", tmp_path / "out.gguf", "--gguf")
+    assert refused(samq(*arguments, tmp_path / "nothing.gguf"), "nothing.gguf: No such file")
+    done = samq(*arguments, gguf, "--imatrix", tmp_path / "nothing.imatrix")
+    assert refused(done, "there is no importance matrix at")
+
+
+def test_a_plan_is_quantized_with_its_own_importance_matrix_or_none(samq, tmp_path, gguf, plan):
+    own, other = tmp_path / "own.imatrix", tmp_path / "other.imatrix"
+    own.write_text("own")
+    other.write_text("other")
+    weighted = Plan.load(plan).model_copy(update={"imatrix_sha256": file_sha256(own)}).save(tmp_path / "weighted.json")
+
+    def quantize(plan, *arguments):
+        return samq("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out.gguf", *arguments)
+
+    own_hash, other_hash = file_sha256(own)[:12], file_sha256(other)[:12]
+    assert refused(quantize(weighted), f"was made with importance matrix {own_hash} and none is given")
+    assert refused(
+        quantize(weighted, "--imatrix", other), f"with importance matrix {own_hash} and {other_hash} is given"
+    )
+    assert refused(quantize(plan, "--imatrix", own), f"was made without importance matrix and {own_hash} is given")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_llama_quantize_does_not_get_a_plan_of_compensated_rounding(samq, tmp_path, gguf, plan):
+    compensated = Plan.load(plan).model_copy(update={"rounding": "compensated"}).save(tmp_path / "compensated.json")
+    done = samq("quantize", "--gguf", gguf, "--plan", compensated, "--out", tmp_path / "out.gguf")
+    assert refused(done, "compensated.json is a plan of compensated rounding")
+    assert "`samq compensate`" in done.stderr
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(samq, tmp_path, gguf, plan):
+    arguments = ("quantize", "--gguf", gguf, "--plan", plan, "--out")
+    assert refused(samq(*arguments, tmp_path / "no" / "out.gguf"), "the folder of")
+    assert refused(samq(*arguments, "/proc/out.gguf"), "/proc cannot be written to")
+    assert refused(samq(*arguments, tmp_path), "is a folder; name a file in it")
+
+
+def test_a_read_only_output_folder_is_refused_before_the_work(samq, gguf, plan, disk):
+    disk.make_read_only()
+    done = samq("quantize", "--gguf", gguf, "--plan", plan, "--out", disk.folder / "out.gguf")
+    assert refused(done, "disk cannot be written to (Read-only file system)")
+
+
+def test_a_full_output_folder_is_refused_and_gets_no_half_file(samq, gguf, plan, disk):
+    disk.fill()
+    done = samq("quantize", "--gguf", gguf, "--plan", plan, "--out", disk.folder / "out.gguf")
+    assert refused(done, "has 0 bytes free and Q4_K_M needs")
+    assert [path.name for path in disk.folder.iterdir()] == ["filling"]
+
+
+def test_an_output_that_cannot_grow_gets_no_half_file(tmp_path, gguf, plan):
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    arguments = ("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out" / "out.gguf")
+    (tmp_path / "out").mkdir()
+    done = samq_process(*arguments, home=tmp_path, preexec_fn=limit_file_size)
+    assert refused(done, "llama-quantize was killed by signal 25 (File size limit exceeded)")
+    (log,) = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert f"(log: {log})" in done.stderr
+
+
+def test_a_plan_for_another_file_is_refused(samq, tmp_path, plan):
+    other = write_tiny_gguf(tmp_path / "other.gguf", seed=1)
+    done = samq("quantize", "--gguf", other, "--plan", plan, "--out", tmp_path / "o.gguf")
+    assert refused(done, "is a plan for another file")
+
+
+def test_values_that_compensate_cannot_use_are_refused(samq, tmp_path, gguf):
+    command = ("compensate", gguf, "--gguf", gguf, "--out", tmp_path / "out")
+    seeded = samq(*command, "--seed", "-1")
+    assert seeded.returncode == 2 and "'--seed'" in seeded.stderr
+    assert refused(samq(*command, "--dataset", ""), "at least 1 character")
+
+
+@pytest.fixture
+def vocabulary_gguf(tmp_path):
+    writer = gguf_package.GGUFWriter(tmp_path / "vocab.gguf", "llama")
+    writer.add_vocab_size(64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "vocab.gguf"
+
+
+def test_a_gguf_of_a_vocabulary_alone_is_inspected(samq, vocabulary_gguf):
+    inspected = samq("inspect", vocabulary_gguf)
+    assert inspected.returncode == 0, inspected.stderr
+    assert re.search(r"all +│ 0 +│ 0 +│ 0.00 +│ +│", inspected.stderr)
+
+
+def test_a_truncated_or_missing_gguf_is_not_inspected(samq, tmp_path, cut_gguf):
+    assert refused(samq("inspect", cut_gguf), "cut.gguf is not a whole GGUF file")
+    assert refused(samq("inspect", tmp_path / "nothing.gguf"), "there is no GGUF file at")
+
+
+def test_reading_a_large_file_shows_progress(shown, tmp_path, gguf, plan):
+    inspected = shown("inspect", gguf)
+    assert "open tiny.gguf" in inspected and "read tiny.gguf" in inspected
+    assert "read tiny.gguf" in shown("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out.gguf")

@@ -1,0 +1,109 @@
+"""The keys of stages are what they were before: a store of an earlier version stays valid."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from samq.allocation.budget import BudgetPolicy
+from samq.allocation.threshold import ThresholdPolicy
+from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
+from samq.records import ModelSource, SensitivityMap, TextSet, Toolchain
+from samq.store import Artifact, FileEntry
+from samq.sweep.benchmarking import Candidate
+from samq.workspace import Workspace
+from tasks.benchmark import Engine, benchmark
+from tasks.calibrate import Passes, calibrate
+from tasks.check import BuiltPlan, check
+from tasks.compensate import compensate, compensate_rung, gram
+from tasks.convert import convert
+from tasks.evaluate import baseline, evaluate
+from tasks.imatrix import imatrix
+from tasks.ladder import rung
+from tasks.model import TorchModel
+from tasks.plan import plan_budget, plan_stock, plan_threshold
+from tasks.price import price, price_compensated
+from tasks.quantize import assemble, quantize
+from tasks.target import Target
+from tasks.text import FirstSequences, LastSequences, heldout, tokenize
+
+KEYS = json.loads(Path(__file__).with_name("stage_keys.json").read_text())  # of version 0.1.0, from the inputs below
+
+
+def artifact(stage, *files):
+    entries = {file: FileEntry(sha256=f"{stage}/{file}", bytes=1, mtime_ns=1) for file in files}
+    return Artifact(stage=stage, key="k", folder=Path("/x"), files=entries)
+
+
+SOURCE = ModelSource(name="m", weights_digest="w", tokenizer_digest="t", folder=Path("/m"))
+TEXT = TextSet(dataset="d", texts=("a", "b"))
+FULL = artifact("convert", "model.gguf")
+TARGET, WITHOUT_IMATRIX = Target(FULL, artifact("imatrix", "imatrix.gguf")), Target(FULL, None)
+TOKENS = artifact("tokenize", "tokens.npz", "calibration-set.json")
+MODEL, FIRST = TorchModel(SOURCE, FULL), FirstSequences(TOKENS, 32)
+RUNGS = {"Q4_K": artifact("rung", "model.gguf")}
+COMPENSATED = {"Q4_K": artifact("compensate_rung", "compensated.gguf", "compensation.json")}
+MAPS, GRAMS = artifact("calibrate", "sensitivity-map.json", "fisher.safetensors"), artifact("gram", "gram.safetensors")
+PRICES, PLAN = artifact("price", "prices.json"), artifact("plan", "plan.json")
+GGUF = artifact("assemble", "model.gguf", "quantized-model.json")
+HELDOUT, BASELINE = artifact("heldout", "heldout.npz"), artifact("baseline", "logits.npy")
+SENSITIVITY = SensitivityMap(
+    model_digest="m", calibration_digest="c", labels="model", seed=0, sequence_tokens=(1, 2), loss_nats=1.0,
+    tied_embeddings=True, tensors={},
+)  # fmt: skip
+PROVENANCE, SETTINGS = {"version": "1"}, EvaluationSettings()
+CANDIDATE = Candidate(name="p", gguf=Path("/x/model.gguf"), sha256="abc")
+
+INPUTS = {
+    "convert": (convert, (SOURCE, "F16")),
+    "tokenize": (tokenize, (FULL, TEXT, 1, 512, True)),
+    "heldout": (heldout, (FULL, TEXT)),
+    "imatrix": (imatrix, (FULL, TEXT, 512)),
+    "rung": (rung, ("Q4_K", TARGET)),
+    "calibrate": (calibrate, (MODEL, FIRST, None, Passes(2, "model", 1))),
+    "gram": (gram, (MODEL, FIRST, 1000, 2)),
+    "price": (price, (TARGET, RUNGS, MAPS)),
+    "compensate_rung": (compensate_rung, ("Q4_K", FULL, RUNGS["Q4_K"], ["a", "b"], GRAMS)),
+    "compensate": (compensate, ("p", FULL, PLAN, GGUF, GRAMS)),
+    "plan_stock": (plan_stock, (TARGET, "Q4_K_M")),
+    "plan_threshold": (plan_threshold, (WITHOUT_IMATRIX, SENSITIVITY, "q0.75", ThresholdPolicy())),
+    "plan_budget": (plan_budget, (TARGET, PRICES, "5bpw", BudgetPolicy())),
+    "quantize": (quantize, ("p", TARGET, PLAN, PROVENANCE)),
+    "assemble": (assemble, ("p", FULL, PLAN, RUNGS, COMPENSATED, PROVENANCE)),
+    "baseline": (baseline, (FULL, HELDOUT, SETTINGS)),
+    "evaluate": (evaluate, ("p", GGUF, HELDOUT, BASELINE, SETTINGS)),
+    "check": (check, (MODEL, LastSequences(TOKENS, 8), BuiltPlan("p", PLAN, PRICES, GGUF), 2, 1)),
+    "benchmark": (benchmark, (CANDIDATE, "samq_json", "d", BenchmarkSettings(), Engine.of(SETTINGS))),
+}
+
+
+@pytest.fixture(autouse=True)
+def fixed_versions(monkeypatch):
+    """Packages and llama.cpp as they were called when the list was made: their versions are in every key."""
+    monkeypatch.setattr("tasks.stage.package_version", lambda name: f"{name}-1")
+    monkeypatch.setattr("tasks.stage.python_library_build", lambda: "library")
+    monkeypatch.setattr("samq.workspace.converter_build", lambda toolchain: "scripts")
+
+
+def key_of(stage, inputs, device="cpu"):
+    at = Workspace(Path("/s"), Toolchain(version="1", build="build", bin_folder=Path("/bin")), device, timeout_s=1.0)
+    names = list(stage.fn.__signature__.parameters)[1:]
+    return stage.cache_policy.artifact_key(at, dict(zip(names, inputs, strict=True)))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_stages_key_is_that_of_version_0_1_0(name):
+    assert key_of(*INPUTS[name]) == KEYS[name]
+
+
+def test_the_list_is_of_all_stages_but_one_that_has_a_name_of_its_own_now():
+    """It shared the name `price`; what it gives is the same, so nothing that depends on it is made again."""
+    assert KEYS.keys() - INPUTS.keys() == {"price_compensated"}
+    assert key_of(price_compensated, (PRICES, GRAMS)) != KEYS["price_compensated"]
+
+
+def test_auto_and_the_device_that_it_stands_for_are_one_calibration(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    stage, inputs = INPUTS["calibrate"]
+    assert key_of(stage, inputs, "auto") == key_of(stage, inputs, "cpu") != key_of(stage, inputs, "cuda:0")
+    assert key_of(stage, inputs, "cuda:0") == key_of(stage, inputs, "cuda:1")
