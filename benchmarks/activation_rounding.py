@@ -1,10 +1,10 @@
 """Claim: llama.cpp's own rounding of activations is a share of every measured KLD that no choice of types can change.
 
-On a CPU llama.cpp multiplies quantized weights by activations that it rounds to 8 bits. Each plan's KLD is measured as
-everywhere, by llama.cpp, and by torch, which multiplies the same dequantized weights by activations in float32: same
-tokens, same bytes. The difference is the rounding's share; it is about the same for every plan, so it weighs most on the
-best. Takes the arguments of quality.py but --bits,
---seeds and --repeats, and keeps its work.
+On a CPU llama.cpp multiplies quantized weights by activations that it rounds to 8 bits. This script measures each plan's
+KLD with llama.cpp, as the evaluation does, and with torch, which multiplies the same dequantized weights by float32
+activations: same tokens, same bytes. The difference is the share of that rounding. It is about the same for every plan, so
+it matters most for the best plans. Takes the arguments of quality.py except --bits, --seeds and --repeats, and shares its
+--work folder.
 """
 
 import json
@@ -62,17 +62,17 @@ def main() -> None:
 def torch_logits(gguf: Path, hf_folder: Path | None, chunks: np.ndarray, first: int) -> torch.Tensor:
     """Log-probabilities of the scored positions, (chunks, positions, vocabulary), from dequantized weights in float32."""
     model, _ = load_model(describe_source(gguf, hf_folder=hf_folder), device="cpu")
-    logs = []
+    log_probabilities = []
     with torch.inference_mode(), bar(f"torch on {gguf.name}") as progress:
         for number, chunk in enumerate(chunks, 1):
             logits = model(torch.from_numpy(chunk[None].astype(np.int64))).logits[0, first:-1]
-            logs.append(logits.log_softmax(-1))
+            log_probabilities.append(logits.log_softmax(-1))
             progress(number, len(chunks))
-    return torch.stack(logs)
+    return torch.stack(log_probabilities)
 
 
 def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL divergence in nats a token."""
+    """Mean KL divergence in nats per token."""
     return float(np.mean([(p.exp() * (p - q)).sum(-1).double().mean() for p, q in zip(exact, other, strict=True)]))
 
 

@@ -1,7 +1,7 @@
-"""Claim: putting a plan's GGUF together from the ladder takes at most 1.3 times as long as `cp` of the result.
+"""Claim: assembling a plan's GGUF from the ladder takes at most 1.3 times as long as `cp` of the result.
 
-The plan changes type at every tensor, so that no two neighbours come from one rung. Both write to the same folder; the
-file is flushed to the disk within the time, and removed between runs. The audit and the SHA-256 are timed apart.
+The plan changes the type at every tensor, so that no two neighbours come from one rung. Both write to the same folder. The
+time includes flushing the file to disk; the file is removed between runs. The audit and the SHA-256 are timed separately.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 def timed(path: Path, write: Callable[[], object]) -> float:
-    """Seconds until `path` is written and on the disk; it is removed before."""
+    """Seconds until `path` is written and on disk; removes the file first."""
     path.unlink(missing_ok=True)
     os.sync()
     start = time.perf_counter()
@@ -56,29 +56,29 @@ def main() -> None:
             rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
         ladder = Ladder(target.gguf, rungs)
         sources = ladder.sources()
-        held = [list(sources[name]) for name in target.quantizable]
-        types = {
-            name: kinds[i % len(kinds)] for i, (name, kinds) in enumerate(zip(target.quantizable, held, strict=True))
-        }
+        types = {}
+        for index, name in enumerate(target.quantizable):
+            available = list(sources[name])
+            types[name] = available[index % len(available)]
         plan = uniform_plan(target, "Q4_K").model_copy(
             update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}
         )
         (folder / "out").mkdir()
         start = time.perf_counter()
         model = assemble(ladder, plan, folder / "out", provenance={})
-        whole = time.perf_counter() - start
+        seconds_in_all = time.perf_counter() - start
         result, copy = folder / "out" / model.file, folder / "copy.gguf"
-        copied, assembled = [], []
+        cp_seconds, assembly_seconds = [], []
         for _ in range(arguments.runs):
-            copied.append(timed(copy, lambda: subprocess.run(["cp", "--reflink=never", result, copy], check=True)))
-            assembled.append(timed(copy, lambda: write_assembled(ladder, plan, copy, model.metadata)))
+            cp_seconds.append(timed(copy, lambda: subprocess.run(["cp", "--reflink=never", result, copy], check=True)))
+            assembly_seconds.append(timed(copy, lambda: write_assembled(ladder, plan, copy, model.metadata)))
         shutil.rmtree(folder / "out")
     row = {
         "file_bytes": model.file_bytes,
-        "cp_seconds": median(copied),
-        "assembly_seconds": median(assembled),
-        "ratio": median(assembled) / median(copied),
-        "with_audit_and_sha256_seconds": whole,
+        "cp_seconds": median(cp_seconds),
+        "assembly_seconds": median(assembly_seconds),
+        "ratio": median(assembly_seconds) / median(cp_seconds),
+        "with_audit_and_sha256_seconds": seconds_in_all,
     }
     for name, value in row.items():
         print(f"{name:32} {value:,.3f}")

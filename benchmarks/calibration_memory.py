@@ -1,11 +1,10 @@
-"""What calibrating costs: peak memory against the model's float32 weights, and seconds a sequence.
+"""Claims: calibration needs under 4 times the memory of the float32 weights; the Fisher costs at most 1.3 times the norms.
 
     python benchmarks/calibration_memory.py [--model MODEL] [--samples N] [--sequence-tokens T] [--batch-size B] [--json OUT.json]
 
-Peak memory is that of a child process that does what the flow's calibration does, from the full-precision GGUF; what
-its imports alone take is measured in another child. Gradient norms alone and with the fisher take turns, so that a busy
-machine slows both. Exits 1 if the peak is not under 4 times the float32 weights, or the fisher costs over 1.3 times the
-norms.
+Peak memory is that of a child process that runs the flow's calibration on the full-precision GGUF. Another child measures
+the memory of its imports alone. Gradient norms alone and norms with the Fisher take turns, so that other work on the machine
+slows both. Exits 1 if a claim does not hold.
 """
 
 import argparse
@@ -72,7 +71,7 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch
 
 
 def peak_bytes() -> int:
-    """This process's peak resident memory; mapped pages of files are counted too."""
+    """Peak resident memory of this process, with mapped pages of files."""
     try:  # ru_maxrss would start at the size of the process that started this one
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
     except OSError:
@@ -86,7 +85,7 @@ def in_child(*arguments: object) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO_MODEL, help="what `samq calibrate` takes")
+    parser.add_argument("--model", default=DEMO_MODEL, help="a model as for `samq calibrate`")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
@@ -108,9 +107,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         gguf = convert(describe_source(arguments.model), Path(folder), find_toolchain())
         imports = in_child(gguf, 0, 0, 0, 0)["peak_bytes"]
-        measured = in_child(gguf, arguments.samples, arguments.sequence_tokens, arguments.rounds, arguments.batch_size)
-    weights_bytes = 4 * measured["weights"]
-    seconds = {name: statistics.median(values) for name, values in measured["seconds"].items()}
+        costs = in_child(gguf, arguments.samples, arguments.sequence_tokens, arguments.rounds, arguments.batch_size)
+    weights_bytes = 4 * costs["weights"]
+    seconds = {name: statistics.median(values) for name, values in costs["seconds"].items()}
     result = {
         "model": arguments.model,
         "samples": arguments.samples,
@@ -118,12 +117,12 @@ def main() -> None:
         "batch_size": arguments.batch_size,
         "float32_weights_bytes": weights_bytes,
         "imports_peak_bytes": imports,
-        "load_peak_bytes": measured["load_peak_bytes"],
-        "peak_bytes": measured["peak_bytes"],
-        "peak_over_weights": measured["peak_bytes"] / weights_bytes,
-        "peak_less_imports_over_weights": (measured["peak_bytes"] - imports) / weights_bytes,
+        "load_peak_bytes": costs["load_peak_bytes"],
+        "peak_bytes": costs["peak_bytes"],
+        "peak_over_weights": costs["peak_bytes"] / weights_bytes,
+        "peak_less_imports_over_weights": (costs["peak_bytes"] - imports) / weights_bytes,
         "seconds_per_sample": seconds,
-        "all_seconds_per_sample": measured["seconds"],
+        "all_seconds_per_sample": costs["seconds"],
         "fisher_over_norms": {
             "labels of the text": seconds["norms and fisher"] / seconds["norms"],
             "labels of the model": seconds["norms and fisher, labels of the model"]
@@ -133,13 +132,13 @@ def main() -> None:
     for label, value in (
         ("float32 weights", weights_bytes),
         ("peak of the imports", imports),
-        ("peak after loading", measured["load_peak_bytes"]),
-        ("peak of calibrating", measured["peak_bytes"]),
-        ("... less imports", measured["peak_bytes"] - imports),
+        ("peak after loading", costs["load_peak_bytes"]),
+        ("peak of the calibration", costs["peak_bytes"]),
+        ("... without imports", costs["peak_bytes"] - imports),
     ):
         print(f"{label:42} {value / 2**20:8.0f} MiB {value / weights_bytes:6.2f} x the weights")
     for name, value in seconds.items():
-        print(f"{name:42} {value:8.3f} s a sequence {value / seconds['norms']:6.2f} x norms")
+        print(f"{name:42} {value:8.3f} s per sequence {value / seconds['norms']:6.2f} x norms")
     verdicts = {
         f"peak under {MEMORY_LIMIT:g} x the weights": result["peak_over_weights"] < MEMORY_LIMIT,
         f"fisher at most {COST_LIMIT:g} x norms": max(result["fisher_over_norms"].values()) <= COST_LIMIT,

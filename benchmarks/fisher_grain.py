@@ -1,12 +1,17 @@
 """Claim: Fisher information as means over rows and over columns predicts and allocates as well as that of single weights.
 
-E[g^2] of every weight is measured once and brought to coarser grains: blocks of a row, whole rows, rows by columns (what the
-product keeps), whole tensors. For each grain: what it takes to store, the rank correlation (Spearman) of predicted and
-measured KL over the same plans (uniform ones, stock mixtures, and the budget plans of all grains), and, at the bytes of each
-mixture, the budget plan: its predicted KL, what the finest grain predicts for it against its own plan, the share of tensors
-of another type than there, and mean KLD on held-out text, with the paired change against the plan of the product's grain.
+E[g^2] of every weight is measured once and averaged to coarser grains: blocks of a row, whole rows, rows by columns (the
+product's grain), whole tensors. The script reports for each grain:
+
+- its size in storage;
+- the rank correlation (Spearman) of predicted and measured KL over the same plans: uniform plans, stock mixtures, and the
+  budget plans of all grains;
+- the budget plan at the bytes of each mixture: its predicted KL; the finest grain's prediction for it, relative to that for
+  the finest grain's own plan; the share of tensors of another type than in that plan; and mean KLD on held-out text, with
+  the paired change against the plan of the product's grain.
+
 Weights are rounded to the nearest value, so that plans differ by allocation alone. Takes the arguments of quality.py
-(--samples and --chunks make it short) but --bits, --seeds and --repeats, and keeps its work.
+(--samples and --chunks make it short) except --bits, --seeds and --repeats, and shares its --work folder.
 """
 
 import argparse
@@ -32,7 +37,7 @@ from samq.sensitivity.layout import row_orders, weights_of
 from samq.sweep.comparison import compare
 
 MIXTURES = ("Q4_K_M", "Q3_K_M")
-GRAINS = ("1", "8", "32", "256", "row", "row x column", "tensor")  # weights of a row, but the last two
+GRAINS = ("1", "8", "32", "256", "row", "row x column", "tensor")  # a number: so many weights of a row
 DEFAULT = "row x column"  # samq.sensitivity.fisher
 
 
@@ -111,9 +116,9 @@ def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.
             )
         orders = row_orders(weights, arguments.gguf)
         scale = 1 / float((tokens.lengths.astype(np.int64) - 1).sum())
-        found = {weight.name: part.numpy() * np.float32(scale) for weight, part in zip(weights, sums, strict=True)}
-        found |= {name: found[name][order] for name, order in orders.items() if name in found}
-        save_file(found, folder / "single-weights.safetensors")
+        fisher = {weight.name: part.numpy() * np.float32(scale) for weight, part in zip(weights, sums, strict=True)}
+        fisher |= {name: fisher[name][order] for name, order in orders.items() if name in fisher}
+        save_file(fisher, folder / "single-weights.safetensors")
 
     key = digest_of([target.sha256, tokens.digest(), arguments.seed])
     kept = keep(bench.at.store, "single_weights", key, measure)
@@ -121,7 +126,7 @@ def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.
 
 
 def price(bench: Bench, singles: Mapping[str, np.ndarray]) -> dict[str, PriceTable]:
-    """Grain -> price table; the ladder's rounding errors are read once for all but the product's own."""
+    """Grain -> price table; reads the ladder's rounding errors once for all grains except the product's."""
     target, ladder, product = bench.target, bench.ladder, bench.nearest
     costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS if grain != DEFAULT}
     originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
@@ -136,7 +141,7 @@ def price(bench: Bench, singles: Mapping[str, np.ndarray]) -> dict[str, PriceTab
 
 
 def with_costs(prices: PriceTable, costs: Mapping[tuple[str, str], float]) -> PriceTable:
-    """The table with other costs, nats by tensor and type; types without one cost what they did: nothing."""
+    """The table with other costs in nats, by (tensor, type); a type without a new cost keeps its own, which is 0."""
     tensors = {
         name: tensor.model_copy(
             update={
@@ -152,7 +157,7 @@ def with_costs(prices: PriceTable, costs: Mapping[tuple[str, str], float]) -> Pr
 
 
 def averaged(weights: np.ndarray, grain: str) -> np.ndarray:
-    """Fisher of single weights, (rows, row length), averaged to a grain, each weight given its average, in float64."""
+    """Fisher of single weights, (rows, row length), averaged to a grain; each weight gets its average, in float64."""
     if grain == "tensor":
         return np.full(weights.shape, weights.mean(dtype=np.float64))
     size = weights.shape[1] if grain == "row" else int(grain)
@@ -162,7 +167,7 @@ def averaged(weights: np.ndarray, grain: str) -> np.ndarray:
 
 
 def stored_bytes(tensor: TensorInfo, grain: str) -> int:
-    """Bytes of a tensor's fisher in float32."""
+    """Bytes of a tensor's Fisher information in float32."""
     rows = tensor.weights // tensor.row_length
     match grain:
         case "tensor":
@@ -183,7 +188,7 @@ def at_mixture(
     mixture: str,
     seed: int,
 ) -> dict[str, float]:
-    """The plan of a grain at a mixture's bytes, against those of the finest and the default grain."""
+    """The plan of a grain at a mixture's bytes, compared with the plans of the finest and the default grain."""
     plan, best, default = (plans[other, mixture] for other in (grain, GRAINS[0], DEFAULT))
     scored = bench.measure(plan)
     paired = compare(plan.name, scored, default.name, bench.measure(default), seed=seed)

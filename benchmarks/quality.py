@@ -1,19 +1,19 @@
 """Claim: at the bytes of llama-quantize's mixtures, with the same importance matrix, SAMQ's plans are closer to F16.
 
-For each mixture: the mixture itself; the plan of least predicted KL with no more bytes, with weights rounded to the nearest
-values and with compensated rounding; and the best threshold plan with no more bytes. The flow's own phases calibrate, price,
-build and measure them (benchmarks/bench.py), on held-out text. `samq` in the JSON is the compensated plan, `samq_nearest`
-what allocation alone reaches. Uniform plans are measured too, so that the rank correlation of predicted and measured KL is
-over all families.
+For each mixture the script measures, on held-out text: the mixture itself; the plan of least predicted KL with no more
+bytes, with nearest and with compensated rounding; and the best threshold plan with no more bytes. The flow's own phases
+calibrate, price, build and measure them (benchmarks/bench.py). It measures uniform plans too, so that the rank correlation
+of predicted and measured KL covers all kinds of plan.
 
-In the JSON, `reduction` is 1 - kld_samq / kld_stock, and `ci_low` and `ci_high` are its 95 % interval, paired by chunk.
+In the JSON, `samq` is the compensated plan, and `samq_nearest` shows what allocation alone achieves. `reduction` is
+1 - kld_samq / kld_stock, and `ci_low` and `ci_high` are its 95 % interval, paired by chunk.
 
-The plans are made again from --seeds other seeds. `seeds` in the JSON has a row for each: by mixture, the mean KLD (`kld`)
-and the share of tensors of another type than in the first seed's plan (`changed_tensors`). `seed_spread` is, by mixture, the
-largest mean KLD over the smallest, less 1, over all seeds, the first included: the claim is at most 0.03. The seed chooses
-the sequences, and the labels of the gradients. Then everything is made --repeats times more from nothing with the first
-seed: the plans and the bytes must be the first run's. `verdicts` says of every claim whether it holds; exits 1 if one does
-not. Both options at 0 make the run short.
+The script repeats the plans with --seeds other seeds. A seed determines the calibration sequences and the labels of the
+gradients. `seeds` in the JSON has a row for each: by mixture, the mean KLD (`kld`) and the share of tensors of another type
+than in the first seed's plan (`changed_tensors`). `seed_spread` is, by mixture, the largest mean KLD of all seeds over the
+smallest, minus 1; the claim is at most 0.03. Then the script repeats everything from nothing with the first seed, --repeats
+times: plans and bytes must be those of the first run. `verdicts` says of every claim whether it holds; the script exits 1 if
+one does not. Set both options to 0 for a short run.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BASES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 
 
 def main() -> None:
-    """Make what is missing, measure, print the table and write it as JSON."""
+    """Measure, print the table and write it as JSON."""
     arguments = parse_arguments()
     bench = open_bench(arguments)
     rows, priced = [], []
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def at_mixture(bench: Bench, mixture: str, seed: int) -> tuple[dict, list[tuple[Plan, PriceTable]]]:
-    """The figures at a mixture's bytes, and the plans behind them with the prices that predict them."""
+    """The row of a mixture's size, and its plans with the prices that predict them."""
     stock = stock_plan(bench.target, mixture)
     size, name = stock.tensor_bytes, f"size-of:{mixture}"
     plans = {
@@ -110,7 +110,7 @@ def at_mixture(bench: Bench, mixture: str, seed: int) -> tuple[dict, list[tuple[
 
 
 def best_threshold_plan(bench: Bench, limit: int) -> Plan | None:
-    """The threshold plan of least predicted KL within `limit` bytes, over bases; each base's threshold by bisection."""
+    """The threshold plan of least predicted KL within `limit` bytes over all bases; finds thresholds by bisection."""
     target, sensitivity, prices, plans = bench.target, bench.costs.sensitivity, bench.nearest, []
     for base in BASES:
         policy = ThresholdPolicy(base=base)
@@ -132,7 +132,7 @@ def further_plans(bench: Bench, bits: Sequence[float]) -> list[tuple[Plan, Price
     """Uniform plans, and budget plans of so many bits a weight, with the prices that predict them."""
     weights = sum(tensor.weights for tensor in bench.target.tensors.values())
     uniform = [(uniform_plan(bench.target, name), bench.nearest) for name in bench.rungs]
-    sizes = {f"{one}bpw": int(one * weights / 8) for one in bits}
+    sizes = {f"{number}bpw": int(number * weights / 8) for number in bits}
     return uniform + [
         (bench.at_bytes(size, bench.compensated, name), bench.compensated) for name, size in sizes.items()
     ]
@@ -153,12 +153,12 @@ def prediction_points(bench: Bench, priced: Sequence[tuple[Plan, PriceTable]]) -
 
 def rank_correlation(points: Sequence[dict]) -> float:
     """Spearman's, of predicted and measured KL."""
-    predicted, measured = (pd.Series([point[figure] for point in points]) for figure in ("predicted", "measured"))
+    predicted, measured = (pd.Series([point[key] for point in points]) for key in ("predicted", "measured"))
     return float(predicted.rank().corr(measured.rank()))
 
 
 def other_seed(arguments: argparse.Namespace, bench: Bench, seed: int) -> dict[str, object]:
-    """Another seed's plans, by mixture: mean KLD, and the share of tensors of another type than the first seed's plan."""
+    """Another seed's plans by mixture: mean KLD, and the share of tensors of another type than in the first seed's plan."""
     other, row = open_bench(arguments, seed=seed), {"seed": seed}
     for mixture in MIXTURES:
         size = stock_plan(bench.target, mixture).tensor_bytes
@@ -171,7 +171,7 @@ def other_seed(arguments: argparse.Namespace, bench: Bench, seed: int) -> dict[s
 
 
 def seed_spread(first: dict[str, float], others: Sequence[dict]) -> dict[str, float]:
-    """Mixture -> largest mean KLD over the smallest, less 1, over the first seed and the others; empty without others."""
+    """Mixture -> largest mean KLD of all seeds over the smallest, minus 1; empty without other seeds."""
     spread = {}
     for mixture, kld in first.items() if others else ():
         klds = [kld, *(row[mixture]["kld"] for row in others)]
@@ -182,12 +182,12 @@ def seed_spread(first: dict[str, float], others: Sequence[dict]) -> dict[str, fl
 
 def identities(bench: Bench) -> dict[str, list[str]]:
     """Mixture -> the digest of the plan at its bytes, and the SHA-256 of that plan's GGUF."""
-    found = {}
+    by_mixture = {}
     for mixture in MIXTURES:
         size = stock_plan(bench.target, mixture).tensor_bytes
         plan = bench.at_bytes(size, bench.compensated, f"size-of:{mixture}")
-        found[mixture] = [plan.digest(), bench.sha256(plan)]
-    return found
+        by_mixture[mixture] = [plan.digest(), bench.sha256(plan)]
+    return by_mixture
 
 
 def judge(rows: Sequence[dict], spearman: float, plans: int) -> dict[str, bool]:
@@ -212,7 +212,7 @@ def judge(rows: Sequence[dict], spearman: float, plans: int) -> dict[str, bool]:
 def judge_repeats(
     spread: dict[str, float], first: dict[str, list[str]], repeats: Sequence[dict[str, list[str]]]
 ) -> dict[str, bool]:
-    """Claim -> whether it holds, of several runs; those that were not made are absent."""
+    """Claim -> whether it holds, of several runs; a claim without runs is absent."""
     verdicts = {}
     if spread:
         verdicts[f"seeds within {MOST_SPREAD:.0%} of each other"] = max(spread.values()) <= MOST_SPREAD

@@ -1,12 +1,13 @@
-"""Claims: the server costs under 3 % of raw llama_cpp's tokens per second; 64 clients at once lose no request.
+"""Claims: the server costs under 3 % of raw llama_cpp's tokens per second; 64 concurrent clients lose no request.
 
-The first compares `llama_cpp.Llama.generate` in this process with `samq serve` in another: same model, number of tokens,
-threads and kind of attention, prompts that differ in a number, in turns of changing order; and again with both started anew,
-since processes of the same program differ by some per cent. The client works on the same processors and reads a stream as it
-comes; what it takes itself shows in a stream that it reads at the end. The second lets 64
-clients ask again and again against a queue of 16: every request must end in 200, or in 429 within 1 s, and the server's
-memory, warmed up by the first, must grow by less than 32 MB from the first quarter of the time to the last. Exits 1 if any
-of this does not hold.
+The first claim compares `llama_cpp.Llama.generate` in this process with `samq serve` in another: same model, number of
+tokens, threads and kind of attention. Prompts differ in a number; the two take turns, in changing order. Both are started
+several times, since processes of the same program differ by a few percent. The client runs on the same processors and reads
+a stream as it comes. A stream that it reads only at the end shows the client's own cost.
+
+For the second claim 64 clients send one request after another to a queue of 16. Every request must end in 200, or in 429
+within 1 s. The server's memory must grow by less than 32 MB from the first quarter of the time to the last. Exits 1 if a
+claim does not hold.
 """
 
 import argparse
@@ -43,12 +44,12 @@ GROWTH_LIMIT_BYTES = 32_000_000
 CLIENTS = 64
 QUEUE = 16
 ENDPOINT = "/v1/completions"
-_PAUSE_S = 0.1  # for the threads of the turn before to stop spinning
+_PAUSE_S = 0.1  # time for the threads of the last turn to stop spinning
 
 
 @contextmanager
 def server(gguf: Path, threads: int) -> Iterator[tuple[str, psutil.Process]]:
-    """`samq serve` in a process of its own; yields its address when it is ready."""
+    """Run `samq serve` in a process of its own; yields its address and the process when it is ready."""
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -74,25 +75,25 @@ def server(gguf: Path, threads: int) -> Iterator[tuple[str, psutil.Process]]:
 
 
 def prompt(run: int) -> str:
-    """A prompt that begins like no other, so that nothing is left of it in a cache, and whose answer has no end."""
+    """A prompt with a beginning of its own, so that no cache has it, and with an endless answer."""
     return ", ".join(str(number) for number in range(1000 + 7 * run, 1006 + 7 * run)) + ","
 
 
 def raw(llama: Llama, run: int, tokens: int) -> float:
-    """Tokens per second of llama_cpp alone, prompt included; it goes on past an end token."""
+    """Tokens per second of llama_cpp alone, with the prompt; continues after an end token."""
     time.sleep(_PAUSE_S)
     start = time.perf_counter()
     ids = llama.tokenize(prompt(run).encode(), add_bos=True, special=True)
-    for made, _ in enumerate(llama.generate(ids, temp=0.0), 1):
-        if made == tokens:
+    for count, _ in enumerate(llama.generate(ids, temp=0.0), 1):
+        if count == tokens:
             break
     return tokens / (time.perf_counter() - start)
 
 
 def served(url: str, run: int, tokens: int, *, stream: bool, at_the_end: bool = False) -> float:
-    """Tokens per second that a client of the server sees, from its request to the last byte.
+    """Tokens per second that a client of the server measures, from its request to the last byte.
 
-    `at_the_end`: the client sleeps until the server closes the connection, and reads the answer then.
+    `at_the_end`: the client sleeps until the server closes the connection, and then reads the answer.
     """
     body = {"prompt": prompt(run), "max_tokens": tokens, "temperature": 0, "stream": stream}
     body |= {"stream_options": {"include_usage": True}} if stream else {}
@@ -117,7 +118,7 @@ def served(url: str, run: int, tokens: int, *, stream: bool, at_the_end: bool = 
 
 
 def measure_speeds(gguf: Path, url: str, threads: int, runs: int, tokens: int) -> dict[str, list[float]]:
-    """Way -> tokens per second of each run, the ways in turns; of one load of the model on either side."""
+    """Way -> tokens per second of each run, the ways in turns, with one load of the model on each side."""
     llama = Llama(
         str(gguf),
         n_ctx=CONTEXT,
@@ -144,19 +145,21 @@ def measure_speeds(gguf: Path, url: str, threads: int, runs: int, tokens: int) -
 
 
 def overhead_rows(starts: list[dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """A row a way: median tokens per second, and the median over all runs of the share that is lost to llama_cpp.
+    """A row a way: median tokens per second, and the median over all runs of the overhead relative to llama_cpp.
 
-    `by_start` has that median for each start: one process can be some per cent faster than the next for as long as it lives.
+    `by_start` has that median for each start, since one process can be a few percent faster than the next all its life.
     """
     rows = []
     for way in starts[0]:
-        lost = [[1 - one / base for one, base in zip(start[way], start["llama_cpp"], strict=True)] for start in starts]
+        overheads = [
+            [1 - speed / base for speed, base in zip(start[way], start["llama_cpp"], strict=True)] for start in starts
+        ]
         rows.append(
             {
                 "way": way,
                 "tokens_per_second": median(speed for start in starts for speed in start[way]),
-                "overhead": median(share for shares in lost for share in shares),
-                "by_start": [median(shares) for shares in lost],
+                "overhead": median(share for shares in overheads for share in shares),
+                "by_start": [median(shares) for shares in overheads],
                 "runs": [start[way] for start in starts],
             }
         )
@@ -164,13 +167,13 @@ def overhead_rows(starts: list[dict[str, list[float]]]) -> list[dict[str, Any]]:
 
 
 async def crowd(url: str, process: psutil.Process, rounds: int, tokens: int) -> dict[str, Any]:
-    """64 clients, each with `rounds` requests one after the other; what became of them, and the server's memory."""
+    """Run 64 clients, each with `rounds` requests one after another; their answers, and the server's memory."""
     statuses: Counter[str] = Counter()
     refusals_s: list[float] = []
     answers_s: list[float] = []
     memory: list[int] = []
 
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
+    async def send_requests(client: httpx.AsyncClient, number: int) -> None:
         for turn in range(rounds):
             body = {"prompt": f"{number} {turn}", "max_tokens": tokens, "temperature": 0, "stream": number % 2 == 0}
             start = time.perf_counter()
@@ -182,7 +185,7 @@ async def crowd(url: str, process: psutil.Process, rounds: int, tokens: int) -> 
             seconds = time.perf_counter() - start
             whole = response.text.endswith("data: [DONE]\n\n") if number % 2 == 0 else True
             broken = response.status_code == 200 and (not whole or '"error"' in response.text)
-            statuses["broken off" if broken else str(response.status_code)] += 1
+            statuses["broken" if broken else str(response.status_code)] += 1
             if response.status_code == 429:
                 refusals_s.append(seconds)
                 await asyncio.sleep(0.5)
@@ -197,7 +200,7 @@ async def crowd(url: str, process: psutil.Process, rounds: int, tokens: int) -> 
     limits = httpx.Limits(max_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         watching = asyncio.create_task(watch())
-        await asyncio.gather(*(ask(client, number) for number in range(CLIENTS)))
+        await asyncio.gather(*(send_requests(client, number) for number in range(CLIENTS)))
         watching.cancel()
     quarter = max(1, len(memory) // 4)
     return {
@@ -212,26 +215,26 @@ async def crowd(url: str, process: psutil.Process, rounds: int, tokens: int) -> 
     }
 
 
-def judge(rows: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, bool]:
-    """Claim -> whether it holds; that of refusals does not if there were none."""
-    statuses = found["statuses"]
+def judge(rows: list[dict[str, Any]], load: dict[str, Any]) -> dict[str, bool]:
+    """Claim -> whether it holds; the claim about refusals fails without refusals."""
+    statuses = load["statuses"]
     return {
         f"overhead under {OVERHEAD_LIMIT:.0%}": max(row["overhead"] for row in rows) < OVERHEAD_LIMIT,
-        "no request lost": set(statuses) <= {"200", "429"} and sum(statuses.values()) == found["requests"],
-        f"refusals within {REFUSAL_LIMIT_S:g} s": 0 < found["slowest_refusal_s"] < REFUSAL_LIMIT_S,
+        "no request lost": set(statuses) <= {"200", "429"} and sum(statuses.values()) == load["requests"],
+        f"refusals within {REFUSAL_LIMIT_S:g} s": 0 < load["slowest_refusal_s"] < REFUSAL_LIMIT_S,
         f"memory grows by less than {GROWTH_LIMIT_BYTES / 1e6:.0f} MB": (
-            found["rss_bytes_late"] - found["rss_bytes_early"] < GROWTH_LIMIT_BYTES
+            load["rss_bytes_late"] - load["rss_bytes_early"] < GROWTH_LIMIT_BYTES
         ),
     }
 
 
 def main() -> None:
-    """Print a table and a verdict on every claim, and write them as JSON; exits 1 if one does not hold."""
+    """Print a table and a verdict on every claim, and write them as JSON; exits 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="default: the demo's SmolLM2-135M at Q4_1")
-    parser.add_argument("--starts", type=int, default=6, help="of the server, and loads of the model beside it")
-    parser.add_argument("--runs", type=int, default=4, help="of each way with each start")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--starts", type=int, default=6, help="starts of the server, each with a new load of llama_cpp")
+    parser.add_argument("--runs", type=int, default=4, help="runs of each way after each start")
+    parser.add_argument("--tokens", type=int, default=128, help="length of each answer")
     parser.add_argument("--rounds", type=int, default=10, help="requests of each of the 64 clients")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--json", type=Path)
@@ -243,22 +246,22 @@ def main() -> None:
         with server(arguments.gguf, arguments.threads) as (url, process):
             starts.append(measure_speeds(arguments.gguf, url, arguments.threads, arguments.runs, arguments.tokens))
             if start == arguments.starts - 1:
-                found = asyncio.run(crowd(url, process, arguments.rounds, tokens=16))
+                load = asyncio.run(crowd(url, process, arguments.rounds, tokens=16))
     rows = overhead_rows(starts)
-    print(f"{'':22} {'tokens/s':>9} {'overhead':>9}  of each start")
+    print(f"{'':22} {'tokens/s':>9} {'overhead':>9}  by start")
     for row in rows:
         by_start = " ".join(f"{share:5.1%}" for share in row["by_start"])
         print(f"{row['way']:22} {row['tokens_per_second']:9.1f} {row['overhead']:9.1%}  {by_start}", flush=True)
-    answered = ", ".join(f"{count} x {status}" for status, count in sorted(found["statuses"].items()))
+    counts = ", ".join(f"{count} x {status}" for status, count in sorted(load["statuses"].items()))
     print(
-        f"{CLIENTS} clients, a queue of {QUEUE}: {found['requests']} requests: {answered}\n"
-        f"slowest refusal {found['slowest_refusal_s']:.2f} s, slowest answer {found['slowest_answer_s']:.1f} s, "
-        f"memory {found['rss_bytes_early'] / 1e6:.0f} -> {found['rss_bytes_late'] / 1e6:.0f} MB"
+        f"{CLIENTS} clients, a queue of {QUEUE}: {load['requests']} requests: {counts}\n"
+        f"slowest refusal {load['slowest_refusal_s']:.2f} s, slowest answer {load['slowest_answer_s']:.1f} s, "
+        f"memory {load['rss_bytes_early'] / 1e6:.0f} -> {load['rss_bytes_late'] / 1e6:.0f} MB"
     )
-    verdicts = judge(rows, found)
+    verdicts = judge(rows, load)
     result = {
         "overhead": rows,
-        "crowd": found,
+        "crowd": load,
         "gguf": {
             "name": arguments.gguf.name,
             "bytes": arguments.gguf.stat().st_size,

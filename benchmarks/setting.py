@@ -1,4 +1,4 @@
-"""What every benchmark ends with: what its figures depend on beside its arguments, and whether its claims hold."""
+"""The end of every benchmark: the versions and the machine behind its numbers, and whether its claims hold."""
 
 import json
 import os
@@ -14,18 +14,18 @@ _PACKAGES = ("llama-cpp-python", "lm-eval", "torch", "transformers", "numpy", "f
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that are measured, and of llama.cpp's programs."""
+    """Versions of Python, of the measured packages, and of llama.cpp's programs."""
     packages = {name: version(name) for name in _PACKAGES}
     return packages | {"python": platform.python_version(), "llama.cpp build": find_toolchain().build}
 
 
 def machine() -> dict[str, str | int | None]:
-    """The processor: its cores, and the instructions that llama.cpp uses of it."""
+    """The processor: its cores, and the instruction sets that llama.cpp uses."""
     return {"cores": os.cpu_count(), "llama.cpp": system_info()}
 
 
 def conclude(result: dict[str, Any], verdicts: dict[str, bool], path: Path | None) -> None:
-    """Print claim -> whether it holds, and write the result, if there is a path, with the verdicts and the setting.
+    """Print whether each claim holds, and write the result to `path`, if given, with the verdicts, versions and machine.
 
     Exits 1 if a claim does not hold.
     """

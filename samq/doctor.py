@@ -1,6 +1,7 @@
-"""What SAMQ finds on this machine, what is missing, and how to get it: `samq doctor`.
+"""`samq doctor`: the parts that SAMQ needs, which of them this machine lacks, and how to get them.
 
-Versions are read from the packages' metadata: nothing heavy is imported, and a broken package cannot break the report.
+Versions come from the packages' metadata. So the report does not import large packages, and a broken package cannot break
+it.
 """
 
 import os
@@ -21,17 +22,17 @@ from samq.llamacpp.toolchain import PROGRAMS, environment, find_toolchain, progr
 from samq.records import Toolchain
 
 PYTHON = (3, 11)
-DISK_BYTES = 3 * 10**9  # the demo's store and MLflow's copies of its tables, with room
+DISK_BYTES = 3 * 10**9  # enough for the demo's store and MLflow's copies of its tables
 MEMORY_BYTES = 3 * 10**9  # the demo's calibration: under 4 times 0.54 GB of float32 weights, and Python
-START_S = 60.0  # a program's first start reads its libraries from a cold disk
+START_S = 60.0  # limit for a program's first start, which reads its libraries from disk
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """The result of one check.
 
-    `ok` is False only where SAMQ cannot do its work; an optional thing that is absent is ok, and `advice` says what it
-    would be good for. `advice` is empty where there is nothing to do.
+    `ok` is False only if SAMQ cannot work without a fix. A missing optional part is ok, and `advice` says what it is for.
+    `advice` is empty if there is nothing to do.
     """
 
     name: str
@@ -41,14 +42,14 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """The finding in a word."""
+        """The result in one word."""
         if not self.ok:
             return "MISSING"
         return "optional" if self.advice else "ok"
 
 
 def diagnose() -> list[Finding]:
-    """Look at everything, required things first; takes about a second and changes nothing."""
+    """Run all checks, required parts first. Takes about a second and does not change anything."""
     return [
         _python(),
         *_packages(),
@@ -62,21 +63,21 @@ def diagnose() -> list[Finding]:
 
 
 def _python() -> Finding:
-    wanted = ".".join(map(str, PYTHON))
-    advice = f"install Python {wanted} or newer, and run `make setup`"
+    needed = ".".join(map(str, PYTHON))
+    advice = f"install Python {needed} or newer, and run `make setup`"
     ok = sys.version_info >= PYTHON
     return Finding("Python", ok, f"{platform.python_version()} in {sys.prefix}", "" if ok else advice)
 
 
 def _packages() -> list[Finding]:
-    """What pyproject.toml asks for, as the installed SAMQ's metadata repeats it."""
+    """The dependencies in pyproject.toml, read from the metadata of the installed SAMQ."""
     try:
-        wanted = [Requirement(line) for line in requires("samq") or ()]
+        requirements = [Requirement(line) for line in requires("samq") or ()]
     except PackageNotFoundError:
         return [Finding("samq", False, "not installed", "run `make setup`")]
-    required = [_package(requirement) for requirement in wanted if _needed(requirement, "")]
-    demo = [_demo_package(requirement) for requirement in wanted if requirement.marker and _needed(requirement, "demo")]
-    return required + demo
+    required = [_package(requirement) for requirement in requirements if _needed(requirement, "")]
+    for_demo = [requirement for requirement in requirements if requirement.marker and _needed(requirement, "demo")]
+    return required + [_demo_package(requirement) for requirement in for_demo]
 
 
 def _needed(requirement: Requirement, extra: str) -> bool:
@@ -85,13 +86,13 @@ def _needed(requirement: Requirement, extra: str) -> bool:
 
 def _package(requirement: Requirement) -> Finding:
     try:
-        found = version(requirement.name)
+        installed = version(requirement.name)
     except PackageNotFoundError:
         return Finding(requirement.name, False, "not installed", f"run `make setup` to get {requirement}")
-    if not requirement.specifier.contains(found, prereleases=True):
+    if not requirement.specifier.contains(installed, prereleases=True):
         advice = f"run `make setup` to get {requirement.name}{requirement.specifier}"
-        return Finding(requirement.name, False, found, advice)
-    return Finding(requirement.name, True, found)
+        return Finding(requirement.name, False, installed, advice)
+    return Finding(requirement.name, True, installed)
 
 
 def _demo_package(requirement: Requirement) -> Finding:
@@ -106,9 +107,10 @@ def _llama_cpp() -> list[Finding]:
         toolchain = find_toolchain()
     except ToolError as error:
         return [Finding("llama.cpp", False, "not found", str(error))]
-    own = f" (SAMQ_LLAMA_CPP={os.environ['SAMQ_LLAMA_CPP']})" if os.environ.get("SAMQ_LLAMA_CPP") else ""
+    user_build = os.environ.get("SAMQ_LLAMA_CPP")
+    origin = f" (SAMQ_LLAMA_CPP={user_build})" if user_build else ""
     return [
-        Finding("llama.cpp", True, f"{toolchain.version}, build {toolchain.build}, in {toolchain.bin_folder}{own}"),
+        Finding("llama.cpp", True, f"{toolchain.version}, build {toolchain.build}, in {toolchain.bin_folder}{origin}"),
         _programs(toolchain),
         _converter(toolchain),
     ]
@@ -123,9 +125,9 @@ def _programs(toolchain: Toolchain) -> Finding:
 
 
 def _why_not_starting(toolchain: Toolchain, name: str) -> str | None:
-    """None if the program prints its help; llama-quantize does so with exit status 1."""
+    """Why a program does not print its help; None if it does, which llama-quantize ends with exit status 1."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [str(program(toolchain, name)), "--help"],
             env={**os.environ, **environment(toolchain)},
             stdin=subprocess.DEVNULL,
@@ -139,11 +141,11 @@ def _why_not_starting(toolchain: Toolchain, name: str) -> str | None:
         return error.strerror or str(error)
     except subprocess.TimeoutExpired:
         return f"no answer in {START_S:.0f} s"
-    if done.returncode in (0, 1):
+    if process.returncode in (0, 1):
         return None
-    if done.returncode < 0:  # such as 4, illegal instruction: a build for another processor
-        return f"killed by signal {-done.returncode}"
-    return done.stderr.strip().split("\n")[-1] or f"exit status {done.returncode}"  # such as a missing library
+    if process.returncode < 0:  # such as 4, illegal instruction, of a build for another processor
+        return f"killed by signal {-process.returncode}"
+    return process.stderr.strip().split("\n")[-1] or f"exit status {process.returncode}"  # such as a missing library
 
 
 def _converter(toolchain: Toolchain) -> Finding:
@@ -157,7 +159,7 @@ def _converter(toolchain: Toolchain) -> Finding:
 
 
 def _disk(folder: Path, needed_bytes: int) -> Finding:
-    """Free space where `folder` is or will be."""
+    """Free space on the disk where `folder` is or will be."""
     present = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(present).free
     found = f"{free / 1e9:.1f} GB free for {folder}"
@@ -178,7 +180,7 @@ def _memory(needed_bytes: int) -> Finding:
 
 
 def _gpu() -> Finding:
-    """GPUs as NVIDIA's driver reports them; none is fine."""
+    """The GPUs that NVIDIA's driver reports; SAMQ works without one."""
     try:
         import pynvml
 
@@ -187,15 +189,15 @@ def _gpu() -> Finding:
         return Finding("GPU", True, f"none: {error}")
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        found = [
+        cards = [
             f"{pynvml.nvmlDeviceGetName(h)}, {pynvml.nvmlDeviceGetMemoryInfo(h).total / 1e9:.0f} GB" for h in handles
         ]
     finally:
         pynvml.nvmlShutdown()
-    if not found:
+    if not cards:
         return Finding("GPU", True, "none")
     advice = "" if _built_for_cuda() else "for llama.cpp to use it: `CMAKE_ARGS=-DGGML_CUDA=ON make setup`"
-    return Finding("GPU", True, "; ".join(found), advice)
+    return Finding("GPU", True, "; ".join(cards), advice)
 
 
 def _built_for_cuda() -> bool:
@@ -211,7 +213,7 @@ def _mlflow() -> Finding:
 
 
 def _prefect() -> Finding:
-    """The user's own settings, or the SAMQ folder, where the command line keeps Prefect's data without them."""
-    own = [name for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE") if name in os.environ]
-    found = ", ".join(f"{name}={os.environ[name]}" for name in own) or str(home() / "prefect")
+    """The user's own settings of Prefect, or the folder in the SAMQ folder that the command line uses without them."""
+    settings = [name for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE") if name in os.environ]
+    found = ", ".join(f"{name}={os.environ[name]}" for name in settings) or str(home() / "prefect")
     return Finding("Prefect", True, found)

@@ -1,16 +1,16 @@
-"""What a person did wrong, or what the machine lacks, in one sentence: what, where, and what to do about it."""
+"""Errors that the user can fix. The message is one sentence: what is wrong, where, and what to do."""
 
 
 class SamqError(Exception):
-    """An error a person can act on. The command line prints it as one sentence and exits with code 2."""
+    """An error that the user can fix. The command line prints its message and exits with code 2."""
 
 
 class ToolError(SamqError):
-    """A program of llama.cpp failed, hung or is missing; the message names its log."""
+    """A program of llama.cpp failed, timed out or is missing; the message names its log."""
 
 
 class UnreachableError(SamqError):
-    """A server, the network or a file cannot be reached now; the same may work when tried again."""
+    """A server, the network or a file cannot be reached now. The same request may succeed later."""
 
 
 class NotRegisteredError(SamqError):

@@ -1,16 +1,16 @@
-"""Where SAMQ keeps what it makes: one folder, `.samq` below the working directory, or `SAMQ_HOME`."""
+"""The folder of SAMQ's data: `.samq` in the working directory, or `SAMQ_HOME`."""
 
 import os
 from pathlib import Path
 
 
 def home() -> Path:
-    """The SAMQ folder (absolute; not created here)."""
+    """The absolute path of the SAMQ folder, which need not exist."""
     return Path(os.environ.get("SAMQ_HOME", ".samq")).absolute()
 
 
 def store_folder() -> Path:
-    """Root of the artifact store."""
+    """The root of the artifact store."""
     return home() / "store"
 
 

@@ -1,16 +1,16 @@
-"""Markdown from cells and lines of any text: nothing in them can break a table or a list."""
+"""Markdown tables and lists of arbitrary text, which cannot break their layout."""
 
 from collections.abc import Iterable, Sequence
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with a heading a column."""
+    """A table with these column headings."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def bullets(items: Iterable[str]) -> str:
-    """A list."""
+    """A bulleted list."""
     return "\n".join(f"- {one_line(item)}" for item in items)
 
 

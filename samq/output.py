@@ -1,4 +1,4 @@
-"""Where a person wants results: refused before hours of work, not after, and written whole or not at all."""
+"""Output files and folders of the commands: checked before hours of work, and written whole or not at all."""
 
 import contextlib
 import errno
@@ -24,20 +24,20 @@ def check_file(path: Path) -> None:
 
 
 def make_folder(folder: Path, advice: str = "choose another folder") -> None:
-    """Make a folder if need be; raises SamqError if no file can be written into it."""
+    """Make a folder if it does not exist; raises SamqError if a file cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # root may write anywhere, but not on a read-only file system
+        tempfile.TemporaryFile(dir=folder).close()  # permissions do not stop root, and a read-only file system does
     except OSError as error:
         raise SamqError(f"{folder} cannot be written to ({error.strerror}); {advice}") from error
 
 
 @contextlib.contextmanager
 def work_folder(inside: Path) -> Iterator[Path]:
-    """A temporary folder inside another, where results are finished before they are moved to their place there.
+    """Make a temporary folder inside another, for results that are moved to their place when they are complete.
 
-    When the work fails its logs stay, as the error names them, and nothing else. Raises SamqError if the disk gets full,
-    or if another file cannot be used.
+    If the work fails, only its logs stay, since the error names them. Raises SamqError if the disk gets full or a file
+    cannot be used.
     """
     try:
         work = Path(tempfile.mkdtemp(prefix="samq-", dir=inside))
@@ -64,7 +64,7 @@ def _not_writable(folder: Path, error: OSError) -> SamqError:
 
 
 def export(files: Iterable[Path], folder: Path) -> None:
-    """Copy files, logs apart, into a folder."""
+    """Copy files, except logs, into a folder, each whole or not at all."""
     with work_folder(folder) as work:
         for file in files:
             if file.suffix != ".log":
@@ -80,11 +80,11 @@ def export_file(source: Path, target: Path) -> None:
 
 
 def remove_all_but_logs(folder: Path) -> None:
-    """Remove what failed work left in its folder, if there is one, except its logs."""
+    """Remove everything except logs from the folder of failed work, which need not exist."""
     for path in folder.glob("*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.suffix != ".log":
             path.unlink()
-    with contextlib.suppress(OSError):  # it holds logs, or is gone
+    with contextlib.suppress(OSError):  # the folder has logs, or does not exist
         folder.rmdir()

@@ -1,8 +1,8 @@
 """The records that pass between stages: frozen pydantic models, each saved as one JSON file.
 
-A record is identified by its content: `digest()` hashes every field except those a record lists in
-`NOT_IDENTITY` (where a thing lies on this machine says nothing about what it is). Tensor names are GGUF's
-(`blk.11.ffn_down.weight`), sizes are bytes, and a field's unit is in its name (`_bytes`, `_ms`, `_nats`).
+A record's identity is its content: `digest()` hashes every field except those in `NOT_IDENTITY`, such as a path on this
+machine. Tensor names are GGUF's (`blk.11.ffn_down.weight`), sizes are bytes, and a field's name ends with its unit
+(`_bytes`, `_ms`, `_nats`).
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from samq.errors import SamqError
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of a JSON-like value in canonical form: sorted keys, no white space."""
+    """SHA-256 (hex) of a JSON-like value in canonical form, with sorted keys and without white space."""
     text = json.dumps(
         value,
         sort_keys=True,
@@ -41,11 +41,11 @@ class Record(BaseModel):
         return digest_of({"schema": self.SCHEMA, **fields})
 
     def content(self) -> dict[str, Any]:
-        """What a file of the record holds: its kind and version, and all fields."""
+        """The content of the record's file: its kind and version, and all fields."""
         return {"schema": self.SCHEMA, **self.model_dump(mode="json")}
 
     def save(self, path: Path) -> Path:
-        """Write the record to `path` whole or not at all, and return the path."""
+        """Write the record to `path`, whole or not at all, and return the path; raises SamqError if that fails."""
         text = json.dumps(self.content(), indent=1, allow_nan=False)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -77,7 +77,7 @@ class Record(BaseModel):
 
 
 class Metric(BaseModel):
-    """One measured value, with its standard error (None where it has no meaning) and its sample count."""
+    """One measured value, with its standard error and its sample count (None where they do not apply)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     value: float
@@ -86,12 +86,12 @@ class Metric(BaseModel):
 
 
 class ModelSource(Record):
-    """A causal LM in full precision: an HF folder (downloaded when it came from a hub), a GGUF, or both."""
+    """A causal LM in full precision: an HF folder (downloaded if it is from the hub), a GGUF, or both."""
 
     SCHEMA: ClassVar[str] = "samq.model-source/1"
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"folder", "gguf"})
 
-    name: str = Field(description="what people call it: a hub id, or the name of the folder or file")
+    name: str = Field(description="a hub id, or the name of the folder or file")
     revision: str | None = Field(default=None, description="the hub's commit; None for local files")
     weights_digest: str = Field(description="SHA-256 over the weight files' names and contents")
     tokenizer_digest: str = Field(description="SHA-256 over the configuration's and tokenizer's files")
@@ -102,13 +102,13 @@ class ModelSource(Record):
     )
 
     def digest(self) -> str:
-        """As of any record, a GGUF's name apart; a folder's stays, as the converter writes it into the GGUF."""
+        """As for any record, without the name of a GGUF. A folder's name counts: the converter writes it into the GGUF."""
         nameless = self.model_copy(update={"name": ""}) if self.gguf else self
         return super(ModelSource, nameless).digest()
 
 
 class Toolchain(Record):
-    """The llama.cpp in use: what its output depends on."""
+    """The llama.cpp in use, identified by what its output depends on."""
 
     SCHEMA: ClassVar[str] = "samq.toolchain/1"
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"bin_folder", "lib_folder", "converter"})
@@ -121,7 +121,7 @@ class Toolchain(Record):
 
 
 class TextSet(Record):
-    """Texts as read from a dataset, before any tokenizer has seen them."""
+    """The texts of a dataset, before any tokenizer."""
 
     SCHEMA: ClassVar[str] = "samq.text-set/1"
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"dataset"})
@@ -131,7 +131,7 @@ class TextSet(Record):
 
 
 class CalibrationSet(Record):
-    """Which text, cut how, into which tokens. The token ids lie beside it in `tokens.npz`."""
+    """A dataset cut into token sequences. The token ids are beside the record, in `tokens.npz`."""
 
     SCHEMA: ClassVar[str] = "samq.calibration-set/1"
 
@@ -140,41 +140,44 @@ class CalibrationSet(Record):
     fields: tuple[str, ...] = ()
     samples: int
     sequence_tokens: int = Field(description="longest sequence, in tokens")
-    tokens: int = Field(description="all tokens of all sequences, padding not counted")
+    tokens: int = Field(description="all tokens of all sequences, without padding")
     seed: int
     tokens_digest: str = Field(description="SHA-256 over the token ids and lengths, in order")
 
 
 class TensorSensitivity(BaseModel):
-    """How much the loss feels one weight tensor."""
+    """Sensitivity of the loss to one weight tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    shape: tuple[int, ...] = Field(description="as torch has it: (rows, row length), experts first when stacked")
+    shape: tuple[int, ...] = Field(description="in torch's order: (rows, row length), experts first if stacked")
     gradient_norm: float = Field(description="mean over samples of the L2 norm of the sample's loss gradient")
     gradient_norm_stderr: float
     score: float = Field(description="gradient norm over the largest of the model: 0..1")
     fisher: float | None = Field(
         default=None,
-        description="mean over the weights of the Fisher information: squared gradients of sequences' summed losses over "
-        "all label tokens, nats per token per squared weight; means over rows and columns lie in fisher.safetensors",
+        description="mean over the weights of the Fisher information: squared gradients of the sequences' summed losses, "
+        "divided by all label tokens, in nats per token per squared weight; fisher.safetensors has the means over rows and "
+        "columns",
     )
     sequence_squares: tuple[float, ...] = Field(
-        description="of each calibration sequence: squared L2 norm of its summed loss's gradient"
+        description="for each calibration sequence the squared L2 norm of the gradient of its summed loss"
     )
 
 
 class SensitivityMap(Record):
-    """Gradient norms, and E[g^2] if asked for, of every 2-D weight, in GGUF names; tied weights once."""
+    """Gradient norms, and Fisher information if measured, of every weight matrix by its GGUF name; tied weights once."""
 
     SCHEMA: ClassVar[str] = "samq.sensitivity-map/3"
 
     model_digest: str
     calibration_digest: str
     labels: Literal["text", "model"] = Field(
-        description="next tokens of the text, or sampled from the model itself (the true Fisher information)"
+        description="next tokens of the text, or tokens drawn from the model's distribution (the true Fisher information)"
     )
     seed: int
-    sequence_tokens: tuple[int, ...] = Field(description="label tokens of each calibration sequence: those in its loss")
+    sequence_tokens: tuple[int, ...] = Field(
+        description="number of label tokens, those in its loss, of each calibration sequence"
+    )
     loss_nats: float = Field(description="mean loss per label token")
     tied_embeddings: bool
     tensors: dict[str, TensorSensitivity]
@@ -186,12 +189,12 @@ class SensitivityMap(Record):
 
     @property
     def tokens(self) -> int:
-        """Label tokens of all sequences."""
+        """Number of label tokens of all sequences."""
         return sum(self.sequence_tokens)
 
 
 class Substitution(BaseModel):
-    """A type that a tensor cannot have, and the one put in its place."""
+    """A type that a tensor cannot have, and the type that replaces it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     requested: str
@@ -205,21 +208,21 @@ Rounding = Literal["nearest", "compensated"]
 
 
 class Plan(Record):
-    """Every quantizable GGUF tensor -> ggml type, explicitly, with what it is predicted to cost."""
+    """A ggml type for every quantizable GGUF tensor, and the plan's size and predicted KL."""
 
     SCHEMA: ClassVar[str] = "samq.plan/1"
 
     name: str = Field(description="short name of the candidate, such as threshold-0.350 or Q4_K_M")
     policy: Literal["full", "stock", "uniform", "threshold", "budget"]
-    parameters: dict[str, float | int | str | bool | None] = Field(description="what the policy was given and decided")
+    parameters: dict[str, float | int | str | bool | None] = Field(description="the policy's parameters and decisions")
     types: dict[str, str] = Field(description="GGUF tensor name -> ggml type (Q4_K, Q8_0, F16, ...)")
     substitutions: dict[str, Substitution] = {}
     mixture: str = Field(
         default="Q4_K_M",
-        description="llama-quantize's file type, the name that general.file_type gets",
+        description="llama-quantize's file type, the value of general.file_type",
     )
     rounding: Rounding = "nearest"
-    tensor_bytes: int = Field(description="bytes of all tensors, unquantized ones included")
+    tensor_bytes: int = Field(description="bytes of all tensors, including those that are not quantized")
     weights: int = Field(description="number of weights in all tensors")
     predicted_kl_nats: float | None = Field(default=None, description="predicted mean KL to F16, nats per token")
     predicted_kl_stderr: float | None = None
@@ -235,20 +238,20 @@ class Plan(Record):
 
 
 class OutputError(BaseModel):
-    """What a tensor's rounding does to its layer's output, mean over calibration tokens of the squared error."""
+    """The squared error of a layer's output from one tensor's rounding, mean over calibration tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    nearest: float = Field(description="with every weight at the nearest value, as llama-quantize writes it")
-    compensated: float = Field(description="with errors that make up for each other")
+    nearest: float = Field(description="with each weight at the nearest value, as llama-quantize writes it")
+    compensated: float = Field(description="with compensated rounding (GPTQ)")
 
     @property
     def ratio(self) -> float:
-        """What is left of the error; 1 where there was none."""
+        """The share of the error that is left; 1 if there was none."""
         return self.compensated / self.nearest if self.nearest else 1.0
 
 
 class Compensation(Record):
-    """What compensated rounding did to a GGUF; tensors that are not here are as llama-quantize wrote them."""
+    """Output errors before and after compensated rounding; tensors that are not listed keep llama-quantize's bytes."""
 
     SCHEMA: ClassVar[str] = "samq.compensation/1"
 
@@ -256,7 +259,7 @@ class Compensation(Record):
 
 
 class Price(BaseModel):
-    """What one tensor costs in one type."""
+    """The cost of one tensor in one type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     bytes: int
@@ -264,12 +267,12 @@ class Price(BaseModel):
 
 
 class TensorPrices(BaseModel):
-    """A tensor's price in every type it can have; the full-precision one costs no KL."""
+    """A tensor's price in every type that it can have; full precision costs no KL."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     types: dict[str, Price]
     shares: tuple[float, ...] = Field(
-        description="each calibration sequence's part of the tensor's Fisher information, and so of its KL; they sum to 1"
+        description="each calibration sequence's share of the tensor's Fisher information, and so of its KL; the sum is 1"
     )
 
 
@@ -286,18 +289,18 @@ class PriceTable(Record):
     tensors: dict[str, TensorPrices]
     length_changes: dict[str, float] = Field(
         default={},
-        description="type -> by how much rounding to the nearest value changes the length of weights, relative: the part of "
-        "the rounding errors along the weights themselves, over all tensors priced in it",
+        description="type -> relative change of the weights' length by rounding to the nearest value: the component of the "
+        "rounding errors along the weights, over all tensors with a price in the type",
     )
 
 
 class PredictionCheck(Record):
-    """How far a plan's predicted KL can be trusted: its second-order cost on samples that did not choose it.
+    """Check of a plan's predicted KL: its second-order cost on samples that did not choose it.
 
-    All in nats per token: what sequences add up to, over their label tokens, with the standard error of that ratio. With g
-    the gradient of a sequence's summed loss (labels drawn from the model) and dW the plan's rounding error, a sequence adds
-    to `additive` the sum over weights of g^2 dW^2 / 2; to `by_tensor` the sum over tensors of <g, dW>^2 / 2, which has the
-    terms between the weights of a tensor; and to `joint` <g, dW>^2 / 2 over all tensors together.
+    Each figure is a sum over sequences divided by their label tokens, in nats per token, with the standard error of that
+    ratio. Let g be the gradient of a sequence's summed loss (labels drawn from the model), and dW the plan's rounding error.
+    A sequence adds the sum over weights of g^2 dW^2 / 2 to `additive`; the sum over tensors of <g, dW>^2 / 2, which includes
+    the terms between the weights of a tensor, to `by_tensor`; and <g, dW>^2 / 2 over all tensors together to `joint`.
     """
 
     SCHEMA: ClassVar[str] = "samq.prediction-check/1"
@@ -307,14 +310,14 @@ class PredictionCheck(Record):
     rounding: Rounding = "nearest"
     samples: int
     tokens: int = Field(description="label tokens of the samples")
-    predicted: Metric = Field(description="what the price table says, from the samples that chose the plan")
+    predicted: Metric = Field(description="by the price table, from the samples that chose the plan")
     additive: Metric
     by_tensor: Metric
     joint: Metric
 
 
 class QuantizedModel(Record):
-    """A GGUF that llama-quantize wrote, or that was assembled, and that the audit passed."""
+    """A GGUF that llama-quantize wrote or SAMQ assembled, and that passed the audit."""
 
     SCHEMA: ClassVar[str] = "samq.quantized-model/1"
 
@@ -325,23 +328,23 @@ class QuantizedModel(Record):
     tensor_bytes: int
     bits_per_weight: float
     plan_digest: str
-    types: dict[str, str] = Field(description="what the audit read back: every tensor -> ggml type")
-    metadata: dict[str, str] = Field(description="the samq.* provenance that the GGUF carries")
+    types: dict[str, str] = Field(description="every tensor -> ggml type, as the audit read it back")
+    metadata: dict[str, str] = Field(description="the samq.* metadata of the GGUF")
 
 
 class Evaluation(Record):
-    """Everything measured on one candidate. Metric names carry their unit: `fidelity/mean_kld_nats`."""
+    """All measurements of one candidate. A metric's name ends with its unit: `fidelity/mean_kld_nats`."""
 
     SCHEMA: ClassVar[str] = "samq.evaluation/1"
 
     name: str
     sha256: str = Field(description="the GGUF that was measured")
     metrics: dict[str, Metric]
-    missing: dict[str, str] = Field(default={}, description="what was not measured, and why")
+    missing: dict[str, str] = Field(default={}, description="metric, or group of metrics -> why it was not measured")
     environment: dict[str, str] = {}
 
     def why_missing(self, metric: str) -> str | None:
-        """Why a metric was not measured, as `missing` says it of the metric or of what it belongs to; None if it does not."""
+        """Why a metric was not measured, by its own entry in `missing` or its group's; None if there is no entry."""
         parts = metric.split("/")
         names = ("/".join(parts[:length]) for length in range(len(parts), 0, -1))
         return next((self.missing[name] for name in names if name in self.missing), None)

@@ -1,4 +1,4 @@
-"""The pages and the worker on this machine: MLflow, Prefect's server, and a worker for the deployments."""
+"""Services on this machine: MLflow's server, Prefect's server, and a worker for the deployments."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ _running: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def first_ended() -> str | None:
-    """A sentence about a service that was started here and has ended by itself, with its log; None while all run."""
+    """A sentence about a service of this process that has ended by itself, with its log; None while all run."""
     for name, child in _running.items():
         if (code := child.poll()) is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -32,49 +32,49 @@ def first_ended() -> str | None:
 
 @contextmanager
 def mlflow_page(port: int) -> Iterator[str]:
-    """MLflow's server over the SAMQ folder's database for the time of the `with` block; yields its address.
+    """Run MLflow's server on the SAMQ folder's database during the `with` block, and yield its address.
 
-    If MLFLOW_TRACKING_URI names a server, that one is used.
+    If MLFLOW_TRACKING_URI names a server, nothing is started and its address is yielded.
     """
     uri = mlflow_uri()
     if uri.startswith("http"):
         yield uri.rstrip("/")
         return
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
-    command += ["--artifacts-destination", str(home() / "mlartifacts")]  # else in the working directory
-    # Its jobs, which nothing here asks for, would be six more processes of 250 MB.
+    command += ["--artifacts-destination", str(home() / "mlartifacts")]  # by default they go into the working directory
+    # SAMQ does not use MLflow's jobs, which would be six more processes of 250 MB.
     with _service("MLflow", command, port, "/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as address:
         yield address
 
 
 @contextmanager
 def prefect_page(port: int) -> Iterator[str]:
-    """Prefect's server for the time of the `with` block; yields its address.
+    """Run Prefect's server during the `with` block, and yield its address.
 
-    If PREFECT_API_URL names a server, that one is used.
+    If PREFECT_API_URL names a server, nothing is started and its address is yielded.
     """
-    if own := os.environ.get("PREFECT_API_URL"):
-        yield own.rstrip("/").removesuffix("/api")
+    if api := os.environ.get("PREFECT_API_URL"):
+        yield api.rstrip("/").removesuffix("/api")
         return
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    own_api = f"http://127.0.0.1:{port}/api"  # else the page asks at Prefect's usual port, whatever --port says
-    with _service("Prefect", command, port, "/api/health", PREFECT_SERVER_UI_API_URL=own_api) as address:
+    page_api = f"http://127.0.0.1:{port}/api"  # by default the page uses Prefect's usual port, whatever --port says
+    with _service("Prefect", command, port, "/api/health", PREFECT_SERVER_UI_API_URL=page_api) as address:
         yield address
 
 
 @contextmanager
 def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Create the work pool and the deployments of `project`/prefect.yaml, and run a worker during the `with` block."""
-    # The SAMQ folder may be given relative to this working directory, and the worker has another.
+    # SAMQ_HOME may be relative to this working directory, and the worker has another.
     environment = {**os.environ, "PREFECT_API_URL": f"{prefect_address}/api", "SAMQ_HOME": str(home())}
     for arguments in (
         ["work-pool", "create", WORK_POOL, "--type", "process", "--overwrite"],
         ["--no-prompt", "deploy", "--all"],
     ):
         command = [sys.executable, "-m", "prefect", *arguments]
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        process = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+        if process.returncode:
+            reason = (process.stderr or process.stdout).strip().splitlines()[-1:]
             raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL]
     with _child("worker", command, project, environment) as child:
@@ -86,7 +86,7 @@ def _service(name: str, arguments: list[str], port: int, health: str, **environm
     address = f"http://127.0.0.1:{port}"
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise SamqError(f"port {port} is taken, so {name} cannot start there; choose another with an option")
+            raise SamqError(f"port {port} is in use, so {name} cannot start there; choose another with an option")
     with _child(name, [sys.executable, *arguments], Path.cwd(), {**os.environ, **environment}) as child:
         deadline = time.monotonic() + 180
         while True:
@@ -119,12 +119,13 @@ def _child(
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask what a process started to end, then the process, and make what does not.
+    """End a process's descendants, and then the process: by SIGTERM, and by SIGKILL those that do not end in time.
 
-    A worker's runs are in sessions of their own, and end before it, so that it says so to Prefect: they would be "Running"
-    there for ever, and where a deployment has one run at a time no other would start.
+    The runs of a worker are in sessions of their own. They end before the worker does, so that the worker reports their end
+    to Prefect. Otherwise Prefect would show them as "Running" for ever, and a deployment limited to one run would not start
+    another.
     """
-    if child.poll() is not None:  # its number may soon be another's, as its group's may not while it has members
+    if child.poll() is not None:  # its process id may be reused, but not its group's while the group has members
         kill_group(child)
         return
     with suppress(psutil.NoSuchProcess):
@@ -134,10 +135,10 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _end(processes: list[psutil.Process]) -> None:
-    for ask in (psutil.Process.terminate, psutil.Process.kill):
+    for end in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             with suppress(psutil.NoSuchProcess):
-                ask(process)
+                end(process)
         _, processes = psutil.wait_procs(processes, timeout=PATIENCE_S)
 
 

@@ -1,4 +1,4 @@
-"""A YAML file that a person writes, read into a pydantic model."""
+"""Settings files: YAML that a user writes, read into a pydantic model."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +12,9 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def read_settings(path: Path | None, model: type[Settings], examples: str, **given: Any) -> Settings:
-    """Read a YAML file, if there is one; those fields that are `given` (and not None) go before the file's.
+    """Read a YAML file, if `path` is given; the values in `given` that are not None override the file's.
 
-    Raises SamqError that names the field at fault, and `examples`, where annotated files lie.
+    Raises SamqError, which names the wrong field and `examples`, the place of annotated files.
     """
     try:
         fields: Any = (yaml.safe_load(Path(path).read_text()) or {}) if path else {}
@@ -23,7 +23,7 @@ def read_settings(path: Path | None, model: type[Settings], examples: str, **giv
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SamqError(f"{path} is not YAML: {str(error).splitlines()[0]}; see {examples}") from error
     if not isinstance(fields, dict):
-        raise SamqError(f"{path} holds no settings; see {examples} for annotated examples")
+        raise SamqError(f"{path} does not hold settings; see {examples} for annotated examples")
     try:
         return model.model_validate(fields | {key: value for key, value in given.items() if value is not None})
     except ValidationError as error:

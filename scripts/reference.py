@@ -104,10 +104,11 @@ def models_page(title: str, introduction: str, *models: type[BaseModel]) -> str:
     lines = [f"# {title}", "", introduction]
     described: set[str] = set()
     for model in models:
-        for name, schema in _models(model.model_json_schema(mode="validation")):
+        whole = model.model_json_schema(mode="validation")
+        for name, schema in _models(whole):
             if name not in described:
                 described.add(name)
-                lines += ["", *_section(name, schema)]
+                lines += ["", *_section(name, schema, whole.get("$defs", {}))]
     return "\n".join(lines) + "\n"
 
 
@@ -136,18 +137,23 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(item)
 
 
-def _section(name: str, schema: Schema, heading: str | None = None) -> list[str]:
-    """A heading, the description, and a table of the fields."""
+def _section(name: str, schema: Schema, definitions: Schema) -> list[str]:
+    """A heading, the description, and a table of the fields; a field that says nothing of itself gets its model's words."""
     required = schema.get("required", ())
     rows = [
-        (f"`{field}`", _type(told), _default(field, told, required), told.get("description", ""))
+        (f"`{field}`", _type(told), _default(field, told, required), _meaning(told, definitions))
         for field, told in schema.get("properties", {}).items()
     ]
     values = ", ".join(f"`{value}`" for value in schema.get("enum", ()))
-    lines = [heading or f"## {name} {{ #{name.lower()} }}", "", _paragraph(schema.get("description", ""))]
+    lines = [f"## {name} {{ #{name.lower()} }}", "", _paragraph(schema.get("description", ""))]
     if values:
         lines += ["", f"One of {values}."]
     return [*lines, "", *_table(("field", "type", "default", "meaning"), rows)] if rows else lines
+
+
+def _meaning(told: Schema, definitions: Schema) -> str:
+    model = definitions.get(next(_references(told), ""), {})
+    return str(told.get("description") or re.split(r"(?<=\.) ", _paragraph(model.get("description", "")))[0])
 
 
 def _type(told: Schema) -> str:
@@ -176,7 +182,11 @@ def _type(told: Schema) -> str:
 def _limits(told: Schema) -> Iterator[str]:
     """A number's limits, but those of 64-bit integers."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    yield from (f"{sign} {told[key]:,}" for key, sign in signs.items() if key in told and abs(told[key]) < 2**62)
+    yield from (
+        f"{sign} {told[key]:,}".removesuffix(".0")
+        for key, sign in signs.items()
+        if key in told and abs(told[key]) < 2**62
+    )
 
 
 def _default(field: str, told: Schema, required: Any) -> str:
@@ -197,8 +207,8 @@ def http_page() -> str:
     lines = [
         "# HTTP API",
         "",
-        "What `samq serve` answers. The two completion endpoints follow OpenAI's API, so its clients work unchanged. The "
-        "server gives the same description as JSON at `/openapi.json`.",
+        "What `samq serve` answers. The two completion endpoints follow OpenAI's API, so its clients work unchanged. "
+        "Fields without a description are OpenAI's. The server gives the same description as JSON at `/openapi.json`.",
     ]
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
@@ -211,7 +221,7 @@ def http_page() -> str:
             lines += ["", *_table(("status", "meaning"), rows)]
     for name, schema in described["components"]["schemas"].items():
         if "ValidationError" not in name:
-            lines += ["", *_section(name, schema)]
+            lines += ["", *_section(name, schema, described["components"]["schemas"])]
     return "\n".join(lines) + "\n"
 
 
@@ -259,12 +269,13 @@ def records_page() -> str:
     for record in sorted(_subclasses(Record), key=lambda one: one.__name__):
         if not hasattr(record, "SCHEMA") or not record.__module__.startswith("samq."):
             continue
-        (name, schema), *rest = _models(record.model_json_schema())
+        whole = record.model_json_schema()
+        (name, schema), *rest = _models(whole)
         inner |= dict(rest)
-        lines += ["", *_section(name, schema), "", f"Schema: `{record.SCHEMA}`"]
+        lines += ["", *_section(name, schema, whole.get("$defs", {})), "", f"Schema: `{record.SCHEMA}`"]
     for name, schema in inner.items():
         if f"{{ #{name.lower()} }}" not in "\n".join(lines):
-            lines += ["", *_section(name, schema)]
+            lines += ["", *_section(name, schema, inner)]
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from samq.tracking.registry import connect
 from samq.tracking.tracked import TrackingSettings
 from samq.workspace import Workspace
 from tasks.evaluate import measure_alone
-from tasks.stage import stage, step
+from tasks.stage import RETRY_DELAYS_S, stage, step
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_benchmarks(settings: BenchmarkSettings) -> AvailableBenchmarks:
     with bar("find benchmarks") as progress:
         from samq.evaluation.lm_eval.benchmark_tasks import check_benchmarks  # lm-eval takes seconds to import
 
-        return AvailableBenchmarks(*check_benchmarks(settings, progress))
+        return AvailableBenchmarks(*check_benchmarks(settings, progress, RETRY_DELAYS_S))
 
 
 @stage(

@@ -9,7 +9,6 @@ from samq.progress import bar
 from samq.records import CalibrationSet, SensitivityMap
 from samq.sensitivity.backpropagation import Labelling, Labels
 from samq.sensitivity.fisher import load_fisher, save_fisher
-from samq.sensitivity.layout import GgufLayout
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from samq.store import Artifact
 from samq.workspace import Workspace
@@ -49,7 +48,7 @@ def calibrate(
     passes: Passes,
 ) -> None:
     """`sensitivity-map.json` and `fisher.safetensors` of the first sequences, going on from those of `before`."""
-    torch_model, names, orders = model.load_with_rows(at.device)
+    torch_model, layout = model.load_with_layout(at.device)
     earlier = (load_map(before), load_fisher(before.path(FISHER_NAME))) if before else None
     first = earlier[0].samples if earlier else 0
     tokens = sequences.tokens
@@ -57,7 +56,7 @@ def calibrate(
         sensitivity, fisher = measure_sensitivity(
             torch_model,
             TokenBatch.load(tokens.path(TOKENS_NAME)).part(first, sequences.count),
-            GgufLayout(names, orders),
+            layout,
             Origin(model.source.digest(), CalibrationSet.load(tokens.path(CALIBRATION_SET_NAME)).digest()),
             labelling=Labelling(passes.labels, passes.seed, first),
             batch_size=passes.batch_size,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from samq.files import GGUF_NAME
@@ -11,7 +10,7 @@ from samq.gguf.file import gguf_names, read_metadata
 from samq.progress import bar
 from samq.records import ModelSource
 from samq.sensitivity.hf_model import load_model
-from samq.sensitivity.layout import row_orders, weights_of
+from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
 from samq.store import Artifact
 
 
@@ -31,8 +30,8 @@ class TorchModel:
             model, _ = load_model(weights, dtype=self.dtype, device=device, progress=progress)
             return model, gguf_names(read_metadata(gguf))
 
-    def load_with_rows(self, device: str) -> tuple[PreTrainedModel, Callable[[str], str | None], dict[str, np.ndarray]]:
-        """`load`, and for each weight whose rows the converter reordered their order in the GGUF."""
+    def load_with_layout(self, device: str) -> tuple[PreTrainedModel, GgufLayout]:
+        """The model on its device, and how its GGUF stores the weights."""
         model, names = self.load(device)
         with bar(f"compare {self.source.name} with its GGUF") as progress:
-            return model, names, row_orders(weights_of(model, names), self.full.path(GGUF_NAME), progress)
+            return model, GgufLayout(names, row_orders(weights_of(model, names), self.full.path(GGUF_NAME), progress))

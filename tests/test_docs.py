@@ -123,7 +123,7 @@ def test_command_lines_are_found():
     [
         ("rqeuantize --config x.yaml", "no command rqeuantize"),
         ("plan --map x.json --gguf y.gguf --bugdet 1GB", "--bugdet"),
-        ("plan --budget 1GB", "map"),
+        ("plan --budget 1GB", "Missing"),
         ("evaluate x.gguf --baseline y.gguf --chunks many", "integer"),
     ],
 )
@@ -176,6 +176,20 @@ def test_links_and_pictures_of_the_readme_exist():
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README.read_text())
     assert len(links) > 10
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_readmes_table_is_of_the_same_run_as_the_benchmarks():
+    rows = [
+        {
+            cells[0]: cells[1:4]
+            for row in re.findall(r"^\| (Q\d.*) \|$", text, re.M)
+            if len(cells := row.split(" | ")) > 2
+        }
+        for text in (README.read_text(), (ROOT / "docs/benchmarks.md").read_text())
+    ]
+    shown, measured = rows
+    assert list(shown) == ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M"]
+    assert shown == {mixture: measured[mixture] for mixture in shown}
 
 
 def sentences(markdown: str) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Which type each tensor gets: prices, the ladder of types, and the policies that spend a budget or follow a threshold."""
+"""Allocation of types to tensors: the ladder of types, their prices, and the threshold and budget methods."""

@@ -1,4 +1,4 @@
-"""How a budget is written: `1500MiB`, `4.5bpw`, `size-of:Q4_K_M`, `vram:24GiB@8192/Q8_0`; what it says, and its plan's name."""
+"""The notation of budgets: `1500MiB`, `4.5bpw`, `size-of:Q4_K_M`, `vram:24GiB@8192/Q8_0`."""
 
 import math
 import re
@@ -29,13 +29,13 @@ _EXAMPLES = (
 
 
 class WrittenBudget(BaseModel):
-    """What a budget says; its form tells which fields count."""
+    """A budget as it was written. Its form determines which of the other fields are set."""
 
     model_config = ConfigDict(frozen=True)
 
     form: Literal["size", "bits", "mixture", "vram"]
-    size: str = ""  # of the file, or of VRAM: 24GiB
-    bytes: int = 0  # the same as a number
+    size: str = ""  # of the file, or of VRAM, as in 24GiB
+    bytes: int = 0  # `size` in bytes
     bits_per_weight: Decimal = Decimal(0)
     mixture: str = ""
     context_tokens: int = 0
@@ -43,7 +43,7 @@ class WrittenBudget(BaseModel):
 
     @property
     def in_words(self) -> str:
-        """For a sentence on the plan: `the bytes of Q4_K_M`."""
+        """The budget in a sentence: `the bytes of Q4_K_M`."""
         match self.form:
             case "size":
                 return self.size
@@ -56,7 +56,7 @@ class WrittenBudget(BaseModel):
                 return f"{self.size} of VRAM at a context of {self.context_tokens} tokens{cache}"
 
     def of_bytes(self, size: int) -> str:
-        """The least budget of this form (size or VRAM) and unit that is no less than `size` bytes, to five digits."""
+        """The smallest budget of this form (size or VRAM) and unit that allows `size` bytes, to five digits."""
         unit = self.size.lstrip("0123456789.")
         text = f"{_ROUND_UP.divide(size, _UNITS[unit]):f}{unit}" if _UNITS[unit] > 1 else f"{size}{unit}"
         if self.form == "size":
@@ -65,27 +65,27 @@ class WrittenBudget(BaseModel):
 
 
 def bits_budget(size: int, weights: int) -> str:
-    """The least budget in bits per weight that gives so many weights no less than `size` bytes, to five digits."""
+    """The smallest budget in bits per weight that allows `size` bytes for so many weights, to five digits."""
     return f"{_ROUND_UP.divide(8 * size, weights):f}bpw"
 
 
 def read_budget(text: str) -> WrittenBudget:
-    """What a budget says; raises SamqError if it is none, or names an unknown mixture."""
+    """Parse a budget; raises SamqError if `text` is not a budget or names an unknown mixture."""
     for form, pattern in _FORMS.items():
         if match := re.fullmatch(pattern, text):
-            said = match.groupdict()
+            parts = match.groupdict()
             return WrittenBudget(
                 form=form,  # type: ignore[arg-type]
-                size=(said.get("number") or "") + (said.get("unit") or ""),
-                bytes=math.floor(Decimal(said.get("number") or 0) * _UNITS[said.get("unit") or ""]),
-                bits_per_weight=Decimal(said.get("bits") or 0),
-                mixture=check_mixture(said["mixture"]) if said.get("mixture") else "",
-                context_tokens=int(said.get("context") or 0),
-                kv_type=said.get("kv") or "F16",
+                size=(parts.get("number") or "") + (parts.get("unit") or ""),
+                bytes=math.floor(Decimal(parts.get("number") or 0) * _UNITS[parts.get("unit") or ""]),
+                bits_per_weight=Decimal(parts.get("bits") or 0),
+                mixture=check_mixture(parts["mixture"]) if parts.get("mixture") else "",
+                context_tokens=int(parts.get("context") or 0),
+                kv_type=parts.get("kv") or "F16",
             )
     raise SamqError(f"{text!r} is not a budget; give {_EXAMPLES}")
 
 
 def plan_name(text: str) -> str:
-    """What the plan of a budget is called: `samq-Q4_K_M` for size-of:Q4_K_M, `samq-4.5bpw`."""
+    """The name of a budget's plan: `samq-Q4_K_M` for size-of:Q4_K_M, `samq-4.5bpw` for 4.5bpw."""
     return "samq-" + re.sub(r"[^\w.]+", "-", text.removeprefix("size-of:"))

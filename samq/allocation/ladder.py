@@ -1,10 +1,10 @@
-"""The ladder: every quantizable tensor once at every type of a list, each rung a GGUF that llama-quantize wrote.
+"""The ladder: every quantizable tensor in every type of a list. Each rung is a GGUF that llama-quantize wrote in one type.
 
-A rung is named by the type it asks for; tensors whose rows do not allow it hold llama-quantize's own fallback, so the
-legal neighbours (Q4_0, Q5_0, Q5_1, IQ4_NL) join by themselves, and tensors that the importance matrix has no entry for
-(an embedding, above all) hold the nearest type that needs none. What a tensor becomes depends on nothing but its
-weights, its type and the importance matrix, so any plan's tensors can be taken from the rungs
-(samq.quantization.assembly), and any plan's rounding errors can be read from them (samq.allocation.prices).
+A rung has the name of its type. A tensor whose rows do not allow that type has llama-quantize's fallback, which adds Q4_0,
+Q5_0, Q5_1 and IQ4_NL to the ladder. A tensor without an entry in the importance matrix, such as the embedding, has the
+nearest type that does not need one. A tensor's bytes depend on its weights, its type and the importance matrix only. So the
+tensors of any plan can be copied from the rungs (samq.quantization.assembly), and the rungs give the rounding errors of any
+plan (samq.allocation.prices).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,21 +16,22 @@ from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, read_tensors, require_alignment
 from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.programs import quantize_unchecked
 from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 
-# IQ3_S is left out: it lengthens weights by 2 to 3 %, and the other types shorten them. Prices have no terms between weights
-# and miss that cost (samq.allocation.prices.LENGTHENING_LIMIT), so plans that mix it in come out worse. IQ3_XXS does not
-# lengthen weights and brings under 1 % (benchmarks/low_bits.py).
+# Without IQ3_S, which lengthens weights by 2 to 3 % where the others shorten them. That costs more than prices without terms
+# between weights predict (samq.allocation.prices.LENGTHENING_LIMIT), so plans with IQ3_S are worse. IQ3_XXS does not lengthen
+# and gains under 1 % (benchmarks/low_bits.py).
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The full-precision GGUF and its rungs; `rungs` maps the type asked for to the file.
+    """The full-precision GGUF and its rungs, type -> file.
 
-    `compensated` are files of single tensors of the rungs, rounded anew (`samq.quantization.compensation.compensate_rung`).
+    `compensated` are files with some tensors of a rung in compensated rounding
+    (`samq.quantization.compensation.compensate_rung`).
     """
 
     gguf: Path
@@ -38,37 +39,38 @@ class Ladder:
     compensated: Sequence[Path] = ()
 
     def sources(self) -> dict[str, dict[str, Path]]:
-        """Tensor -> type -> a file that holds the tensor in that type, the full-precision one included."""
-        found: dict[str, dict[str, Path]] = {}
+        """Tensor -> type -> a file with the tensor in that type, full precision included."""
+        files: dict[str, dict[str, Path]] = {}
         for path in (self.gguf, *self.rungs.values()):
             for name, tensor in read_tensors(path).items():
-                found.setdefault(name, {}).setdefault(tensor.type, path)
-        return found
+                files.setdefault(name, {}).setdefault(tensor.type, path)
+        return files
 
 
 def rung_names(
     tensors: Iterable[TensorInfo], types: Iterable[str], *, imatrix: bool, plans: Iterable[Plan] = ()
 ) -> list[str]:
-    """The rungs that are worth making, fewest bits first: those of `types` that give some tensor a type of its own.
+    """The names of the rungs to make, fewest bits first.
 
-    `plans` join the types that they name and that no such rung gives. Without an importance matrix the types that
-    llama-quantize refuses are left out. Where rows are too short for K types, Q4_1 joins: nothing falls back to it.
+    These are the `types` in which some tensor gets a type that no rung before gives it, and the types of `plans` that these
+    rungs lack. Without an importance matrix they do not include the types that llama-quantize refuses then. If rows are too
+    short for K types, Q4_1 is added, since no type falls back to it. Raises SamqError if no rung is left.
     """
     tensors = list(tensors)
     refused = set() if imatrix else set(NEEDS_IMATRIX)
-    wanted = {check_type(name) for name in types}
-    if wanted and any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
-        wanted.add("Q4_1")
-    wanted -= refused
-    names, seen = [], {(tensor.name, tensor.type) for tensor in tensors}
-    for name in _by_bits(wanted):
-        given = {(tensor.name, fallback(name, tensor.row_length)) for tensor in tensors}
-        if given - seen:
+    candidates = {check_type(name) for name in types}
+    if candidates and any(fallback("Q4_K", tensor.row_length) != "Q4_K" for tensor in tensors):
+        candidates.add("Q4_1")
+    candidates -= refused
+    names, covered = [], {(tensor.name, tensor.type) for tensor in tensors}  # (tensor, type) that some rung has
+    for name in _by_bits(candidates):
+        in_rung = {(tensor.name, fallback(name, tensor.row_length)) for tensor in tensors}
+        if in_rung - covered:
             names.append(name)
-            seen |= given
-    names += {kind for plan in plans for name, kind in plan.types.items() if (name, kind) not in seen} - refused
+            covered |= in_rung
+    names += {kind for plan in plans for name, kind in plan.types.items() if (name, kind) not in covered} - refused
     if not names:
-        raise SamqError(f"a ladder of {', '.join(sorted(wanted)) or 'no types'} has no rung; name quantized types")
+        raise SamqError(f"a ladder of {', '.join(sorted(candidates)) or 'no types'} has no rung; name quantized types")
     return _by_bits(names)
 
 
@@ -77,31 +79,33 @@ def _by_bits(names: Iterable[str]) -> list[str]:
 
 
 def rungs_of(plan: Plan, tensors: Mapping[str, TensorInfo], rungs: Iterable[str]) -> dict[str, list[str]] | None:
-    """The rungs that together hold every tensor in the plan's type, full precision apart, each with the tensors it is for.
+    """Rung -> the tensors that it has in the plan's type, so that together they have every tensor that is quantized.
 
-    None if no rung holds some tensor so.
+    None if some tensor is in no rung in its type.
     """
-    needed: dict[str, list[str]] = {}
+    tensors_by_rung: dict[str, list[str]] = {}
     rungs = list(rungs)
     for name, kind in plan.types.items():
         if kind != tensors[name].type:
-            holder = next((rung for rung in rungs if fallback(rung, tensors[name].row_length) == kind), None)
-            if holder is None:
+            source = next((rung for rung in rungs if fallback(rung, tensors[name].row_length) == kind), None)
+            if source is None:
                 return None
-            needed.setdefault(holder, []).append(name)
-    return {rung: needed[rung] for rung in _by_bits(needed)}
+            tensors_by_rung.setdefault(source, []).append(name)
+    return {rung: tensors_by_rung[rung] for rung in _by_bits(tensors_by_rung)}
 
 
 def threshold_types(target: Target, policy: ThresholdPolicy) -> set[str]:
-    """The types that threshold plans of this policy name, whatever their threshold: kept, base and guards."""
+    """The types that threshold plans of this policy use at any threshold: the type above it, the base's, the guards."""
     base = set(stock_plan(target, policy.base).types.values()) if policy.base in MIXTURES else {policy.base}
     guards = {guard for guard in (policy.output_guard, policy.embedding_guard) if guard}
     return {policy.keep} | base | guards
 
 
 def uniform_plan(target: Target, name: str) -> Plan:
-    """Every quantizable tensor at one type, or at what takes its place (`Target.legal_type`): llama-quantize's fallback where
-    rows do not allow it, the nearest that needs no importance matrix where the type does and there is no entry.
+    """Plan every quantizable tensor in one type, or in the type that replaces it (`Target.legal_type`).
+
+    llama-quantize's fallback replaces a type that the rows do not allow. Where the importance matrix lacks an entry that
+    the type needs, the nearest type without that need does.
     """
     name = check_type(name)
     types, substitutions = {}, {}
@@ -121,9 +125,9 @@ def make_rung(
     timeout_s: float = 6 * 3600,
     progress: Progress = silent,
 ) -> QuantizedModel:
-    """Write the rung of one type into `folder` by llama-quantize, audited; see `samq.llamacpp.programs.quantize`."""
+    """Write the rung of one type into `folder` with llama-quantize, and audit it; see `samq.llamacpp.programs.quantize`."""
     require_alignment(target.gguf)
-    return quantize(
+    return quantize_unchecked(  # the plan is made here, for the target's own importance matrix
         target.gguf,
         uniform_plan(target, name),
         folder,

@@ -1,11 +1,12 @@
-"""Prices: what each tensor costs in each type of a ladder, in bytes and in predicted KL.
+"""Prices: the cost of each tensor in each type of a ladder, in bytes and in predicted KL.
 
-The rounding error is not modelled: it is what llama-quantize really did to the tensor, read back from the rung. With F
-the Fisher information (samq.sensitivity.fisher: means over rows and columns), a tensor in a type costs
+The rounding error dW is not modelled: it is the difference between the tensor that llama-quantize wrote to the rung and the
+original. With the Fisher information F (samq.sensitivity.fisher: means over rows and columns), a tensor in a type costs
 
-    KL = sum over weights of F dW^2 / 2,  nats per token,
+    KL = sum over weights of F dW^2 / 2,  in nats per token,
 
-the second-order term of the KL divergence without the terms between weights. Prices of tensors add up to a plan's.
+which is the second-order term of the KL divergence without the terms between weights. The price of a plan is the sum over
+its tensors.
 """
 
 import math
@@ -24,10 +25,10 @@ from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
 from samq.sensitivity.fisher import Fisher
 
-# Weights that a type makes longer by so much (relative) cost more, mixed with others, than their prices say: their errors have
-# one sign. IQ3_S lengthens by 2 to 3 %, no other type by a thousandth (benchmarks/low_bits.py). Shorter is another matter: Q3_K
-# takes 1 % of the length and Q2_K 4 %, as values in the middle of what is rounded to them are, and Q3_K given back its length
-# does no better.
+# A type that lengthens weights by this share or more costs more in a mixture than its prices say, since its errors have one
+# sign. IQ3_S lengthens by 2 to 3 %, and no other type by a thousandth (benchmarks/low_bits.py). Shorter weights do not have
+# this cost: Q3_K shortens by 1 % and Q2_K by 4 %, since a level is the mean of the weights that are rounded to it, and Q3_K
+# with its length restored is not better.
 LENGTHENING_LIMIT = 0.01
 # From this KL on, predicted or measured, rounding is no small change and second order fails.
 SECOND_ORDER_LIMIT_NATS = 0.3
@@ -44,15 +45,16 @@ def price_table(
     imatrix_sha256: str | None = None,
     progress: Progress = silent,
 ) -> PriceTable:
-    """Price every quantizable tensor in every type that the ladder holds it in, one slab of rows at a time.
+    """Price every quantizable tensor in every type that the ladder has it in, one slab of rows at a time.
 
-    Raises SamqError for a tensor that the map or the fisher lacks, or that has another shape there.
+    Raises SamqError for a tensor that `sensitivity` or `fisher` lacks, or that has another shape there.
     """
     for tensor in quantizable.values():
         _check(tensor, sensitivity, fisher)
     prices = {name: {tensor.type: Price(bytes=tensor.bytes, kl_nats=0.0)} for name, tensor in quantizable.items()}
     total = len(ladder.rungs) * len(quantizable)
-    along, whole = defaultdict[str, float](float), defaultdict[str, float](float)  # <dW, W> and <W, W> of each type
+    # of each type, over its tensors: <dW, W> and <W, W>
+    error_along_weights, weight_squares = defaultdict[str, float](float), defaultdict[str, float](float)
     for done, rung in enumerate(ladder.rungs.values()):
         originals = {tensor.name: tensor for tensor in open_gguf(ladder.gguf).tensors}
         rounded = {tensor.name: tensor for tensor in open_gguf(rung).tensors}
@@ -60,10 +62,10 @@ def price_table(
             progress(done * len(quantizable) + index, total)
             kind = rounded[name].tensor_type.name
             if kind not in prices[name]:
-                cost, error_along, squares = _rounding(originals[name], rounded[name], fisher[name])
+                cost, along, squares = _rounding(originals[name], rounded[name], fisher[name])
                 prices[name][kind] = Price(bytes=tensor_bytes(kind, info.shape), kl_nats=cost)
-                along[kind] += error_along
-                whole[kind] += squares
+                error_along_weights[kind] += along
+                weight_squares[kind] += squares
     progress(total, total)
     return PriceTable(
         gguf_sha256=gguf_sha256,
@@ -74,15 +76,18 @@ def price_table(
             name: TensorPrices(types=types, shares=_shares(sensitivity.tensors[name].sequence_squares))
             for name, types in prices.items()
         },
-        length_changes={kind: along[kind] / whole[kind] for kind in whole if whole[kind]},
+        length_changes={
+            kind: error_along_weights[kind] / squares for kind, squares in weight_squares.items() if squares
+        },
     )
 
 
 def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
-    """Predicted KL of a plan, nats per token, with its standard error over the calibration sequences.
+    """Predicted KL of a plan in nats per token, with its standard error over the calibration sequences.
 
-    The cost is a ratio, of what the sequences add to it over their label tokens; its error is the usual one of a ratio of
-    means, with all tensors' errors taken together. Raises SamqError for a tensor or type that has no price.
+    `types` maps tensor -> type. The cost is a ratio: the sum of the sequences' parts over the sum of their label tokens. Its
+    standard error is that of a ratio of means (`ratio_stderr`), from the parts of all tensors together. Raises SamqError for
+    a tensor or type without a price.
     """
     costs = []
     for name, kind in types.items():
@@ -95,36 +100,37 @@ def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
 
 
 def ratio_stderr(costs: NDArray[np.float64], tokens: NDArray[np.int64]) -> float:
-    """Standard error of sum(costs) / sum(tokens), both (sequences,): the usual one of a ratio of means."""
+    """Standard error of sum(costs) / sum(tokens), both (sequences,), by linearization of the ratio of means."""
     count, total = len(costs), tokens.sum()
     residuals = costs - costs.sum() / total * tokens
     return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / total)
 
 
 def sequences_wanted(costs: Iterable[Metric], precision: float, *, measured: int, available: int) -> int:
-    """How many calibration sequences to measure in all, for the relative standard error of every cost to be `precision`.
+    """The number of calibration sequences, in all, for which the relative standard error of every cost is `precision`.
 
-    The error of a mean falls with the square root of their number; a tenth more guards against bad luck in its estimate.
-    `measured` if that is enough, or fewer than two are left: one alone has no standard error.
+    The error of a mean falls with the square root of the number; the result has a tenth more, since the estimate of the
+    error is itself noisy. Returns `measured` if that is enough, or if fewer than two of the `available` sequences are left:
+    a single one has no standard error.
     """
-    wanted = measured
+    count = measured
     for cost in costs:
         relative = (cost.stderr or 0.0) / cost.value if cost.value else 0.0
         if relative > precision:
-            wanted = max(wanted, math.ceil(1.1 * (cost.n or 0) * (relative / precision) ** 2))
-    if wanted == measured or available - measured < 2:
+            count = max(count, math.ceil(1.1 * (cost.n or 0) * (relative / precision) ** 2))
+    if count == measured or available - measured < 2:
         return measured
-    return min(available, max(wanted, measured + 2))
+    return min(available, max(count, measured + 2))
 
 
 def predicted_cost(prices: PriceTable, plan: Plan) -> Metric | None:
-    """The plan's predicted KL; None if the ladder does not hold all of its types."""
-    priced = all(kind in prices.tensors[name].types for name, kind in plan.types.items())
-    return plan_cost(prices, plan.types) if priced else None
+    """The plan's predicted KL in nats per token; None if one of its types has no price."""
+    has_prices = all(kind in prices.tensors[name].types for name, kind in plan.types.items())
+    return plan_cost(prices, plan.types) if has_prices else None
 
 
 def lengthened(prices: PriceTable, plan: Plan) -> dict[str, float]:
-    """The plan's types that lengthen weights by `LENGTHENING_LIMIT` or more, and by how much, relative."""
+    """Type -> relative lengthening, for the plan's types that lengthen weights by `LENGTHENING_LIMIT` or more."""
     changes = {kind: prices.length_changes.get(kind, 0.0) for kind in plan.types.values()}
     return {kind: changes[kind] for kind in sorted(changes) if changes[kind] >= LENGTHENING_LIMIT}
 
@@ -140,10 +146,10 @@ def _check(tensor: TensorInfo, sensitivity: SensitivityMap, fisher: Mapping[str,
 
 
 def _rounding(original: ReaderTensor, rounded: ReaderTensor, fisher: Fisher) -> tuple[float, float, float]:
-    """Half of the sum of fisher times squared rounding error, in nats per token; and with dW that error, <dW, W> and <W, W>."""
+    """The cost of one tensor in nats per token, half of the sum of fisher dW^2; and <dW, W> and <W, W>."""
     *_, rows, row_length = fisher.shape
     slab = max(1, _SLAB_WEIGHTS // row_length)
-    cost = along = whole = 0.0
+    cost = along = squares = 0.0
     experts = zip(fisher.rows.reshape(-1, rows), fisher.profile().reshape(-1, row_length), strict=True)
     for expert, (means, profile) in enumerate(experts):
         for first in range(0, rows, slab):
@@ -152,27 +158,27 @@ def _rounding(original: ReaderTensor, rounded: ReaderTensor, fisher: Fisher) -> 
             weights = read_rows(original, there)
             error = read_rows(rounded, there)
             error -= weights
-            # einsum adds up in one order, whatever the number of threads
+            # einsum adds up in the same order with any number of threads
             along += math.fsum(np.einsum("ij,ij->i", error, weights))
-            whole += math.fsum(np.einsum("ij,ij->i", weights, weights))
+            squares += math.fsum(np.einsum("ij,ij->i", weights, weights))
             np.square(error, out=error)
             cost += float(
                 np.vdot(means[here].astype(np.float64), np.einsum("ij,j->i", error, profile).astype(np.float64))
             )
-    return cost / 2, along, whole
+    return cost / 2, along, squares
 
 
 def rounding_error(
     original: ReaderTensor, rounded: ReaderTensor, rows: slice | NDArray[np.intp]
 ) -> NDArray[np.float32]:
-    """What quantization did to some rows: dequantized minus original, (rows, row length)."""
+    """The rounding error of some rows: dequantized minus original, (rows, row length)."""
     error = read_rows(rounded, rows)
     error -= read_rows(original, rows)
     return error
 
 
 def _shares(squares: Sequence[float]) -> tuple[float, ...]:
-    """Each sequence's part of the sum; a tensor that no gradient reaches costs nothing, in equal parts."""
+    """Each sequence's share of the sum; equal shares for a tensor without gradients, which costs nothing."""
     total = sum(squares)
     return tuple(square / total for square in squares) if total else (1 / len(squares),) * len(squares)
 

@@ -23,6 +23,7 @@ class Target:
     quantizable: dict[str, TensorInfo]
     toolchain: Toolchain
     imatrix: Path | None = None
+    imatrix_sha256: str | None = None
 
     @classmethod
     def open(
@@ -31,8 +32,12 @@ class Target:
         toolchain: Toolchain,
         imatrix: Path | None = None,
         sha256: str | None = None,
+        imatrix_sha256: str | None = None,
     ) -> "Target":
-        """Read the file's tensors and ask llama-quantize which of them it quantizes."""
+        """Read the file's tensors and ask llama-quantize which of them it quantizes.
+
+        The GGUF and the importance matrix are hashed only if their SHA-256 is not given.
+        """
         return cls(
             gguf=gguf,
             sha256=sha256 or file_sha256(gguf),
@@ -40,12 +45,8 @@ class Target:
             quantizable=quantizable_tensors(gguf, toolchain),
             toolchain=toolchain,
             imatrix=imatrix,
+            imatrix_sha256=imatrix_sha256 or (file_sha256(imatrix) if imatrix else None),
         )
-
-    @property
-    def imatrix_sha256(self) -> str | None:
-        """SHA-256 of the importance matrix, if there is one."""
-        return file_sha256(self.imatrix) if self.imatrix else None
 
     def legal_type(self, name: str, requested: str) -> tuple[str, Substitution | None]:
         """What llama-quantize can write to a tensor for which `requested` is asked, and why, if that is another type."""

@@ -20,15 +20,8 @@ def demo(
 
     Compares full precision, Q4_K_M, a budget plan of the same size, and threshold plans.
     """
-    from samq.report.next_steps import next_commands
-
     deployments = PROJECT / "deployments"
-    finished = _run(config or deployments / "parameters" / "demo.yaml")
-    best, tracked = finished.sweep.best, finished.tracked
-    policy = deployments / "promotion" / ("policy.yaml" if config else "demo.yaml")
-    name = tracked.registered_model if tracked.model_version else None
-    for line in next_commands(name, best.gguf if best else None, policy):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _run(config or deployments / "parameters" / "demo.yaml", deployments / "promotion" / "demo.yaml")
 
 
 def requantize(
@@ -39,11 +32,11 @@ def requantize(
 
     Converts, calibrates, plans, quantizes, evaluates, reports and registers, and tracks everything in MLflow.
     """
-    _run(config, no_imatrix)
+    _run(config, PROJECT / "deployments" / "promotion" / "policy.yaml", no_imatrix=no_imatrix)
 
 
-def _run(config: Path, no_imatrix: bool = False) -> "FinishedSweep":
-    """Run the flow that a parameter file describes, and print what it found."""
+def _run(config: Path, policy: Path, *, no_imatrix: bool = False) -> None:
+    """Run the flow; `policy` is the file of gates that the next commands name."""
     prepare_prefect()
     with loading_packages():
         from flows.parameters import load_parameters
@@ -56,13 +49,12 @@ def _run(config: Path, no_imatrix: bool = False) -> "FinishedSweep":
         from flows.requantize import requantize as flow
 
         require_prefect()
-    finished = flow(parameters)
-    _show(finished)
-    return finished
+    _show(flow(parameters), policy)
 
 
-def _show(finished: "FinishedSweep") -> None:
-    """Print what the sweep found and where MLflow has it."""
+def _show(finished: "FinishedSweep", policy: Path) -> None:
+    """Print what the sweep found, where MLflow has it, and the next commands."""
+    from samq.report.next_steps import next_commands
     from samq.report.table import terminal_table
 
     sweep = finished.sweep
@@ -72,5 +64,6 @@ def _show(finished: "FinishedSweep") -> None:
         console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
     if sweep.best:
         console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
-    for line in finished.tracked.summary():
+    best = sweep.best.gguf if sweep.best else None
+    for line in (*finished.tracked.summary(), *next_commands(finished.tracked.registered_model, best, policy)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -207,9 +207,10 @@ def _read_json(path: Path) -> list[Row]:
 
 def _read_parquet(path: Path) -> list[Row]:
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise SamqError(f"{path} is not a whole parquet file ({error}); copy or make it again") from error
+    return rows
 
 
 def _read_documents(path: Path) -> list[Row]:
@@ -241,7 +242,7 @@ def _read_hub(spec: DatasetSpec) -> Sequence[Row]:
             f"split {split!r} contains a slice; use start and samples instead, so that SAMQ can find overlaps"
         )
     try:
-        return datasets.load_dataset(spec.name, spec.config, split=split)
+        rows: Sequence[Row] = datasets.load_dataset(spec.name, spec.config, split=split)
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow all raise their own
         reason = str(error).strip().split("\n")[0]
         if is_unreachable(error):
@@ -253,3 +254,4 @@ def _read_hub(spec: DatasetSpec) -> Sequence[Row]:
             f"{spec.name} is not one of {', '.join(_PACKAGED)}, nor a file, and the hub gave no such data set "
             f"({type(error).__name__}: {reason}); check its name, its split {split!r} and the network"
         ) from error
+    return rows

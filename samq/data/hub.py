@@ -3,8 +3,8 @@
 from typing import Any
 
 from huggingface_hub import is_offline_mode
-from huggingface_hub.utils import httpx
-from huggingface_hub.utils import tqdm as HubBar
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from huggingface_hub.utils import tqdm as HubBar  # type: ignore[attr-defined]
 
 from samq.progress import Progress
 

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
 def _schema(path: Path) -> str | None:
     """Which record a file says that it holds; None if it cannot be told, which loading it will explain."""
     try:
-        return json.loads(path.read_text())["schema"]
+        return str(json.loads(path.read_text())["schema"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -48,7 +48,8 @@ def read_tokens(path: Path) -> NDArray[np.int32]:
             ids, lengths = content["ids"], content["lengths"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise SamqError(f"cannot read held-out tokens from {path}: {error}; make the held-out set again") from error
-    return ids[np.arange(ids.shape[1]) < lengths[:, None]]
+    chosen: NDArray[np.int32] = ids[np.arange(ids.shape[1]) < lengths[:, None]]
+    return chosen
 
 
 def cut_chunks(token_ids: NDArray[np.integer], context_tokens: int, bos: int | None) -> NDArray[np.int32]:
@@ -152,7 +153,8 @@ def open_baseline(
             f"{folder / 'logits.npy'} holds {logits.dtype} {logits.shape} and not float32 {baseline.shape}; "
             "compute the baseline again"
         )
-    return logits.reshape(len(chunks), settings.scored_per_chunk, vocab_size)
+    scored: NDArray[np.float32] = logits.reshape(len(chunks), settings.scored_per_chunk, vocab_size)
+    return scored
 
 
 def chunks_digest(chunks: NDArray[np.int32]) -> str:

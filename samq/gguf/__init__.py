@@ -1,1 +1,1 @@
-"""The GGUF format: files, types, the codes inside blocks, and the audit of a finished file."""
+"""The GGUF format: files, headers, types, the codes inside blocks, and the audit of a finished file."""

@@ -127,7 +127,8 @@ def _dequantization(kind: GGMLQuantizationType) -> Callable[[int, int, int], Non
 
     library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    return library.ggml_get_type_traits(int(kind)).contents.to_float
+    to_float: Callable[[int, int, int], None] = library.ggml_get_type_traits(int(kind)).contents.to_float
+    return to_float
 
 
 def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:

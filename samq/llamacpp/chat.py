@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from samq.errors import SamqError
 from samq.llamacpp.runtime import Model
 
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 # Marks the end of the last message, as in transformers. The space shows whether the template keeps trailing spaces.
 _CUT = "END-OF-THE-LAST-MESSAGE "
 
 
-def tokenize_chat(model: Model, messages: Sequence[Message], *, dated: bool = False) -> NDArray[np.int32]:
+def tokenize_chat(model: Model, messages: Sequence[ChatMessage], *, dated: bool = False) -> NDArray[np.int32]:
     """Token ids of `messages`, up to where the model's answer begins; see `render_chat`."""
     text = render_chat(model, messages, dated=dated)
     if model.adds_bos and model.bos is not None:
@@ -29,7 +29,9 @@ def tokenize_chat(model: Model, messages: Sequence[Message], *, dated: bool = Fa
     return model.tokenize(text, add_special=True, parse_special=True)
 
 
-def render_chat(model: Model, messages: Sequence[Message], *, continue_last: bool = False, dated: bool = False) -> str:
+def render_chat(
+    model: Model, messages: Sequence[ChatMessage], *, continue_last: bool = False, dated: bool = False
+) -> str:
     """The text of `messages` (each with role and content), up to where the model's answer begins.
 
     With `continue_last` the text ends with the content of the last message, and the model continues it. If the template

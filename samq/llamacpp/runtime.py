@@ -37,7 +37,7 @@ _captures: list[tuple[int, list[str]]] = []  # (lowest level to capture, pieces 
 _captures_lock = threading.Lock()
 
 
-@api.llama_log_callback
+@api.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
     """Send llama.cpp's warnings and errors to logging, and its lines to the captures that take their level."""
     line = text.decode(errors="replace")
@@ -83,7 +83,8 @@ def default_gpu_layers() -> int:
 def system_info() -> str:
     """The features of llama.cpp's build and of the processor: `CPU : AVX2 = 1 | ...`."""
     _start_backend()
-    return api.llama_print_system_info().decode().strip(" |")
+    features: bytes = api.llama_print_system_info()
+    return features.decode().strip(" |")
 
 
 class Model:
@@ -130,7 +131,9 @@ class Model:
 
     def _names(self, token: str) -> bool:
         """Whether the file's metadata name this token: `bos` or `eos`."""
-        return api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
+        return bool(
+            api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
+        )
 
     def __enter__(self) -> Self:
         """Return the model itself."""

@@ -20,7 +20,7 @@ from samq.report.table import COLUMNS
 from samq.sweep.selection import KLD, VRAM
 from samq.sweep.significance import JSON_ITEMS, PairedComparison, compare_items
 
-Verdict = Literal["pass", "fail", "not applicable"]
+GateVerdict = Literal["pass", "fail", "not applicable"]
 LATENCY = "speed/latency_p99_ms"
 _TAGS = ("candidate", "gguf_uri", "sha256", "size_bytes", "plan_digest", "parent_run")  # what registration writes
 
@@ -33,7 +33,7 @@ class Gate(BaseModel):
     name: str
     value: str = Field(default="", description="the measured value, with its unit")
     limit: str = Field(default="", description="what the policy requires")
-    verdict: Verdict
+    verdict: GateVerdict
     reason: str = ""
 
 
@@ -133,7 +133,7 @@ def _non_inferior(items: str, metric: str, candidate: Measured, reference: Refer
     name = f"{items} against {reference.kind}"
     limit = f"worse by less than {100 * margin:g} % of {reference.name}"
     if reference.measured is None:
-        verdict: Verdict = "fail" if reference.expected else "not applicable"
+        verdict: GateVerdict = "fail" if reference.expected else "not applicable"
         return Gate(name=name, limit=limit, verdict=verdict, reason=reference.reason)
     for measured in (candidate, reference.measured):
         if measured.of(items).empty:

@@ -1,1 +1,1 @@
-"""Plans become files: assembly from the ladder, and compensated rounding (GPTQ)."""
+"""How a plan becomes a file: recipes, assembly from the ladder, and compensated rounding (GPTQ)."""

@@ -19,8 +19,9 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import Locator, LogLocator, NullLocator
 from numpy.typing import NDArray
 
+from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS
 from samq.records import Metric
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, predicted_and_measured
+from samq.report.prediction import agreement, predicted_and_measured
 from samq.sweep.selection import MB, Comparison, Result
 from samq.sweep.sweep import Sweep
 

@@ -1,1 +1,1 @@
-"""How much each weight matters: gradients, Fisher information and Gram matrices of the model in torch."""
+"""Sensitivity of the loss to the weights: gradients, Fisher information and Gram matrices of the model in torch."""

@@ -38,9 +38,9 @@ class Fisher:
     def profile(self) -> NDArray[np.float32]:
         """Each column relative to the mean of all, in the shape of `columns`: the factor on a row's mean. Ones if all are 0."""
         mean = self.columns.mean(axis=-1, keepdims=True, dtype=np.float64)
-        return np.divide(self.columns, mean, out=np.ones_like(self.columns, np.float64), where=mean > 0).astype(
-            np.float32
-        )
+        ratios: NDArray[np.float64] = np.ones_like(self.columns, np.float64)
+        np.divide(self.columns, mean, out=ratios, where=mean > 0)
+        return ratios.astype(np.float32)
 
     def mixed(self, share: float, other: "Fisher", other_share: float) -> "Fisher":
         """The Fisher information over the sequences of two measurements, each with its share of the tokens."""

@@ -49,7 +49,8 @@ class GramMatrices:
 
     def __getitem__(self, tensor: str) -> torch.Tensor:
         """The matrix of the tensor's input."""
-        return self._file.get_tensor(self.source[tensor])
+        matrix: torch.Tensor = self._file.get_tensor(self.source[tensor])
+        return matrix
 
 
 def measure_gram(

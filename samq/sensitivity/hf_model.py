@@ -55,7 +55,7 @@ TOKENIZER_FILES = (
     "*.model",
 )
 # `set_tqdm_hook` does not reach transformers' bar over a GGUF's tensors, so that bar is made like the others.
-modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm
+modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm  # type: ignore[attr-defined]
 _loading = threading.Lock()  # loading changes transformers and gguf, which is visible to all threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

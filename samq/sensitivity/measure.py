@@ -176,7 +176,8 @@ class _Sums:
             self._rows[index][row : row + len(squares)] += squares
             columns = self._columns[index]
             columns += gradient.square_().view(*columns.shape[:-1], -1, columns.shape[-1]).sum(-2)
-        return squares.sum(dtype=torch.float64)
+        total: torch.Tensor = squares.sum(dtype=torch.float64)
+        return total
 
     def fisher(self, label_tokens: int, row_orders: Mapping[str, np.ndarray]) -> dict[str, Fisher]:
         """GGUF name -> Fisher information, with the rows in GGUF's order."""

@@ -40,8 +40,8 @@ def schema_grammar(schema: dict[str, Any]) -> str:
             raise _refused(f"it has {len(text)} bytes, and the limit is {_MOST_SCHEMA_BYTES}")
         _check_repetitions(schema)
         converter = _Converter()
-        converter.visit(converter.resolve_refs(json.loads(text), "stdin"), "")
-        grammar: str = converter.format_grammar()
+        converter.visit(converter.resolve_refs(json.loads(text), "stdin"), "")  # type: ignore[no-untyped-call]
+        grammar: str = converter.format_grammar()  # type: ignore[no-untyped-call]
         grammar.encode()  # raises an error if a pattern has half a character (a lone surrogate)
     except Refused:
         raise
@@ -57,7 +57,7 @@ class _Converter(SchemaConverter):
     """A converter that refuses too many properties, after it has merged those of `allOf`."""
 
     def __init__(self) -> None:
-        super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+        super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)  # type: ignore[no-untyped-call]
         self._properties = self._optional = 0
 
     def _build_object_rule(

@@ -121,7 +121,7 @@ class Watcher:
         first, most = _RETRY_S if self._engine.model else (self._settings.poll_interval_s, _MOST_WAIT_S)
         if isinstance(error, Unfit) and self._engine.model:
             return math.inf
-        return min(first * 2 ** min(self._retries, 32), most)
+        return float(min(first * 2.0 ** min(self._retries, 32), most))
 
     def _replace(self, serving: ServedModel | None, gguf: ServedGguf) -> None:
         """Load a model and let it serve; raises if that fails, and the old one then serves."""

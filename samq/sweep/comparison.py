@@ -75,7 +75,8 @@ def _interval(sums: NDArray[np.float64], seed: int) -> tuple[float, float]:
 
 
 def _log_ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    return np.log(ours.sum(axis=axis) / theirs.sum(axis=axis))
+    ratio: NDArray[np.float64] = np.log(ours.sum(axis=axis) / theirs.sum(axis=axis))
+    return ratio
 
 
 def compare_sweep(results: Sequence[Result], *, seed: int = 0) -> list[Comparison]:

@@ -279,8 +279,8 @@ def items_needed(gains: NDArray[np.float64], margin: float, reach: float = 1.0) 
     spread = float(gains.std())
     if distance == 0:
         return None
-    z = norm.ppf(CONFIDENCE)
-    needed = ((z + norm.ppf(_POWER)) * spread / distance) ** 2
+    z = float(norm.ppf(CONFIDENCE))
+    needed = ((z + float(norm.ppf(_POWER))) * spread / distance) ** 2
     if 0 < margin < reach and np.isin(gains, (-reach, 0, reach)).all():
         needed = max(needed, z * z * (reach / margin - 1))
     return math.ceil(needed)

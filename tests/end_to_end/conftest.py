@@ -1,7 +1,9 @@
 """What the end-to-end tests share: the demo's model and text with small parameters, and one sweep with them."""
 
 import pytest
+from prefect import flow
 
+import samq
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.store import Store
@@ -39,19 +41,31 @@ def rebuilt(before, after):
     return sorted(stage for (stage, key), made in after.items() if before.get((stage, key)) != made)
 
 
+@flow(task_runner=requantize.task_runner)
+def measure(parameters: dict) -> samq.Sweep:
+    """The flow `requantize` without what comes after the sweep: no report is written, and nothing goes to MLflow."""
+    return samq.measure_sweep(parameters)
+
+
 @pytest.fixture(scope="session")
-def sweep_and_artifacts(home, prefect_home):
-    sweep = requantize(RequantizeParameters.model_validate(SMALL))
-    return sweep, artifacts(home)
+def finished_and_artifacts(home, prefect_home):
+    finished = requantize(RequantizeParameters.model_validate(SMALL))
+    return finished, artifacts(home)
 
 
 @pytest.fixture
-def sweep(sweep_and_artifacts):
-    """A sweep with the small parameters."""
-    return sweep_and_artifacts[0]
+def finished(finished_and_artifacts):
+    """What the flow gives with the small parameters: a sweep, its report, and where it is tracked."""
+    return finished_and_artifacts[0]
 
 
 @pytest.fixture
-def made_by_sweep(sweep_and_artifacts):
+def sweep(finished):
+    """The sweep of the small parameters."""
+    return finished.sweep
+
+
+@pytest.fixture
+def made_by_sweep(finished_and_artifacts):
     """Its artifacts, (stage, key) each."""
-    return sorted(sweep_and_artifacts[1])
+    return sorted(finished_and_artifacts[1])

@@ -1,7 +1,11 @@
 """`import samq`, as a notebook uses it."""
 
+import pytest
+
 import samq
 from tests.end_to_end.conftest import SMALL
+
+pytestmark = pytest.mark.e2e
 
 
 def test_a_notebook_gets_the_flows_sweep_from_the_same_store(sweep, home):

@@ -4,10 +4,8 @@ import os
 
 import pytest
 
-from flows.parameters import RequantizeParameters
-from flows.requantize import requantize
 from samq.store import MANIFEST, Store
-from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
+from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
@@ -38,12 +36,11 @@ def smallest_file(artifact):
 
 
 def run_again(sweep):
-    """Run the flow again; the GGUFs are those of the first run, byte for byte."""
-    again = requantize(RequantizeParameters.model_validate(SMALL))
-    assert again.failures == []
-    assert {made.name: made.model.sha256 for made in again.results} == {
-        made.name: made.model.sha256 for made in sweep.results
-    }
+    """Measure the sweep again; the GGUFs are those of the first run, byte for byte."""
+    again = measure(SMALL)
+    assert again.failures == ()
+    ggufs, before = ({result.name: result.model.sha256 for result in one.results} for one in (again, sweep))
+    assert ggufs == before
 
 
 def test_every_stage_of_the_sweep_is_looked_at(made_by_sweep):

@@ -16,11 +16,13 @@ import openai
 import pytest
 import yaml
 from mlflow import MlflowClient
+from prefect.settings import PREFECT_API_URL
 
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.services import mlflow_page
 from samq.tracking.registry import PREVIOUS_ALIAS, PRODUCTION_ALIAS, aliases
+from tests.command_line import forked_samq
 from tests.end_to_end.conftest import SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home"), pytest.mark.timeout(1800)]
@@ -48,8 +50,8 @@ def requantized(home, prefect_home):
     @cache
     def run(which):
         tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}, **asked[which]}
-        sweep = requantize(RequantizeParameters.model_validate(tracked))
-        return sweep.tracked.model_version, sweep.best.model.sha256
+        finished = requantize(RequantizeParameters.model_validate(tracked))
+        return finished.tracked.model_version, finished.sweep.best.model.sha256
 
     return run
 
@@ -72,10 +74,10 @@ def free_port():
 
 
 def samq(environment, *arguments, code=0):
-    """Run a command to its end; returns what it printed."""
-    command = [sys.executable, "-m", "samq.cli", *map(str, arguments)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    """Run a command to its end, over the Prefect server of all tests; returns what it printed."""
+    more = {name: environment[name] for name in environment.keys() & {"MLFLOW_TRACKING_URI"}}
+    more |= {"PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_HOME": f"{environment['SAMQ_HOME']}/prefect"}
+    done = forked_samq(*arguments, home=environment["SAMQ_HOME"], **more)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

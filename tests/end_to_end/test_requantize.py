@@ -32,17 +32,18 @@ from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
 from samq.sweep.selection import KLD
-from tests.command_line import samq
-from tests.end_to_end.conftest import SMALL, artifacts, rebuilt
+from tests.command_line import forked_samq
+from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
 FIRST_BLOCKS = 3
+STEPS = ("choose rungs", "propose thresholds")  # what works in a workspace and is not cached
 
 
 def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
     results = {result.plan.policy: result for result in sweep.results}
-    assert sweep.failures == []
+    assert sweep.failures == ()
     assert abs(results["full"].evaluation.metrics[KLD].value) < 1e-6
     stock, kept = results["stock"], results["threshold"]
     assert stock.bytes < kept.bytes < results["full"].bytes
@@ -68,13 +69,13 @@ def test_ggufs_carry_where_they_come_from(sweep):
         if result.plan.policy != "full":
             metadata = read_metadata(result.gguf)
             assert metadata["samq.plan"] == result.plan.digest()
-            assert metadata["samq.model_sha256"] == sweep.source.weights_digest
+            assert metadata["samq.model_sha256"] == sweep.made_from.source.weights_digest
 
 
-def test_mlflow_has_a_parent_a_child_each_and_the_best_as_candidate(sweep, home):
+def test_mlflow_has_a_parent_a_child_each_and_the_best_as_candidate(finished, sweep, home):
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
-    assert client.get_run(sweep.tracked.parent_run_id).info.status == "FINISHED"
-    children = [client.get_run(run) for run in sweep.tracked.child_run_ids.values()]
+    assert client.get_run(finished.tracked.parent_run_id).info.status == "FINISHED"
+    children = [client.get_run(run) for run in finished.tracked.child_run_ids.values()]
     assert len(children) == len(sweep.results)
     assert (
         len({frozenset(run.data.metrics) & {KLD, "memory/file_bytes", "plan/bits_per_weight"} for run in children}) == 1
@@ -83,31 +84,31 @@ def test_mlflow_has_a_parent_a_child_each_and_the_best_as_candidate(sweep, home)
     assert version.tags["sha256"] == sweep.best.model.sha256
 
 
-def flow_run_of(sweep, home):
+def flow_run_of(finished, home):
     """The flow run's id, and the filter that Prefect finds what belongs to it by."""
-    parent = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}").get_run(sweep.tracked.parent_run_id)
+    parent = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}").get_run(finished.tracked.parent_run_id)
     flow_run_id = UUID(parent.data.tags["prefect.flow_run"])
     return flow_run_id, {"flow_run_filter": FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))}
 
 
-def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(sweep, home):
-    flow_run_id, this = flow_run_of(sweep, home)
+def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(finished, sweep, home):
+    flow_run_id, this = flow_run_of(finished, home)
     with get_client(sync_client=True) as prefect:
-        assert prefect.read_flow_run(flow_run_id).name == "small"
+        assert re.fullmatch(r"small \d{4}-\d\d-\d\d \d\d:\d\d", prefect.read_flow_run(flow_run_id).name)
         pages = {artifact.key: artifact for artifact in prefect.read_artifacts(**this)}
         names = {run.name for run in prefect.read_task_runs(**this)}
-    assert pages["requantize-report"].data == sweep.markdown
+    assert pages["requantize-report"].data == finished.report
     assert {row["candidate"] for row in json.loads(pages["requantize-candidates"].data)} == {
         result.name for result in sweep.results
     }
     assert names >= {"convert SmolLM2-135M-Instruct.Q4_1 to F16", "plan Q4_K_M", "ladder Q8_0", "evaluate Q4_K_M"}
 
 
-def test_the_finalists_are_put_to_the_benchmarks_item_by_item(sweep, home):
+def test_the_finalists_are_put_to_the_benchmarks_item_by_item(finished, sweep, home):
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
     asked = {result.name for result in sweep.results if "eval/samq_hellaswag/acc" in result.evaluation.metrics}
     assert {"F16", sweep.best.name} <= asked and len(asked) < len(sweep.results)
-    run_id = sweep.tracked.child_run_ids[sweep.best.name]
+    run_id = finished.tracked.child_run_ids[sweep.best.name]
     metrics = client.get_run(run_id).data.metrics
     assert metrics["eval/samq_hellaswag/acc"] == sweep.best.evaluation.metrics["eval/samq_hellaswag/acc"].value
     assert "eval/samq_hellaswag/acc_delta_vs_f16" in metrics
@@ -115,7 +116,7 @@ def test_the_finalists_are_put_to_the_benchmarks_item_by_item(sweep, home):
     table = pd.read_parquet(client.download_artifacts(run_id, f"evaluation/{ITEMS_NAME}"))
     assert f"evaluation/{ITEMS_NAME}" in names
     assert set(table["benchmark"]) == {"samq_hellaswag"} and len(table) == 4  # two items, acc and acc_norm
-    assert "## Benchmarks" in sweep.markdown
+    assert "## Benchmarks" in finished.report
 
 
 def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_missing(sweep, home):
@@ -125,15 +126,15 @@ def test_an_unknown_benchmark_stops_before_the_work_and_one_without_data_is_miss
         requantize(RequantizeParameters.model_validate(unknown))
     assert rebuilt(before, artifacts(home)) == []
     offline = {**SMALL, "benchmarks": {**SMALL["benchmarks"], "tasks": ["samq_hellaswag", "mmlu"]}}
-    made = requantize(RequantizeParameters.model_validate(offline))
+    measured = measure(offline)
     assert rebuilt(before, artifacts(home)) == []
-    assert "cannot load the data of mmlu" in made.best.evaluation.missing["eval/mmlu"]
+    assert "cannot load the data of mmlu" in measured.best.evaluation.missing["eval/mmlu"]
 
 
 def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(made_by_sweep, home, tmp_path):
     folders = {stage: home / "store" / stage / key for stage, key in made_by_sweep}
     sensitivity, gguf = folders["calibrate"] / MAP_NAME, folders["convert"] / GGUF_NAME
-    planned = samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
+    planned = forked_samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
     assert planned.returncode == 0, planned.stderr
     groups = re.search(r"threshold 0\.85 keeps \d+ of 211 tensors \((\d+) blocks or single tensors\)", planned.stderr)
     assert groups and int(groups[1]) <= 1, planned.stderr
@@ -143,14 +144,15 @@ def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(m
     assert sorted(kept) == kept and len({*kept}) == len(kept), "each proposal is another plan"
 
 
-def test_nothing_new_rebuilds_nothing_and_registers_nothing(sweep, made_by_sweep, home):
+def test_nothing_new_rebuilds_nothing_and_registers_nothing(finished, made_by_sweep, home):
     before = artifacts(home)
     again = requantize(RequantizeParameters.model_validate(SMALL))
     assert rebuilt(before, artifacts(home)) == []
-    assert again.tracked.model_version == sweep.tracked.model_version
+    assert again.tracked.model_version == finished.tracked.model_version
     _, this = flow_run_of(again, home)
     with get_client(sync_client=True) as prefect:
-        stages = [run for run in prefect.read_task_runs(**this) if "store" in run.task_inputs]
+        runs = prefect.read_task_runs(**this)
+    stages = [run for run in runs if "at" in run.task_inputs and not run.name.startswith(STEPS)]
     assert len(stages) >= len(made_by_sweep)
     assert {run.name: run.state_name for run in stages if run.state_name != "Cached"} == {}
 
@@ -163,19 +165,19 @@ def test_one_changed_calibration_sample_makes_all_again_but_what_no_calibration_
     parameters = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": dataset}}
 
     def run():
-        """Run the flow on the rows as they are now; returns what it made, and the stages whose artifacts are new."""
+        """Measure a sweep on the rows as they are now; returns it, and the stages whose artifacts are new."""
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         before = artifacts(home)
-        made = requantize(RequantizeParameters.model_validate(parameters))
-        return made, rebuilt(before, artifacts(home))
+        measured = measure(parameters)
+        return measured, rebuilt(before, artifacts(home))
 
     assert run()[1] == []  # the same text by another name
     text = load_texts(DatasetSpec(**dataset))[0]
     (number,) = [number for number, row in enumerate(rows) if text.startswith(row["prompt"])]
     rows[number] = {**rows[number], "prompt": f"# Another first line.\n{rows[number]['prompt']}"}
-    made, stages = run()
+    measured, stages = run()
     assert set(stages) == {stage for stage, _ in made_by_sweep} - {"convert", "heldout", "baseline"}
-    assert stages.count("evaluate") == len(made.results) - 1  # full precision is what it was
+    assert stages.count("evaluate") == len(measured.results) - 1  # full precision is what it was
 
 
 @pytest.fixture
@@ -204,9 +206,9 @@ def test_a_folder_from_hugging_face_is_requantized_in_the_precision_asked_for(sw
         "benchmarks": {"tasks": []},
         "tracking": {"experiment": "hf-folder"},
     }
-    made = requantize(RequantizeParameters.model_validate(asked))
-    assert made.failures == []
-    results = {result.plan.policy: result for result in made.results}
+    measured = measure(asked)
+    assert measured.failures == ()
+    results = {result.plan.policy: result for result in measured.results}
     assert results.keys() == {"full", "stock", "threshold"}
     assert abs(results["full"].evaluation.metrics[KLD].value) < 1e-6
     assert results["stock"].bytes < results["threshold"].bytes < results["full"].bytes
@@ -224,11 +226,12 @@ def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
     # IQ1_S needs an importance matrix, and there is none.
     wrong = {**SMALL, "calibration": {**SMALL["calibration"], "imatrix": False}}
     wrong["candidates"] = {"stock": ["Q4_K_M", "IQ1_S"], "budgets": [], "proposed_thresholds": 0}
-    made = requantize(RequantizeParameters.model_validate(wrong))
-    assert [(failure.name, failure.stage) for failure in made.failures] == [("IQ1_S", "quantize")]
-    assert "llama-quantize failed" in made.failures[0].reason
-    assert [result.name for result in made.results] == ["F16", "Q4_K_M"]
-    assert "IQ1_S" in made.markdown
+    other = requantize(RequantizeParameters.model_validate(wrong))
+    (failure,) = other.sweep.failures
+    assert (failure.name, failure.stage) == ("IQ1_S", "quantize")
+    assert "llama-quantize failed" in failure.reason
+    assert [result.name for result in other.sweep.results] == ["F16", "Q4_K_M"]
+    assert "IQ1_S" in other.report
     wrong["candidates"] = {**wrong["candidates"], "stock": ["IQ1_S"]}
     with pytest.raises(SamqError, match=r"the baseline or every candidate failed \(.*IQ1_S: llama-quantize failed"):
         requantize(RequantizeParameters.model_validate(wrong))
@@ -240,11 +243,11 @@ def test_a_rung_that_cannot_be_compensated_costs_the_plans_that_need_it_and_no_o
 
     monkeypatch.setattr("samq.quantization.compensation.compensate_rung", fail)
     candidates = {**SMALL["candidates"], "budgets": ["5.2bpw"], "proposed_thresholds": 0}
-    made = requantize(RequantizeParameters.model_validate({**SMALL, "candidates": candidates, "benchmarks": {}}))
-    (failure,) = made.failures
+    measured = measure({**SMALL, "candidates": candidates, "benchmarks": {}})
+    (failure,) = measured.failures
     assert (failure.name, failure.stage) == ("samq-5.2bpw", "compensate")
     assert failure.reason.endswith("blk.0.attn_q.weight cannot be inverted; measure it on more text")
-    assert [result.name for result in made.results] == ["F16", "Q4_K_M"]
+    assert [result.name for result in measured.results] == ["F16", "Q4_K_M"]
 
 
 # Fewer bytes than the types that the model was made from take, so there are errors to be made up for.
@@ -259,21 +262,12 @@ COMPENSATED = {
 @pytest.fixture(scope="module")
 def compensated(home, prefect_home):
     """A sweep in which tensors are compensated."""
-    sweep = requantize(RequantizeParameters.model_validate(COMPENSATED))
+    sweep = measure(COMPENSATED)
     (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
     assert result.plan.rounding == "compensated"
     made = [rung for rung in Store(home / "store").artifacts() if rung.stage == "compensate_rung"]
     assert any(Compensation.load(rung.path(COMPENSATION_NAME)).tensors for rung in made)
     return sweep
-
-
-# Killed stage -> the stages whose artifacts are lost before, so that its work and what comes of it have to be done.
-LOST = {
-    "rung": ("rung", "assemble", "compensate_rung"),
-    "compensate_rung": ("assemble", "compensate_rung"),
-    "quantize": ("assemble",),
-    "evaluate": ("evaluate",),
-}
 
 
 def is_half_done(store, stage):
@@ -296,36 +290,8 @@ def built(home):
     return {artifact.files[GGUF_NAME].sha256 for artifact in found if artifact.stage in stages}
 
 
-@pytest.mark.parametrize("stage", LOST)
-def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_ggufs(
-    compensated, home, tmp_path, stage
-):
-    killed = tmp_path / "samq"
-    shutil.copytree(home / "store", killed / "store", symlinks=True, ignore=shutil.ignore_patterns(*LOST[stage]))
-    store = Store(killed / "store")
-    # What is made by llama-quantize itself is what is assembled from the ladder otherwise.
-    anew = stage == "quantize"
-    candidates = {**COMPENSATED["candidates"], "requantize": anew}
-    config = tmp_path / "compensated.yaml"
-    config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": candidates}))
-    environment = {**os.environ, "SAMQ_HOME": str(killed), "PREFECT_HOME": str(tmp_path / "prefect")}
-    environment.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
-
-    def start():
-        log = (tmp_path / "log").open("ab")
-        root = Path(__file__).parents[2]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=root, start_new_session=True)
-
-    flow = start()
-    while not is_half_done(store, stage):
-        assert flow.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.02)
-    flow.send_signal(signal.SIGKILL)
-    flow.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(flow.pid, signal.SIGKILL)  # Prefect's server, which lives on otherwise
-    assert is_half_done(store, stage), "killed in the midst of it"
+def check_whole(store):
+    """What the store has is whole, and what was half done lies apart."""
     left = list(store.artifacts())
     assert "convert" in {artifact.stage for artifact in left}
     for artifact in left:
@@ -333,9 +299,65 @@ def test_a_killed_flow_leaves_no_half_artifact_and_the_next_run_gives_the_same_g
             assert file_sha256(artifact.folder / name) == entry.sha256, artifact.folder / name
     assert {path.relative_to(store.root).parts[0] for path in store.root.rglob("*.partial")} <= {".tmp"}
 
-    assert start().wait(timeout=600) == 0, (tmp_path / "log").read_text()
-    wanted = {result.model.sha256 for result in compensated.results if result.plan.policy != "full"}
-    assert wanted <= built(killed)
+
+@pytest.fixture
+def killed_and_finished(home, tmp_path):
+    """Run the flow in a copy of the store that lacks some stages, killed in the midst of one after another, to its end.
+
+    Each run goes on where the one before was killed. Returns the copy's SAMQ folder.
+    """
+    folder, log = tmp_path / "samq", tmp_path / "log"
+    environment = {**os.environ, "SAMQ_HOME": str(folder), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+
+    def run(candidates, lost, stages):
+        shutil.copytree(home / "store", folder / "store", symlinks=True, ignore=shutil.ignore_patterns(*lost))
+        store, config = Store(folder / "store"), tmp_path / "compensated.yaml"
+        config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": {**COMPENSATED["candidates"], **candidates}}))
+        command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
+
+        def start():
+            root = Path(__file__).parents[2]
+            with log.open("ab") as output:
+                return subprocess.Popen(
+                    command, env=environment, stdout=output, stderr=output, cwd=root, start_new_session=True
+                )
+
+        for stage in stages:
+            flow = start()
+            while not is_half_done(store, stage):
+                assert flow.poll() is None, log.read_text()
+                time.sleep(0.02)
+            flow.send_signal(signal.SIGKILL)
+            flow.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(flow.pid, signal.SIGKILL)  # Prefect's server, which lives on otherwise
+            assert is_half_done(store, stage), "killed in the midst of it"
+            check_whole(store)
+        assert start().wait(timeout=600) == 0, log.read_text()
+        assert list((store.root / ".tmp").glob("*.lock")) == []
+        return folder
+
+    return run
+
+
+def compensated_ggufs(sweep):
+    return {result.model.sha256 for result in sweep.results if result.plan.policy != "full"}
+
+
+def test_a_flow_killed_in_one_stage_after_another_leaves_no_half_artifact_and_ends_with_the_same_ggufs(
+    compensated, home, killed_and_finished
+):
+    stages = ("rung", "compensate_rung", "evaluate")
+    finished = killed_and_finished({}, lost=(*stages, "assemble"), stages=stages)
+    assert compensated_ggufs(compensated) <= built(finished)
+    assert built(finished) <= built(home)
+
+
+def test_a_flow_killed_while_llama_quantize_works_ends_with_the_ggufs_that_are_assembled_otherwise(
+    compensated, home, killed_and_finished
+):
+    finished = killed_and_finished({"requantize": True}, lost=("assemble",), stages=("quantize",))
+    assert compensated_ggufs(compensated) <= built(finished)
     # A budget's plan as llama-quantize rounds it, before it is compensated, is nothing that is assembled.
-    assert len(built(killed) - built(home)) == anew
-    assert list((killed / "store" / ".tmp").glob("*.lock")) == []
+    assert len(built(finished) - built(home)) == 1

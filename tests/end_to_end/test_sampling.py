@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from flows.parameters import RequantizeParameters
-from flows.requantize import requantize
 from samq.files import FISHER_NAME, MAP_NAME, PRICES_NAME
 from samq.records import PriceTable, SensitivityMap
 from samq.sensitivity.fisher import load_fisher
 from samq.store import Store
-from tasks.calibrate import calibrate
-from tests.end_to_end.conftest import artifacts, rebuilt
+from samq.workspace import Workspace
+from tasks.calibrate import Passes, calibrate
+from tasks.model import TorchModel
+from tasks.text import FirstSequences
+from tests.end_to_end.conftest import artifacts, measure, rebuilt
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
@@ -56,14 +57,14 @@ def parameters(tmp_path_factory):
 def sampled(home, parameters):
     """A sweep whose precision cannot be reached, and the artifacts of a stage that it made."""
     before = artifacts(home)
-    sweep = requantize(RequantizeParameters.model_validate(parameters))
+    sweep = measure(parameters)
     store, made = Store(home / "store"), artifacts(home).keys() - before.keys()
     return sweep, lambda stage: [store.find(*key) for key in sorted(made) if key[0] == stage]
 
 
 def test_sequences_are_added_until_all_are_used_and_give_what_one_pass_over_all_gives(sampled, home):
     sweep, made_by = sampled
-    assert sweep.failures == []
+    assert sweep.failures == ()
     maps = {SensitivityMap.load(artifact.path(MAP_NAME)).samples: artifact for artifact in made_by("calibrate")}
     assert len(maps) >= 2 and (min(maps), max(maps)) == (2, AVAILABLE)
     last = maps[AVAILABLE]
@@ -74,7 +75,8 @@ def test_sequences_are_added_until_all_are_used_and_give_what_one_pass_over_all_
     assert sorted(len(table.sequence_tokens) for table in tables) == sorted(maps)
 
     (full,), (tokens,) = made_by("convert"), made_by("tokenize")
-    once = calibrate.fn(home / "store", sweep.source, full, tokens, AVAILABLE, None, 1, "float32", "cpu", "model", 0)
+    model, sequences = TorchModel(sweep.made_from.source, full), FirstSequences(tokens, AVAILABLE)
+    once = calibrate(Workspace.here(device="cpu"), model, sequences, None, Passes())
     assert once.key != last.key
     whole = SensitivityMap.load(once.path(MAP_NAME))
     assert found.sequence_tokens == whole.sequence_tokens
@@ -96,7 +98,7 @@ def test_another_ladder_without_the_importance_matrix_takes_no_new_calibration(s
         "calibration": {**parameters["calibration"], "imatrix": False},
         "candidates": {**parameters["candidates"], "ladder": ["Q4_1", "Q5_1", "Q8_0"]},
     }
-    sweep = requantize(RequantizeParameters.model_validate(other))
-    assert sweep.failures == []
+    sweep = measure(other)
+    assert sweep.failures == ()
     stages = rebuilt(before, artifacts(home))
     assert (stages.count("calibrate"), stages.count("price"), stages.count("rung")) == (0, 2, 3)

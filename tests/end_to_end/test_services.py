@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from tests.end_to_end.conftest import SMALL
 
@@ -106,9 +107,11 @@ def test_a_run_by_the_worker_completes_and_mlflow_has_its_runs(sweep, home, up, 
     client = MlflowClient(tracking_uri=up[0], registry_uri=up[0])
     experiment = client.get_experiment_by_name(EXPERIMENT)
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.run_name for run in runs} == {"small", *(result.name for result in sweep.results)}
     assert {run.info.status for run in runs} == {"FINISHED"}
-    (parent,) = [run for run in runs if run.info.run_name == "small"]
+    (parent,) = [run for run in runs if MLFLOW_PARENT_RUN_ID not in run.data.tags]
+    dated = rf"{re.escape(sweep.made_from.source.name)} \d{{4}}-\d\d-\d\d \d\d:\d\d"
+    assert re.fullmatch(dated, parent.info.run_name)
+    assert {run.info.run_name for run in runs} == {parent.info.run_name, *(result.name for result in sweep.results)}
     report = f"{parent.info.artifact_uri}/report.md"
     report = download_artifacts(artifact_uri=report, dst_path=str(tmp_path), tracking_uri=up[0])
     assert Path(report).read_text().startswith("# SmolLM2-135M-Instruct")

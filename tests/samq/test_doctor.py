@@ -55,14 +55,14 @@ def test_a_missing_demo_package_is_no_failure():
 def report(monkeypatch):
     """(state, component, found, advice) of every row that `samq doctor` prints, and its exit code."""
     monkeypatch.setattr(console, "width", 400)
-    done = CliRunner().invoke(app, ["doctor"])
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stderr.splitlines() if "│" in line]
-    return {row[1]: row for row in rows}, done.exit_code
+    result = CliRunner().invoke(app, ["doctor"])
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stderr.splitlines() if "│" in line]
+    return {row[1]: row for row in rows}, result.exit_code
 
 
 def test_what_is_optional_and_absent_is_shown_with_its_advice_and_is_no_failure(monkeypatch):
-    wanted = ["numpy", 'no-such-package==1; extra == "demo"']
-    monkeypatch.setattr(doctor, "requires", lambda _: wanted)
+    requirements = ["numpy", 'no-such-package==1; extra == "demo"']
+    monkeypatch.setattr(doctor, "requires", lambda _: requirements)
     card = SimpleNamespace(
         nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetName=lambda handle: "H100",
@@ -149,5 +149,5 @@ def test_nothing_heavy_is_imported():
         "import sys; from samq.doctor import diagnose; diagnose(); "
         "print(*{'torch', 'transformers', 'datasets', 'mlflow', 'prefect', 'lm_eval', 'llama_cpp'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == ""

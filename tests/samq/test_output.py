@@ -64,6 +64,6 @@ def test_of_failed_work_only_the_logs_stay(tmp_path):
         (work / "tool.log").write_text("why")
         raise ZeroDivisionError
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["tool.log"]
-    with work_folder(tmp_path) as done:
-        (done / "tool.log").write_text("fine")
-    assert not done.exists()
+    with work_folder(tmp_path) as finished:
+        (finished / "tool.log").write_text("fine")
+    assert not finished.exists()

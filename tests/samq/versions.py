@@ -12,7 +12,7 @@ from samq.gguf.file import file_sha256
 from samq.llamacpp.programs import quantize
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Toolchain
-from samq.sweep.selection import Result
+from samq.sweep.selection import Result, SelectionRule
 from samq.sweep.sweep import Sweep
 from samq.tracking.sweep_runs import track_sweep
 from samq.tracking.tracked import TrackingSettings
@@ -91,7 +91,8 @@ def measured(result: Result, folder: Path, *, valid: int, right: int, first: int
 def register_night(uri: str, sweep: Sweep, results: list[Result]) -> str:
     """Track a night and register its quantized candidate; returns the version."""
     settings = TrackingSettings(tracking_uri=uri, experiment="nights", run_name="nightly", registered_model=NAME)
-    tracked = track_sweep(settings, replace(sweep, results=tuple(results), failures=()), "# Report\n")
+    rule = SelectionRule(reference=results[-1].name)
+    tracked = track_sweep(settings, replace(sweep, results=tuple(results), failures=(), rule=rule), "# Report\n")
     assert tracked.model_version
     return tracked.model_version
 

@@ -3,7 +3,7 @@
 from samq.sensitivity.hf_model import describe_source
 from samq.sensitivity.layout import weights_of
 from samq.store import Store
-from tasks.calibrate import open_model
+from tasks.model import TorchModel
 from tests.tiny_models import save_folder, tiny_llama, write_llama_gguf
 
 
@@ -12,7 +12,7 @@ def test_loading_a_model_and_comparing_it_with_its_gguf_are_seen_on_the_terminal
     with store.publish("convert", "k") as folder:
         write_llama_gguf(model, folder / "model.gguf")
     source = describe_source(save_folder(model, tmp_path / "tiny"))
-    opened, names, orders = open_model(source, store.find("convert", "k"), "float32", "cpu")
+    opened, names, orders = TorchModel(source, store.find("convert", "k")).load_with_rows("cpu")
     parameters, weights = len(list(model.parameters())), len(weights_of(opened, names))
     assert len(orders) == 4 and weights < parameters
     load, compare = (

@@ -18,8 +18,8 @@ from tests.conftest import write_tiny_gguf
 
 
 @pytest.fixture
-def store(tmp_path):
-    return Store(tmp_path / "store")
+def store(at):
+    return Store(at.store)
 
 
 def publish(store, stage, write):
@@ -28,7 +28,7 @@ def publish(store, stage, write):
     return store.find(stage, "k")
 
 
-def test_a_measurement_waits_for_the_one_before(store, caplog):
+def test_a_measurement_waits_for_the_one_before(at, store, caplog):
     caplog.set_level(logging.DEBUG, "filelock")
     measuring = store.root / ".tmp" / "measuring"
     full = publish(store, "convert", lambda folder: write_tiny_gguf(folder / "model.gguf"))
@@ -38,7 +38,7 @@ def test_a_measurement_waits_for_the_one_before(store, caplog):
 
     def measure():
         try:
-            baseline.fn(store.root, full, tokens, settings, 60.0)
+            baseline(at, full, tokens, settings)
         except ToolError as error:  # the model has no tokenizer: it gets as far as that
             errors.append(str(error))
 

@@ -9,8 +9,10 @@ from samq.gguf.formats import tensor_bytes
 from samq.llamacpp.programs import quantizable_tensors
 from samq.records import Price, PriceTable, TensorPrices
 from samq.store import Store
+from samq.workspace import Workspace
 from tasks.plan import load_plan, plan_budget
 from tasks.price import load_prices
+from tasks.target import Target
 from tests.conftest import write_tiny_gguf
 
 
@@ -39,7 +41,8 @@ def test_a_plan_whose_prediction_fails_is_doubted_in_the_log_when_it_is_made_and
             length_changes={"Q4_K": longer},
         ).save(folder / PRICES_NAME)
     full, prices = store.find("convert", "k"), store.find("price", "k")
-    made = [plan_budget.fn(store.root, full, None, prices, "5bpw", BudgetPolicy(), toolchain) for _ in range(2)]
-    assert made[0] == made[1]
+    at, target = Workspace(store.root, toolchain), Target(full, imatrix=None)
+    plans = [plan_budget(at, target, prices, "5bpw", BudgetPolicy()) for _ in range(2)]
+    assert plans[0] == plans[1]
     warnings = [record.getMessage() for record in caplog.records if record.name == "samq.plan"]
-    assert warnings == ([f"samq-5bpw: {why_doubted(load_plan(made[0]), load_prices(prices))}"] if doubted else [])
+    assert warnings == ([f"samq-5bpw: {why_doubted(load_plan(plans[0]), load_prices(prices))}"] if doubted else [])

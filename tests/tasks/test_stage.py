@@ -2,24 +2,29 @@
 
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
+from flows.gather import Gather
 from samq import __version__
 from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError, ToolError, UnreachableError
 from samq.evaluation.settings import BenchmarkSettings
 from samq.llamacpp.process import run as run_program
-from samq.records import ModelSource, TextSet, Toolchain
+from samq.records import ModelSource, TextSet
 from samq.sensitivity.hf_model import describe_source
 from samq.store import MANIFEST, Artifact, Store
-from tasks.stage import ContentCache, identity, is_transient, stage
+from samq.workspace import Workspace
+from tasks.stage import ContentCache, identity, is_transient, stage, step
 from tasks.text import load_text
 from tests.conftest import write_tiny_gguf
 
@@ -28,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("prefect_home")
 
 def make_stage(version=1, made=None):
     @stage("greet", version=version, run_name="greet {text.dataset}")
-    def greet(folder: Path, text: TextSet, loud: bool = False) -> None:
+    def greet(at: Workspace, folder: Path, text: TextSet, loud: bool = False) -> None:
         if made is not None:
             made.append(text.dataset)
         (folder / "greeting.txt").write_text(" ".join(text.texts) + ("!" if loud else ""))
@@ -52,32 +57,32 @@ def run(task, *args, **kwargs):
     return states[0]
 
 
-def test_the_second_run_is_cached_and_gives_the_same_artifact(tmp_path):
+def test_the_second_run_is_cached_and_gives_the_same_artifact(at):
     greet = make_stage()
-    first, second = (run(greet, tmp_path / "store", texts("hello")) for _ in range(2))
+    first, second = (run(greet, at, texts("hello")) for _ in range(2))
     assert (first.name, second.name) == ("Completed", "Cached")
     assert first.result() == second.result()
     assert first.result().path("greeting.txt").read_text() == "hello"
 
 
-def test_other_content_misses(tmp_path):
+def test_other_content_misses(at):
     greet = make_stage()
-    run(greet, tmp_path / "store", texts("hello"))
-    assert run(greet, tmp_path / "store", texts("bye")).name == "Completed"
-    assert run(greet, tmp_path / "store", texts("hello"), loud=True).name == "Completed"
-    assert run(greet, tmp_path / "store", texts("hello")).name == "Cached"
+    run(greet, at, texts("hello"))
+    assert run(greet, at, texts("bye")).name == "Completed"
+    assert run(greet, at, texts("hello"), loud=True).name == "Completed"
+    assert run(greet, at, texts("hello")).name == "Cached"
 
 
-def test_the_same_path_with_other_content_misses(tmp_path):
+def test_the_same_path_with_other_content_misses(at, tmp_path):
     @stage("measure", version=1, run_name="measure")
-    def measure(folder: Path, model: ModelSource, text: TextSet) -> None:
+    def measure(at: Workspace, folder: Path, model: ModelSource, text: TextSet) -> None:
         (folder / "size.txt").write_text(f"{model.gguf.stat().st_size} {text.texts}")
 
     gguf, rows = tmp_path / "model.gguf", tmp_path / "rows.txt"
 
     def again():
-        text = load_text.fn(DatasetSpec(name=str(rows)))
-        return run(measure, tmp_path / "store", describe_source(gguf), text).name
+        text = load_text(DatasetSpec(name=str(rows)))
+        return run(measure, at, describe_source(gguf), text).name
 
     write_tiny_gguf(gguf)
     rows.write_text("one")
@@ -90,15 +95,15 @@ def test_the_same_path_with_other_content_misses(tmp_path):
     assert [again(), again()] == ["Completed", "Cached"]
 
 
-def test_a_new_version_of_the_stage_invalidates(tmp_path):
-    run(make_stage(version=1), tmp_path / "store", texts("hello"))
-    assert run(make_stage(version=2), tmp_path / "store", texts("hello")).name == "Completed"
+def test_a_new_version_of_the_stage_invalidates(at):
+    run(make_stage(version=1), at, texts("hello"))
+    assert run(make_stage(version=2), at, texts("hello")).name == "Completed"
 
 
 @pytest.mark.parametrize("damage", ["file deleted", "file altered", "manifest deleted"])
-def test_a_damaged_artifact_is_made_again_once(tmp_path, damage):
+def test_a_damaged_artifact_is_made_again_once(at, damage):
     greet = make_stage()
-    artifact = run(greet, tmp_path / "store", texts("hello")).result()
+    artifact = run(greet, at, texts("hello")).result()
     match damage:
         case "file deleted":
             artifact.path("greeting.txt").unlink()
@@ -106,69 +111,69 @@ def test_a_damaged_artifact_is_made_again_once(tmp_path, damage):
             artifact.path("greeting.txt").write_text("jello")
         case "manifest deleted":
             (artifact.folder / MANIFEST).unlink()
-    states = [run(greet, tmp_path / "store", texts("hello")) for _ in range(2)]
+    states = [run(greet, at, texts("hello")) for _ in range(2)]
     assert [state.name for state in states] == ["Completed", "Cached"]
     assert states[0].result().digest() == artifact.digest()
     assert states[0].result().path("greeting.txt").read_text() == "hello"
 
 
-def test_what_the_store_has_is_not_made_again_when_prefect_forgot(tmp_path):
+def test_what_the_store_has_is_not_made_again_when_prefect_forgot(at):
     made = []
     greet = make_stage(made=made)
-    greet.fn(tmp_path / "store", texts("hello"))
-    assert run(greet, tmp_path / "store", texts("hello")).name == "Completed"
+    greet(at, texts("hello"))
+    assert run(greet, at, texts("hello")).name == "Completed"
     assert made == ["words"]
 
 
-def test_a_moved_store_is_found_where_it_is_now(tmp_path):
+def test_a_moved_store_is_found_where_it_is_now(at, tmp_path):
     greet = make_stage()
-    run(greet, tmp_path / "store", texts("hello"))
-    (tmp_path / "store").rename(tmp_path / "moved")
-    artifact = run(greet, tmp_path / "moved", texts("hello")).result()
+    run(greet, at, texts("hello"))
+    at.store.rename(tmp_path / "moved")
+    artifact = run(greet, replace(at, store=tmp_path / "moved"), texts("hello")).result()
     assert artifact.path("greeting.txt").parent.is_relative_to(tmp_path / "moved")
     assert artifact.path("greeting.txt").read_text() == "hello"
 
 
-def test_a_failing_stage_publishes_nothing_and_an_error_of_the_users_is_not_retried(tmp_path):
+def test_a_failing_stage_publishes_nothing_and_an_error_of_the_users_is_not_retried(at):
     attempts = []
 
     @stage("fail", version=1, run_name="fail")
-    def fail(folder: Path, number: int) -> None:
+    def fail(at: Workspace, folder: Path, number: int) -> None:
         attempts.append(number)
         (folder / "half.txt").write_text("half")
         raise SamqError("the model is missing; give another")
 
-    state = run(fail, tmp_path / "store", 1)
+    state = run(fail, at, 1)
     assert state.is_failed()
     assert attempts == [1]
-    assert list(Store(tmp_path / "store").artifacts()) == []
+    assert list(Store(at.store).artifacts()) == []
 
 
-def test_a_transient_fault_is_tried_again_and_said(tmp_path, monkeypatch, caplog):
+def test_a_transient_fault_is_tried_again_and_said(at, monkeypatch, caplog):
     monkeypatch.setattr("tasks.stage.RETRY_DELAYS_S", [0.0, 0.0])
     attempts = []
 
     @stage("fetch", version=1, run_name="fetch")
-    def fetch(folder: Path, number: int) -> None:
+    def fetch(at: Workspace, folder: Path, number: int) -> None:
         attempts.append(number)
         if len(attempts) == 1:
             raise ConnectionError("reset by peer")
         (folder / "whole.txt").write_text("whole")
 
-    state = run(fetch, tmp_path / "store", 1)
+    state = run(fetch, at, 1)
     assert state.name == "Completed"
     assert attempts == [1, 1]
     assert "failed for now, tried again within a minute: reset by peer" in caplog.text
     assert state.result().path("whole.txt").read_text() == "whole"
 
 
-def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(tmp_path, toolchain):
+def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(at, toolchain):
     def made(version):
-        @stage("count", version=version, run_name="count", packages=("numpy",))
-        def count(folder: Path, toolchain: Toolchain) -> None:
+        @stage("count", version=version, run_name="count", keyed_by=("toolchain",), packages=("numpy",))
+        def count(at: Workspace, folder: Path) -> None:
             (folder / "number.txt").write_text("1")
 
-        return count.fn(tmp_path / "store", toolchain)
+        return count(replace(at, toolchain=toolchain))
 
     one, other = made(1), made(2)
     assert one.made_by == {
@@ -180,44 +185,43 @@ def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(tmp_path
     assert one.made_by != other.made_by and one.digest() == other.digest()
 
 
-def test_an_artifact_made_from_others_says_which_llama_cpp_made_those(tmp_path, toolchain):
-    @stage("rung", version=1, run_name="rung")
-    def rung(folder: Path, number: int, toolchain: Toolchain) -> None:
+def test_an_artifact_made_from_others_says_which_llama_cpp_made_those(at, toolchain):
+    @stage("rung", version=1, run_name="rung", keyed_by=("toolchain",))
+    def rung(at: Workspace, folder: Path, number: int) -> None:
         (folder / "number.txt").write_text(str(number))
 
     @stage("assemble", version=1, run_name="assemble")
-    def assemble(folder: Path, rungs: dict[str, Artifact]) -> None:
+    def assemble(at: Workspace, folder: Path, rungs: dict[str, Artifact]) -> None:
         (folder / "numbers.txt").write_text(str(len(rungs)))
 
-    store = tmp_path / "store"
     other = toolchain.model_copy(update={"build": "0"})
-    rungs = {str(number): rung.fn(store, number, tools) for number, tools in enumerate((toolchain, other))}
+    rungs = {str(number): rung(replace(at, toolchain=tools), number) for number, tools in enumerate((toolchain, other))}
     build = f"{toolchain.version} {toolchain.build}"
-    assert assemble.fn(store, {"0": rungs["0"]}).made_by["llama.cpp"] == build
-    assert assemble.fn(store, rungs).made_by["llama.cpp"] == f"{toolchain.version} 0, {build}"
+    assert assemble(at, {"0": rungs["0"]}).made_by["llama.cpp"] == build
+    assert assemble(at, rungs).made_by["llama.cpp"] == f"{toolchain.version} 0, {build}"
 
 
-def test_without_a_key_a_stage_fails_and_does_not_run_uncached(tmp_path):
+def test_without_a_key_a_stage_fails_and_does_not_run_uncached(at, tmp_path):
     made = []
 
     @stage("guess", version=1, run_name="guess")
-    def guess(folder: Path, model: Path) -> None:
+    def guess(at: Workspace, folder: Path, model: Path) -> None:
         made.append(model)
 
-    state = run(guess, tmp_path / "store", tmp_path / "model")  # Prefect itself logs what its key function raises
+    state = run(guess, at, tmp_path / "model")  # Prefect itself logs what its key function raises
     assert state.is_failed() and made == []
     with pytest.raises(TypeError, match="PosixPath has no content to key a cache by"):
         state.result()
 
 
-def test_a_submitted_stage_whose_child_hangs_fails_at_its_limit_and_its_log_stays(tmp_path):
+def test_a_submitted_stage_whose_child_hangs_fails_at_its_limit_and_its_log_stays(at):
     @stage("hang", version=1, run_name="hang")
-    def hang(folder: Path, timeout_s: float) -> None:
-        run_program(["sh", "-c", "echo waiting; sleep 600"], log=folder / "hang.log", timeout_s=timeout_s)
+    def hang(at: Workspace, folder: Path) -> None:
+        run_program(["sh", "-c", "echo waiting; sleep 600"], log=folder / "hang.log", timeout_s=at.timeout_s)
 
     @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
     def one():
-        future = hang.submit(tmp_path / "store", 1.0)
+        future = hang.submit(replace(at, timeout_s=1.0))
         future.wait()
         return future.result(raise_on_failure=False)
 
@@ -225,7 +229,7 @@ def test_a_submitted_stage_whose_child_hangs_fails_at_its_limit_and_its_log_stay
     assert isinstance(error, ToolError)
     said = re.fullmatch(r"sh was stopped after 1 s; raise its limit \(log: (.*)\)", str(error))
     assert Path(said[1]).read_text() == "waiting\n"
-    assert list(Store(tmp_path / "store").artifacts()) == []
+    assert list(Store(at.store).artifacts()) == []
 
 
 @pytest.mark.parametrize(
@@ -252,11 +256,88 @@ def test_identity_is_content_and_refuses_what_has_none(tmp_path):
         identity(tmp_path)
 
 
-def test_keys_of_different_stages_differ():
-    inputs = {"text": texts("hello"), "store": "/anywhere", "timeout_s": 5}
+def test_keys_of_different_stages_differ_and_a_place_or_a_time_changes_none(at, tmp_path):
+    inputs = {"text": texts("hello")}
     one, other = ContentCache(stage="one"), ContentCache(stage="other")
-    assert one.artifact_key(inputs) != other.artifact_key(inputs)
-    assert one.artifact_key(inputs) == one.artifact_key({**inputs, "store": "/elsewhere", "timeout_s": 6})
+    assert one.artifact_key(at, inputs) != other.artifact_key(at, inputs)
+    elsewhere = replace(at, store=tmp_path / "elsewhere", timeout_s=6.0)
+    assert one.artifact_key(at, inputs) == one.artifact_key(elsewhere, inputs)
+
+
+def test_what_a_stage_names_of_the_workspace_is_in_its_key_and_nothing_else_of_it(at):
+    other = replace(at, toolchain=at.toolchain.model_copy(update={"build": "other"}))
+    plain, keyed = ContentCache(stage="one"), ContentCache(stage="one", keyed_by=("toolchain",))
+    assert plain.artifact_key(at, {}) == plain.artifact_key(other, {})
+    assert keyed.artifact_key(at, {}) != keyed.artifact_key(other, {})
+
+
+def test_a_dataclass_of_inputs_stands_for_its_fields(at):
+    @dataclass(frozen=True)
+    class Letter:
+        text: TextSet
+        copies: int
+
+    cache, text = ContentCache(stage="one"), texts("hello")
+    assert cache.artifact_key(at, {"letter": Letter(text, 2)}) == cache.artifact_key(at, {"text": text, "copies": 2})
+    with pytest.raises(TypeError, match="two inputs of a stage are called copies; rename one"):
+        cache.artifact_key(at, {"letter": Letter(text, 2), "copies": 3})
+
+
+@pytest.fixture
+def no_server(tmp_path):
+    """Prefect with a home of its own, and a server's address at which nothing listens; gives that home."""
+    home = tmp_path / "prefect"
+    with temporary_settings({PREFECT_HOME: home, PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        yield home
+
+
+def test_outside_of_a_flow_run_a_stage_is_a_function_with_the_same_store_and_needs_no_server(at, no_server):
+    made = []
+    greet = make_stage(made=made)
+    artifact = greet(at, texts("hello"))
+    assert artifact.path("greeting.txt").read_text() == "hello"
+    assert greet(at, texts("hello")) == greet.submit(at, texts("hello")).result() == artifact
+    assert made == ["words"], "the store had it"
+    assert not no_server.exists()
+
+
+def test_outside_of_a_flow_run_the_error_of_a_submitted_stage_is_kept(at, no_server):
+    @stage("fail", version=1, run_name="fail")
+    def fail(at: Workspace, folder: Path, number: int) -> None:
+        raise SamqError(f"{number} is missing; give another")
+
+    greet = make_stage()
+    outcomes = Gather.keeping_errors({"good": greet.submit(at, texts("hello")), "bad": fail.submit(at, 1)})
+    assert outcomes["good"] == greet(at, texts("hello"))
+    assert isinstance(outcomes["bad"], SamqError) and str(outcomes["bad"]) == "1 is missing; give another"
+    with pytest.raises(SamqError, match="1 is missing"):
+        fail(at, 1)
+    assert not no_server.exists()
+
+
+def test_a_step_is_a_function_outside_of_a_flow_run(no_server):
+    @step("double", run_name="double {number}")
+    def double(number: int) -> int:
+        return 2 * number
+
+    assert double(1) == double.submit(1).result() == 2
+    assert not no_server.exists()
+
+
+def test_inside_of_a_flow_a_stage_is_a_task_run_with_a_name(at):
+    greet = make_stage()
+
+    @flow
+    def one():
+        called = greet(at, texts("hello"), return_state=True)
+        submitted = greet.submit(at, texts("bye"))
+        return [called.state_details.task_run_id, submitted.task_run_id], [called.result(), submitted.result()]
+
+    ids, artifacts = one()
+    assert artifacts == [greet(at, texts("hello")), greet(at, texts("bye"))]
+    with get_client(sync_client=True) as prefect:
+        runs = [prefect.read_task_run(run_id) for run_id in ids]
+    assert [(run.name, run.state_name) for run in runs] == [("greet words", "Completed")] * 2
 
 
 def test_a_benchmarks_identity_is_what_shapes_its_prompts():

@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import random
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from samq.data.hub import is_unreachable
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings
 from samq.evaluation.tasks import FOLDER, judging
 from samq.markdown import one_line
 from samq.progress import Progress, silent
 from samq.records import digest_of
+
+logger = logging.getLogger(__name__)
 
 # Packages whose errors mean that a task's data could not be loaded.
 _HUB = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec", "aiohttp")
@@ -148,22 +152,31 @@ def _lm_evals() -> TaskManager:
     return TaskManager(include_path=FOLDER)
 
 
-def check_benchmarks(settings: BenchmarkSettings, progress: Progress = silent) -> tuple[dict[str, str], dict[str, str]]:
+def check_benchmarks(
+    settings: BenchmarkSettings, progress: Progress = silent, retry_delays_s: Sequence[float] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
     """The digest of each task that can run now, and for each other task the reason why it cannot.
 
-    A flow calls this before a long run. Raises SamqError for errors that the user has to correct: an unknown task, a
-    malformed file, a missing folder.
+    A flow calls this before a long run. A task whose data a dropped connection has cut off is opened again after each of
+    the delays. Raises SamqError for errors that the user has to correct: an unknown task, a malformed file, a missing
+    folder.
     """
     library = TaskLibrary(settings.task_folders)
     digests, missing = {}, {}
     for count, name in enumerate(settings.tasks):
         progress(count, len(settings.tasks))
-        with seeded(settings.seed), quiet():
-            try:
-                digests[name] = library.open(name, settings).digest()
-            except UnavailableError as error:
-                missing[name] = str(error)
-    return digests, missing
+        for delay_s in (*retry_delays_s, None):
+            with seeded(settings.seed), quiet():
+                try:
+                    digests[name] = library.open(name, settings).digest()
+                    break
+                except UnavailableError as error:
+                    missing[name] = str(error)
+                    if delay_s is None or not is_unreachable(error):
+                        break
+            logger.warning("%s; trying again in %g s", missing[name], delay_s)
+            time.sleep(delay_s)
+    return digests, {name: reason for name, reason in missing.items() if name not in digests}
 
 
 @contextmanager
@@ -213,9 +226,10 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SamqError(f"the task file {path} does not exist; check the path")
     try:
-        return load_yaml(path, resolve_func=False)
+        task: dict[str, Any] = load_yaml(path, resolve_func=False)
     except Exception as error:  # PyYAML's, or lm-eval's about a file that it includes
         raise SamqError(f"{path} is not a valid task file ({one_line(str(error))}); correct it") from error
+    return task
 
 
 def _config(manager: TaskManager, name: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from samq.errors import SamqError
 from samq.evaluation.lm_eval.float32 import load_float32
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
-from samq.llamacpp.chat import Message, render_chat
+from samq.llamacpp.chat import ChatMessage, render_chat
 from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import KV_TYPES, Model
 from samq.llamacpp.sampling import Sampling
@@ -45,7 +45,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tok
 
 
 @register_model("samq-gguf")
-class GgufLM(TemplateLM):
+class GgufLM(TemplateLM):  # type: ignore[misc]
     """A GGUF as lm-eval's model.
 
     Args:
@@ -119,7 +119,7 @@ class GgufLM(TemplateLM):
         """EOS."""
         if self.model.eos is None:
             raise SamqError(f"{self.model.path} has no EOS token; convert the model again with its tokenizer")
-        return self.model.eos
+        return int(self.model.eos)
 
     @property
     def prefix_token_id(self) -> int:
@@ -137,7 +137,7 @@ class GgufLM(TemplateLM):
         """The GGUF's template, for lm-eval's record; None if lm-eval is not to apply it."""
         return self.model.chat_template if chat_template else None
 
-    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: Sequence[ChatMessage], add_generation_prompt: bool = True) -> str:
         """The chat as text; without a generation prompt it ends inside its last message."""
         return render_chat(self.model, chat_history, continue_last=not add_generation_prompt)
 

@@ -44,7 +44,8 @@ def _confine() -> list[str]:
     import confinement
 
     del sys.path[0]
-    return confinement.confine(os.getcwd())
+    unconfined: list[str] = confinement.confine(os.getcwd())
+    return unconfined
 
 
 def _receive(channel: int, read: Callable[[int, int], bytes] = os.read) -> bytes:

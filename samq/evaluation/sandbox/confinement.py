@@ -9,6 +9,10 @@ in the child that runs the code (`child.py`), which sees no other packages.
 - Landlock: files are written in one folder only, and read there and in Python's own folders. It knows nothing of
   permissions, times and attributes, and before Linux 6.2 nothing of truncating: seccomp forbids what changes those by
   path, in the folder as well.
+
+No library does the same job: libseccomp 2.5 (behind pyseccomp) does not know the calls since Linux 6.13 that change
+attributes, and the packages for Landlock are pre-releases of ten times this size. Bubblewrap is a program to install first,
+needs user namespaces, which containers and Ubuntu 24.04 refuse, and leaves processes and attributes to a filter like this.
 """
 
 import ctypes

@@ -80,12 +80,12 @@ def check(model, tokens, *, plan, predicted, names, original, rounded, row_order
 
 def changes(arguments):
     """Name -> rounding error, in torch's order of rows."""
-    found = {}
+    errors = {}
     for name in arguments["plan"].types:
         change = read_weights(arguments["rounded"], name).astype(float) - read_weights(arguments["original"], name)
-        found[name] = np.empty_like(change)
-        found[name][arguments["row_orders"].get(name, slice(None))] = change
-    return {name: torch.from_numpy(change) for name, change in found.items()}
+        errors[name] = np.empty_like(change)
+        errors[name][arguments["row_orders"].get(name, slice(None))] = change
+    return {name: torch.from_numpy(change) for name, change in errors.items()}
 
 
 def costs_by_autograd(model, tokens, arguments, seed=0):
@@ -115,32 +115,32 @@ def test_the_figures_are_those_of_autograd(kind, batch_size, tmp_path, monkeypat
     make, architecture = MODELS[kind]
     model, tokens = make(), random_tokens(lengths=(12, 5, 9, 2, 12, 7))
     arguments = quantized(model, tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
-    found = check(model, tokens, **arguments, batch_size=batch_size)
-    wanted = costs_by_autograd(model, tokens, arguments).sum(axis=1) / found.tokens
-    assert found.additive.value == pytest.approx(wanted[0], rel=1e-4)
-    assert found.by_tensor.value == pytest.approx(wanted[1], rel=1e-4)
-    assert found.joint.value == pytest.approx(wanted[2], rel=1e-4)
-    assert min(wanted) > 0 and len(set(wanted)) == 3
+    figures = check(model, tokens, **arguments, batch_size=batch_size)
+    expected = costs_by_autograd(model, tokens, arguments).sum(axis=1) / figures.tokens
+    assert figures.additive.value == pytest.approx(expected[0], rel=1e-4)
+    assert figures.by_tensor.value == pytest.approx(expected[1], rel=1e-4)
+    assert figures.joint.value == pytest.approx(expected[2], rel=1e-4)
+    assert min(expected) > 0 and len(set(expected)) == 3
 
 
 def test_the_check_says_what_it_was_made_on(tmp_path):
     model, tokens = tiny_llama(), random_tokens()
     arguments = quantized(model, tmp_path, ["Q4_0"])
     seen = []
-    found = check(model, tokens, **arguments, batch_size=2, progress=lambda *done: seen.append(done))
-    assert (found.plan, found.plan_digest) == ("mixed", arguments["plan"].digest())
-    assert (found.samples, found.tokens, found.predicted) == (5, 35, PREDICTED)
-    assert found.additive.n == found.by_tensor.n == found.joint.n == 5
+    figures = check(model, tokens, **arguments, batch_size=2, progress=lambda *done: seen.append(done))
+    assert (figures.plan, figures.plan_digest) == ("mixed", arguments["plan"].digest())
+    assert (figures.samples, figures.tokens, figures.predicted) == (5, 35, PREDICTED)
+    assert figures.additive.n == figures.by_tensor.n == figures.joint.n == 5
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_standard_errors_of_sequences_of_one_length_are_those_of_a_mean(tmp_path):
     model, tokens = tiny_llama(), random_tokens(lengths=(9,) * 6)
     arguments = quantized(model, tmp_path, ["Q4_0"])
-    found = check(model, tokens, **arguments)
+    figures = check(model, tokens, **arguments)
     costs = costs_by_autograd(model, tokens, arguments) / 8
     errors = costs.std(axis=1, ddof=1) / math.sqrt(6)
-    assert [found.additive.stderr, found.by_tensor.stderr, found.joint.stderr] == pytest.approx(errors, rel=1e-3)
+    assert [figures.additive.stderr, figures.by_tensor.stderr, figures.joint.stderr] == pytest.approx(errors, rel=1e-3)
 
 
 def test_two_checks_are_identical_and_another_seed_draws_other_labels(tmp_path):
@@ -165,20 +165,20 @@ def test_labels_are_not_the_calibrations(tmp_path):
         (fisher[name].rows[:, None] * fisher[name].profile() * change.numpy() ** 2).sum() / 2
         for name, change in changes(arguments).items()
     )
-    found = check(model, tokens, **arguments)
-    assert found.additive.value != pytest.approx(calibrated, rel=1e-3)
+    figures = check(model, tokens, **arguments)
+    assert figures.additive.value != pytest.approx(calibrated, rel=1e-3)
 
 
 def test_a_plan_that_changes_nothing_costs_nothing(tmp_path):
     model = tiny_llama()
-    found = check(model, random_tokens(), **quantized(model, tmp_path, ["F16"]))
-    assert found.additive == found.by_tensor == found.joint == Metric(value=0, stderr=0, n=5)
+    figures = check(model, random_tokens(), **quantized(model, tmp_path, ["F16"]))
+    assert figures.additive == figures.by_tensor == figures.joint == Metric(value=0, stderr=0, n=5)
 
 
 def test_the_joint_form_is_the_divergence_of_a_small_change(tmp_path):
     model, tokens = tiny_llama(), random_tokens(lengths=(24,) * 400)
     arguments = quantized(model, tmp_path, ["Q8_0"])
-    found = check(model, tokens, **arguments, batch_size=50)
+    figures = check(model, tokens, **arguments, batch_size=50)
     ids = torch.from_numpy(tokens.ids.astype(np.int64))
     change = changes(arguments)
     with torch.no_grad():
@@ -187,10 +187,10 @@ def test_the_joint_form_is_the_divergence_of_a_small_change(tmp_path):
             weight.parameter.add_(change[weight.name])
         after = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
     measured = (before.exp() * (before - after)).sum(-1).mean().item()
-    assert found.joint.stderr < 0.1 * measured
-    assert found.joint.value == pytest.approx(measured, abs=3 * found.joint.stderr)
-    assert 0.75 < measured / found.by_tensor.value < 1.33
-    assert 0.75 < measured / found.additive.value < 1.33
+    assert figures.joint.stderr < 0.1 * measured
+    assert figures.joint.value == pytest.approx(measured, abs=3 * figures.joint.stderr)
+    assert 0.75 < measured / figures.by_tensor.value < 1.33
+    assert 0.75 < measured / figures.additive.value < 1.33
 
 
 def test_one_sequence_is_too_few(tmp_path):

@@ -26,8 +26,8 @@ def test_rungs_are_the_types_that_rows_allow():
 
 def test_legal_neighbours_join_where_rows_are_too_short():
     tensors = rows_of(96)
-    given = [fallback(name, 96) for name in rung_names(tensors, DEFAULT_TYPES, imatrix=True)]
-    assert sorted(given) == ["IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+    written = [fallback(name, 96) for name in rung_names(tensors, DEFAULT_TYPES, imatrix=True)]
+    assert sorted(written) == ["IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 
 def test_types_that_need_an_importance_matrix_are_left_out_without_one():
@@ -49,9 +49,9 @@ def test_plans_join_the_types_that_no_other_rung_gives(tiny_gguf, toolchain):
 def test_a_plan_takes_the_rungs_that_hold_its_types_and_no_other(tiny_gguf, toolchain):
     target = Target.open(tiny_gguf, toolchain)
     plan = stock_plan(target, "Q4_K_M")
-    held = rungs_of(plan, target.tensors, ["Q8_0", "Q6_K", "Q4_K"])
-    assert held and list(held) == ["Q4_K", "Q6_K"]
-    assert {name: rung for rung, names in held.items() for name in names} == plan.types
+    tensors_by_rung = rungs_of(plan, target.tensors, ["Q8_0", "Q6_K", "Q4_K"])
+    assert tensors_by_rung and list(tensors_by_rung) == ["Q4_K", "Q6_K"]
+    assert {name: rung for rung, names in tensors_by_rung.items() for name in names} == plan.types
     assert rungs_of(plan, target.tensors, ["Q8_0", "Q6_K"]) is None
     assert rungs_of(full_plan(target), target.tensors, []) == {}
 
@@ -75,8 +75,8 @@ def test_a_rung_holds_every_tensor_at_its_type(tiny_gguf, toolchain, tmp_path):
     tensors = read_tensors(tmp_path / model.file)
     assert {tensors[name].type for name in target.quantizable} == {"Q5_K"}
     ladder = Ladder(tiny_gguf, {"Q5_K": tmp_path / model.file})
-    held = ladder.sources()["output.weight"]
-    assert held == {"F16": tiny_gguf, "Q5_K": tmp_path / model.file}
+    files = ladder.sources()["output.weight"]
+    assert files == {"F16": tiny_gguf, "Q5_K": tmp_path / model.file}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["output of its own", "tied"])

@@ -47,11 +47,11 @@ def sensitivity_of(target):
 def fisher_of(target, seed=None):
     """Random, or that of weights which all matter alike."""
     random = np.random.default_rng(seed)
-    made = {}
+    fisher = {}
     for name, tensor in target.quantizable.items():
         rows, columns = ((random.random(n) if seed else np.ones(n)).astype(np.float32) for n in tensor.shape)
-        made[name] = Fisher(rows, columns * (rows.mean() / columns.mean()))
-    return made
+        fisher[name] = Fisher(rows, columns * (rows.mean() / columns.mean()))
+    return fisher
 
 
 def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
@@ -60,11 +60,11 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
     table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
     sources = rungs.sources()
     for name in target.quantizable:
-        held = sources[name]
-        assert table.tensors[name].types.keys() == held.keys()
+        files = sources[name]
+        assert table.tensors[name].types.keys() == files.keys()
         assert table.tensors[name].types["F16"].kl_nats == 0
         weights = np.outer(fisher[name].rows, fisher[name].columns) / fisher[name].rows.mean()
-        for kind, path in held.items():
+        for kind, path in files.items():
             change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
             assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
 
@@ -72,14 +72,14 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
 def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(ladder):
     target, rungs = ladder
     table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
-    along, whole = Counter(), Counter()
-    for name, held in rungs.sources().items():
-        for kind in held.keys() - {"F16"} if name in target.quantizable else ():
+    along, squares = Counter(), Counter()
+    for name, files in rungs.sources().items():
+        for kind in files.keys() - {"F16"} if name in target.quantizable else ():
             weights = read_weights(target.gguf, name).astype(float)
-            along[kind] += ((read_weights(held[kind], name) - weights) * weights).sum()
-            whole[kind] += (weights**2).sum()
+            along[kind] += ((read_weights(files[kind], name) - weights) * weights).sum()
+            squares[kind] += (weights**2).sum()
     assert table.length_changes == pytest.approx(
-        {kind: along[kind] / whole[kind] for kind in whole}, rel=1e-4, abs=1e-6
+        {kind: along[kind] / squares[kind] for kind in squares}, rel=1e-4, abs=1e-6
     )
 
 
@@ -135,12 +135,12 @@ def test_a_plan_costs_the_sum_of_its_prices(ladder):
         name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
         for name, prices in table.tensors.items()
     }
-    found = plan_cost(table, kinds)
-    assert found.value == pytest.approx(sum(table.tensors[name].types[kind].kl_nats for name, kind in kinds.items()))
+    cost = plan_cost(table, kinds)
+    assert cost.value == pytest.approx(sum(table.tensors[name].types[kind].kl_nats for name, kind in kinds.items()))
     # Sequences of 20, 40 and 40 % of the tokens bring 1/8, 2/8 and 5/8 of the cost.
     residuals = np.array([1 / 8 - 0.2, 2 / 8 - 0.4, 5 / 8 - 0.4])
-    assert found.stderr == pytest.approx(found.value * np.sqrt(3 / 2 * (residuals**2).sum()))
-    assert found.n == 3
+    assert cost.stderr == pytest.approx(cost.value * np.sqrt(3 / 2 * (residuals**2).sum()))
+    assert cost.n == 3
     with pytest.raises(SamqError, match=r"no price for .* in IQ1_S"):
         plan_cost(table, kinds | {"output.weight": "IQ1_S"})
 
@@ -163,11 +163,11 @@ def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
 
 
 def test_more_sequences_are_wanted_until_the_least_known_cost_is_known():
-    known, unsure = Metric(value=1.0, stderr=0.05, n=20), Metric(value=2.0, stderr=0.4, n=20)
+    precise, noisy = Metric(value=1.0, stderr=0.05, n=20), Metric(value=2.0, stderr=0.4, n=20)
     enough = {"precision": 0.1, "measured": 20, "available": 1000}
-    assert sequences_wanted([known], **enough) == 20
+    assert sequences_wanted([precise], **enough) == 20
     # twice the error takes four times as many, and a tenth
-    assert sequences_wanted([known, unsure], **enough) == 88
+    assert sequences_wanted([precise, noisy], **enough) == 88
     assert sequences_wanted([Metric(value=0.0, stderr=0.0, n=20)], **enough) == 20
     assert sequences_wanted([], **enough) == 20
 

@@ -51,9 +51,9 @@ def test_all_file_formats_hold_the_same_rows(tmp_path, letters):
     pandas.DataFrame(rows).to_parquet(tmp_path / "l.parquet")
     (tmp_path / "l.txt").write_text("\n\f\n".join("abcdefghij"))
     (tmp_path / "l.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    wanted = load_texts(DatasetSpec(name=letters))
+    expected = load_texts(DatasetSpec(name=letters))
     for name in ("l.json", "l.parquet", "l.txt", "l.jsonl.gz"):
-        assert load_texts(DatasetSpec(name=str(tmp_path / name))) == wanted
+        assert load_texts(DatasetSpec(name=str(tmp_path / name))) == expected
 
 
 def test_a_text_file_without_form_feeds_is_one_document(tmp_path):

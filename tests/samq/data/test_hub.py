@@ -26,12 +26,12 @@ DROPPED = "the connection is lost"
 class Hub(BaseHTTPRequestHandler):
     """Serves `server.root`/org/name and `server.root`/datasets/org/name, at one commit.
 
-    The next requests for a path with one of `server.faults` in it meet these, the last first; `server.asked` has all paths.
+    The next requests for a path with one of `server.faults` in it meet these, the last first; `server.requested` has all paths.
     """
 
     def answer(self):
         path = self.path.split("?")[0]
-        self.server.asked.append(path)
+        self.server.requested.append(path)
         fault = next((faults.pop() for place, faults in self.server.faults.items() if place in path and faults), None)
         if fault == DROPPED:
             self.close_connection = True
@@ -43,8 +43,8 @@ class Hub(BaseHTTPRequestHandler):
                 headers = {"X-Error-Code": "RepoNotFound"}
             elif not listing[5]:  # there are no folders in a repository
                 status, body = 200, json.dumps(self.describe(repository, listing[3])).encode()
-        elif (found := self.server.root / re.sub(r"^/|resolve/\w+/", "", path)).is_file():
-            status, body = 200, found.read_bytes()
+        elif (file := self.server.root / re.sub(r"^/|resolve/\w+/", "", path)).is_file():
+            status, body = 200, file.read_bytes()
             headers = {"ETag": hashlib.sha1(body).hexdigest(), "X-Repo-Commit": COMMIT}
         if fault:
             status, body, headers = fault, b"", {}
@@ -72,7 +72,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.root, server.faults, server.asked = tmp_path / "hub", {}, []
+    server.root, server.faults, server.requested = tmp_path / "hub", {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -99,16 +99,16 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "tiny")
     (folder / "original.pth").write_bytes(b"the same weights in another format")
-    done = run(
+    process = run(
         "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/tiny').model_dump_json())"
     )
-    assert done.returncode == 0, done.stderr
-    source, local = ModelSource.model_validate_json(done.stdout), describe_source(folder)
+    assert process.returncode == 0, process.stderr
+    source, local = ModelSource.model_validate_json(process.stdout), describe_source(folder)
     assert (source.name, source.revision) == ("org/tiny", COMMIT)
     assert (source.weights_digest, source.tokenizer_digest) == (local.weights_digest, local.tokenizer_digest)
     assert not (source.folder / "original.pth").exists()
-    done = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/other')")
-    assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in done.stderr
+    process = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/other')")
+    assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in process.stderr
 
 
 @pytest.mark.e2e
@@ -132,18 +132,18 @@ def test_weights_in_torchs_own_format_are_fetched_where_there_are_no_others(hub)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     (folder / "training_args.bin").write_bytes(b"nothing of the model")
-    done = run(
+    process = run(
         "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/old').model_dump_json())"
     )
-    assert done.returncode == 0, done.stderr
-    source = ModelSource.model_validate_json(done.stdout)
+    assert process.returncode == 0, process.stderr
+    source = ModelSource.model_validate_json(process.stdout)
     assert source.weights_digest == describe_source(folder).weights_digest
     assert not (source.folder / "training_args.bin").exists()
     load_model(source, device="cpu")
     (folder / "pytorch_model.bin").rename(folder / "weights.pt")
     (root / "org" / "old").rename(root / "org" / "none")
-    done = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/none')")
-    assert "has no weights (model.safetensors or pytorch_model.bin, or shards" in done.stderr
+    process = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/none')")
+    assert "has no weights (model.safetensors or pytorch_model.bin, or shards" in process.stderr
 
 
 @pytest.mark.e2e
@@ -153,8 +153,8 @@ def test_a_data_set_is_loaded_by_its_hub_id(hub):
     rows = [json.dumps({"body": f"text {number}"}) for number in range(9)]
     (root / "datasets" / "org" / "rows" / "train.jsonl").write_text("\n".join(rows))
     code = "from samq.data.datasets import *; print(sorted(load_texts(DatasetSpec(name='org/rows', fields=('{}',)))))"
-    done = run(code.format("body"))
-    assert done.stdout.strip() == str([f"text {number}" for number in range(9)]), done.stderr
+    process = run(code.format("body"))
+    assert process.stdout.strip() == str([f"text {number}" for number in range(9)]), process.stderr
     assert "of org/rows has no field 'text'; name some of its fields: body" in run(code.format("text")).stderr
 
 
@@ -198,17 +198,17 @@ def test_a_hub_that_fails_for_now_is_asked_again_and_one_that_says_no_is_not(hub
     passing = {"/api/models/org/tiny": [503, DROPPED], "/datasets/org/rows": [520, DROPPED]}
     server.faults = {**passing, "/org/down": [520] * 99}
     settings = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_HOME": str(tmp_path / "prefect")}
-    done = run(ASK, **settings)
-    assert done.returncode == 0, done.stderr
+    process = run(ASK, **settings)
+    assert process.returncode == 0, process.stderr
     assert [*passing.values()] == [[], []]
-    model, text, no_model, no_text, down_model, down_text, refused = done.stdout.splitlines()
+    model, text, no_model, no_text, down_model, down_text, refused = process.stdout.splitlines()
     assert model.startswith("Completed | ") and "org/tiny" in model
     assert text.startswith("Completed | ") and "some text" in text
     assert no_model.startswith("Failed | there is no folder org/other, and the hub did not give a model of that name")
-    assert server.asked.count("/api/models/org/other/revision/main") == 1
+    assert server.requested.count("/api/models/org/other/revision/main") == 1
     assert no_text.startswith("Failed | org/others is not one of") and "the hub gave no such data set" in no_text
-    assert len([path for path in server.asked if path.startswith("/datasets/org/others/")]) == 1
+    assert len([path for path in server.requested if path.startswith("/datasets/org/others/")]) == 1
     assert down_model.startswith("Failed | there is no folder org/down, and the hub did not answer (")
-    assert server.asked.count("/api/models/org/down/revision/main") == 3
+    assert server.requested.count("/api/models/org/down/revision/main") == 3
     assert down_text.startswith("Failed | org/down is not one of") and "and the hub did not answer (" in down_text
     assert refused == "True"

@@ -36,8 +36,8 @@ def test_a_weight_is_the_level_of_its_code_on_the_blocks_grid(quantized):
     grid, codes = read_grid(kind, blocks), read_codes(kind, blocks)
     assert codes.min() >= grid.first
     values = grid.scale * grid.levels[codes - grid.first] + grid.offset
-    wanted = gguf.dequantize(blocks, GGMLQuantizationType[kind])
-    np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-6)
+    expected = gguf.dequantize(blocks, GGMLQuantizationType[kind])
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
     assert (np.diff(grid.levels) > 0).all()
 
 
@@ -52,5 +52,5 @@ def test_another_code_changes_its_own_weight_alone(quantized):
         before = to_float(GGMLQuantizationType[kind], blocks, ROW_LENGTH)
         assert (values[:, others] == before[:, others]).all()
         level = grid.levels[changed[:, column] - grid.first]
-        wanted = grid.scale[:, column] * level + grid.offset[:, column]
-        np.testing.assert_allclose(values[:, column], wanted, rtol=1e-4, atol=1e-6)
+        expected = grid.scale[:, column] * level + grid.offset[:, column]
+        np.testing.assert_allclose(values[:, column], expected, rtol=1e-4, atol=1e-6)

@@ -64,11 +64,11 @@ def test_rows_dequantized_by_llama_cpp_are_those_of_the_gguf_package(kind, tmp_p
     writer.write_tensors_to_file()
     writer.close()
     (tensor,) = open_gguf(path).tensors
-    wanted = read_weights(path, "w").reshape(24, 64)
+    expected = read_weights(path, "w").reshape(24, 64)
     for rows in (slice(None), slice(5, 11), np.array([23, 0, 7])):
-        found = read_rows(tensor, rows)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, wanted[rows], rtol=1e-6)
+        values_read = read_rows(tensor, rows)
+        assert values_read.dtype == np.float32
+        np.testing.assert_allclose(values_read, expected[rows], rtol=1e-6)
 
 
 def test_an_importance_matrix_names_its_tensors_in_either_format(tiny_gguf, tmp_path):

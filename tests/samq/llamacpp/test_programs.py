@@ -172,6 +172,6 @@ def test_a_linked_file_is_the_file_that_a_symbolic_link_leads_to(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "blobs" / "0a1b").write_bytes(b"GGUF")
     (tmp_path / "snapshots" / "model.gguf").symlink_to("../blobs/0a1b")
-    made = tmp_path / "store" / "elsewhere.gguf"
-    link_or_copy(tmp_path / "snapshots" / "model.gguf", made)
-    assert made.read_bytes() == b"GGUF" and not made.is_symlink()
+    link = tmp_path / "store" / "elsewhere.gguf"
+    link_or_copy(tmp_path / "snapshots" / "model.gguf", link)
+    assert link.read_bytes() == b"GGUF" and not link.is_symlink()

@@ -36,9 +36,9 @@ def test_a_users_own_build_is_used(toolchain, monkeypatch, tmp_path):
     (own / "build" / "lib").symlink_to(toolchain.lib_folder)
     (own / "convert_hf_to_gguf.py").write_text("")
     monkeypatch.setenv("SAMQ_LLAMA_CPP", str(own))
-    found = find_toolchain()
-    assert (found.version, found.build) == ("user build", toolchain.build)
-    assert found.converter == own / "convert_hf_to_gguf.py"
+    user_build = find_toolchain()
+    assert (user_build.version, user_build.build) == ("user build", toolchain.build)
+    assert user_build.converter == own / "convert_hf_to_gguf.py"
 
 
 def test_the_build_of_the_converter_is_that_of_its_scripts(toolchain, tmp_path):

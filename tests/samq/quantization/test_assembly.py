@@ -40,10 +40,10 @@ def ladder(target, tmp_path_factory):
 
 def mixed(target, ladder, shift):
     """A plan in which neighbouring tensors have different types, full precision among them."""
-    held = ladder.sources()
+    sources = ladder.sources()
     types = {}
     for index, name in enumerate(target.quantizable):
-        kinds = list(held[name])
+        kinds = list(sources[name])
         types[name] = kinds[(index + shift) % len(kinds)]
     return stock_plan(target, "Q5_K_S").model_copy(
         update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}

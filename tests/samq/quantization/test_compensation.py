@@ -53,8 +53,8 @@ def rounded(request, target, grams, tmp_path_factory):
     """(type, llama-quantize's GGUF, the compensated one, what was said about it)."""
     folder = tmp_path_factory.mktemp("rounded")
     nearest = folder / make_rung(target, request.param, folder, provenance={}).file
-    done = compensate(target.gguf, nearest, grams, folder / "compensated.gguf")
-    return request.param, nearest, folder / "compensated.gguf", done
+    compensation = compensate(target.gguf, nearest, grams, folder / "compensated.gguf")
+    return request.param, nearest, folder / "compensated.gguf", compensation
 
 
 def output_error(path, target, grams, name):
@@ -74,9 +74,9 @@ def test_nothing_but_codes_changes(rounded):
 
 
 def test_outputs_come_nearer_row_by_row_and_the_record_says_by_how_much(rounded, target, grams):
-    _, nearest, compensated, done = rounded
-    assert done.tensors.keys() == grams.source.keys()
-    for name, error in done.tensors.items():
+    _, nearest, compensated, compensation = rounded
+    assert compensation.tensors.keys() == grams.source.keys()
+    for name, error in compensation.tensors.items():
         before, after = (output_error(path, target, grams, name) for path in (nearest, compensated))
         assert (after <= before * (1 + 1e-4)).all()
         assert error.nearest == pytest.approx(before.sum(), rel=1e-3)
@@ -91,21 +91,21 @@ def test_tensors_whose_input_was_not_measured_stay(rounded, grams):
 
 
 def test_a_rungs_tensors_become_what_they_become_in_a_whole_file(rounded, target, grams, tmp_path):
-    _, nearest, compensated, done = rounded
-    wanted = {"blk.0.attn_k.weight", "output.weight", "blk.1.ffn_up.weight"}  # the last was not measured
-    some = compensate_rung(target.gguf, nearest, wanted, grams, tmp_path / "some.gguf")
-    assert some.tensors == {name: done.tensors[name] for name in wanted - {"blk.1.ffn_up.weight"}}
-    found = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
-    assert found.keys() == some.tensors.keys()
+    _, nearest, compensated, compensation = rounded
+    names = {"blk.0.attn_k.weight", "output.weight", "blk.1.ffn_up.weight"}  # the last was not measured
+    of_rung = compensate_rung(target.gguf, nearest, names, grams, tmp_path / "some.gguf")
+    assert of_rung.tensors == {name: compensation.tensors[name] for name in names - {"blk.1.ffn_up.weight"}}
+    tensors = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
+    assert tensors.keys() == of_rung.tensors.keys()
     for tensor in open_gguf(compensated).tensors:
-        if tensor.name in found:
-            assert found[tensor.name].tensor_type == tensor.tensor_type
-            assert (found[tensor.name].data == tensor.data).all()
+        if tensor.name in tensors:
+            assert tensors[tensor.name].tensor_type == tensor.tensor_type
+            assert (tensors[tensor.name].data == tensor.data).all()
 
 
 def test_full_precision_stays(target, grams, tmp_path):
-    done = compensate(target.gguf, target.gguf, grams, tmp_path / "out.gguf")
-    assert done.tensors == {}
+    compensation = compensate(target.gguf, target.gguf, grams, tmp_path / "out.gguf")
+    assert compensation.tensors == {}
     assert (tmp_path / "out.gguf").read_bytes() == target.gguf.read_bytes()
 
 
@@ -129,17 +129,17 @@ def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
     )
     damped = gram + DAMPING * gram.diagonal().mean() * np.eye(size)
     order = np.argsort(-damped.diagonal(), kind="stable")
-    error, wanted = np.zeros(weights.shape), np.zeros(weights.shape, int)
-    for done, column in enumerate(order):
-        fixed, rest = order[:done], order[done:]
+    error, expected = np.zeros(weights.shape), np.zeros(weights.shape, int)
+    for count, column in enumerate(order):
+        fixed, rest = order[:count], order[count:]
         shift = -error[:, fixed] @ damped[np.ix_(fixed, rest)] @ np.linalg.inv(damped[np.ix_(rest, rest)])
         value = weights[:, column] + shift[:, 0]
         levels = grid.scale[:, [column]] * grid.levels + grid.offset[:, [column]]
-        wanted[:, column] = np.abs(levels - value[:, None]).argmin(1)
-        error[:, column] = levels[np.arange(len(levels)), wanted[:, column]] - weights[:, column]
-    found = Compensator(torch.tensor(gram, dtype=torch.float32)).codes(weights, grid)
-    assert (found == wanted + grid.first).mean() > 0.99
-    assert found.min() >= 2 and found.max() <= 9
+        expected[:, column] = np.abs(levels - value[:, None]).argmin(1)
+        error[:, column] = levels[np.arange(len(levels)), expected[:, column]] - weights[:, column]
+    codes = Compensator(torch.tensor(gram, dtype=torch.float32)).codes(weights, grid)
+    assert (codes == expected + grid.first).mean() > 0.99
+    assert codes.min() >= 2 and codes.max() <= 9
 
 
 def prices_of(target):
@@ -151,9 +151,9 @@ def prices_of(target):
 
 
 def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, grams):
-    found = compensated_prices(prices_of(target), grams)
-    assert found.rounding == "compensated"
-    for name, tensor in found.tensors.items():
+    table = compensated_prices(prices_of(target), grams)
+    assert table.rounding == "compensated"
+    for name, tensor in table.tensors.items():
         share = 1.0
         if name in grams:
             damped = grams[name].double().numpy()
@@ -161,10 +161,10 @@ def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, grams):
             order = np.argsort(-damped.diagonal(), kind="stable")
             # What is left of each input's variance once those after it are known, by Schur complements.
             left = 0.0
-            for done, column in enumerate(order):
-                rest = order[done + 1 :]
-                told = np.linalg.lstsq(damped[np.ix_(rest, rest)], damped[rest, column], rcond=None)[0]
-                left += damped[column, column] - damped[column, rest] @ told
+            for position, column in enumerate(order):
+                rest = order[position + 1 :]
+                coefficients = np.linalg.lstsq(damped[np.ix_(rest, rest)], damped[rest, column], rcond=None)[0]
+                left += damped[column, column] - damped[column, rest] @ coefficients
             share = left / damped.trace()
             assert share < 0.5
         assert tensor.types["Q4_K"].kl_nats == pytest.approx(0.5 * share, rel=1e-3)

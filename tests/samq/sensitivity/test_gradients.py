@@ -42,9 +42,9 @@ def by_hooks(model, weights, tokens, batch_size):
     with SampleGradients(model, weights, receive) as gradients:
         for ids, mask, labels in batches(tokens, batch_size):
             logits = model(input_ids=ids, attention_mask=mask).logits
-            given = logits.detach().requires_grad_(True)
-            summed_loss(given, labels).backward()
-            gradients.backward(logits, given.grad, mask.sum(1).tolist())
+            leaf = logits.detach().requires_grad_(True)
+            summed_loss(leaf, labels).backward()
+            gradients.backward(logits, leaf.grad, mask.sum(1).tolist())
             first += len(ids)
     return {key: torch.cat([bands[row] for row in sorted(bands)]) for key, bands in received.items()}
 
@@ -58,10 +58,10 @@ def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
     make, architecture = MODELS[kind]
     model, tokens = make(), random_tokens()
     weights = weights_of(model, names_of(model, architecture))
-    wanted = by_autograd(model, weights, tokens)
+    expected = by_autograd(model, weights, tokens)
     received = by_hooks(model, weights, tokens, batch_size)
-    assert received.keys() == wanted.keys()
-    for key, gradient in wanted.items():
+    assert received.keys() == expected.keys()
+    for key, gradient in expected.items():
         torch.testing.assert_close(received[key], gradient.flatten(0, -2), rtol=1e-4, atol=1e-5)
 
 

@@ -21,10 +21,10 @@ MODELS = {
 def inputs_of(model, tokens, names):
     """GGUF name -> the input of the linear layer, over all tokens, sequence by sequence."""
     by_parameter = {id(weight.parameter): weight.name for weight in weights_of(model, names)}
-    found = {}
+    inputs_by_name = {}
 
     def keep(module, inputs):
-        found.setdefault(by_parameter[id(module.weight)], []).append(inputs[0].flatten(0, -2).double())
+        inputs_by_name.setdefault(by_parameter[id(module.weight)], []).append(inputs[0].flatten(0, -2).double())
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and id(m.weight) in by_parameter]
     handles = [layer.register_forward_pre_hook(keep) for layer in layers]
@@ -33,7 +33,7 @@ def inputs_of(model, tokens, names):
             model(input_ids=ids)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+    return {name: torch.cat(parts).numpy() for name, parts in inputs_by_name.items()}
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 10_000, 2**30])
@@ -44,21 +44,21 @@ def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, memory_
     model, tokens, path = make(), random_tokens(), tmp_path / "gram.safetensors"
     names = names_of(model, architecture)
     measure_gram(model, tokens, path, names=names, batch_size=batch_size, memory_bytes=memory_bytes)
-    found, entered = GramMatrices(path), inputs_of(model, tokens, names)
-    assert set(found.source) == set(entered)
-    for name, inputs in entered.items():
+    grams, inputs_by_name = GramMatrices(path), inputs_of(model, tokens, names)
+    assert set(grams.source) == set(inputs_by_name)
+    for name, inputs in inputs_by_name.items():
         assert len(inputs) == tokens.lengths.sum()
-        np.testing.assert_allclose(found[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(grams[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
 
 
 def test_layers_of_one_input_share_its_matrix(tmp_path):
     measure_gram(tiny_llama(), random_tokens(), tmp_path / "gram.safetensors", names=names_of(tiny_llama()))
-    found = GramMatrices(tmp_path / "gram.safetensors")
-    source = {name.removeprefix("blk.1."): key for name, key in found.source.items() if name.startswith("blk.1.")}
+    grams = GramMatrices(tmp_path / "gram.safetensors")
+    source = {name.removeprefix("blk.1."): key for name, key in grams.source.items() if name.startswith("blk.1.")}
     query = source["attn_q.weight"]
     assert source["attn_k.weight"] == source["attn_v.weight"] == query == "blk.1.attn_q.weight"
     assert source["ffn_up.weight"] == source["ffn_gate.weight"] not in (query, source["ffn_down.weight"])
-    assert "output.weight" in found and "token_embd.weight" not in found
+    assert "output.weight" in grams and "token_embd.weight" not in grams
 
 
 def test_the_same_matrices_are_the_same_bytes(tmp_path):
@@ -72,8 +72,8 @@ def test_an_input_that_is_always_zero_has_no_matrix(tmp_path):
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     measure_gram(model, random_tokens(), tmp_path / "gram.safetensors", names=names_of(model))
-    found = GramMatrices(tmp_path / "gram.safetensors")
-    assert "blk.0.ffn_down.weight" not in found and "blk.1.ffn_down.weight" in found
+    grams = GramMatrices(tmp_path / "gram.safetensors")
+    assert "blk.0.ffn_down.weight" not in grams and "blk.1.ffn_down.weight" in grams
 
 
 def test_nan_names_the_layer_and_writes_nothing(tmp_path):

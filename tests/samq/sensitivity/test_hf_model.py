@@ -31,8 +31,8 @@ def edit_config(folder, **fields):
 
 
 def same_weights(one, other):
-    theirs = dict(other.named_parameters())
-    return all(torch.equal(weight, theirs[name]) for name, weight in one.named_parameters())
+    other_weights = dict(other.named_parameters())
+    return all(torch.equal(weight, other_weights[name]) for name, weight in one.named_parameters())
 
 
 def test_a_folder_is_loaded_as_it_was_saved(folder, sharded):
@@ -70,8 +70,8 @@ def test_a_gguf_with_its_folder_gives_torchs_weights_back(folder, tmp_path):
     assert (source.name, source.gguf, source.folder) == ("tiny-f16", path, folder)
     model, tokenizer = load_model(source, device="cpu")
     for name, weight in tiny_llama().named_parameters():
-        wanted = weight.half().float() if weight.ndim > 1 else weight
-        assert torch.equal(dict(model.named_parameters())[name], wanted)
+        expected = weight.half().float() if weight.ndim > 1 else weight
+        assert torch.equal(dict(model.named_parameters())[name], expected)
     assert tokenizer("w5")["input_ids"] == [0, 5]
     assert len(row_orders(weights_of(model, names_of(model)), path)) == 4
 

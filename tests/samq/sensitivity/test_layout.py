@@ -53,9 +53,9 @@ def test_row_orders_turn_torchs_rows_into_the_files(tmp_path):
     orders = row_orders(weights, path)
     assert set(orders) == {f"blk.{block}.attn_{kind}.weight" for block in (0, 1) for kind in "qk"}
     for weight in weights:
-        ours = weight.parameter.detach().numpy()
-        ours = ours[orders[weight.name]] if weight.name in orders else ours
-        np.testing.assert_array_equal(ours.astype(np.float16), read_weights(path, weight.name).astype(np.float16))
+        values = weight.parameter.detach().numpy()
+        values = values[orders[weight.name]] if weight.name in orders else values
+        np.testing.assert_array_equal(values.astype(np.float16), read_weights(path, weight.name).astype(np.float16))
 
 
 def test_unpermuted_files_need_no_order(tmp_path):

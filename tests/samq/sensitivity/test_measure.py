@@ -49,13 +49,13 @@ def same(one, other):
 @pytest.mark.parametrize("tied", [False, True])
 def test_norms_and_fisher_are_those_of_autograd(tied, batch_size):
     model, tokens = tiny_llama(tied=tied), random_tokens()
-    found, fisher = measure(model, tokens, batch_size=batch_size)
+    sensitivity, fisher = measure(model, tokens, batch_size=batch_size)
     label_tokens = tokens.lengths - 1
-    wanted = by_autograd(model, tokens)
-    assert found.tensors.keys() == fisher.keys() == wanted.keys()
-    for name, gradients in wanted.items():
+    expected = by_autograd(model, tokens)
+    assert sensitivity.tensors.keys() == fisher.keys() == expected.keys()
+    for name, gradients in expected.items():
         norms = np.sqrt((gradients**2).sum(axis=(1, 2))) / label_tokens
-        tensor = found.tensors[name]
+        tensor = sensitivity.tensors[name]
         assert tensor.gradient_norm == pytest.approx(norms.mean(), rel=1e-5)
         assert tensor.gradient_norm_stderr == pytest.approx(norms.std(ddof=1) / math.sqrt(len(tokens)), rel=1e-4)
         squares = (gradients**2).sum(axis=0) / label_tokens.sum()
@@ -67,25 +67,29 @@ def test_norms_and_fisher_are_those_of_autograd(tied, batch_size):
 
 def test_the_map_says_what_it_was_measured_on():
     model, tokens = tiny_llama(), random_tokens()
-    found, _ = measure(model, tokens, seed=5)
+    sensitivity, _ = measure(model, tokens, seed=5)
     losses = [
         torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[0, 1:], reduction="sum").item()
         for ids, _, labels in batches(tokens, 1)
     ]
-    assert found.tokens == sum(tokens.lengths - 1) == 35
-    assert found.loss_nats == pytest.approx(sum(losses) / 35, rel=1e-6)
-    assert (found.samples, found.seed, found.labels) == (5, 5, "text")
-    assert (found.model_digest, found.calibration_digest, found.tied_embeddings) == ("model", "text", False)
-    assert max(tensor.score for tensor in found.tensors.values()) == 1
+    assert sensitivity.tokens == sum(tokens.lengths - 1) == 35
+    assert sensitivity.loss_nats == pytest.approx(sum(losses) / 35, rel=1e-6)
+    assert (sensitivity.samples, sensitivity.seed, sensitivity.labels) == (5, 5, "text")
+    assert (sensitivity.model_digest, sensitivity.calibration_digest, sensitivity.tied_embeddings) == (
+        "model",
+        "text",
+        False,
+    )
+    assert max(tensor.score for tensor in sensitivity.tensors.values()) == 1
     without, none = measure(model, tokens, second_moment=False)
     assert none is None and without.tensors["output.weight"].fisher is None
     for name, tensor in without.tensors.items():
-        assert tensor.gradient_norm == found.tensors[name].gradient_norm
+        assert tensor.gradient_norm == sensitivity.tensors[name].gradient_norm
 
 
 def test_tied_weights_are_scored_once():
-    found, _ = measure(tiny_llama(tied=True), random_tokens())
-    assert found.tied_embeddings and "output.weight" not in found.tensors
+    sensitivity, _ = measure(tiny_llama(tied=True), random_tokens())
+    assert sensitivity.tied_embeddings and "output.weight" not in sensitivity.tensors
 
 
 def test_padding_has_no_influence():
@@ -119,12 +123,14 @@ def test_labels_of_the_model_depend_on_the_seed_and_the_sequence_but_not_on_the_
 def test_labels_of_the_model_follow_its_distribution():
     model = tiny_llama()
     tokens = TokenBatch.of([[3, 1, 4, 1, 5, 9, 2, 6]] * 300)
-    found, _ = measure(model, tokens, labels="model", batch_size=50, second_moment=False)
+    sensitivity, _ = measure(model, tokens, labels="model", batch_size=50, second_moment=False)
     with torch.no_grad():
         logs = torch.log_softmax(model(input_ids=torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])).logits[0, :-1], dim=-1)
     entropies = -(logs.exp() * logs).sum(-1)
     spread = (logs.exp() * (logs + entropies[:, None]) ** 2).sum(-1).mean().sqrt().item()
-    assert found.loss_nats == pytest.approx(entropies.mean().item(), abs=5 * spread / math.sqrt(found.tokens))
+    assert sensitivity.loss_nats == pytest.approx(
+        entropies.mean().item(), abs=5 * spread / math.sqrt(sensitivity.tokens)
+    )
 
 
 @pytest.mark.parametrize("name", ["token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_down.weight", "output.weight"])
@@ -148,12 +154,12 @@ def test_the_fishers_rows_are_in_ggufs_order(tmp_path):
     model, tokens = tiny_llama(), random_tokens()
     path = write_llama_gguf(model, tmp_path / "model.gguf")
     orders = row_orders(weights_of(model, names_of(model)), path)
-    _, ours = measure(model, tokens)
-    _, theirs = measure(model, tokens, row_orders=orders)
-    for name, fisher in ours.items():
+    _, in_torch = measure(model, tokens)
+    _, in_gguf = measure(model, tokens, row_orders=orders)
+    for name, fisher in in_torch.items():
         order = orders.get(name, np.arange(len(fisher.rows)))
-        assert same(theirs[name], Fisher(fisher.rows[order], fisher.columns))
-    assert not same(theirs["blk.0.attn_q.weight"], ours["blk.0.attn_q.weight"])
+        assert same(in_gguf[name], Fisher(fisher.rows[order], fisher.columns))
+    assert not same(in_gguf["blk.0.attn_q.weight"], in_torch["blk.0.attn_q.weight"])
 
 
 @pytest.mark.parametrize(("make", "architecture"), [(tiny_gpt2, "gpt2"), (tiny_mixtral, "llama")])

@@ -42,7 +42,7 @@ def test_what_is_given_goes_before_the_file(tmp_path):
         ("prot: 1", r"prot: Extra inputs are not permitted"),
         ("kv_type: Q5_0", r"kv_type: Input should be"),
         ("shadow: {prompts: -1}", r"shadow\.prompts: "),
-        ("- 1", "holds no settings"),
+        ("- 1", "does not hold settings"),
         ("a: [", "is not YAML"),
     ],
 )

@@ -19,7 +19,7 @@ from samq.tracking import mlflow_view
 from samq.tracking.registry import connect
 from samq.tracking.sweep_runs import track_sweep
 from samq.tracking.tracked import TrackingSettings
-from tests.samq.sweeps import check_of
+from tests.samq.sweeps import check_of, make_sweep
 
 RULE = SelectionRule(max_size_ratio=1.6)
 BEST = "budget-size-of-Q5_K_M"
@@ -55,6 +55,16 @@ def track(sweep, where):
 def of_results(sweep, results):
     """The sweep with these results only, compared with each other."""
     return dataclasses.replace(sweep, results=tuple(results), comparisons=tuple(compare_sweep(results)))
+
+
+@pytest.fixture(scope="module")
+def tracked_sweep(tmp_path_factory, empty_database):
+    """A client, a sweep and where it is tracked: once for all tests that only read it."""
+    folder = tmp_path_factory.mktemp("tracked")
+    uri = f"sqlite:///{shutil.copy(empty_database, folder)}"
+    (folder / "sweep").mkdir()
+    sweep = dataclasses.replace(make_sweep(folder / "sweep"), rule=RULE)
+    return connect(uri), sweep, track(sweep, settings(uri))
 
 
 def artifacts(client, run_id, folder=None):
@@ -100,9 +110,8 @@ def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_u
     assert [one["samq.rival"] for one in tags] == ["Q5_K_M"] * 5 + ["Q4_K_M"] * 2
 
 
-def test_children_have_the_same_keys_wherever_they_have_a_meaning(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri))
-    client = connect(mlflow_uri)
+def test_children_have_the_same_keys_wherever_they_have_a_meaning(tracked_sweep):
+    client, _, tracked = tracked_sweep
     data = [client.get_run(run_id).data for run_id in tracked.child_run_ids.values()]
     assert len({frozenset(one.metrics) - {"plan/threshold", "plan/kept_tensors"} for one in data}) == 1
     assert len({frozenset(one.params) for one in data}) == 1
@@ -115,9 +124,8 @@ def test_a_sweep_without_predictions_has_no_figure_of_them(sweep, mlflow_uri):
     assert figures == {f"figures/{name}.png" for name in ("pareto", "sensitivity", "types")}
 
 
-def test_a_failed_candidate_is_a_failed_run_that_says_why(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri))
-    client = connect(mlflow_uri)
+def test_a_failed_candidate_is_a_failed_run_that_says_why(tracked_sweep):
+    client, sweep, tracked = tracked_sweep
     (failed,) = client.search_runs([tracked.experiment_id], "attributes.status = 'FAILED'")
     assert failed.info.run_name == "threshold-0.9"
     assert failed.data.tags["mlflow.parentRunId"] == tracked.parent_run_id
@@ -138,9 +146,8 @@ def test_a_rung_or_a_check_that_failed_is_said_and_is_no_candidate(sweep, mlflow
     assert all(f"{one.name} in {one.stage}: {one.reason}" in said for one in others)
 
 
-def test_plans_and_the_sensitivity_map_are_files_that_samqs_own_commands_read(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri))
-    client = connect(mlflow_uri)
+def test_plans_and_the_sensitivity_map_are_files_that_samqs_own_commands_read(tracked_sweep):
+    client, sweep, tracked = tracked_sweep
     plan = client.download_artifacts(tracked.child_run_ids[BEST], "plan.json")
     assert Plan.load(Path(plan)) == sweep.result(BEST).plan
     sensitivity = client.download_artifacts(tracked.parent_run_id, "sensitivity-map.json")
@@ -176,7 +183,7 @@ def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
         with_threshold = [metrics for metrics in children if "plan/threshold" in metrics]
         assert with_threshold
         assert all(axis in metrics for axis in thresholds["selectedMetrics"] for metrics in with_threshold)
-    assert mlflow_view.KEY in tracked.urls("")["charts"]
+    assert mlflow_view.KEY in tracked.links("")["charts"]
 
 
 def test_thresholds_have_a_chart_of_their_own():
@@ -203,9 +210,9 @@ def test_nothing_global_is_touched(sweep, mlflow_uri, tmp_path):
     assert {**os.environ, "PYTEST_CURRENT_TEST": ""} == {**environment, "PYTEST_CURRENT_TEST": ""}
 
 
-def test_what_was_not_measured_is_left_out_and_said(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri))
-    data = connect(mlflow_uri).get_run(tracked.child_run_ids["F16"]).data
+def test_what_was_not_measured_is_left_out_and_said(tracked_sweep):
+    client, _, tracked = tracked_sweep
+    data = client.get_run(tracked.child_run_ids["F16"]).data
     assert json.loads(data.tags["samq.missing"]) == {"memory/measured_vram_bytes": "no NVIDIA GPU"}
     assert "memory/measured_vram_bytes" not in data.metrics
 
@@ -260,7 +267,7 @@ def test_the_best_is_registered_once_however_many_nights_bring_it(sweep, mlflow_
     assert first.model_version == second.model_version == "1"
     assert "model version 1" in connect(mlflow_uri).get_run(second.parent_run_id).data.tags["samq.registered"]
     assert second.summary()[-1] == "registered: model version 1, alias candidate"
-    assert second.urls("http://host")["model"].startswith("http://host/#/models/model/versions/1")
+    assert second.links("http://host")["registered model"].startswith("http://host/#/models/model/versions/1")
 
 
 def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
@@ -273,7 +280,7 @@ def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
     )
     assert parent.data.tags["samq.registered"] == f"failed: {tracked.not_registered}"
     assert tracked.summary()[-1].startswith("not registered: cannot register")
-    assert "org/model" in tracked.summary()[-1] and "model" not in tracked.urls("")
+    assert "org/model" in tracked.summary()[-1] and "registered model" not in tracked.links("")
     assert mlflow_view.TAG in client.get_experiment(tracked.experiment_id).tags
 
 

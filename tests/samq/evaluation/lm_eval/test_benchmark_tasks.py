@@ -70,7 +70,7 @@ def test_a_malformed_file_in_a_folder_and_a_missing_folder_are_said_at_once(tmp_
         TaskLibrary([tmp_path])
     with pytest.raises(SamqError, match=r"^the folder of tasks .*nowhere does not exist; check task_folders$"):
         TaskLibrary([tmp_path / "nowhere"])
-    with pytest.raises(SamqError, match=r"^there is not a valid task file at .*nowhere.yaml; check the path$"):
+    with pytest.raises(SamqError, match=r"^the task file .*nowhere.yaml does not exist; check the path$"):
         open_task(tmp_path / "nowhere.yaml")
 
 
@@ -146,3 +146,40 @@ def test_seeds_are_put_back():
     with seeded(7):
         assert (random.random(), np.random.random()) != first
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+LOADER = """
+import datasets
+from pathlib import Path
+
+def load(**_):
+    calls = Path(__file__).with_name("calls")
+    calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+    if len(calls.read_text()) <= {lost}:
+        raise ConnectionResetError("reset by peer")
+    return {{"test": datasets.Dataset.from_list([{{"question": "red?", "answer": "yes"}}])}}
+"""
+FLAKY = """
+task: flaky
+custom_dataset: !function loader.load
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.parametrize(("lost", "calls"), [(1, 2), (2, 3), (9, 3)])
+def test_a_task_whose_connection_drops_is_opened_again_and_missing_only_if_that_goes_on(
+    tmp_path, monkeypatch, caplog, lost, calls
+):
+    monkeypatch.setattr("samq.data.hub.is_offline_mode", lambda: False)
+    (tmp_path / "flaky.yaml").write_text(FLAKY)
+    (tmp_path / "loader.py").write_text(LOADER.format(lost=lost))
+    settings = BenchmarkSettings(tasks=("flaky",), task_folders=(tmp_path,))
+    digests, missing = check_benchmarks(settings, retry_delays_s=(0.0, 0.0))
+    assert len((tmp_path / "calls").read_text()) == calls
+    assert list(digests) == (["flaky"] if lost < 3 else [])
+    assert list(missing) == ([] if lost < 3 else ["flaky"])
+    assert "trying again in 0 s" in caplog.text
