@@ -25,6 +25,7 @@ from samq.progress import Progress, silent
 from samq.records import Metric
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?```", re.DOTALL)
+_UNFINISHED = re.compile(r"[\w.+-]*")
 _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\]]', re.DOTALL)  # whole strings first; a lone quote opens one
 
 
@@ -52,12 +53,14 @@ def is_settled(answer: str) -> bool:
     """Whether nothing that could follow would make an answer valid, so that generation can stop.
 
     True when it starts with what starts neither an object, an array nor a code fence (every schema here asks for an
-    object or an array), and when something else follows the end of the value or the fence. An answer that has just
-    ended is not settled: the model must also end there.
+    object or an array), when it has a syntax error that no more text mends, and when something else follows the end of
+    the value or the fence. An answer that has just ended is not settled: the model must also end there.
     """
     text = answer.lstrip()
     if text.startswith(("{", "[")):
         end = _value_end(text)
+        if end is None:
+            return _is_broken(text)
     elif text.startswith("```"):
         fence = text.find("```", 3)
         end = None if fence < 0 else fence + 3
@@ -117,6 +120,23 @@ def _verdict(schema: dict[str, Any], text: str) -> tuple[bool, str | None]:
 def _refuse_constant(name: str) -> NoReturn:
     """Python's parser takes NaN and Infinity; JSON has neither."""
     raise ValueError(f"{name} is no JSON number")
+
+
+def _is_broken(text: str) -> bool:
+    """Whether the start of an object or array has a syntax error in what is complete, so that going on is no use.
+
+    What may yet become a number, `true`, `false` or `null` (one run of letters, digits and signs at the end), and a string
+    or an escape that is not closed, are not complete.
+    """
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :].strip()
+        may_be_mended = "string starting" in error.msg or "escape" in error.msg or _UNFINISHED.fullmatch(rest)
+        return not may_be_mended
+    except RecursionError:
+        return True
+    return False
 
 
 def _value_end(text: str) -> int | None:

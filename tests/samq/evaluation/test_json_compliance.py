@@ -2,6 +2,8 @@ import json
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from samq.evaluation.json_compliance import is_settled, judge, measure_json, summarize, wilson_interval
@@ -79,6 +81,25 @@ def test_an_answer_is_valid_when_all_of_it_is_json_of_the_schema(answer, parsed,
         ('{"a": 1} {', True),
         ("[1, [2]]", False),
         ("[1, [2]],", True),
+        ('{"a": 0.5', False),
+        ('{"a": 0.5 ', False),
+        ('{"a": 0.5 t', False),
+        ('{"a": 0.5 to 1', True),
+        ('{"a": 1.', False),
+        ('{"a": -', False),
+        ('{"a": 1e+', False),
+        ('{"a": tru', False),
+        ('{"a": true', False),
+        ('{"a": string,', True),
+        ("[string, ", True),
+        ('{"a"', False),
+        ('{"a" ', False),
+        ('{"a": 1, ', False),
+        ('{"a": 1, b:', True),
+        ('{"a": "\\u00', False),
+        ('{"a": "\\', False),
+        ("[[1, 2], ", False),
+        ("[" * 100_000, True),
     ],
 )
 def test_generation_stops_when_nothing_could_make_the_answer_valid(answer, settled):
@@ -87,8 +108,32 @@ def test_generation_stops_when_nothing_could_make_the_answer_valid(answer, settl
 
 def test_stopping_early_never_turns_a_valid_answer_away():
     for prompt in load_prompts():
-        for text in (json.dumps(prompt.example), f"```json\n{json.dumps(prompt.example, indent=1)}\n```"):
+        indented = json.dumps(prompt.example, indent=1)
+        for text in (json.dumps(prompt.example), indented, f"```json\n{indented}\n```"):
             assert not any(is_settled(text[:end]) for end in range(len(text) + 1)), prompt.id
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ).filter(lambda value: isinstance(value, list | dict)),
+    st.booleans(),
+    st.sampled_from([None, 2]),
+)
+def test_no_start_of_json_is_ever_settled(value, ascii_only, indent):
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
+    assert not any(is_settled(text[:end]) for end in range(len(text) + 1))
+
+
+@settings(deadline=None)
+@given(st.text(alphabet='{}[]":, 0123456789.eE+-truefalsn\\u`\n', max_size=30), st.text(max_size=10))
+def test_what_is_settled_is_neither_valid_nor_becomes_so(start, more):
+    start = "{" + start
+    if is_settled(start):
+        rows = [judge(PERSON, text) for text in (start, start + more, start + "}", start + '"}')]
+        assert not any(row["parsed"] or row["valid_fenced"] for row in rows)
 
 
 def test_the_wilson_interval_is_the_textbooks():

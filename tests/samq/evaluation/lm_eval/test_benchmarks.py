@@ -147,8 +147,8 @@ def test_an_error_in_a_tasks_own_code_does_not_take_the_others_along(tmp_path, c
     path = write_task(tmp_path, more="process_results: !function utils.judge\n")
     results = run(RuleLM(), str(path), "samq_truthfulqa_mc1", limit=2)
     assert results.missing == {
-        "eval/colours": f"{path} failed in lm-eval (TypeError: list indices must be integers or slices, not str); its log "
-        "has more"
+        "eval/colours": f"{path} failed in lm-eval (TypeError: list indices must be integers or slices, not str); see its "
+        "log"
     }
     assert "Traceback" in caplog.text and "eval/samq_truthfulqa_mc1/acc" in results.metrics
 
