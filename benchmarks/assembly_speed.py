@@ -18,7 +18,7 @@ from statistics import median
 from setting import machine, versions
 
 from samq.allocation.ladder import Ladder, make_rung, uniform_plan
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.llamacpp.programs import planned_bytes
 from samq.llamacpp.toolchain import find_toolchain
 from samq.quantization.assembly import assemble, write_assembled
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    target = Target.open(arguments.gguf, find_toolchain())
+    target = OpenTarget.open(arguments.gguf, find_toolchain())
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         rungs = {}

@@ -20,7 +20,7 @@ from flows.inputs import Inputs, prepare
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import DEFAULT_TYPES, Ladder
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.data.datasets import DatasetSpec
 from samq.data.tokens import TokenBatch
 from samq.evaluation.baseline import cut_chunks, read_tokens
@@ -46,7 +46,7 @@ class Bench:
     costs: Costs
 
     @cached_property
-    def target(self) -> Target:
+    def target(self) -> OpenTarget:
         """What plans are made for."""
         return self.inputs.target.open(self.at.toolchain)
 

@@ -29,7 +29,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from setting import conclude
 
-from samq.allocation.target import Target, stock_plan
+from samq.allocation.target import OpenTarget, stock_plan
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.lm_eval.harness import GgufLM
 from samq.evaluation.settings import BenchmarkSettings
@@ -151,7 +151,7 @@ def make_ggufs(work: Path) -> dict[str, Path]:
         convert(describe_source(MODEL), ggufs["F16"].parent, toolchain, precision="F16", timeout_s=600)
     for mixture in mixtures:
         if not ggufs[mixture].is_file():
-            plan = stock_plan(Target.open(ggufs["F16"], toolchain), mixture)
+            plan = stock_plan(OpenTarget.open(ggufs["F16"], toolchain), mixture)
             quantize(ggufs["F16"], plan, ggufs[mixture].parent, toolchain, provenance={})
     return ggufs
 

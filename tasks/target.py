@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from samq.allocation import target
+from samq.allocation.target import OpenTarget
 from samq.files import GGUF_NAME, IMATRIX_NAME
 from samq.records import Toolchain
 from samq.store import Artifact
@@ -15,7 +15,12 @@ class Target:
     full: Artifact
     imatrix: Artifact | None
 
-    def open(self, toolchain: Toolchain) -> target.Target:
+    def open(self, toolchain: Toolchain) -> OpenTarget:
         """Read the GGUF's tensors, and ask llama-quantize which of them it quantizes."""
-        matrix = self.imatrix.path(IMATRIX_NAME) if self.imatrix else None
-        return target.Target.open(self.full.path(GGUF_NAME), toolchain, matrix, self.full.files[GGUF_NAME].sha256)
+        return OpenTarget.open(
+            self.full.path(GGUF_NAME),
+            toolchain,
+            self.imatrix.path(IMATRIX_NAME) if self.imatrix else None,
+            sha256=self.full.files[GGUF_NAME].sha256,
+            imatrix_sha256=self.imatrix.files[IMATRIX_NAME].sha256 if self.imatrix else None,
+        )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from samq.allocation.budget_notation import bits_budget, plan_name, read_budget
 from samq.allocation.knapsack import solve
 from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS, lengthened, lengthening, plan_cost
-from samq.allocation.target import EMBEDDING, OUTPUT, Target, make_plan, stock_plan
+from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan, stock_plan
 from samq.errors import SamqError
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
 from samq.llamacpp.memory import predict_memory
@@ -45,7 +45,7 @@ class Budget:
     free: frozenset[str] = frozenset()
 
 
-def parse_budget(text: str, target: Target) -> Budget:
+def parse_budget(text: str, target: OpenTarget) -> Budget:
     """What a budget as a person writes it comes to, in bytes of tensors.
 
     A size bounds the whole file. `4.5bpw` is bits per weight over all tensors, `size-of:Q4_K_M` the bytes that
@@ -69,7 +69,7 @@ def parse_budget(text: str, target: Target) -> Budget:
             return Budget(text, written.bytes - math.ceil(rest), free)
 
 
-def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
+def budget_plan(target: OpenTarget, prices: PriceTable, budget: Budget, policy: BudgetPolicy) -> Plan:
     """The plan of least predicted KL within the budget; bytes that would save nothing worth counting are left unspent.
 
     Where second order is not to be trusted with that KL, `why_doubted` says so.
@@ -111,7 +111,7 @@ def budget_plan(target: Target, prices: PriceTable, budget: Budget, policy: Budg
     )
 
 
-def _smallest(target: Target, budget: Budget, tensor_bytes: int) -> str:
+def _smallest(target: OpenTarget, budget: Budget, tensor_bytes: int) -> str:
     """The smallest budget, in the form that this one was written in, that has room for so many bytes of tensors."""
     written = read_budget(budget.text)
     if written.form in ("size", "vram"):
@@ -141,7 +141,7 @@ def why_doubted(plan: Plan, prices: PriceTable) -> str | None:
     return "; and ".join(doubts) or None
 
 
-def _allowed(name: str, prices: PriceTable, target: Target, policy: BudgetPolicy) -> dict[str, Price]:
+def _allowed(name: str, prices: PriceTable, target: OpenTarget, policy: BudgetPolicy) -> dict[str, Price]:
     """The types that the guards leave to a tensor; if they leave none, the one with most bits.
 
     Types larger than the smallest that costs next to nothing are left out, not priced at zero: a plan's KL is then what was

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.target import Target, make_plan, stock_plan
+from samq.allocation.target import OpenTarget, make_plan, stock_plan
 from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, read_tensors, require_alignment
@@ -94,15 +94,15 @@ def rungs_of(plan: Plan, tensors: Mapping[str, TensorInfo], rungs: Iterable[str]
     return {rung: tensors_by_rung[rung] for rung in _by_bits(tensors_by_rung)}
 
 
-def threshold_types(target: Target, policy: ThresholdPolicy) -> set[str]:
+def threshold_types(target: OpenTarget, policy: ThresholdPolicy) -> set[str]:
     """The types that threshold plans of this policy use at any threshold: the type above it, the base's, the guards."""
     base = set(stock_plan(target, policy.base).types.values()) if policy.base in MIXTURES else {policy.base}
     guards = {guard for guard in (policy.output_guard, policy.embedding_guard) if guard}
     return {policy.keep} | base | guards
 
 
-def uniform_plan(target: Target, name: str) -> Plan:
-    """Plan every quantizable tensor in one type, or in the type that replaces it (`Target.legal_type`).
+def uniform_plan(target: OpenTarget, name: str) -> Plan:
+    """Plan every quantizable tensor in one type, or in the type that replaces it (`OpenTarget.legal_type`).
 
     llama-quantize's fallback replaces a type that the rows do not allow. Where the importance matrix lacks an entry that
     the type needs, the nearest type without that need does.
@@ -117,7 +117,7 @@ def uniform_plan(target: Target, name: str) -> Plan:
 
 
 def make_rung(
-    target: Target,
+    target: OpenTarget,
     name: str,
     folder: Path,
     *,

@@ -14,7 +14,7 @@ OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
 
 
 @dataclass(frozen=True)
-class Target:
+class OpenTarget:
     """The full-precision GGUF a plan is for, and what llama-quantize says of it."""
 
     gguf: Path
@@ -33,7 +33,7 @@ class Target:
         imatrix: Path | None = None,
         sha256: str | None = None,
         imatrix_sha256: str | None = None,
-    ) -> "Target":
+    ) -> "OpenTarget":
         """Read the file's tensors and ask llama-quantize which of them it quantizes.
 
         The GGUF and the importance matrix are hashed only if their SHA-256 is not given.
@@ -70,7 +70,7 @@ class Target:
         return OUTPUT not in self.tensors
 
 
-def full_plan(target: Target) -> Plan:
+def full_plan(target: OpenTarget) -> Plan:
     """The baseline: every tensor as it is."""
     kinds = {tensor.type for tensor in target.quantizable.values()}
     kind = "F16" if "F16" in kinds else min(kinds)
@@ -78,7 +78,7 @@ def full_plan(target: Target) -> Plan:
     return make_plan(target, kind, "full", {}, types, mixture=kind)
 
 
-def stock_plan(target: Target, mixture: str) -> Plan:
+def stock_plan(target: OpenTarget, mixture: str) -> Plan:
     """What llama-quantize makes of `mixture` by itself, with the same importance matrix, named tensor by tensor."""
     mixture = check_mixture(mixture)
     types, substitutions = mixture_types(target.gguf, mixture, target.toolchain, imatrix=target.imatrix)
@@ -87,7 +87,7 @@ def stock_plan(target: Target, mixture: str) -> Plan:
 
 
 def make_plan(
-    target: Target,
+    target: OpenTarget,
     name: str,
     policy: Literal["full", "stock", "uniform", "threshold", "budget"],
     parameters: dict[str, float | int | str | bool | None],

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.target import EMBEDDING, OUTPUT, Target, make_plan
+from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
 from samq.errors import SamqError
 from samq.gguf.file import read_tensors
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type
@@ -51,7 +51,7 @@ class ThresholdPolicy(BaseModel):
 
 
 def threshold_plan(
-    target: Target,
+    target: OpenTarget,
     sensitivity: SensitivityMap,
     threshold: float | str,
     policy: ThresholdPolicy,
@@ -158,7 +158,9 @@ def _between(low: float, high: float) -> float:
     return middle
 
 
-def propose_thresholds(target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int) -> list[float]:
+def propose_thresholds(
+    target: OpenTarget, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int
+) -> list[float]:
     """At most `count` thresholds, highest first, whose plans differ and whose sizes rise in about equal steps.
 
     Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out.

@@ -16,7 +16,7 @@ from samq.output import check_file
 from samq.progress import bar, console
 
 if TYPE_CHECKING:
-    from samq.allocation.target import Target
+    from samq.allocation.target import OpenTarget
     from samq.allocation.threshold import ThresholdPolicy
     from samq.records import Plan, SensitivityMap
 
@@ -85,10 +85,10 @@ def _budget_plan(map_path: Path, gguf: Path, budget: str, types: list[str] | Non
         from samq.allocation.budget import why_doubted
         from samq.allocation.budget_notation import read_budget
         from samq.report.description import describe_plan
-        from tasks.target import Target as TargetArtifacts
+        from tasks.target import Target
 
     read_budget(budget)  # raises SamqError for a malformed budget, before the work
-    target = TargetArtifacts(adopt({GGUF_NAME: gguf}), adopt({IMATRIX_NAME: imatrix}) if imatrix else None)
+    target = Target(adopt({GGUF_NAME: gguf}), adopt({IMATRIX_NAME: imatrix}) if imatrix else None)
     sensitivity = adopt({MAP_NAME: map_path, FISHER_NAME: fisher_beside(map_path)})
     budget_plan, prices = stages.plan_budget(stages.workspace(), target, sensitivity, budget, types)
     console.print(f"{budget_plan.tensor_bytes / 1e6:.1f} MB. {describe_plan(budget_plan)}", highlight=False)
@@ -101,7 +101,7 @@ def _threshold_plan(
     map_path: Path, gguf: Path, threshold: str, options: dict[str, str], imatrix: Path | None
 ) -> "Plan":
     """The plan of a threshold, printed with other thresholds that change it; `options` are the policy's."""
-    from samq.allocation.target import Target
+    from samq.allocation.target import OpenTarget
     from samq.allocation.threshold import ThresholdPolicy, threshold_plan
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import SensitivityMap
@@ -109,7 +109,7 @@ def _threshold_plan(
     policy = validated(ThresholdPolicy, **options)
     sensitivity = SensitivityMap.load(map_path)
     with bar(f"plan {gguf.name}"):
-        target = Target.open(gguf, find_toolchain(), imatrix)
+        target = OpenTarget.open(gguf, find_toolchain(), imatrix)
         chosen = threshold_plan(target, sensitivity, _number(threshold), policy)
         alternatives = _other_thresholds(target, sensitivity, policy)
     kept, groups = chosen.parameters["kept_tensors"], chosen.parameters["kept_groups"]
@@ -123,7 +123,7 @@ def _threshold_plan(
     return chosen
 
 
-def _other_thresholds(target: "Target", sensitivity: "SensitivityMap", policy: "ThresholdPolicy") -> Table:
+def _other_thresholds(target: "OpenTarget", sensitivity: "SensitivityMap", policy: "ThresholdPolicy") -> Table:
     """Some thresholds at which the plan changes, with the size of each plan."""
     from samq.allocation.threshold import change_points, propose_thresholds, threshold_plan
 

@@ -25,7 +25,7 @@ def bytes_told_to(progress: Progress) -> type[HubBar]:
         def __init__(self, *arguments: Any, name: str | None = None, **options: Any) -> None:
             self._counts_bytes = name == _BYTES_ON_DISK
             # To tqdm a bar with `gui` is one that is drawn elsewhere.
-            super().__init__(*arguments, name=name, **{**options, "disable": False, "gui": True})
+            super().__init__(*arguments, name=name, **{**options, "disable": False, "gui": True})  # type: ignore[no-untyped-call]
 
         def display(self, *_: Any, **__: Any) -> None:
             if self._counts_bytes and self.total:

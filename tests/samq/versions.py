@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.gguf.audit import as_is
 from samq.gguf.file import file_sha256
 from samq.llamacpp.programs import quantize
@@ -54,7 +54,7 @@ def benchmark_items(right: int) -> pd.DataFrame:
 
 def night(
     sweep: Sweep,
-    target: Target,
+    target: OpenTarget,
     folder: Path,
     mixture: str,
     *,
@@ -101,7 +101,7 @@ def three_nights(folder: Path, database: Path, toolchain: Toolchain) -> None:
     """Versions 1 and 2 answer as well as full precision does, and 3, which is the candidate, does not."""
     (folder / "sweep").mkdir()
     sweep = make_sweep(folder / "sweep", layers=1, thresholds=(), stock=("Q4_K_M",), budgets=())
-    target = Target.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
     for number, (mixture, valid) in enumerate((("Q4_K_M", 300), ("Q5_K_M", 300), ("Q6_K", 200)), 1):
         results = night(sweep, target, folder / f"night-{number}", mixture, valid=valid)
         assert register_night(f"sqlite:///{database}", sweep, results) == str(number)

@@ -7,7 +7,7 @@ import pytest
 
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan, parse_budget, why_doubted
 from samq.allocation.budget_notation import read_budget
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
 from samq.files import GGUF_NAME
 from samq.gguf.formats import tensor_bytes
@@ -23,7 +23,7 @@ TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "F16")
 
 @pytest.fixture(scope="module")
 def target(tiny_gguf, toolchain):
-    return Target.open(tiny_gguf, toolchain)
+    return OpenTarget.open(tiny_gguf, toolchain)
 
 
 def random_prices(target, types=TYPES):
@@ -72,7 +72,7 @@ def test_budgets_are_read_as_they_are_written(target):
 
 
 def test_a_vram_budget_leaves_room_for_the_cache_in_its_type(toolchain, tmp_path):
-    target = Target.open(write_chat_gguf(tmp_path / "tiny.gguf"), toolchain)
+    target = OpenTarget.open(write_chat_gguf(tmp_path / "tiny.gguf"), toolchain)
     values = 2 * 2 * 64 * 8192  # K and V, blocks, values a token, tokens
     budgets = [parse_budget(f"vram:1GiB@8192{kind}", target) for kind in ("", "/F16", "/Q8_0", "/Q4_0")]
     default, f16, q8_0, q4_0 = (budget.tensor_bytes for budget in budgets)
@@ -151,7 +151,7 @@ def loadable(toolchain, tmp_path_factory):
     for tied in (False, True):
         path = folder / f"{tied}.gguf"
         write_tiny_gguf(path, vocabulary=260, tied=tied, add_tokenizer=lambda writer: add_byte_vocabulary(writer, None))
-        target = Target.open(path, toolchain)
+        target = OpenTarget.open(path, toolchain)
         assert target.tied == tied
         made[tied] = target, random_prices(target)
     return made

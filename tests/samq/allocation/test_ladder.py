@@ -1,7 +1,7 @@
 import pytest
 
 from samq.allocation.ladder import DEFAULT_TYPES, Ladder, make_rung, rung_names, rungs_of, threshold_types, uniform_plan
-from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.allocation.threshold import ThresholdPolicy, threshold_plan
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, read_tensors
@@ -38,7 +38,7 @@ def test_types_that_need_an_importance_matrix_are_left_out_without_one():
 
 
 def test_plans_join_the_types_that_no_other_rung_gives(tiny_gguf, toolchain):
-    target = Target.open(tiny_gguf, toolchain)
+    target = OpenTarget.open(tiny_gguf, toolchain)
     tensors, plan = target.quantizable.values(), stock_plan(target, "Q4_K_M")
     assert set(plan.types.values()) == {"Q4_K", "Q6_K"}
     assert rung_names(tensors, [], imatrix=False, plans=[plan]) == ["Q4_K", "Q6_K"]
@@ -47,7 +47,7 @@ def test_plans_join_the_types_that_no_other_rung_gives(tiny_gguf, toolchain):
 
 
 def test_a_plan_takes_the_rungs_that_hold_its_types_and_no_other(tiny_gguf, toolchain):
-    target = Target.open(tiny_gguf, toolchain)
+    target = OpenTarget.open(tiny_gguf, toolchain)
     plan = stock_plan(target, "Q4_K_M")
     tensors_by_rung = rungs_of(plan, target.tensors, ["Q8_0", "Q6_K", "Q4_K"])
     assert tensors_by_rung and list(tensors_by_rung) == ["Q4_K", "Q6_K"]
@@ -69,7 +69,7 @@ def test_a_ladder_without_a_rung_is_an_error():
 
 
 def test_a_rung_holds_every_tensor_at_its_type(tiny_gguf, toolchain, tmp_path):
-    target = Target.open(tiny_gguf, toolchain)
+    target = OpenTarget.open(tiny_gguf, toolchain)
     model = make_rung(target, "Q5_K", tmp_path, provenance={"model": "tiny"})
     assert model.plan_digest == uniform_plan(target, "q5_k").digest()
     tensors = read_tensors(tmp_path / model.file)
@@ -85,7 +85,7 @@ def uncovered(request, toolchain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uncovered")
     gguf = write_tiny_gguf(folder / "tiny.gguf", tied=request.param)
     matrix = write_tiny_imatrix(folder / "imatrix.gguf", gguf, without=["token_embd.weight", "blk.0.attn_q.weight"])
-    return Target.open(gguf, toolchain, matrix)
+    return OpenTarget.open(gguf, toolchain, matrix)
 
 
 @pytest.mark.parametrize("kind", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"])
@@ -114,7 +114,7 @@ def test_a_type_that_a_tensor_lacks_an_importance_for_says_so(uncovered, tmp_pat
 @pytest.mark.parametrize("width", [256, 96])
 @pytest.mark.parametrize("base", ["Q5_K_M", "Q4_K"])
 def test_a_ladder_of_a_threshold_policy_holds_its_plans(toolchain, tmp_path, base, width):
-    target = Target.open(write_tiny_gguf(tmp_path / "tiny.gguf", width=width, hidden=2 * width), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "tiny.gguf", width=width, hidden=2 * width), toolchain)
     policy = ThresholdPolicy(base=base, keep="Q8_0", output_guard="Q6_K", embedding_guard="Q5_K", grouping="tensor")
     tensors = target.quantizable.values()
     rungs = rung_names(tensors, threshold_types(target, policy), imatrix=False, plans=[stock_plan(target, "Q8_0")])

@@ -8,7 +8,7 @@ from gguf.quants import quantize
 
 from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.allocation.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
 from samq.gguf.file import read_tensors, read_weights
 from samq.records import Metric, SensitivityMap, TensorSensitivity
@@ -21,7 +21,7 @@ TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
 @pytest.fixture(scope="module", params=[256, 96], ids=["K types fit", "K types fall back"])
 def ladder(request, toolchain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ladder")
-    target = Target.open(
+    target = OpenTarget.open(
         write_tiny_gguf(folder / "tiny.gguf", width=request.param, hidden=2 * request.param), toolchain
     )
     rungs = {}
@@ -84,7 +84,7 @@ def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(la
 
 
 def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, toolchain, tmp_path):
-    target = Target.open(tiny_gguf, toolchain)
+    target = OpenTarget.open(tiny_gguf, toolchain)
     rungs = {}
     for name in ("Q2_K", "IQ3_S", "Q4_K"):
         (tmp_path / name).mkdir()

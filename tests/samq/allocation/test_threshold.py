@@ -1,6 +1,6 @@
 import pytest
 
-from samq.allocation.target import Target, stock_plan
+from samq.allocation.target import OpenTarget, stock_plan
 from samq.allocation.threshold import (
     ThresholdPolicy,
     change_points,
@@ -44,7 +44,7 @@ def sensitivity_of(target):
 
 @pytest.fixture(scope="module")
 def target(tiny_gguf, toolchain):
-    return Target.open(tiny_gguf, toolchain)
+    return OpenTarget.open(tiny_gguf, toolchain)
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,12 @@ def test_the_output_is_guarded(target, sensitivity, tmp_path, toolchain):
     assert (plan.types["output.weight"], plan.types["token_embd.weight"]) == ("Q8_0", "Q6_K")
     unguarded = threshold_plan(target, sensitivity, 1.0, ThresholdPolicy(base="Q4_K", output_guard=None))
     assert set(unguarded.types.values()) == {"Q4_K"}
-    tied = Target.open(write_tiny_gguf(tmp_path / "tied.gguf", tied=True), toolchain)
+    tied = OpenTarget.open(write_tiny_gguf(tmp_path / "tied.gguf", tied=True), toolchain)
     assert threshold_plan(tied, sensitivity_of(tied), 1.0, everything).types["token_embd.weight"] == "Q8_0"
 
 
 def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
-    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
     plan = threshold_plan(target, sensitivity_of(target), 0.4, ThresholdPolicy(keep="Q6_K", base="Q4_K"))
     kept, rest = plan.substitutions["blk.0.attn_q.weight"], plan.substitutions["blk.1.attn_q.weight"]
     assert (kept.requested, kept.used, rest.requested, rest.used) == ("Q6_K", "Q8_0", "Q4_K", "Q5_0")
@@ -104,7 +104,7 @@ def test_types_that_lack_an_importance_are_replaced_visibly(toolchain, tmp_path,
     matrix = write_tiny_imatrix(
         tmp_path / "imatrix.gguf", gguf, without=["token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight"]
     )
-    target = Target.open(gguf, toolchain, matrix)
+    target = OpenTarget.open(gguf, toolchain, matrix)
     policy = ThresholdPolicy(keep="IQ2_XS", base=base, output_guard=None, embedding_guard="IQ2_XS")
     plan = threshold_plan(target, sensitivity_of(target), 0.4, policy)
     swap = plan.substitutions["blk.0.attn_q.weight"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from samq.allocation.target import Target, stock_plan
+from samq.allocation.target import OpenTarget, stock_plan
 from samq.cli.app import main
 from samq.gguf.file import read_tensors
 from samq.progress import console
@@ -86,7 +86,7 @@ def sensitivity(tmp_path, gguf):
 
 @pytest.fixture
 def plan(tmp_path, gguf, toolchain):
-    return stock_plan(Target.open(gguf, toolchain), "Q4_K_M").save(tmp_path / "plan.json")
+    return stock_plan(OpenTarget.open(gguf, toolchain), "Q4_K_M").save(tmp_path / "plan.json")
 
 
 def save_map(path, gguf, score):

@@ -1,6 +1,6 @@
 import pytest
 
-from samq.allocation.target import Target, stock_plan
+from samq.allocation.target import OpenTarget, stock_plan
 from samq.data.datasets import DatasetSpec, load_texts
 from samq.files import GGUF_NAME
 from samq.llamacpp.programs import convert, quantize
@@ -18,7 +18,7 @@ def smollm2_f16(tmp_path_factory, toolchain):
 @pytest.fixture(scope="session")
 def smollm2_q4_k_m(smollm2_f16, tmp_path_factory, toolchain):
     """The demo's model at stock Q4_K_M."""
-    target = Target.open(smollm2_f16, toolchain)
+    target = OpenTarget.open(smollm2_f16, toolchain)
     folder = tmp_path_factory.mktemp("q4_k_m")
     quantize(smollm2_f16, stock_plan(target, "Q4_K_M"), folder, toolchain, provenance={"model": "SmolLM2"})
     return folder / GGUF_NAME

@@ -1,13 +1,13 @@
 import pytest
 
-from samq.allocation.target import Target, stock_plan
+from samq.allocation.target import OpenTarget, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.gguf.audit import audit, require_space
 from samq.llamacpp.programs import quantize
 
 
 def test_the_audit_finds_a_drifted_type_and_another_plans_file(tiny_gguf, toolchain, tmp_path):
-    plan = stock_plan(Target.open(tiny_gguf, toolchain), "Q4_K_M")
+    plan = stock_plan(OpenTarget.open(tiny_gguf, toolchain), "Q4_K_M")
     quantize(tiny_gguf, plan, tmp_path, toolchain, provenance={})
     gguf = tmp_path / "model.gguf"
     drifted = plan.model_copy(update={"types": {**plan.types, "blk.1.attn_k.weight": "Q6_K"}})
@@ -24,6 +24,6 @@ def test_the_audit_finds_a_drifted_type_and_another_plans_file(tiny_gguf, toolch
 
 
 def test_a_disk_that_is_too_full_is_refused_before_the_work(tiny_gguf, toolchain, tmp_path):
-    plan = stock_plan(Target.open(tiny_gguf, toolchain), "Q4_K_M")
+    plan = stock_plan(OpenTarget.open(tiny_gguf, toolchain), "Q4_K_M")
     with pytest.raises(SamqError, match=r"bytes free and Q4_K_M needs 10,000,000,000,000,000; free some"):
         require_space(tmp_path, plan, 10**16)

@@ -4,7 +4,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from samq.allocation.ladder import make_rung
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.gguf.codes import TYPES_WITH_CODES, read_codes, read_grid, write_codes
 from samq.gguf.file import open_gguf, to_float
 from tests.conftest import write_tiny_gguf
@@ -16,7 +16,7 @@ NAME, ROW_LENGTH = "blk.1.ffn_down.weight", 512
 def quantized(request, toolchain, tmp_path_factory):
     """(type, blocks) of a tensor that llama-quantize wrote."""
     folder = tmp_path_factory.mktemp("codes")
-    target = Target.open(write_tiny_gguf(folder / "tiny.gguf"), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(folder / "tiny.gguf"), toolchain)
     rung = folder / make_rung(target, request.param, folder, provenance={}).file
     tensor = next(tensor for tensor in open_gguf(rung).tensors if tensor.name == NAME)
     assert tensor.tensor_type.name == request.param

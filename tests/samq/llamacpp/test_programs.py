@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.gguf.file import file_sha256, imatrix_entries, open_gguf, read_metadata, read_tensors, read_weights
 from samq.gguf.formats import TYPES, fallback
@@ -30,7 +30,7 @@ def make(target, plan, folder, **arguments):
 
 @pytest.fixture(scope="module")
 def target(tiny_gguf, toolchain):
-    return Target.open(tiny_gguf, toolchain)
+    return OpenTarget.open(tiny_gguf, toolchain)
 
 
 def test_quantizable_tensors_are_the_2d_weights(target):
@@ -38,7 +38,7 @@ def test_quantizable_tensors_are_the_2d_weights(target):
 
 
 def test_factors_of_the_rotary_frequencies_stay_as_they_are(toolchain, tmp_path):
-    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", rope_factors=True), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", rope_factors=True), toolchain)
     name = "rope_freqs.weight"
     assert name in target.tensors and name not in target.quantizable
     plan = stock_plan(target, "Q4_K_M")
@@ -62,7 +62,7 @@ def test_a_stock_plan_names_the_types_that_llama_quantize_chooses(target, tmp_pa
 @pytest.mark.parametrize("name", SMALL_TYPES)
 @pytest.mark.parametrize("width", [256, 96])
 def test_predicted_types_and_bytes_are_what_llama_quantize_writes(toolchain, tmp_path, name, width):
-    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=width, hidden=2 * width), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", width=width, hidden=2 * width), toolchain)
     types = {tensor.name: fallback(name, tensor.row_length) for tensor in target.quantizable.values()}
     plan = stock_plan(target, "Q4_K_M").model_copy(
         update={"types": types, "tensor_bytes": planned_bytes(target.tensors, types)}
@@ -71,7 +71,7 @@ def test_predicted_types_and_bytes_are_what_llama_quantize_writes(toolchain, tmp
 
 
 def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
-    target = Target.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
     _, substitutions = mixture_types(target.gguf, "Q4_K_M", toolchain)
     swap = substitutions["blk.0.attn_q.weight"]
     assert (swap.requested, swap.used, swap.reason) == ("Q4_K", "Q5_0", "rows of 96 are not a multiple of 256")

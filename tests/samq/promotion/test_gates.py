@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
 from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.gates import failed, judge
@@ -26,7 +26,7 @@ def results(tmp_path_factory, toolchain):
     folder = tmp_path_factory.mktemp("gates")
     (folder / "sweep").mkdir()
     sweep = make_sweep(folder / "sweep", layers=1, thresholds=(), stock=("Q4_K_M",), budgets=())
-    target = Target.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
+    target = OpenTarget.open(write_tiny_gguf(folder / "tiny.gguf", blocks=1), toolchain)
     return night(sweep, target, folder / "night", "Q4_K_M")
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
-from samq.allocation.target import Target, full_plan, stock_plan
+from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256, read_metadata
 from samq.llamacpp.programs import planned_bytes, quantize
@@ -30,7 +30,7 @@ def weighted(request):
 def target(request, weighted, toolchain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     gguf = write_tiny_gguf(folder / "tiny-f16.gguf", width=request.param, hidden=2 * request.param)
-    return Target.open(gguf, toolchain, write_tiny_imatrix(folder / "imatrix.gguf", gguf) if weighted else None)
+    return OpenTarget.open(gguf, toolchain, write_tiny_imatrix(folder / "imatrix.gguf", gguf) if weighted else None)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_rung_cut_short_leaves_no_model(target, ladder, tmp_path):
 
 def test_an_alignment_that_says_what_it_is_anyway_is_kept(toolchain, tmp_path):
     source = write_tiny_gguf(tmp_path / "tiny.gguf", add_tokenizer=lambda writer: writer.add_custom_alignment(32))
-    target = Target.open(source, toolchain)
+    target = OpenTarget.open(source, toolchain)
     make_both(target, make_ladder(target, tmp_path / "ladder", ["Q8_0"]), uniform_plan(target, "Q8_0"), tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_an_alignment_that_llama_quantize_would_break_is_refused(toolchain, tmp_
     with pytest.raises(
         SamqError, match=f"aligned to {alignment} bytes and llama-quantize writes 32 only; make the GGUF"
     ):
-        make_ladder(Target.open(source, toolchain), tmp_path / "ladder", ["Q8_0"])
+        make_ladder(OpenTarget.open(source, toolchain), tmp_path / "ladder", ["Q8_0"])
 
 
 def test_two_assemblies_are_one_file(target, ladder, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from samq.allocation.ladder import make_rung
-from samq.allocation.target import Target
+from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
 from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
 from samq.gguf.file import open_gguf, read_metadata, read_tensors, read_weights
@@ -28,7 +28,7 @@ def random_gram(size, seed=0, correlation=0.9):
 
 @pytest.fixture(scope="module")
 def target(toolchain, tmp_path_factory):
-    return Target.open(write_tiny_gguf(tmp_path_factory.mktemp("full") / "tiny.gguf"), toolchain)
+    return OpenTarget.open(write_tiny_gguf(tmp_path_factory.mktemp("full") / "tiny.gguf"), toolchain)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
             if tensor.name in grams.source:
                 file.seek(tensor.data_offset)
                 file.write(read_weights(nearest, tensor.name).astype(np.float16).tobytes())
-    again = tmp_path / make_rung(Target.open(full, toolchain), "F16", tmp_path, provenance={}).file
+    again = tmp_path / make_rung(OpenTarget.open(full, toolchain), "F16", tmp_path, provenance={}).file
     assert compensate(full, again, grams, tmp_path / "out.gguf").tensors == {}
     assert compensate_rung(full, again, grams.source, grams, tmp_path / "some.gguf").tensors == {}
     kept = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
