@@ -88,7 +88,7 @@ def test_the_commands_promote_refuse_roll_back_and_tell(prefect_home, home, poli
     def promote(*arguments):
         return forked_samq("promote", NAME, "--policy", policy, *arguments, **quick)
 
-    assert refused(promote("--force"), "--force needs a reason, which is recorded; give one with --reason")
+    assert refused(promote("--force"), "--force needs a reason, for the history; give one with --reason")
     done = forked_samq("rollback", NAME, "--reason", "x", **quick)
     assert refused(done, "has no version before the one in production")
     done = samq("promote", NAME, "--policy", policy, "--version", "1", home=home)
