@@ -97,42 +97,37 @@ class BenchmarkSettings(BaseModel):
     )
 
 
-class BaselineRequest(Record):
+class GgufRequest(Record):
+    """What a child process does with one GGUF."""
+
+    gguf: Path
+    sha256: str = Field(description="SHA-256 of that file")
+    output: Path = Field(description="folder that gets the record and the tables")
+    settings: EvaluationSettings = EvaluationSettings()
+
+
+class BaselineRequest(GgufRequest):
     """Compute the full-precision model's logits on the held-out tokens, once for all candidates."""
 
     SCHEMA: ClassVar[str] = "samq.baseline-request/1"
 
-    gguf: Path = Field(description="the full-precision GGUF")
-    sha256: str = Field(description="SHA-256 of that file")
     tokens: Path = Field(description="the held-out TokenBatch, as samq.data.tokens saves it (npz)")
-    output: Path = Field(description="folder that gets baseline.json and logits.npy")
-    settings: EvaluationSettings = EvaluationSettings()
 
 
-class EvaluationRequest(Record):
+class EvaluationRequest(GgufRequest):
     """Measure one candidate."""
 
     SCHEMA: ClassVar[str] = "samq.evaluation-request/1"
 
     name: str = Field(description="the candidate's name in reports")
-    gguf: Path
-    sha256: str = Field(description="SHA-256 of that file")
     tokens: Path = Field(description="the held-out TokenBatch, as samq.data.tokens saves it (npz)")
     baseline: Path | None = Field(default=None, description="folder of a baseline; None: fidelity is not measured")
-    output: Path = Field(description="folder that gets evaluation.json and the per-item parquet files")
-    settings: EvaluationSettings = EvaluationSettings()
 
 
-class BenchmarkRequest(Record):
-    """Put lm-eval's tasks to one candidate."""
+class BenchmarkRequest(GgufRequest):
+    """Put lm-eval's tasks to one candidate; of the settings only KV type, threads and GPU layers count."""
 
     SCHEMA: ClassVar[str] = "samq.benchmark-request/1"
 
     name: str = Field(description="the candidate's name in reports")
-    gguf: Path
-    sha256: str = Field(description="SHA-256 of that file")
-    output: Path = Field(description="folder that gets evaluation.json and benchmarks.parquet")
     benchmarks: BenchmarkSettings = BenchmarkSettings()
-    settings: EvaluationSettings = Field(
-        default=EvaluationSettings(), description="of these the type of the KV cache, threads and GPU layers count"
-    )
