@@ -12,9 +12,9 @@ def test_loading_a_model_and_comparing_it_with_its_gguf_are_seen_on_the_terminal
     with store.publish("convert", "k") as folder:
         write_llama_gguf(model, folder / "model.gguf")
     source = describe_source(save_folder(model, tmp_path / "tiny"))
-    opened, names, orders = TorchModel(source, store.find("convert", "k")).load_with_rows("cpu")
-    parameters, weights = len(list(model.parameters())), len(weights_of(opened, names))
-    assert len(orders) == 4 and weights < parameters
+    opened, layout = TorchModel(source, store.find("convert", "k")).load_with_layout("cpu")
+    parameters, weights = len(list(model.parameters())), len(weights_of(opened, layout.names))
+    assert len(layout.row_orders) == 4 and weights < parameters
     load, compare = (
         [line for line in terminal.getvalue().splitlines() if what in line]
         for what in ("load tiny", "compare tiny with its GGUF")
