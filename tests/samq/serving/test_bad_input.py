@@ -149,7 +149,10 @@ def test_a_prompt_over_the_context_is_refused_with_the_numbers(served):
     error = refused(served.complete(prompt="x" * 9000), 400, "8192", "9001", "8 more")
     assert error["code"] == "context_length_exceeded"
     refused(
-        served.chat(messages=[{"role": "user", "content": "x" * 9000}], max_tokens=None), 400, "8192", "leaves none"
+        served.chat(messages=[{"role": "user", "content": "x" * 9000}], max_tokens=None),
+        400,
+        "8192",
+        "no room is left for an answer",
     )
 
 

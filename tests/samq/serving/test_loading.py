@@ -104,7 +104,9 @@ def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf,
     settings = ServingSettings(gpu_layers=-1, context_tokens=512)
     served = load(FileSource(chat_gguf)(), settings)
     assert (served.loading.gpu_layers, served.loading.context_tokens) == (0, 512)
-    assert served.loading.notes[0].startswith("1023 MiB of a GPU's memory would be left, and llama.cpp may take 1024")
+    assert served.loading.notes[0].startswith(
+        "1023 MiB of a GPU's memory would be left, but llama.cpp may need 1024 MiB"
+    )
     served.close()
     monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES])
     served = load(FileSource(chat_gguf)(), settings)
@@ -123,7 +125,7 @@ def test_the_context_is_no_longer_than_the_model_was_trained_for(tmp_path):
     gguf = write_chat_gguf(tmp_path / "tiny.gguf", context=256)
     served = load(FileSource(gguf)(), ServingSettings(context_tokens=4096))
     assert served.loading.context_tokens == 256
-    assert served.loading.notes == ("the context is 256 tokens, all that the model was trained for",)
+    assert served.loading.notes == ("the context is 256 tokens, the length that the model was trained for",)
     served.close()
 
 
