@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from flows.build import build
 from flows.costs import Costs, measure_costs
 from flows.gather import Gather
+from flows.ggufs import build
 from flows.inputs import Inputs, prepare
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan

@@ -17,8 +17,8 @@ from samq.records import Rounding
 from samq.sensitivity.backpropagation import Labels
 from samq.sensitivity.gram import GRAM_TOKENS
 from samq.settings_file import read_settings
-from samq.sweep.cost import CostSettings
 from samq.sweep.selection import Finalists, SelectionRule
+from samq.sweep.serving_cost import CostSettings
 from samq.sweep.significance import MARGIN
 from samq.workspace import PROGRAM_TIMEOUT_S
 

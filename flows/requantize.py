@@ -16,10 +16,10 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.benchmarks import benchmark_finalists
-from flows.build import build
 from flows.checks import check_predictions
 from flows.costs import measure_costs
 from flows.gather import Gather
+from flows.ggufs import build
 from flows.inputs import prepare
 from flows.parameters import RequantizeParameters
 from flows.plans import plan_candidates

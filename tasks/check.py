@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from samq.allocation.check import RoundedPlan, check_prediction
+from samq.allocation.prediction_check import RoundedPlan, check_prediction
 from samq.allocation.prices import plan_cost
 from samq.data.tokens import TokenBatch
 from samq.files import CHECK_NAME, GGUF_NAME, TOKENS_NAME

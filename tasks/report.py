@@ -5,7 +5,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from samq.report.markdown_report import markdown_report
 from samq.report.table import results_table
-from samq.sweep.cost import CostSettings
+from samq.sweep.serving_cost import CostSettings
 from samq.sweep.sweep import Sweep
 
 

@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from samq import markdown
+from samq.evaluation.metrics import MB
 from samq.promotion.gates import Gate
 from samq.promotion.history import Event
 from samq.promotion.move import Judgement
-from samq.sweep.selection import MB
 from samq.tracking.registry import PRODUCTION_ALIAS
 
 _MARKS = {"pass": "✓", "fail": "✗", "not applicable": "–"}

@@ -11,13 +11,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
+from samq.evaluation.metrics import COLUMNS, KLD, VRAM
 from samq.gguf.audit import audit
 from samq.gguf.file import file_sha256, read_metadata
 from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Evaluation
-from samq.report.table import COLUMNS
-from samq.sweep.selection import KLD, VRAM
 from samq.sweep.significance import JSON_ITEMS, PairedComparison, compare_items
 
 GateVerdict = Literal["pass", "fail", "not applicable"]

@@ -20,9 +20,10 @@ from matplotlib.ticker import Locator, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS
+from samq.evaluation.metrics import MB
 from samq.records import Metric
 from samq.report.prediction import agreement, predicted_and_measured
-from samq.sweep.selection import MB, Comparison, Result
+from samq.sweep.selection import Comparison, Result
 from samq.sweep.sweep import Sweep
 
 DPI = 150

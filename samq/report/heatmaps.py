@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator
 
+from samq.evaluation.metrics import MB
 from samq.gguf.formats import bits_per_weight
 from samq.records import Plan, SensitivityMap
 from samq.report.figures import DPI, tick
-from samq.sweep.selection import MB
 
 # The kinds of tensor of a block in the order of computation; others follow in the model's order.
 _KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

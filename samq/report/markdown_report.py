@@ -4,20 +4,13 @@ import platform
 from collections import Counter
 
 from samq import __version__, markdown
+from samq.evaluation.metrics import KLD_COLUMN, MB, P999_COLUMN
 from samq.report.description import describe_plan, substitution_counts, type_counts
 from samq.report.prediction import prediction_section
 from samq.report.scorecard import benchmark_section, scorecard_section
-from samq.report.table import (
-    KLD_COLUMN,
-    LEGEND,
-    P999_COLUMN,
-    PREDICTED,
-    choice_table,
-    markdown_table,
-    show_predicted,
-)
-from samq.sweep.cost import CostSettings
-from samq.sweep.selection import BY_SENSITIVITY, MB, Result, describe_rule, percent
+from samq.report.table import LEGEND, PREDICTED, choice_table, markdown_table, show_predicted
+from samq.sweep.selection import BY_SENSITIVITY, Result, describe_rule, percent
+from samq.sweep.serving_cost import CostSettings
 from samq.sweep.sweep import Sweep
 
 

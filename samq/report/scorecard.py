@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from samq import markdown
+from samq.evaluation.metrics import MB, VRAM
 from samq.records import Evaluation, Metric
 from samq.sweep.benchmarking import PRODUCTION
-from samq.sweep.cost import CostSettings, cost_section
-from samq.sweep.selection import BY_SENSITIVITY, MB, VRAM, Result, percent
+from samq.sweep.selection import BY_SENSITIVITY, Result, percent
+from samq.sweep.serving_cost import CostSettings, cost_section
 from samq.sweep.significance import JSON_ITEMS, PairedComparison
 from samq.sweep.sweep import Sweep
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 from rich import box
@@ -10,57 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from samq import markdown
-from samq.records import Evaluation, Plan
-from samq.sweep.selection import KLD, MB, VRAM, Result, percent
+from samq.evaluation.metrics import COLUMNS, KLD_COLUMN, MB, SPEED_COLUMN, Column
+from samq.records import Plan
+from samq.sweep.selection import Result, percent
 from samq.sweep.sweep import Sweep
 
-
-@dataclass(frozen=True)
-class Column:
-    """How a metric is shown: its heading with the unit, the format of value x scale, and which way is better."""
-
-    metric: str
-    heading: str
-    format: str
-    scale: float = 1.0
-    lower_is_better: bool = True
-    interval: tuple[str, str] | None = None  # metrics with the ends of its confidence interval
-
-    def show(self, evaluation: Evaluation, *, spread: bool = False) -> str:
-        """The value as text; with `spread` also its interval or standard error; a dash if it was not measured."""
-        metric = evaluation.metrics.get(self.metric)
-        if metric is None:
-            return "–"
-        text = format(metric.value * self.scale, self.format)
-        if spread and self.interval and all(name in evaluation.metrics for name in self.interval):
-            low, high = (format(evaluation.metrics[name].value * self.scale, self.format) for name in self.interval)
-            return f"{text} ({low} to {high})"
-        if spread and metric.stderr is not None:
-            return f"{text} ± {format(metric.stderr * self.scale, self.format)}"
-        return text
-
-
-KLD_COLUMN = Column(KLD, "mean KLD (nats)", ".5f")
-SPEED_COLUMN = Column("speed/generation_tokens_per_s", "speed (tok/s)", ".1f", lower_is_better=False)
-COLUMNS = (
-    KLD_COLUMN,
-    Column("fidelity/kld_p99_nats", "99 % KLD (nats)", ".4f"),
-    Column("fidelity/perplexity_ratio", "PPL ratio", ".4f"),
-    Column("fidelity/same_top_percent", "same top (%)", ".2f", lower_is_better=False),
-    Column(
-        "json/valid_percent",
-        "JSON valid (%)",
-        ".1f",
-        lower_is_better=False,
-        interval=("json/valid_low_percent", "json/valid_high_percent"),
-    ),
-    Column("speed/latency_p99_ms", "p99 latency (ms)", ".0f"),
-    Column("speed/time_to_first_token_ms", "first token (ms)", ".0f"),
-    SPEED_COLUMN,
-    Column(VRAM, "VRAM (MB)", ".1f", scale=1 / MB),
-)
 PREDICTED = "predicted KL (nats)"
-P999_COLUMN = Column("fidelity/kld_p999_nats", "99.9 % KLD (nats)", ".4f")
 # What fits on 120 characters.
 _TERMINAL = tuple(c for c in COLUMNS if c.metric not in ("fidelity/kld_p99_nats", "speed/time_to_first_token_ms"))
 LEGEND = "★ best  ◆ Pareto front: no other is both smaller and closer to full precision"

@@ -15,11 +15,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.allocation.budget_notation import read_budget
+from samq.evaluation.metrics import KLD, MB, VRAM
 from samq.records import Evaluation, Metric, Plan, QuantizedModel
 
-KLD = "fidelity/mean_kld_nats"
-VRAM = "memory/predicted_vram_bytes"
-MB = 1e6
 Finalists = Literal["front", "best", "all"]
 BY_SENSITIVITY = ("threshold", "budget")  # the policies that are SAMQ's own
 # Two files are of one size if they differ by no more than this share. A budget plan leaves up to a tensor's step of its

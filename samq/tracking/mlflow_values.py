@@ -10,8 +10,8 @@ from samq.errors import SamqError
 from samq.records import Plan
 from samq.report.table import kept_tensors
 from samq.sweep.benchmarking import PRODUCTION
-from samq.sweep.cost import CostSettings, cost_metrics
 from samq.sweep.selection import Result
+from samq.sweep.serving_cost import CostSettings, cost_metrics
 from samq.sweep.significance import delta_metrics
 from samq.sweep.sweep import MadeFrom, Sweep
 

@@ -21,10 +21,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
+from samq.evaluation.metrics import COLUMNS, MB
 from samq.records import Evaluation, Plan, QuantizedModel
 from samq.report.description import describe_plan
-from samq.report.table import COLUMNS
-from samq.sweep.selection import MB
 
 CANDIDATE_ALIAS = "candidate"
 PRODUCTION_ALIAS = "production"

@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq.sweep.cost import CostSettings
+from samq.sweep.serving_cost import CostSettings
 from samq.tracking import mlflow_view
 from samq.tracking.registry import CANDIDATE_ALIAS
 

@@ -26,12 +26,12 @@ from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.data.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
+from samq.evaluation.metrics import KLD
 from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, ITEMS_NAME, MAP_NAME
 from samq.gguf.file import file_sha256, read_metadata, read_tensors, read_weights
 from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
-from samq.sweep.selection import KLD
 from tests.command_line import forked_samq
 from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from samq.gguf.codes import Grid
 from samq.quantization.compensation import Compensator, compensate
 from samq.sensitivity.gram import GramMatrices
-from tests.samq.allocation.test_check import write_gguf
+from tests.samq.allocation.test_prediction_check import write_gguf
 from tests.samq.quantization.test_compensation import random_gram
 
 DEVICES = ("cpu", "cuda", "cuda")

@@ -11,7 +11,7 @@ from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import describe_source, load_model
 from samq.sensitivity.layout import GgufLayout
 from samq.sensitivity.measure import Origin, measure_sensitivity
-from tests.samq.allocation.test_check import MODELS, check, quantized
+from tests.samq.allocation.test_prediction_check import MODELS, check, quantized
 from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama
 
 MIB = 2**20

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from samq.evaluation.metrics import VRAM
 from samq.files import ITEMS_NAME
 from samq.records import Metric
 from samq.report.scorecard import benchmark_section, scorecard_section, why_missing
 from samq.sweep.benchmarking import compare_benchmarks, join_items
-from samq.sweep.cost import CostSettings, cost_metrics, cost_section
-from samq.sweep.selection import VRAM, SelectionRule
+from samq.sweep.selection import SelectionRule
+from samq.sweep.serving_cost import CostSettings, cost_metrics, cost_section
 from tests.samq.sweeps import with_results
 
 COST = CostSettings(price_per_gpu_hour=2.5, gpu_memory_bytes=70_000_000)

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from samq.evaluation.metrics import COLUMNS, KLD
 from samq.records import Metric
-from samq.report.table import COLUMNS, PREDICTED, choice_table, markdown_table, results_table, terminal_table
-from samq.sweep.selection import KLD, Failure, SelectionRule
+from samq.report.table import PREDICTED, choice_table, markdown_table, results_table, terminal_table
+from samq.sweep.selection import Failure, SelectionRule
 from tests.samq.sweeps import with_results
 
 BEST = "budget-size-of-Q5_K_M"

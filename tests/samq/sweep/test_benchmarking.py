@@ -8,8 +8,8 @@ from samq.files import EVALUATION_NAME, ITEMS_NAME
 from samq.records import Evaluation, Metric
 from samq.report.markdown_report import markdown_report
 from samq.sweep.benchmarking import PRODUCTION, compare_benchmarks, items_of, join_items, with_benchmarks
-from samq.sweep.cost import CostSettings
 from samq.sweep.selection import Comparison, SelectionRule, finalists
+from samq.sweep.serving_cost import CostSettings
 from samq.sweep.significance import JSON_ITEMS
 from samq.tracking.mlflow_values import benchmark_metrics
 

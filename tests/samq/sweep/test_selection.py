@@ -2,10 +2,9 @@ import dataclasses
 
 import pytest
 
+from samq.evaluation.metrics import KLD, VRAM
 from samq.records import Metric
 from samq.sweep.selection import (
-    KLD,
-    VRAM,
     Comparison,
     SelectionRule,
     by_size,

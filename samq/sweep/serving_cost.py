@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq import markdown
+from samq.evaluation.metrics import MB, VRAM
 from samq.records import Evaluation, Metric
-from samq.sweep.selection import MB, VRAM, Result, percent
+from samq.sweep.selection import Result, percent
 
 HOURS_PER_MONTH = 730
 

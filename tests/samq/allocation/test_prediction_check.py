@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from samq.allocation.check import RoundedPlan, check_prediction
+from samq.allocation.prediction_check import RoundedPlan, check_prediction
 from samq.data.tokens import batches
 from samq.errors import SamqError
 from samq.gguf.file import read_tensors, read_weights
@@ -110,7 +110,7 @@ def costs_by_autograd(model, tokens, arguments, seed=0):
     ("kind", "batch_size"), [*((kind, 1) for kind in MODELS), ("untied llama", 4), ("tied llama", 4)]
 )
 def test_the_figures_are_those_of_autograd(kind, batch_size, tmp_path, monkeypatch):
-    for module in ("sensitivity.gradients", "allocation.check"):
+    for module in ("sensitivity.gradients", "allocation.prediction_check"):
         monkeypatch.setattr(f"samq.{module}.BAND_WEIGHTS", 200)  # several bands even for these small weights
     make, architecture = MODELS[kind]
     model, tokens = make(), random_tokens(lengths=(12, 5, 9, 2, 12, 7))
