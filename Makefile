@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup ready demo test test-fast check docs format ui up clean
 BIN := .venv/bin
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile # a file's tests share what its fixtures make
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -16,11 +17,11 @@ demo: ready ## re-quantize SmolLM2-135M on HumanEval, measure and track everythi
 	@$(BIN)/samq demo
 
 test: ready ## all tests, the fast ones first
-	$(BIN)/pytest -m "not e2e"
+	$(BIN)/pytest -m "not e2e" $(PARALLEL)
 	$(BIN)/pytest -m e2e
 
 test-fast: ready ## the fast tests only
-	$(BIN)/pytest -m "not e2e"
+	$(BIN)/pytest -m "not e2e" $(PARALLEL)
 
 check: ready ## lint, format, types, layers, documentation
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ def main() -> None:
         for name in TYPES:
             (folder / name).mkdir()
             rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
-        ladder = Ladder(target.gguf, rungs)
+        ladder = Ladder(target.full.path, rungs)
         sources = ladder.sources()
         types = {}
         for index, name in enumerate(target.quantizable):

@@ -75,7 +75,7 @@ class Bench:
     def chunks(self) -> NDArray[np.int32]:
         """The held-out tokens that are scored, (chunks, tokens)."""
         settings, tokens = self.parameters.evaluation, read_tokens(self.inputs.heldout.path(HELDOUT_NAME))
-        with Model(self.target.gguf, allocate=False) as model:
+        with Model(self.target.full.path, allocate=False) as model:
             bos = model.bos if model.adds_bos else None
         return cut_chunks(tokens, settings.context_tokens, bos)[: settings.chunks]
 

@@ -79,7 +79,7 @@ def main() -> None:
             "grains": rows,
             "stock": {mixture: float(bench.measure(plan)["kld"].mean()) for mixture, plan in stocks.items()},
             "plans": len(distinct),
-            "model_bytes": target.gguf.stat().st_size,
+            "model_bytes": target.full.path.stat().st_size,
             "seed": arguments.seed,
             "calibration_sequences": sensitivity.samples,
             "calibration_tokens": sensitivity.tokens,
@@ -120,7 +120,7 @@ def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.
         fisher |= {name: fisher[name][order] for name, order in orders.items() if name in fisher}
         save_file(fisher, folder / "single-weights.safetensors")
 
-    key = digest_of([target.sha256, tokens.digest(), arguments.seed])
+    key = digest_of([target.full.sha256, tokens.digest(), arguments.seed])
     kept = keep(bench.at.store, "single_weights", key, measure)
     return load_file(kept.path("single-weights.safetensors"))
 
@@ -129,7 +129,7 @@ def price(bench: Bench, singles: Mapping[str, np.ndarray]) -> dict[str, PriceTab
     """Grain -> price table; reads the ladder's rounding errors once for all grains except the product's."""
     target, ladder, product = bench.target, bench.ladder, bench.nearest
     costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS if grain != DEFAULT}
-    originals = {tensor.name: tensor for tensor in open_gguf(target.gguf).tensors}
+    originals = {tensor.name: tensor for tensor in open_gguf(target.full.path).tensors}
     rungs = [{tensor.name: tensor for tensor in open_gguf(rung).tensors} for rung in ladder.rungs.values()]
     for name in target.quantizable:
         averages = {grain: averaged(singles[name], grain) for grain in costs}

@@ -7,7 +7,7 @@ from flows.gather import Gather
 from flows.inputs import Inputs
 from samq.files import GGUF_NAME
 from samq.gguf.file import read_tensors
-from samq.quantization.recipes import Recipe, recipes, tensors_to_compensate
+from samq.quantization.recipes import recipes, tensors_to_compensate
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.compensate import compensate, compensate_rung
@@ -47,11 +47,13 @@ def build(
             futures[name] = quantize.submit(at, name, target, plan, inputs.provenance)
             if recipe.compensated:
                 to_compensate.append(name)
-        elif failed := _failed(recipe, compensated):
-            gather.lose(name, "compensate", failed)
+            continue
+        outcomes = {rung: compensated[rung] for rung in recipe.copied} if recipe.compensated else {}
+        if errors := [f"{rung}: {error}" for rung, error in outcomes.items() if isinstance(error, Exception)]:
+            gather.lose(name, "compensate", "; ".join(errors))
         else:
             copied = {rung: rungs[rung] for rung in recipe.copied}
-            rounded = _artifacts(recipe, compensated)
+            rounded = {rung: artifact for rung, artifact in outcomes.items() if isinstance(artifact, Artifact)}
             futures[name] = assemble.submit(at, name, full, plan, copied, rounded, inputs.provenance)
     ggufs = gather("quantize", futures)
     again = {
@@ -61,15 +63,3 @@ def build(
     }
     ggufs |= gather("compensate", again)
     return ({FULL: full} if FULL in plans else {}) | ggufs
-
-
-def _failed(recipe: Recipe, compensated: Mapping[str, Artifact | Exception]) -> str:
-    """Which of a compensated plan's rungs could not be compensated, and why; empty if none."""
-    outcomes = {rung: compensated[rung] for rung in recipe.copied} if recipe.compensated else {}
-    return "; ".join(f"{rung}: {error}" for rung, error in outcomes.items() if isinstance(error, Exception))
-
-
-def _artifacts(recipe: Recipe, compensated: Mapping[str, Artifact | Exception]) -> dict[str, Artifact]:
-    """The compensated tensors that a plan takes, by rung; none if it rounds to the nearest values."""
-    outcomes = {rung: compensated[rung] for rung in recipe.copied} if recipe.compensated else {}
-    return {rung: artifact for rung, artifact in outcomes.items() if isinstance(artifact, Artifact)}

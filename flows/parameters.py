@@ -13,6 +13,7 @@ from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.gguf.formats import check_mixture, check_type
+from samq.llamacpp.process import PROGRAM_TIMEOUT_S
 from samq.records import Rounding
 from samq.sensitivity.backpropagation import Labels
 from samq.sensitivity.gram import GRAM_TOKENS
@@ -20,7 +21,6 @@ from samq.settings_file import read_settings
 from samq.sweep.selection import Finalists, SelectionRule
 from samq.sweep.serving_cost import CostSettings
 from samq.sweep.significance import MARGIN
-from samq.workspace import PROGRAM_TIMEOUT_S
 
 LEAST_SEQUENCES = 2  # to calibrate on: one alone has no standard error
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
-from samq.gguf.file import file_sha256
+from samq.gguf.file import HashedFile, file_sha256
 from samq.output import remove_all_but_logs
 from samq.records import Record, digest_of
 
@@ -60,6 +60,10 @@ class Artifact(Record):
                 f"the {self.stage} artifact {self.key[:12]} has no file {name}; it has {', '.join(self.files)}"
             )
         return self.folder / name
+
+    def file(self, name: str) -> HashedFile:
+        """One of the artifact's files, with the hash it was published with."""
+        return HashedFile(self.path(name), self.files[name].sha256)
 
 
 class Store:

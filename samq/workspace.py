@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Self
 
 from samq.home import store_folder
+from samq.llamacpp.process import PROGRAM_TIMEOUT_S
 from samq.llamacpp.toolchain import converter_build, find_toolchain
 from samq.records import Toolchain
-
-PROGRAM_TIMEOUT_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,13 @@ class Workspace:
         """The store of the SAMQ folder, with the llama.cpp that is installed; raises ToolError if there is none."""
         return cls(store_folder(), find_toolchain(), device, timeout_s)
 
+    @property
+    def compute_device(self) -> str:
+        """The device that torch computes on, for `auto`: cuda if there is a GPU, else cpu."""
+        from samq.sensitivity.hf_model import compute_device  # torch takes seconds to import
+
+        return compute_device(self.device)
+
     def contents(self, names: Iterable[str]) -> dict[str, Toolchain | str | None]:
         """What the output of a stage depends on, by the names of `keyed_by`.
 
@@ -45,8 +51,6 @@ class Workspace:
             case "converter":
                 return converter_build(self.toolchain)
             case "device":
-                from samq.sensitivity.hf_model import compute_device  # torch takes seconds to import
-
-                return compute_device(self.device).partition(":")[0]
+                return self.compute_device.partition(":")[0]
             case _:
                 raise ValueError(f"a workspace has no {name} that a stage could be keyed by")

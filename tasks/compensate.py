@@ -11,7 +11,6 @@ from samq.gguf.file import read_metadata
 from samq.progress import bar
 from samq.quantization import compensation
 from samq.sensitivity.gram import GramMatrices, measure_gram
-from samq.sensitivity.hf_model import compute_device
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
@@ -70,7 +69,7 @@ def compensate_rung(
             tensors,
             GramMatrices(grams.path(GRAM_NAME)),
             folder / COMPENSATED_NAME,
-            device=compute_device(at.device),
+            device=at.compute_device,
             progress=progress,
         )
     report.save(folder / COMPENSATION_NAME)
@@ -99,7 +98,7 @@ def compensate(
             nearest,
             GramMatrices(grams.path(GRAM_NAME)),
             partial,
-            device=compute_device(at.device),
+            device=at.compute_device,
             progress=progress,
         )
     report.save(folder / COMPENSATION_NAME)

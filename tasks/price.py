@@ -9,7 +9,6 @@ from samq.quantization.compensation import compensated_prices
 from samq.records import PriceTable
 from samq.sensitivity.fisher import load_fisher
 from samq.sensitivity.gram import GramMatrices
-from samq.sensitivity.hf_model import compute_device
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.calibrate import load_map
@@ -33,8 +32,8 @@ def price(at: Workspace, folder: Path, target: Target, rungs: dict[str, Artifact
             opened.quantizable,
             load_map(sensitivities),
             load_fisher(sensitivities.path(FISHER_NAME)),
-            gguf_sha256=opened.sha256,
-            imatrix_sha256=opened.imatrix_sha256,
+            gguf_sha256=opened.full.sha256,
+            imatrix_sha256=opened.imatrix.sha256 if opened.imatrix else None,
             progress=progress,
         )
     table.save(folder / PRICES_NAME)
@@ -47,7 +46,7 @@ def price_compensated(at: Workspace, folder: Path, prices: Artifact, grams: Arti
         table = compensated_prices(
             load_prices(prices),
             GramMatrices(grams.path(GRAM_NAME)),
-            device=compute_device(at.device),
+            device=at.compute_device,
             progress=progress,
         )
     table.save(folder / PRICES_NAME)

@@ -27,7 +27,7 @@ def quantize(
             folder,
             at.toolchain,
             provenance=provenance,
-            imatrix=target.imatrix.path(IMATRIX_NAME) if target.imatrix else None,
+            imatrix=target.imatrix.file(IMATRIX_NAME) if target.imatrix else None,
             timeout_s=at.timeout_s,
             progress=progress,
         )

@@ -17,10 +17,5 @@ class Target:
 
     def open(self, toolchain: Toolchain) -> OpenTarget:
         """Read the GGUF's tensors, and ask llama-quantize which of them it quantizes."""
-        return OpenTarget.open(
-            self.full.path(GGUF_NAME),
-            toolchain,
-            self.imatrix.path(IMATRIX_NAME) if self.imatrix else None,
-            sha256=self.full.files[GGUF_NAME].sha256,
-            imatrix_sha256=self.imatrix.files[IMATRIX_NAME].sha256 if self.imatrix else None,
-        )
+        imatrix = self.imatrix.file(IMATRIX_NAME) if self.imatrix else None
+        return OpenTarget.open(self.full.file(GGUF_NAME), toolchain, imatrix)

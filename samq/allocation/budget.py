@@ -55,7 +55,7 @@ def parse_budget(text: str, target: OpenTarget) -> Budget:
     written = read_budget(text)
     match written.form:
         case "size":
-            overhead = target.gguf.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
+            overhead = target.full.path.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
             return Budget(text, written.bytes - overhead - _METADATA_BYTES)
         case "bits":
             weights = sum(tensor.weights for tensor in target.tensors.values())
@@ -63,7 +63,7 @@ def parse_budget(text: str, target: OpenTarget) -> Budget:
         case "mixture":
             return Budget(text, stock_plan(target, written.mixture).tensor_bytes)
         case "vram":
-            memory = predict_memory(target.gguf, written.context_tokens, kv_type=written.kv_type)
+            memory = predict_memory(target.full.path, written.context_tokens, kv_type=written.kv_type)
             rest = memory["memory/kv_cache_bytes"].value + memory["memory/compute_buffer_bytes"].value
             free = frozenset() if target.tied else frozenset({EMBEDDING})
             return Budget(text, written.bytes - math.ceil(rest), free)

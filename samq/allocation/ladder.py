@@ -16,7 +16,8 @@ from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, read_tensors, require_alignment
 from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
-from samq.llamacpp.programs import quantize_unchecked
+from samq.llamacpp.process import PROGRAM_TIMEOUT_S
+from samq.llamacpp.programs import quantize
 from samq.progress import Progress, silent
 from samq.records import Plan, QuantizedModel
 
@@ -122,13 +123,13 @@ def make_rung(
     folder: Path,
     *,
     provenance: dict[str, str],
-    timeout_s: float = 6 * 3600,
+    timeout_s: float = PROGRAM_TIMEOUT_S,
     progress: Progress = silent,
 ) -> QuantizedModel:
     """Write the rung of one type into `folder` with llama-quantize, and audit it; see `samq.llamacpp.programs.quantize`."""
-    require_alignment(target.gguf)
-    return quantize_unchecked(  # the plan is made here, for the target's own importance matrix
-        target.gguf,
+    require_alignment(target.full.path)
+    return quantize(
+        target.full.path,
         uniform_plan(target, name),
         folder,
         target.toolchain,

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from samq.gguf.file import TensorInfo, file_sha256, imatrix_entries, read_tensors
+from samq.gguf.file import HashedFile, TensorInfo, imatrix_entries, read_tensors
 from samq.gguf.formats import check_mixture, fallback, without_entry
 from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
 from samq.records import Plan, Substitution, Toolchain
@@ -17,35 +17,27 @@ OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
 class OpenTarget:
     """The full-precision GGUF a plan is for, and what llama-quantize says of it."""
 
-    gguf: Path
-    sha256: str
+    full: HashedFile
     tensors: dict[str, TensorInfo]
     quantizable: dict[str, TensorInfo]
     toolchain: Toolchain
-    imatrix: Path | None = None
-    imatrix_sha256: str | None = None
+    imatrix: HashedFile | None = None
 
     @classmethod
     def open(
-        cls,
-        gguf: Path,
-        toolchain: Toolchain,
-        imatrix: Path | None = None,
-        sha256: str | None = None,
-        imatrix_sha256: str | None = None,
+        cls, gguf: Path | HashedFile, toolchain: Toolchain, imatrix: Path | HashedFile | None = None
     ) -> "OpenTarget":
         """Read the file's tensors and ask llama-quantize which of them it quantizes.
 
-        The GGUF and the importance matrix are hashed only if their SHA-256 is not given.
+        A file given as a path is hashed.
         """
+        full = HashedFile.of(gguf)
         return cls(
-            gguf=gguf,
-            sha256=sha256 or file_sha256(gguf),
-            tensors=read_tensors(gguf),
-            quantizable=quantizable_tensors(gguf, toolchain),
+            full=full,
+            tensors=read_tensors(full.path),
+            quantizable=quantizable_tensors(full.path, toolchain),
             toolchain=toolchain,
-            imatrix=imatrix,
-            imatrix_sha256=imatrix_sha256 or (file_sha256(imatrix) if imatrix else None),
+            imatrix=HashedFile.of(imatrix) if imatrix else None,
         )
 
     def legal_type(self, name: str, requested: str) -> tuple[str, Substitution | None]:
@@ -62,7 +54,7 @@ class OpenTarget:
 
     @cached_property
     def _imatrix_entries(self) -> frozenset[str]:
-        return imatrix_entries(self.imatrix) if self.imatrix else frozenset()
+        return imatrix_entries(self.imatrix.path) if self.imatrix else frozenset()
 
     @property
     def tied(self) -> bool:
@@ -81,7 +73,9 @@ def full_plan(target: OpenTarget) -> Plan:
 def stock_plan(target: OpenTarget, mixture: str) -> Plan:
     """What llama-quantize makes of `mixture` by itself, with the same importance matrix, named tensor by tensor."""
     mixture = check_mixture(mixture)
-    types, substitutions = mixture_types(target.gguf, mixture, target.toolchain, imatrix=target.imatrix)
+    types, substitutions = mixture_types(
+        target.full.path, mixture, target.toolchain, imatrix=target.imatrix.path if target.imatrix else None
+    )
     types = {name: types[name] for name in target.quantizable}
     return make_plan(target, mixture, "stock", {"mixture": mixture}, types, substitutions, mixture)
 
@@ -105,6 +99,6 @@ def make_plan(
         mixture=mixture,
         tensor_bytes=planned_bytes(target.tensors, types),
         weights=sum(tensor.weights for tensor in target.tensors.values()),
-        gguf_sha256=target.sha256,
-        imatrix_sha256=target.imatrix_sha256,
+        gguf_sha256=target.full.sha256,
+        imatrix_sha256=target.imatrix.sha256 if target.imatrix else None,
     )

@@ -4,7 +4,6 @@ import itertools
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
 from samq.errors import SamqError
-from samq.gguf.file import read_tensors
+from samq.gguf.file import HashedFile, read_tensors
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type
 from samq.llamacpp.programs import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
@@ -63,7 +62,7 @@ def threshold_plan(
     """
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
     cut = resolve_threshold(threshold, scores)
-    types, substitutions = _base_types(target.gguf, target.sha256, policy.base, target.toolchain, target.imatrix)
+    types, substitutions = _base_types(target.full, policy.base, target.toolchain, target.imatrix)
     substitutions = dict(substitutions)
     kept = {name for name in target.quantizable if scores[group_of(name, policy.grouping)] > cut}
     guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
@@ -94,11 +93,11 @@ def threshold_plan(
 
 @lru_cache(maxsize=8)  # a sweep asks for the same base once a threshold
 def _base_types(
-    gguf: Path, sha256: str, base: str, toolchain: Toolchain, imatrix: Path | None
+    full: HashedFile, base: str, toolchain: Toolchain, imatrix: HashedFile | None
 ) -> tuple[dict[str, str], dict[str, Substitution]]:
     if base in MIXTURES:
-        return mixture_types(gguf, base, toolchain, imatrix=imatrix)
-    return dict.fromkeys(read_tensors(gguf), base), {}
+        return mixture_types(full.path, base, toolchain, imatrix=imatrix.path if imatrix else None)
+    return dict.fromkeys(read_tensors(full.path), base), {}
 
 
 def threshold_name(threshold: float | str) -> str:

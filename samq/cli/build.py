@@ -47,6 +47,7 @@ def quantize(
 
     Every tensor's type and size must be the plan's.
     """
+    from samq.gguf.file import HashedFile
     from samq.llamacpp import programs
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import Plan
@@ -58,13 +59,14 @@ def quantize(
             f"{plan} is a plan of compensated rounding, which llama-quantize does not know; use `samq requantize`, or "
             "quantize a plan of `samq plan` and run `samq compensate` on that file"
         )
-    programs.check_imatrix(tensor_plan, imatrix)
+    matrix = HashedFile.of(imatrix) if imatrix else None
+    programs.check_imatrix(tensor_plan, matrix)
     if sha256(gguf) != tensor_plan.gguf_sha256:
         raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
     provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
     with work_folder(out.absolute().parent) as work, bar(f"quantize {tensor_plan.name}") as progress:
         model = programs.quantize(
-            gguf, tensor_plan, work, toolchain, provenance=provenance, imatrix=imatrix, progress=progress
+            gguf, tensor_plan, work, toolchain, provenance=provenance, imatrix=matrix, progress=progress
         )
         os.replace(work / model.file, out)
     size = f"{model.file_bytes / 1e6:.1f} MB, {model.bits_per_weight:.2f} bits per weight"

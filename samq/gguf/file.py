@@ -191,6 +191,19 @@ def _dat_entries(file: BinaryIO) -> Iterator[str]:
         file.seek(4 * values, os.SEEK_CUR)
 
 
+@dataclass(frozen=True)
+class HashedFile:
+    """A file and the SHA-256 (hex) of its content."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, file: "Path | HashedFile") -> "HashedFile":
+        """The file as it is, if its hash is known already; else it is read. Raises SamqError if it cannot be."""
+        return file if isinstance(file, HashedFile) else cls(file, file_sha256(file))
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's content; raises SamqError if it cannot be read."""
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from samq.errors import ToolError
 
+PROGRAM_TIMEOUT_S = 6 * 3600.0  # of one program of llama.cpp
 FULL_BYTES = 2**20  # a disk with less free space counts as full: the programs' files are larger
 
 

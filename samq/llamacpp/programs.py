@@ -15,9 +15,9 @@ from pathlib import Path
 from samq.errors import SamqError, ToolError
 from samq.files import GGUF_NAME, IMATRIX_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
-from samq.gguf.file import TensorInfo, file_sha256, read_tensors
+from samq.gguf.file import HashedFile, TensorInfo, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
-from samq.llamacpp.process import run
+from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
@@ -37,7 +37,7 @@ def convert(
     toolchain: Toolchain,
     *,
     precision: str = "F16",
-    timeout_s: float = 6 * 3600,
+    timeout_s: float = PROGRAM_TIMEOUT_S,
 ) -> Path:
     """Write the model as a full-precision GGUF (`precision`: F16 or BF16) into `folder` and return its path.
 
@@ -103,7 +103,7 @@ def measure_imatrix(
     *,
     context_tokens: int = 512,
     threads: int | None = None,
-    timeout_s: float = 6 * 3600,
+    timeout_s: float = PROGRAM_TIMEOUT_S,
 ) -> Path:
     """Run llama-imatrix over `text` in contexts of `context_tokens`, and return the path of the importance matrix.
 
@@ -178,8 +178,8 @@ def quantize(
     toolchain: Toolchain,
     *,
     provenance: dict[str, str],
-    imatrix: Path | None = None,
-    timeout_s: float = 6 * 3600,
+    imatrix: HashedFile | None = None,
+    timeout_s: float = PROGRAM_TIMEOUT_S,
     progress: Progress = silent,
 ) -> QuantizedModel:
     """Write the plan's GGUF into `folder` with llama-quantize, audit it and describe it.
@@ -190,23 +190,6 @@ def quantize(
     is too full, and ToolError if llama-quantize fails or its file is not the plan's.
     """
     check_imatrix(plan, imatrix)
-    return quantize_unchecked(
-        gguf, plan, folder, toolchain, provenance=provenance, imatrix=imatrix, timeout_s=timeout_s, progress=progress
-    )
-
-
-def quantize_unchecked(
-    gguf: Path,
-    plan: Plan,
-    folder: Path,
-    toolchain: Toolchain,
-    *,
-    provenance: dict[str, str],
-    imatrix: Path | None = None,
-    timeout_s: float = 6 * 3600,
-    progress: Progress = silent,
-) -> QuantizedModel:
-    """Do what `quantize` does, for a caller who knows that the importance matrix is the plan's: it is not hashed."""
     require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
     partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
@@ -219,7 +202,7 @@ def quantize_unchecked(
         types_file.name,
     ]
     if imatrix:
-        shutil.copyfile(imatrix, folder / IMATRIX_NAME)
+        shutil.copyfile(imatrix.path, folder / IMATRIX_NAME)
         command += ["--imatrix", IMATRIX_NAME]
     for key, value in metadata.items():
         if len(value.encode()) > 127:
@@ -242,12 +225,9 @@ def quantize_unchecked(
     return accept(partial, plan, metadata)
 
 
-def check_imatrix(plan: Plan, imatrix: Path | None) -> None:
+def check_imatrix(plan: Plan, imatrix: HashedFile | None) -> None:
     """Raise SamqError unless the importance matrix, or its absence, is what the plan's types and costs are for."""
-    if imatrix and not imatrix.is_file():
-        raise SamqError(f"there is no importance matrix at {imatrix}; check the path")
-    given = file_sha256(imatrix) if imatrix else None
-    planned = plan.imatrix_sha256
+    given, planned = imatrix.sha256 if imatrix else None, plan.imatrix_sha256
     if given != planned:
         how = f"with importance matrix {planned[:12]}" if planned else "without importance matrix"
         other = given[:12] if given else "none"

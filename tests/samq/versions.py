@@ -66,11 +66,14 @@ def night(
     folder.mkdir()
     full = full_plan(target)
     baseline = replace(
-        sweep.result("F16"), plan=full, gguf=target.gguf, model=as_is(target.gguf, file_sha256(target.gguf), full)
+        sweep.result("F16"),
+        plan=full,
+        gguf=target.full.path,
+        model=as_is(target.full.path, file_sha256(target.full.path), full),
     )
     plan = stock_plan(target, mixture)
     provenance = {key: f"{folder.name} {key}" for key in PROVENANCE[2:]}
-    model = quantize(target.gguf, plan, folder, target.toolchain, provenance=provenance)
+    model = quantize(target.full.path, plan, folder, target.toolchain, provenance=provenance)
     quantized = replace(sweep.result("Q4_K_M"), plan=plan, gguf=folder / model.file, model=model)
     return [
         measured(baseline, folder / "full", valid=300, right=300, first=first),

@@ -37,7 +37,11 @@ def random_prices(target, types=TYPES):
         }
         tensors[name] = TensorPrices(types=priced, shares=(0.5, 0.3, 0.2))
     return PriceTable(
-        gguf_sha256=target.sha256, map_digest="map", imatrix_sha256=None, sequence_tokens=(10, 10, 10), tensors=tensors
+        gguf_sha256=target.full.sha256,
+        map_digest="map",
+        imatrix_sha256=None,
+        sequence_tokens=(10, 10, 10),
+        tensors=tensors,
     )
 
 
@@ -61,7 +65,7 @@ def test_a_plan_keeps_to_the_size_of_a_mixture_and_says_what_it_costs(target, pr
 
 def test_budgets_are_read_as_they_are_written(target):
     weights = sum(tensor.weights for tensor in target.tensors.values())
-    overhead = target.gguf.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
+    overhead = target.full.path.stat().st_size - sum(tensor.bytes for tensor in target.tensors.values())
     assert parse_budget("4.5bpw", target).tensor_bytes == int(4.5 * weights / 8)
     assert 0 < 3 * 2**20 - overhead - parse_budget("3MiB", target).tensor_bytes < 2**15
     assert parse_budget("1.5GB", target).tensor_bytes - parse_budget("0.5 GB", target).tensor_bytes == 10**9
@@ -165,7 +169,7 @@ def test_the_gguf_of_a_vram_budget_needs_no_more_vram(loadable, tmp_path, tied, 
     smallest, _ = smallest_possible(f"vram:1B@2048{kind}", target, prices)
     budget = read_budget(smallest).bytes + room
     plan = budget_plan(target, prices, parse_budget(f"vram:{budget}@2048{kind}", target), BudgetPolicy())
-    quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={})
+    quantize(target.full.path, plan, tmp_path, target.toolchain, provenance={})
     memory = predict_memory(tmp_path / GGUF_NAME, 2048, kv_type=kind.removeprefix("/") or "F16")
     needed = memory["memory/predicted_vram_bytes"].value
     assert 0.95 * budget < needed <= budget
@@ -177,7 +181,7 @@ def test_the_gguf_of_a_size_is_no_larger(loadable, tmp_path, tied):
     target, prices = loadable[tied]
     smallest, _ = smallest_possible("1B", target, prices)
     plan = budget_plan(target, prices, parse_budget(smallest, target), BudgetPolicy())
-    quantize(target.gguf, plan, tmp_path, target.toolchain, provenance={"model": "x" * 120})
+    quantize(target.full.path, plan, tmp_path, target.toolchain, provenance={"model": "x" * 120})
     size = read_budget(smallest).bytes
     assert size - 20_000 < (tmp_path / GGUF_NAME).stat().st_size <= size
 

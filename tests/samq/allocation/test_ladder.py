@@ -83,7 +83,7 @@ def test_a_rung_holds_every_tensor_at_its_type(tiny_gguf, toolchain, tmp_path):
 def uncovered(request, toolchain, tmp_path_factory):
     """A model whose importance matrix has no entry for the embedding, nor for one other tensor."""
     folder = tmp_path_factory.mktemp("uncovered")
-    gguf = write_tiny_gguf(folder / "tiny.gguf", tied=request.param)
+    gguf = write_tiny_gguf(folder / "tiny.gguf", hidden=256, blocks=1, tied=request.param)
     matrix = write_tiny_imatrix(folder / "imatrix.gguf", gguf, without=["token_embd.weight", "blk.0.attn_q.weight"])
     return OpenTarget.open(gguf, toolchain, matrix)
 
@@ -102,7 +102,7 @@ def test_a_rung_gives_tensors_without_an_importance_the_nearest_type_that_needs_
 
 
 def test_a_type_that_a_tensor_lacks_an_importance_for_says_so(uncovered, tmp_path):
-    ladder = Ladder(uncovered.gguf, {"IQ2_XS": tmp_path / make_rung(uncovered, "IQ2_XS", tmp_path, provenance={}).file})
+    ladder = Ladder(uncovered.full.path, {"IQ2_XS": tmp_path / make_rung(uncovered, "IQ2_XS", tmp_path, provenance={}).file})
     plan = uniform_plan(uncovered, "IQ2_XS")
     plan = plan.model_copy(update={"types": plan.types | {"token_embd.weight": "IQ2_XS"}})
     with pytest.raises(

@@ -28,7 +28,7 @@ def ladder(request, toolchain, tmp_path_factory):
     for name in rung_names(target.quantizable.values(), TYPES, imatrix=False):
         (folder / name).mkdir()
         rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
-    return target, Ladder(target.gguf, rungs)
+    return target, Ladder(target.full.path, rungs)
 
 
 def sensitivity_of(target):
@@ -57,7 +57,7 @@ def fisher_of(target, seed=None):
 def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
     target, rungs = ladder
     fisher = fisher_of(target, seed=1)
-    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
+    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.full.sha256)
     sources = rungs.sources()
     for name in target.quantizable:
         files = sources[name]
@@ -65,17 +65,19 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
         assert table.tensors[name].types["F16"].kl_nats == 0
         weights = np.outer(fisher[name].rows, fisher[name].columns) / fisher[name].rows.mean()
         for kind, path in files.items():
-            change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
+            change = read_weights(path, name).astype(float) - read_weights(target.full.path, name)
             assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
 
 
 def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(ladder):
     target, rungs = ladder
-    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    table = price_table(
+        rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
+    )
     along, squares = Counter(), Counter()
     for name, files in rungs.sources().items():
         for kind in files.keys() - {"F16"} if name in target.quantizable else ():
-            weights = read_weights(target.gguf, name).astype(float)
+            weights = read_weights(target.full.path, name).astype(float)
             along[kind] += ((read_weights(files[kind], name) - weights) * weights).sum()
             squares[kind] += (weights**2).sum()
     assert table.length_changes == pytest.approx(
@@ -89,9 +91,9 @@ def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, 
     for name in ("Q2_K", "IQ3_S", "Q4_K"):
         (tmp_path / name).mkdir()
         rungs[name] = tmp_path / name / make_rung(target, name, tmp_path / name, provenance={}).file
-    ladder = Ladder(target.gguf, rungs)
+    ladder = Ladder(target.full.path, rungs)
     table = price_table(
-        ladder, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256
+        ladder, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
     )
     assert table.length_changes["Q2_K"] < -0.01 < table.length_changes["Q4_K"] < 0.01 < table.length_changes["IQ3_S"]
     assert {name: lengthened(table, uniform_plan(target, name)) for name in rungs} == {
@@ -130,7 +132,9 @@ def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatc
 
 def test_a_plan_costs_the_sum_of_its_prices(ladder):
     target, rungs = ladder
-    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    table = price_table(
+        rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
+    )
     kinds = {
         name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
         for name, prices in table.tensors.items()
@@ -149,14 +153,16 @@ def test_fisher_of_another_shape_is_an_error(ladder):
     target, rungs = ladder
     fisher = {name: Fisher(np.ones(1, np.float32), np.ones(1, np.float32)) for name in target.quantizable}
     with pytest.raises(SamqError, match=r"is of \(1, 1\) weights, not .*; calibrate this model again"):
-        price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.sha256)
+        price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.full.sha256)
     with pytest.raises(SamqError, match=r"no Fisher information for .*; calibrate this model again"):
-        price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.sha256)
+        price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.full.sha256)
 
 
 def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
     target, rungs = ladder
-    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.sha256)
+    table = price_table(
+        rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
+    )
     plan = uniform_plan(target, "Q8_0")
     assert predicted_cost(table, plan) == plan_cost(table, plan.types)
     assert predicted_cost(table, uniform_plan(target, "Q5_1")) is None

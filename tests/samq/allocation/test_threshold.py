@@ -100,7 +100,7 @@ def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
 
 @pytest.mark.parametrize("base", ["IQ3_XXS", "IQ1_M"])
 def test_types_that_lack_an_importance_are_replaced_visibly(toolchain, tmp_path, base):
-    gguf = write_tiny_gguf(tmp_path / "in.gguf")
+    gguf = write_tiny_gguf(tmp_path / "in.gguf", hidden=256)
     matrix = write_tiny_imatrix(
         tmp_path / "imatrix.gguf", gguf, without=["token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight"]
     )
@@ -112,7 +112,7 @@ def test_types_that_lack_an_importance_are_replaced_visibly(toolchain, tmp_path,
     assert plan.types["token_embd.weight"] == "Q2_K"
     assert plan.types["blk.0.attn_v.weight"] == "IQ2_XS"
     (out := tmp_path / "out").mkdir()
-    written = quantize(gguf, plan, out, toolchain, provenance={}, imatrix=matrix)
+    written = quantize(gguf, plan, out, toolchain, provenance={}, imatrix=target.imatrix)
     assert written.types.items() >= plan.types.items()
 
 

@@ -4,7 +4,15 @@ import pytest
 
 from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.errors import SamqError, ToolError
-from samq.gguf.file import file_sha256, imatrix_entries, open_gguf, read_metadata, read_tensors, read_weights
+from samq.gguf.file import (
+    HashedFile,
+    file_sha256,
+    imatrix_entries,
+    open_gguf,
+    read_metadata,
+    read_tensors,
+    read_weights,
+)
 from samq.gguf.formats import TYPES, fallback
 from samq.llamacpp.programs import (
     check_imatrix,
@@ -25,7 +33,7 @@ SMALL_TYPES = [name for name in TYPES if not name.startswith(("IQ1", "IQ2", "IQ3
 
 def make(target, plan, folder, **arguments):
     folder.mkdir()
-    return quantize(target.gguf, plan, folder, target.toolchain, provenance={"model": "tiny"}, **arguments)
+    return quantize(target.full.path, plan, folder, target.toolchain, provenance={"model": "tiny"}, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_factors_of_the_rotary_frequencies_stay_as_they_are(toolchain, tmp_path)
     model = make(target, plan, tmp_path / "out")
     assert model.types[name] == "F32"
     written = read_weights(tmp_path / "out" / model.file, name)
-    assert (written == read_weights(target.gguf, name)).all()
+    assert (written == read_weights(target.full.path, name)).all()
 
 
 def test_a_stock_plan_names_the_types_that_llama_quantize_chooses(target, tmp_path):
@@ -72,7 +80,7 @@ def test_predicted_types_and_bytes_are_what_llama_quantize_writes(toolchain, tmp
 
 def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
     target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
-    _, substitutions = mixture_types(target.gguf, "Q4_K_M", toolchain)
+    _, substitutions = mixture_types(target.full.path, "Q4_K_M", toolchain)
     swap = substitutions["blk.0.attn_q.weight"]
     assert (swap.requested, swap.used, swap.reason) == ("Q4_K", "Q5_0", "rows of 96 are not a multiple of 256")
 
@@ -90,7 +98,7 @@ def test_the_same_plan_gives_the_same_bytes_and_carries_its_provenance(target, t
 def test_a_plan_of_full_precision_changes_no_weight(target, tmp_path):
     make(target, full_plan(target), tmp_path / "out")
     for name in target.tensors:
-        assert (read_weights(tmp_path / "out" / "model.gguf", name) == read_weights(target.gguf, name)).all()
+        assert (read_weights(tmp_path / "out" / "model.gguf", name) == read_weights(target.full.path, name)).all()
 
 
 def test_a_type_that_needs_an_importance_matrix_fails_with_the_programs_words(target, tmp_path):
@@ -103,15 +111,13 @@ def test_a_type_that_needs_an_importance_matrix_fails_with_the_programs_words(ta
 
 
 def test_a_plan_takes_the_importance_matrix_that_it_was_made_with_and_no_other(target, tmp_path):
-    own, other = tmp_path / "own.gguf", tmp_path / "other.gguf"
-    own.write_text("own")
-    other.write_text("other")
+    own, other = HashedFile(tmp_path / "own.gguf", "0" * 64), HashedFile(tmp_path / "other.gguf", "1" * 64)
     plain = stock_plan(target, "Q4_K_M")
-    weighted = plain.model_copy(update={"imatrix_sha256": file_sha256(own)})
+    weighted = plain.model_copy(update={"imatrix_sha256": own.sha256})
     check_imatrix(weighted, own)
     for plan, imatrix in ((weighted, None), (weighted, other), (plain, own)):
         with pytest.raises(SamqError, match=r"plan Q4_K_M was made with"):
-            make(target, plan, tmp_path / f"{plan.digest()}-{imatrix and imatrix.stem}", imatrix=imatrix)
+            make(target, plan, tmp_path / f"{plan.digest()}-{imatrix and imatrix.path.stem}", imatrix=imatrix)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -141,7 +147,11 @@ def test_provenance_too_long_for_llama_cpp_is_refused(target, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(SamqError, match=r"provenance samq\.model is longer than 127 bytes"):
         quantize(
-            target.gguf, stock_plan(target, "Q8_0"), tmp_path / "out", target.toolchain, provenance={"model": "x" * 128}
+            target.full.path,
+            stock_plan(target, "Q8_0"),
+            tmp_path / "out",
+            target.toolchain,
+            provenance={"model": "x" * 128},
         )
 
 
@@ -151,8 +161,8 @@ def test_converting_a_full_precision_gguf_keeps_its_bytes_and_a_quantized_one_is
 
     for name in ("same", "dequantized"):
         (tmp_path / name).mkdir()
-    same = convert(source(target.gguf), tmp_path / "same", target.toolchain)
-    assert file_sha256(same) == target.sha256
+    same = convert(source(target.full.path), tmp_path / "same", target.toolchain)
+    assert file_sha256(same) == target.full.sha256
     make(target, stock_plan(target, "Q8_0"), tmp_path / "q8")
     back = convert(source(tmp_path / "q8" / "model.gguf"), tmp_path / "dequantized", target.toolchain)
     assert {tensor.type for tensor in read_tensors(back).values()} == {"F16", "F32"}
@@ -164,7 +174,7 @@ def test_a_read_only_folder_is_one_sentence(target, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir(mode=0o500)
     with pytest.raises(SamqError):
-        quantize(target.gguf, stock_plan(target, "Q8_0"), folder, target.toolchain, provenance={})
+        quantize(target.full.path, stock_plan(target, "Q8_0"), folder, target.toolchain, provenance={})
 
 
 def test_a_linked_file_is_the_file_that_a_symbolic_link_leads_to(tmp_path):

@@ -18,7 +18,7 @@ def make_ladder(target, folder, types):
         (folder / name).mkdir(parents=True)
         model = make_rung(target, name, folder / name, provenance={"model": "tiny"})
         rungs[name] = folder / name / model.file
-    return Ladder(target.gguf, rungs)
+    return Ladder(target.full.path, rungs)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["importance matrix", "no importance matrix"])
@@ -56,7 +56,7 @@ def make_both(target, ladder, plan, folder):
         (folder / name).mkdir()
     assembled = assemble(ladder, plan, folder / "assembled", provenance=PROVENANCE)
     quantized = quantize(
-        target.gguf, plan, folder / "quantized", target.toolchain, provenance=PROVENANCE, imatrix=target.imatrix
+        target.full.path, plan, folder / "quantized", target.toolchain, provenance=PROVENANCE, imatrix=target.imatrix
     )
     assert assembled == quantized
     return [folder / name / assembled.file for name in ("assembled", "quantized")]

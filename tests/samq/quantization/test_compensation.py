@@ -53,12 +53,12 @@ def rounded(request, target, grams, tmp_path_factory):
     """(type, llama-quantize's GGUF, the compensated one, what was said about it)."""
     folder = tmp_path_factory.mktemp("rounded")
     nearest = folder / make_rung(target, request.param, folder, provenance={}).file
-    compensation = compensate(target.gguf, nearest, grams, folder / "compensated.gguf")
+    compensation = compensate(target.full.path, nearest, grams, folder / "compensated.gguf")
     return request.param, nearest, folder / "compensated.gguf", compensation
 
 
 def output_error(path, target, grams, name):
-    change = read_weights(path, name).astype(float) - read_weights(target.gguf, name)
+    change = read_weights(path, name).astype(float) - read_weights(target.full.path, name)
     return np.einsum("ij,jk,ik->i", change, grams[name].double().numpy(), change)
 
 
@@ -93,7 +93,7 @@ def test_tensors_whose_input_was_not_measured_stay(rounded, grams):
 def test_a_rungs_tensors_become_what_they_become_in_a_whole_file(rounded, target, grams, tmp_path):
     _, nearest, compensated, compensation = rounded
     names = {"blk.0.attn_k.weight", "output.weight", "blk.1.ffn_up.weight"}  # the last was not measured
-    of_rung = compensate_rung(target.gguf, nearest, names, grams, tmp_path / "some.gguf")
+    of_rung = compensate_rung(target.full.path, nearest, names, grams, tmp_path / "some.gguf")
     assert of_rung.tensors == {name: compensation.tensors[name] for name in names - {"blk.1.ffn_up.weight"}}
     tensors = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
     assert tensors.keys() == of_rung.tensors.keys()
@@ -104,15 +104,15 @@ def test_a_rungs_tensors_become_what_they_become_in_a_whole_file(rounded, target
 
 
 def test_full_precision_stays(target, grams, tmp_path):
-    compensation = compensate(target.gguf, target.gguf, grams, tmp_path / "out.gguf")
+    compensation = compensate(target.full.path, target.full.path, grams, tmp_path / "out.gguf")
     assert compensation.tensors == {}
-    assert (tmp_path / "out.gguf").read_bytes() == target.gguf.read_bytes()
+    assert (tmp_path / "out.gguf").read_bytes() == target.full.path.read_bytes()
 
 
 def test_slabs_of_rows_do_not_matter(target, grams, rounded, tmp_path, monkeypatch):
     _, nearest, compensated, _ = rounded
     monkeypatch.setattr("samq.quantization.compensation._SLAB_WEIGHTS", 10_000)
-    compensate(target.gguf, nearest, grams, tmp_path / "out.gguf")
+    compensate(target.full.path, nearest, grams, tmp_path / "out.gguf")
     for one, other in zip(open_gguf(compensated).tensors, open_gguf(tmp_path / "out.gguf").tensors, strict=True):
         assert (one.data != other.data).mean() < 0.02  # a product over other rows may round to the other side of a tie
 
@@ -159,13 +159,12 @@ def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, grams):
             damped = grams[name].double().numpy()
             damped = damped + DAMPING * damped.diagonal().mean() * np.eye(len(damped))
             order = np.argsort(-damped.diagonal(), kind="stable")
-            # What is left of each input's variance once those after it are known, by Schur complements.
-            left = 0.0
-            for position, column in enumerate(order):
-                rest = order[position + 1 :]
-                coefficients = np.linalg.lstsq(damped[np.ix_(rest, rest)], damped[rest, column], rcond=None)[0]
-                left += damped[column, column] - damped[column, rest] @ coefficients
-            share = left / damped.trace()
+            # What is left of each input's variance once those after it are known: Cholesky's diagonal, from the last on.
+            left = np.linalg.cholesky(damped[np.ix_(order[::-1], order[::-1])]).diagonal()[::-1] ** 2
+            column, rest = order[7], order[8:]
+            coefficients = np.linalg.solve(damped[np.ix_(rest, rest)], damped[rest, column])
+            assert left[7] == pytest.approx(damped[column, column] - damped[column, rest] @ coefficients)
+            share = left.sum() / damped.trace()
             assert share < 0.5
         assert tensor.types["Q4_K"].kl_nats == pytest.approx(0.5 * share, rel=1e-3)
         assert tensor.types["IQ3_S"].kl_nats == 0.5 and "IQ3_S" not in TYPES_WITH_CODES
@@ -185,9 +184,9 @@ def test_a_matrix_that_cannot_be_inverted_is_an_error(target, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_an_error(target, grams, tmp_path):
     with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
-        compensate(target.gguf, target.gguf, grams, tmp_path / "nowhere" / "out.gguf")
+        compensate(target.full.path, target.full.path, grams, tmp_path / "nowhere" / "out.gguf")
     with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
-        compensate_rung(target.gguf, target.gguf, (), grams, tmp_path / "nowhere" / "out.gguf")
+        compensate_rung(target.full.path, target.full.path, (), grams, tmp_path / "nowhere" / "out.gguf")
 
 
 def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
@@ -195,9 +194,9 @@ def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
     (tmp_path / "rung").mkdir()
     nearest = tmp_path / "rung" / make_rung(target, "Q8_0", tmp_path / "rung", provenance={}).file
     full = tmp_path / "full.gguf"
-    full.write_bytes(target.gguf.read_bytes())
+    full.write_bytes(target.full.path.read_bytes())
     with open(full, "r+b") as file:
-        for tensor in open_gguf(target.gguf).tensors:
+        for tensor in open_gguf(target.full.path).tensors:
             if tensor.name in grams.source:
                 file.seek(tensor.data_offset)
                 file.write(read_weights(nearest, tensor.name).astype(np.float16).tobytes())
@@ -212,5 +211,5 @@ def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
 def test_a_gguf_of_another_model_is_refused_before_anything_is_written(target, grams, tmp_path):
     other = write_tiny_gguf(tmp_path / "other.gguf", blocks=3)
     with pytest.raises(SamqError, match=r"other.gguf and .*tiny.gguf do not hold the same tensors"):
-        compensate(target.gguf, other, grams, tmp_path / "out.gguf")
+        compensate(target.full.path, other, grams, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
