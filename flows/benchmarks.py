@@ -5,14 +5,14 @@ from flows.parameters import RequantizeParameters
 from samq.sweep.benchmarking import Candidate
 from samq.sweep.sweep import Sweep
 from samq.workspace import Workspace
-from tasks.benchmark import AvailableBenchmarks, Engine, benchmark, join_benchmarks
+from tasks.benchmark import AvailableBenchmarks, EngineSettings, benchmark, join_benchmarks
 
 
 def benchmark_finalists(
     at: Workspace, sweep: Sweep, tasks: AvailableBenchmarks, parameters: RequantizeParameters
 ) -> Sweep:
     """The sweep with every task's figures of every finalist; a task that fails on one is missing there."""
-    wanted, engine = parameters.benchmarks, Engine.of(parameters.evaluation)
+    wanted, engine = parameters.benchmarks, EngineSettings.of(parameters.evaluation)
     if not wanted.tasks:
         return sweep
     finalists = [result for result in sweep.results if result.name in sweep.finalists(wanted.candidates)]

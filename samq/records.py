@@ -164,6 +164,10 @@ class TensorSensitivity(BaseModel):
     )
 
 
+# Labels of the loss: the text's next tokens, or tokens drawn from the model's distribution (the true Fisher information).
+Labels = Literal["text", "model"]
+
+
 class SensitivityMap(Record):
     """Gradient norms, and Fisher information if measured, of every weight matrix by its GGUF name; tied weights once."""
 
@@ -171,9 +175,7 @@ class SensitivityMap(Record):
 
     model_digest: str
     calibration_digest: str
-    labels: Literal["text", "model"] = Field(
-        description="next tokens of the text, or tokens drawn from the model's distribution (the true Fisher information)"
-    )
+    labels: Labels
     seed: int
     sequence_tokens: tuple[int, ...] = Field(
         description="number of label tokens, those in its loss, of each calibration sequence"

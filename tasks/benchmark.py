@@ -27,7 +27,7 @@ class AvailableBenchmarks:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineSettings:
     """Settings of llama.cpp that answers depend on."""
 
     kv_type: Literal["F16", "Q8_0", "Q4_0"]
@@ -67,7 +67,7 @@ def benchmark(
     task: str,
     task_digest: str,
     settings: BenchmarkSettings,
-    engine: Engine,
+    engine: EngineSettings,
 ) -> None:
     """`evaluation.json` with the task's figures, and `benchmarks.parquet` with each item's.
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from samq.data.tokens import TokenBatch
 from samq.files import CALIBRATION_SET_NAME, FISHER_NAME, MAP_NAME, TOKENS_NAME
 from samq.progress import bar
-from samq.records import CalibrationSet, SensitivityMap
-from samq.sensitivity.backpropagation import Labelling, Labels
+from samq.records import CalibrationSet, Labels, SensitivityMap
+from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.fisher import load_fisher, save_fisher
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from samq.store import Artifact

@@ -18,7 +18,7 @@ from samq.cli.options import (
     Fields,
     FullGguf,
     HfFolder,
-    Labels,
+    LabelsOption,
     ModelArgument,
     Packing,
     Revision,
@@ -48,7 +48,7 @@ def calibrate(
     dtype: DtypeOption = "float32",
     device: Device = "auto",
     labels: Annotated[
-        Labels,
+        LabelsOption,
         typer.Option(help="Labels of the loss: drawn from the model (predicts KL divergence), or the text's own."),
     ] = "model",
     packing: Packing = None,

@@ -9,7 +9,7 @@ CALIBRATION_SAMPLES = 32  # default of `samq calibrate` and `samq imatrix`
 HELDOUT_START = 2 * CALIBRATION_SAMPLES  # first sample of `samq evaluate`, past those that calibration may have used
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Labels = Literal["model", "text"]
+LabelsOption = Literal["model", "text"]
 Grouping = Literal["block", "tensor"]
 
 ModelArgument = Annotated[

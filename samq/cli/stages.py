@@ -109,7 +109,7 @@ def _silenced(logger: str) -> Iterator[None]:
 def measure_gram(at: "Workspace", model: "TorchModel", sequences: "FirstSequences", batch_size: int) -> "Artifact":
     """The Gram matrices of the layers' inputs."""
     with loading_packages():
-        from samq.sensitivity.gram import GRAM_TOKENS
+        from flows.parameters import GRAM_TOKENS
         from tasks.compensate import gram as stage
 
     return stage(at, model, sequences, GRAM_TOKENS, batch_size)

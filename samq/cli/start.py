@@ -13,7 +13,7 @@ from samq.progress import bar, console
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-Settings = TypeVar("Settings", bound="BaseModel")
+Options = TypeVar("Options", bound="BaseModel")
 
 PROJECT = Path(__file__).parents[2]  # the checkout, with prefect.yaml and deployments/
 
@@ -23,8 +23,8 @@ def loading_packages() -> AbstractContextManager[object]:
     return bar("load Python packages")
 
 
-def validated(kind: type[Settings], **options: Any) -> Settings:
-    """Settings built from a command's options; raises SamqError that names the first invalid option."""
+def validated(kind: type[Options], **options: Any) -> Options:
+    """Options built from a command's options; raises SamqError that names the first invalid option."""
     from pydantic import ValidationError
 
     try:

@@ -1,5 +1,6 @@
 """Commands that run the whole flow: `samq demo` and `samq requantize`."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,10 +46,11 @@ def _run(config: Path, policy: Path, *, no_imatrix: bool = False) -> None:
     if no_imatrix:
         calibration = parameters.calibration.model_copy(update={"imatrix": False})
         parameters = parameters.model_copy(update={"calibration": calibration})
-    with bar("start Prefect"):
+    with bar("start Prefect"), ThreadPoolExecutor(1) as pool:  # both take some 10 s
+        server = pool.submit(require_prefect)
         from flows.requantize import requantize as flow
 
-        require_prefect()
+        server.result()
     _show(flow(parameters), policy)
 
 

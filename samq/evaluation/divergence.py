@@ -58,7 +58,9 @@ def measure_divergence(
         for index, logits in enumerate(candidate):
             targets = chunks[index, first_target:]
             parts = [slice(start, start + _ROWS) for start in range(0, len(targets), _ROWS)]
-            compared = pool.map(lambda s, i=index, q=logits, t=targets: compare(expected[i, s], q[s], t[s]), parts)
+            compared = pool.map(
+                lambda s, i=index, q=logits, t=targets: compare_logits(expected[i, s], q[s], t[s]), parts
+            )
             table = pd.concat(compared, ignore_index=True)
             table.insert(0, "chunk", np.int32(index))
             table.insert(1, "position", np.arange(first_target, settings.context_tokens, dtype=np.int32))
@@ -66,10 +68,12 @@ def measure_divergence(
             tables.append(table)
             progress(index + 1, len(chunks))
     scored = pd.concat(tables, ignore_index=True)
-    return summarize(scored), scored
+    return summarize_divergence(scored), scored
 
 
-def compare(baseline: NDArray[np.float32], candidate: NDArray[np.float32], targets: NDArray[np.int32]) -> pd.DataFrame:
+def compare_logits(
+    baseline: NDArray[np.float32], candidate: NDArray[np.float32], targets: NDArray[np.int32]
+) -> pd.DataFrame:
     """Compare two sets of logits, shaped (positions, vocabulary), in float64; a row for each position.
 
     Equal logits give a divergence of exactly 0. Columns: kld, nll, nll_base (nats), delta_p, same_top.
@@ -94,7 +98,7 @@ def compare(baseline: NDArray[np.float32], candidate: NDArray[np.float32], targe
     )
 
 
-def summarize(scored: pd.DataFrame) -> dict[str, Metric]:
+def summarize_divergence(scored: pd.DataFrame) -> dict[str, Metric]:
     """The metrics of per-token scores; `n` is the number of scored tokens, and quantiles have no standard error."""
     n = len(scored)
     chunk = scored["chunk"]

@@ -32,7 +32,7 @@ _STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\]]', re.DOTALL)  # whole stri
 def measure_json(
     model: Model, prompts: Sequence[JsonPrompt], settings: EvaluationSettings, progress: Progress = silent
 ) -> tuple[dict[str, Metric], pd.DataFrame]:
-    """Ask every prompt, and judge the answers.
+    """Ask every prompt, and judge_answer the answers.
 
     Returns the metrics (`json/...`) and a row for each prompt: id, output, parsed, valid, valid_fenced (valid, or valid
     inside one code fence), error.
@@ -45,8 +45,8 @@ def measure_json(
         threads=settings.threads,
         progress=progress,
     )
-    items = pd.DataFrame([judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
-    return summarize(items), items
+    items = pd.DataFrame([judge_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+    return summarize_answers(items), items
 
 
 def is_settled(answer: str) -> bool:
@@ -69,7 +69,7 @@ def is_settled(answer: str) -> bool:
     return end is not None and bool(text[end:].strip())
 
 
-def judge(prompt: JsonPrompt, answer: str) -> dict[str, Any]:
+def judge_answer(prompt: JsonPrompt, answer: str) -> dict[str, Any]:
     """The row of one answer: see `measure_json`."""
     parsed, error = _verdict(prompt.json_schema, answer)
     fenced = _FENCED.fullmatch(answer.strip())
@@ -83,7 +83,7 @@ def judge(prompt: JsonPrompt, answer: str) -> dict[str, Any]:
     }
 
 
-def summarize(items: pd.DataFrame) -> dict[str, Metric]:
+def summarize_answers(items: pd.DataFrame) -> dict[str, Metric]:
     """Rates in per cent with their standard errors, and the Wilson interval (95 %) of the headline, valid_percent."""
     n = len(items)
     low, high = wilson_interval(int(items["valid"].sum()), n)

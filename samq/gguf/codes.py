@@ -66,7 +66,7 @@ TYPES_WITH_CODES = frozenset(_LAYOUTS)
 
 
 @dataclass(frozen=True)
-class Grid:
+class CodeGrid:
     """The values that each weight of some rows can have: `scale * level + offset`, for the codes from `first` on."""
 
     scale: NDArray[np.float32]  # (rows, row length)
@@ -99,7 +99,7 @@ def write_codes(kind: str, blocks: NDArray[np.uint8], codes: NDArray[np.uint8]) 
     return flat.reshape(blocks.shape)
 
 
-def read_grid(kind: str, blocks: NDArray[np.uint8]) -> Grid:
+def read_grid(kind: str, blocks: NDArray[np.uint8]) -> CodeGrid:
     """Read the grid of each weight from the scales in the blocks (rows, bytes of a row) of a type."""
     layout = _LAYOUTS[kind]
     row_length = blocks.shape[1] // layout.bytes * layout.weights
@@ -113,7 +113,7 @@ def read_grid(kind: str, blocks: NDArray[np.uint8]) -> Grid:
     scale -= low
     scale /= levels[-1] - levels[0]
     low -= scale * levels[0]
-    return Grid(scale, low, levels[layout.first :], layout.first)
+    return CodeGrid(scale, low, levels[layout.first :], layout.first)
 
 
 def _shifts(field: _Field) -> NDArray[np.uint8]:

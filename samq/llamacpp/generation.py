@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from samq.errors import SamqError
 from samq.llamacpp.prefixes import Tokens, common_length
 from samq.llamacpp.runtime import Context, Model
-from samq.llamacpp.sampling import Sampling, choose
+from samq.llamacpp.sampling import Sampling, choose_token
 from samq.progress import Progress, silent
 
 _PARALLEL = 16  # measured on one core, 135M weights at Q4_K_M, 16 prompts: 1 at a time 20 s, 8: 15 s, 16: 13 s
@@ -162,7 +162,7 @@ class _Generation:
             self._give_up(place, f"{model.path} gives logits that are not finite; quantize it again")
             self._spoilt.append(place)
             return
-        token = choose(logits, self._decoding.sampling, sequence.random)
+        token = choose_token(logits, self._decoding.sampling, sequence.random)
         sequence.position += len(sequence.tokens)
         sequence.tokens = [token]
         sequence.generated += 1

@@ -16,7 +16,7 @@ class Sampling:
     seed: int = 0
 
 
-def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
+def choose_token(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
     """Choose a token from logits shaped (vocabulary,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())

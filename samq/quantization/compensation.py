@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from samq.allocation.prices import rounding_error
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_grid, write_codes
+from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
 from samq.gguf.file import open_gguf, read_metadata, read_rows, read_tensors, to_float
 from samq.progress import Progress, silent
 from samq.records import Compensation, OutputError, PriceTable
@@ -250,7 +250,7 @@ class Compensator:
         # 1 / U[j, j]^2 is the variance of input j that the inputs after it do not explain.
         self.share_left = float((factor.diagonal() ** -2).sum() / damped.diagonal().sum())
 
-    def codes(self, weights: NDArray[np.float32], grid: Grid) -> NDArray[np.uint8]:
+    def codes(self, weights: NDArray[np.float32], grid: CodeGrid) -> NDArray[np.uint8]:
         """The codes, uint8, for weights (rows, row length) on the grid of their blocks."""
         # transposed, so that a column is contiguous
         remaining, scale, offset = (

@@ -26,7 +26,7 @@ from samq.report.figures import DPI, tick
 # The kinds of tensor of a block in the order of computation; others follow in the model's order.
 _KINDS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
-Grid = list[list[str | None]]
+HeatmapGrid = list[list[str | None]]
 
 
 def sensitivity_heatmap(sensitivity: SensitivityMap) -> Figure:
@@ -103,7 +103,7 @@ class _Layout:
         return cls(others, kinds, range(1 + max((layer for _, layer in cells), default=0)), cells)
 
     @property
-    def grids(self) -> list[Grid]:
+    def grids(self) -> list[HeatmapGrid]:
         """The tensors of the small panel and of the large one, row by row."""
         blocks = [[self.cells.get((kind, layer)) for layer in self.layers] for kind in self.kinds]
         return [[[name] for name in self.others], blocks]
@@ -161,7 +161,7 @@ def _heatmap(
     return figure
 
 
-def _write_in_cells(axes: Axes, grid: Grid, labels: Mapping[str, str], inks: Mapping[str, str]) -> None:
+def _write_in_cells(axes: Axes, grid: HeatmapGrid, labels: Mapping[str, str], inks: Mapping[str, str]) -> None:
     """Write each tensor's label into its cell, along or upright, if the longest label fits."""
     if not grid:
         return

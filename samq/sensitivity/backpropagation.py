@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
 from samq.progress import Progress, silent
+from samq.records import Labels
 from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.layout import Weight
 
-Labels = Literal["text", "model"]
 LOGITS_AT_ONCE = 2**22  # logits whose probabilities are in memory, in float32, beside all logits
 
 # (the weight's index, first row, those rows of one sequence's gradient in float32) -> numbers in float64, on the

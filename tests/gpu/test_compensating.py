@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from samq.gguf.codes import Grid
+from samq.gguf.codes import CodeGrid
 from samq.quantization.compensation import Compensator, compensate
 from samq.sensitivity.gram import GramMatrices
 from tests.samq.allocation.test_prediction_check import write_gguf
@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda", "cuda")
 def test_codes_and_shares_are_those_of_the_cpu():
     random, gram = np.random.default_rng(3), torch.tensor(random_gram(700), dtype=torch.float32)
     weights = random.normal(0, 1, (200, 700)).astype(np.float32)
-    grid = Grid(
+    grid = CodeGrid(
         random.uniform(0.2, 0.4, weights.shape).astype(np.float32),
         random.uniform(-1.2, -0.8, weights.shape).astype(np.float32),
         np.arange(8, dtype=np.float32),

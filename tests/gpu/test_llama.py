@@ -8,7 +8,7 @@ import pytest
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.evaluation.divergence import compare
+from samq.evaluation.divergence import compare_logits
 from samq.evaluation.measure import compute_baseline, evaluate
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.llamacpp import gpu
@@ -40,7 +40,7 @@ def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(sharp_gguf):
     cpu, some, one, two = found
     assert np.array_equal(one, two)
     for other in (some, one):
-        scored = compare(cpu, other, TOKENS)
+        scored = compare_logits(cpu, other, TOKENS)
         assert scored["kld"].mean() < 1e-4 and scored["same_top"].mean() > 0.98
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from samq.allocation.knapsack import solve
-from samq.evaluation.divergence import summarize
+from samq.evaluation.divergence import summarize_divergence
 from samq.files import DIVERGENCE_NAME
 from samq.gguf.file import file_sha256
 from samq.gguf.formats import bits_per_weight, tensor_bytes
@@ -232,7 +232,7 @@ def _result(
     kld = predicted.value * float(random.uniform(0.95, 1.2)) * (1 + 2 * predicted.value)
     scored = _scored(kld, random)
     scored.to_parquet(place / DIVERGENCE_NAME)
-    metrics = summarize(scored) | _other_metrics(kld, model.file_bytes, random)
+    metrics = summarize_divergence(scored) | _other_metrics(kld, model.file_bytes, random)
     evaluation = Evaluation(
         name=plan.name, sha256=model.sha256, metrics=metrics, missing={"memory/measured_vram_bytes": "no NVIDIA GPU"}
     )

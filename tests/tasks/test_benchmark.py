@@ -5,7 +5,7 @@ from pathlib import Path
 
 from samq.evaluation.settings import BenchmarkSettings
 from samq.sweep.benchmarking import Candidate
-from tasks.benchmark import AvailableBenchmarks, Engine, benchmark, find_benchmarks
+from tasks.benchmark import AvailableBenchmarks, EngineSettings, benchmark, find_benchmarks
 
 
 def test_finding_benchmarks_is_seen_on_the_terminal(terminal):
@@ -24,7 +24,10 @@ def test_a_benchmarks_key_is_of_the_gguf_the_task_and_the_settings_alone(at):
         name="Q4_K_M", gguf="/store/assemble/1/model.gguf", sha256="a" * 64, timeout_s=60.0, kv_type="F16", **changed
     ):
         inputs = {"task": "samq_json", "task_digest": "b" * 64, "settings": BenchmarkSettings(limit=2), **changed}
-        inputs |= {"candidate": Candidate(name=name, gguf=Path(gguf), sha256=sha256), "engine": Engine(kv_type, 1, 0)}
+        inputs |= {
+            "candidate": Candidate(name=name, gguf=Path(gguf), sha256=sha256),
+            "engine": EngineSettings(kv_type, 1, 0),
+        }
         return benchmark.cache_policy.artifact_key(replace(at, timeout_s=timeout_s), inputs)
 
     assert key() == key(name="budget-size-of-Q4_K_M", gguf="/elsewhere/quantize/2/model.gguf", timeout_s=5.0)

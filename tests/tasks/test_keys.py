@@ -12,7 +12,7 @@ from samq.records import ModelSource, SensitivityMap, TextSet, Toolchain
 from samq.store import Artifact, FileEntry
 from samq.sweep.benchmarking import Candidate
 from samq.workspace import Workspace
-from tasks.benchmark import Engine, benchmark
+from tasks.benchmark import EngineSettings, benchmark
 from tasks.calibrate import Passes, calibrate
 from tasks.check import BuiltPlan, check
 from tasks.compensate import compensate, compensate_rung, gram
@@ -73,7 +73,7 @@ INPUTS = {
     "baseline": (baseline, (FULL, HELDOUT, SETTINGS)),
     "evaluate": (evaluate, ("p", GGUF, HELDOUT, BASELINE, SETTINGS)),
     "check": (check, (MODEL, LastSequences(TOKENS, 8), BuiltPlan("p", PLAN, PRICES, GGUF), 2, 1)),
-    "benchmark": (benchmark, (CANDIDATE, "samq_json", "d", BenchmarkSettings(), Engine.of(SETTINGS))),
+    "benchmark": (benchmark, (CANDIDATE, "samq_json", "d", BenchmarkSettings(), EngineSettings.of(SETTINGS))),
 }
 
 

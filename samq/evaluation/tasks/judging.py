@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from samq.evaluation.json_compliance import judge
+from samq.evaluation.json_compliance import judge_answer
 from samq.evaluation.json_prompts import JsonPrompt, load_prompts
 from samq.evaluation.sandbox.run import run_tests
 
@@ -22,7 +22,7 @@ def humaneval_instruct(document: Mapping[str, Any], answers: Sequence[str]) -> d
 
 def json_answer(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
     """What `samq.evaluation.json_compliance` says of an answer."""
-    verdict = judge(_json_prompts()[document["id"]], answers[0])
+    verdict = judge_answer(_json_prompts()[document["id"]], answers[0])
     columns = {"valid": "valid", "valid_or_fenced": "valid_fenced", "parsed": "parsed"}
     return {metric: float(verdict[column]) for metric, column in columns.items()}
 

@@ -102,7 +102,9 @@ def test_a_rung_gives_tensors_without_an_importance_the_nearest_type_that_needs_
 
 
 def test_a_type_that_a_tensor_lacks_an_importance_for_says_so(uncovered, tmp_path):
-    ladder = Ladder(uncovered.full.path, {"IQ2_XS": tmp_path / make_rung(uncovered, "IQ2_XS", tmp_path, provenance={}).file})
+    ladder = Ladder(
+        uncovered.full.path, {"IQ2_XS": tmp_path / make_rung(uncovered, "IQ2_XS", tmp_path, provenance={}).file}
+    )
     plan = uniform_plan(uncovered, "IQ2_XS")
     plan = plan.model_copy(update={"types": plan.types | {"token_embd.weight": "IQ2_XS"}})
     with pytest.raises(

@@ -8,7 +8,7 @@ from scipy.special import log_softmax, softmax
 
 from samq.errors import SamqError
 from samq.evaluation.baseline import cut_chunks, open_baseline, scored_logits, write_baseline
-from samq.evaluation.divergence import compare, measure_divergence, summarize
+from samq.evaluation.divergence import compare_logits, measure_divergence, summarize_divergence
 from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp.process import run
 from samq.llamacpp.runtime import Model
@@ -21,7 +21,7 @@ def test_divergence_is_the_sum_over_the_vocabulary():
     random = np.random.default_rng(0)
     base, cand = (random.normal(0, 3, (7, 50)).astype(np.float32) for _ in range(2))
     targets = random.integers(0, 50, 7)
-    table = compare(base, cand, targets)
+    table = compare_logits(base, cand, targets)
     log_p, log_q = log_softmax(base.astype(np.float64), axis=1), log_softmax(cand.astype(np.float64), axis=1)
     rows = np.arange(7)
     np.testing.assert_allclose(table["kld"], (np.exp(log_p) * (log_p - log_q)).sum(axis=1), rtol=1e-12)
@@ -34,8 +34,8 @@ def test_divergence_is_the_sum_over_the_vocabulary():
 
 def test_equal_logits_diverge_by_nothing_and_a_shift_is_no_difference():
     logits = np.random.default_rng(0).normal(0, 30, (5, 40)).astype(np.float32)
-    assert (compare(logits, logits, np.zeros(5, int))["kld"] == 0).all()
-    np.testing.assert_allclose(compare(logits, logits + 64, np.zeros(5, int))["kld"], 0, atol=1e-5)
+    assert (compare_logits(logits, logits, np.zeros(5, int))["kld"] == 0).all()
+    np.testing.assert_allclose(compare_logits(logits, logits + 64, np.zeros(5, int))["kld"], 0, atol=1e-5)
 
 
 def test_the_statistics_are_those_of_their_names():
@@ -50,7 +50,7 @@ def test_the_statistics_are_those_of_their_names():
             "same_top": random.random(200) < 0.9,
         }
     )
-    metrics = summarize(scored)
+    metrics = summarize_divergence(scored)
     value = {name.removeprefix("fidelity/"): metric.value for name, metric in metrics.items()}
     assert value["mean_kld_nats"] == pytest.approx(scored["kld"].mean())
     assert value["kld_p99_nats"] == pytest.approx(np.quantile(scored["kld"], 0.99))
@@ -66,7 +66,7 @@ def test_tokens_that_share_their_chunks_luck_count_as_fewer():
     scored = pd.DataFrame({"chunk": np.repeat(np.arange(10), 20), "kld": np.repeat(np.linspace(0, 1, 10), 20)})
     scored = scored.assign(nll=1.0, nll_base=1.0, delta_p=0.0, same_top=True)
     expected = np.linspace(0, 1, 10).std(ddof=1) / np.sqrt(10)
-    assert summarize(scored)["fidelity/mean_kld_nats"].stderr == pytest.approx(expected)
+    assert summarize_divergence(scored)["fidelity/mean_kld_nats"].stderr == pytest.approx(expected)
 
 
 def test_chunks_are_whole_and_start_with_bos():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from samq.evaluation.json_compliance import is_settled, judge, measure_json, summarize, wilson_interval
+from samq.evaluation.json_compliance import is_settled, judge_answer, measure_json, summarize_answers, wilson_interval
 from samq.evaluation.json_prompts import JsonPrompt, chat_tokens, load_prompts, outline
 from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp.runtime import Model
@@ -29,7 +29,7 @@ def test_there_are_at_least_30_prompts_and_each_schema_takes_its_example():
     assert len(prompts) >= 30 and len({prompt.id for prompt in prompts}) == len(prompts)
     for prompt in prompts:
         Draft202012Validator.check_schema(prompt.json_schema)
-        row = judge(prompt, json.dumps(prompt.example))
+        row = judge_answer(prompt, json.dumps(prompt.example))
         assert row["valid"], (prompt.id, row["error"])
         assert outline(prompt.json_schema)
 
@@ -57,7 +57,7 @@ def test_there_are_at_least_30_prompts_and_each_schema_takes_its_example():
     ],
 )
 def test_an_answer_is_valid_when_all_of_it_is_json_of_the_schema(answer, parsed, valid, fenced):
-    row = judge(PERSON, answer)
+    row = judge_answer(PERSON, answer)
     assert (row["parsed"], row["valid"], row["valid_fenced"]) == (parsed, valid, fenced)
     assert (row["error"] is None) == valid
 
@@ -132,7 +132,7 @@ def test_no_start_of_json_is_ever_settled(value, ascii_only, indent):
 def test_what_is_settled_is_neither_valid_nor_becomes_so(start, more):
     start = "{" + start
     if is_settled(start):
-        rows = [judge(PERSON, text) for text in (start, start + more, start + "}", start + '"}')]
+        rows = [judge_answer(PERSON, text) for text in (start, start + more, start + "}", start + '"}')]
         assert not any(row["parsed"] or row["valid_fenced"] for row in rows)
 
 
@@ -145,7 +145,7 @@ def test_the_wilson_interval_is_the_textbooks():
 
 def test_rates_are_per_cent_of_all_prompts():
     items = pd.DataFrame({"valid": [1, 0, 0, 1], "parsed": [1, 1, 0, 1], "valid_fenced": [1, 1, 0, 1]}).astype(bool)
-    metrics = summarize(items)
+    metrics = summarize_answers(items)
     assert metrics["json/valid_percent"].value == 50 and metrics["json/valid_percent"].n == 4
     assert metrics["json/parse_percent"].value == metrics["json/valid_or_fenced_percent"].value == 75
     assert metrics["json/valid_low_percent"].value < 50 < metrics["json/valid_high_percent"].value
@@ -168,6 +168,6 @@ def test_a_real_model_answers_the_same_every_time(smollm2_q4_k_m):
         again = measure_json(model, prompts, settings)[1]
     assert items.equals(again)
     assert items["id"].tolist() == [prompt.id for prompt in prompts]
-    judged = [judge(prompt, output)["valid"] for prompt, output in zip(prompts, items["output"], strict=True)]
+    judged = [judge_answer(prompt, output)["valid"] for prompt, output in zip(prompts, items["output"], strict=True)]
     assert judged == items["valid"].tolist()
     assert metrics["json/valid_percent"].value == 100 * items["valid"].mean()

@@ -4,7 +4,7 @@ import pytest
 from samq.errors import SamqError
 from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import Context, Model
-from samq.llamacpp.sampling import Sampling, choose
+from samq.llamacpp.sampling import Sampling, choose_token
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
 
@@ -127,7 +127,7 @@ def test_a_draw_is_that_of_the_softmax_cut_as_asked():
     random = np.random.default_rng(0)
 
     def shares(**settings):
-        drawn = [choose(logits, Sampling(**settings), random) for _ in range(4000)]
+        drawn = [choose_token(logits, Sampling(**settings), random) for _ in range(4000)]
         return np.bincount(drawn, minlength=4) / 4000
 
     np.testing.assert_allclose(shares(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
@@ -135,5 +135,5 @@ def test_a_draw_is_that_of_the_softmax_cut_as_asked():
     np.testing.assert_allclose(shares(temperature=0.5), squared / squared.sum(), atol=0.03)
     np.testing.assert_allclose(shares(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(shares(temperature=1.0, top_p=0.85), [10 / 19, 6 / 19, 3 / 19, 0], atol=0.03)
-    assert choose(logits, Sampling(), random) == 0
+    assert choose_token(logits, Sampling(), random) == 0
     assert shares(temperature=1.0, top_p=0.01)[0] == 1

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from samq.allocation.ladder import make_rung
 from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, Grid, read_codes, write_codes
+from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_codes, write_codes
 from samq.gguf.file import open_gguf, read_metadata, read_tensors, read_weights
 from samq.quantization.compensation import Compensator, compensate, compensate_rung, compensated_prices
 from samq.records import Price, PriceTable, TensorPrices
@@ -121,7 +121,7 @@ def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
     """Against the plain way: after each column the best values of those to come, by least squares."""
     random, size = np.random.default_rng(3), 150  # more than a band
     gram, weights = random_gram(size), random.normal(0, 1, (6, size)).astype(np.float32)
-    grid = Grid(
+    grid = CodeGrid(
         random.uniform(0.2, 0.4, weights.shape).astype(np.float32),
         random.uniform(-1.2, -0.8, weights.shape).astype(np.float32),
         np.arange(8, dtype=np.float32),
