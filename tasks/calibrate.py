@@ -33,7 +33,7 @@ def load_map(sensitivities: Artifact) -> SensitivityMap:
 
 @stage(
     "calibrate",
-    version=3,
+    version=4,
     run_name="calibrate {model.source.name} on {sequences.count}",
     keyed_by=("device",),
     packages=("torch", "transformers"),
