@@ -71,7 +71,7 @@ def chat_tokens(model: Model, prompt: JsonPrompt) -> NDArray[np.int32]:
     turns.append({"role": "user", "content": question(prompt)})
     if model.chat_template is None:
         lines = [f"{'Answer: ' if turn['role'] == 'assistant' else ''}{turn['content']}\n" for turn in turns]
-        return model.tokenize("\n".join([*lines, "Answer:"]), add_special=True)
+        return model.tokenize_prompt("\n".join([*lines, "Answer:"]))
     return tokenize_chat(model, turns)
 
 

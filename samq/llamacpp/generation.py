@@ -166,9 +166,11 @@ class _Generation:
         sequence.position += len(sequence.tokens)
         sequence.tokens = [token]
         sequence.generated += 1
-        sequence.answer += model.piece(token)
+        ended = model.is_end(token)
+        if not ended:  # an end token is no text, though some files call it normal
+            sequence.answer += model.piece(token)
         text = sequence.answer.decode(errors="ignore")  # the last character may still lack bytes
-        if model.is_end(token) or sequence.generated == self._decoding.limit or self._decoding.finished(text):
+        if ended or sequence.generated == self._decoding.limit or self._decoding.finished(text):
             self._answers[sequence.index] = sequence.answer.decode(errors="replace")
             self._free.append(place)
             self._report()

@@ -3,12 +3,14 @@
 import contextlib
 import ctypes
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from samq.errors import ToolError
@@ -32,10 +34,12 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
+    stack: int = 0,
 ) -> str:
     """Run a program in its own process group, write its stdout and stderr to `log`, and return that text.
 
-    `env` is added to this process's environment. `on_line` is called with each line while the program runs. Raises
+    `env` is added to this process's environment. `on_line` is called with each line while the program runs. The program
+    gets `stack` bytes of stack if it would have less, as far as the system allows. Raises
     ToolError if the program is missing, exits non-zero (with the log's last line), or runs longer than `timeout_s`, which
     kills its process group.
     """
@@ -50,7 +54,7 @@ def run(
                 cwd=cwd,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(_begin_child, stack),
             )
     except OSError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
@@ -79,6 +83,16 @@ def run(
     if child.returncode != 0:
         raise ToolError(f"{name} {_ending(child.returncode)}: {_last_words(text)}{_advice(log.parent)} (log: {log})")
     return text
+
+
+def _begin_child(stack: int) -> None:
+    """In the child, before the program: end with the parent, and have this much stack."""
+    die_with_parent()
+    if stack:
+        allowed, most = resource.getrlimit(resource.RLIMIT_STACK)
+        if allowed != resource.RLIM_INFINITY and allowed < stack:
+            wanted = stack if most == resource.RLIM_INFINITY else min(stack, most)
+            resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
 
 
 def _ending(code: int) -> str:

@@ -15,15 +15,17 @@ from pathlib import Path
 from samq.errors import SamqError, ToolError
 from samq.files import GGUF_NAME, IMATRIX_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
-from samq.gguf.file import HashedFile, TensorInfo, read_tensors
+from samq.gguf.file import HashedFile, TensorInfo, read_metadata, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
+from samq.llamacpp.tokenizing import stack_bytes
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
 
 FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
 
+_ADD_EOS = "tokenizer.ggml.add_eos_token"
 _STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
 _ARROW = re.compile(r"-> +[\d.]+ MiB \((\w+)\)")
 _FALLBACK = re.compile(
@@ -107,9 +109,11 @@ def measure_imatrix(
 ) -> Path:
     """Run llama-imatrix over `text` in contexts of `context_tokens`, and return the path of the importance matrix.
 
-    llama-imatrix measures the output tensor only if it has weights of its own, and not the embedding's. Raises ToolError
-    if the program fails or does not write a file.
+    llama-imatrix measures the output tensor only if it has weights of its own, and not the embedding's. Raises TextError
+    if the text has a run that is too long to tokenize, and ToolError if the program fails or does not write a file.
     """
+    metadata = read_metadata(gguf)
+    stack = stack_bytes(text, str(metadata.get("tokenizer.ggml.pre", "")))
     (folder / "calibration.txt").write_text(text)
     command: list[str | Path] = [
         program(toolchain, "llama-imatrix"),
@@ -122,8 +126,10 @@ def measure_imatrix(
     ]
     command += ["--process-output", "--no-ppl", "-c", str(context_tokens), "-b", str(context_tokens)]
     command += ["-t", str(threads)] if threads else []
+    if metadata.get(_ADD_EOS):  # llama-imatrix refuses such a model, although the text is one stream without ends
+        command += ["--override-kv", f"{_ADD_EOS}=bool:false"]
     log = folder / "imatrix.log"
-    output = run(command, log=log, timeout_s=timeout_s, cwd=folder, env=environment(toolchain))
+    output = run(command, log=log, timeout_s=timeout_s, cwd=folder, env=environment(toolchain), stack=stack)
     (folder / "calibration.txt").unlink()
     if not (folder / IMATRIX_NAME).is_file():
         reason = next((line for line in output.splitlines() if "error" in line.lower()), "no reason given")

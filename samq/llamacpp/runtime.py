@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ import psutil
 from numpy.typing import ArrayLike, NDArray
 
 from samq.errors import SamqError
+from samq.llamacpp.tokenizing import TextError, encode, stack_bytes, with_stack
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +129,17 @@ class Model:
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
         template = api.llama_model_chat_template(handle, None)
         self.chat_template = template.decode() if template else None
+        self._pretokenizer = self._metadata("tokenizer.ggml.pre") or ""
 
     def _names(self, token: str) -> bool:
         """Whether the file's metadata name this token: `bos` or `eos`."""
-        return bool(
-            api.llama_model_meta_val_str(self._model, f"tokenizer.ggml.{token}_token_id".encode(), None, 0) >= 0
-        )
+        return self._metadata(f"tokenizer.ggml.{token}_token_id") is not None
+
+    def _metadata(self, key: str) -> str | None:
+        """A short value of the file's metadata; None if it has no such key."""
+        buffer = ctypes.create_string_buffer(256)
+        length = api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if length >= 0 else None
 
     def __enter__(self) -> Self:
         """Return the model itself."""
@@ -170,23 +176,38 @@ class Model:
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of `text`.
 
-        `add_special` adds the special tokens that the model expects around a text, such as BOS. `parse_special` reads
-        `<|im_start|>` and the like as the special tokens of that name, and not as plain text. Raises SamqError if
-        llama.cpp cannot tokenize the text.
+        `add_special` adds the special tokens that the model expects around a whole text: BOS before it, and EOS after it if
+        the model was trained so. `parse_special` reads `<|im_start|>` and the like as the special tokens of that name, and
+        not as plain text. Raises TextError if llama.cpp cannot tokenize the text, and SamqError without a tokenizer.
         """
-        data = text.encode()
+        if api.llama_vocab_type(self.vocab) == api.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would end the process
+            raise SamqError(f"{self.path} has no tokenizer; convert the model again with its tokenizer")
+        data = encode(text)
+        stack = stack_bytes(text, self._pretokenizer)
         size = len(data) + 8  # enough for almost every text: a token is seldom shorter than a byte
         while True:
             tokens = np.empty(size, np.int32)
             buffer = tokens.ctypes.data_as(ctypes.POINTER(api.llama_token))
-            count = api.llama_tokenize(self.vocab, data, len(data), buffer, size, add_special, parse_special)
+            arguments = self.vocab, data, len(data), buffer, size, add_special, parse_special
+            count: int = with_stack(partial(api.llama_tokenize, *arguments), stack)
             if count >= 0:
                 return tokens[:count].copy()
             if -count <= size:
-                raise SamqError(
+                raise TextError(
                     f"llama.cpp cannot tokenize {len(data)} bytes of text; cut the text into smaller pieces"
                 )
             size = -count
+
+    def tokenize_prompt(self, text: str, *, parse_special: bool = False) -> NDArray[np.int32]:
+        """Token ids of a text that the model is to continue: as `tokenize` with `add_special`, but never with EOS after it.
+
+        Some files ask for EOS after every text (`add_eos_token`). llama.cpp's own server adds it to prompts as well, so a
+        model answers there as if the conversation were over. transformers' chat templates never add it.
+        """
+        tokens = self.tokenize(text, add_special=True, parse_special=parse_special)
+        around = self.tokenize("", add_special=True).tolist()
+        after = len(around) - (self.adds_bos and around[:1] == [self.bos])
+        return tokens[: len(tokens) - after]
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token, which need not be whole UTF-8 characters; empty for control tokens."""

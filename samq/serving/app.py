@@ -14,6 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from samq import __version__
+from samq.llamacpp.chat import ChatError
+from samq.llamacpp.tokenizing import TextError
 from samq.serving.answers import ChatShape, CompletionShape
 from samq.serving.engine import Engine, Work
 from samq.serving.metrics import Metrics
@@ -222,11 +224,9 @@ def _tokenize_prompt(body: CompletionRequest) -> Callable[[ServedModel], list[in
     prompt = body.prompt
 
     def tokenize(model: ServedModel) -> list[int]:
-        if isinstance(prompt, str):
-            return model.tokenize(prompt)
-        texts = [part for part in prompt if isinstance(part, str)]
+        texts = [prompt] if isinstance(prompt, str) else [part for part in prompt if isinstance(part, str)]
         if texts:
-            return model.tokenize(texts[0])
+            return _tokens_of(lambda: model.tokenize(texts[0]), "prompt")
         tokens = [part for part in prompt if isinstance(part, int)]
         wrong = next((token for token in tokens if not 0 <= token < model.model.vocab_size), None)
         if wrong is not None:
@@ -245,20 +245,24 @@ def _tokenize_chat(body: ChatRequest) -> Callable[[ServedModel], list[int]]:
     turns = [message.turn for message in body.messages]
 
     def tokenize(model: ServedModel) -> list[int]:
-        try:
-            return model.tokenize_chat(turns)
-        except Exception as error:  # a template can raise anything
-            if model.model.chat_template is None:
-                raise Refused(400, str(error), code="no_chat_template") from error
-            reason = str(error).partition("\n")[0][:200]
-            raise Refused(
-                400,
-                f"the model's chat template refuses these messages: {reason}",
-                code="invalid_messages",
-                param="messages",
-            ) from error
+        if model.model.chat_template is None:
+            reason = f"{model.gguf.name} has no chat template; send a prompt to /v1/completions"
+            raise Refused(400, reason, code="no_chat_template")
+        return _tokens_of(lambda: model.tokenize_chat(turns), "messages")
 
     return tokenize
+
+
+def _tokens_of(tokenize: Callable[[], list[int]], param: str) -> list[int]:
+    """The tokens of a text or a chat; raises Refused if the chat template or llama.cpp cannot take it."""
+    try:
+        return tokenize()
+    except ChatError as error:
+        raise Refused(
+            400, f"the model's chat template {error.reason}; change the messages", code="invalid_messages", param=param
+        ) from error
+    except TextError as error:
+        raise Refused(400, str(error), code="invalid_text", param=param) from error
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class ServedModel:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a plain prompt; parses names of special tokens in it."""
-        tokens: list[int] = self.model.tokenize(text, add_special=True, parse_special=True).tolist()
+        tokens: list[int] = self.model.tokenize_prompt(text, parse_special=True).tolist()
         return tokens
 
     def tokenize_chat(self, turns: Sequence[dict[str, Any]]) -> list[int]:

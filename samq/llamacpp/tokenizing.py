@@ -1,0 +1,115 @@
+"""Texts that llama.cpp's tokenizers cannot take as they are, and the stack that they need.
+
+Most of llama.cpp's BPE vocabularies cut a text by regular expressions of C++'s standard library. GCC's recurses once for
+each character of a match, so a run of 20,000 letters, spaces or dashes overflows the stack of a usual thread, which ends
+the process. Such a text is tokenized in a thread with a stack that is large enough; the tokens are the same.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samq.errors import SamqError
+
+Result = TypeVar("Result")
+
+LONGEST_MATCH = 2**20  # characters; the stack for it is 1 GiB of addresses, of which llama.cpp touches 0.4 GiB
+_BYTES_A_CHARACTER = 1024  # measured: up to 370 bytes of stack for each character of a match (GCC 12, -O3)
+_SMALL_MATCH = 1024  # characters for which the stack of any thread suffices
+_LONGEST_SHOWN = 40  # characters of a text in a message
+_SPANS_SPACES = frozenset({"exaone-moe"})  # pre-tokenizers with matches of several words
+_one_large_stack = threading.Lock()  # at a time: they share memory, and `threading.stack_size` is the whole process's
+
+
+class TextError(SamqError):
+    """A text that cannot be tokenized. Another text can."""
+
+
+def _table(characters: str) -> NDArray[np.bool_]:
+    """Whether a code point is one of these; for all beyond the last of them, the table's last entry says no."""
+    codes = [ord(character) for character in characters]
+    table = np.zeros(max(codes) + 2, bool)
+    table[codes] = True
+    return table
+
+
+# White space for C++, for llama.cpp or for both: where it is unclear, a character may lengthen either kind of run.
+_SURE_SPACES = _table(" \t\n\v\f\r")
+_POSSIBLE_SPACES = _table("".join(chr(code) for code in range(0x3001) if chr(code).isspace()))
+_LINE_ENDS = _table("\r\n/")  # some patterns count slashes among them
+_CLAUSE_ENDS = _table("".join(chr(code) for code in range(128) if not (chr(code).isalpha() or chr(code) == " ")))
+
+
+def encode(text: str) -> bytes:
+    """The text as UTF-8; raises TextError for half a character (a lone surrogate), which JSON can hold."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - _LONGEST_SHOWN // 2) : error.start + _LONGEST_SHOWN // 2]
+        raise TextError(
+            f"character {error.start + 1} of a text is half a character ({near!a}), a lone surrogate; remove it"
+        ) from error
+
+
+def stack_bytes(text: str, pretokenizer: str = "") -> int:
+    """Bytes of stack that llama.cpp needs to tokenize this text; 0: any thread's suffices.
+
+    `pretokenizer` is the vocabulary's `tokenizer.ggml.pre`. Raises TextError if the text needs more than 1 GiB.
+    """
+    if len(text) <= _SMALL_MATCH:
+        return 0
+    longest = _longest_match(text, pretokenizer)
+    if longest > LONGEST_MATCH:
+        raise TextError(
+            f"a text has {longest} characters without a break, and llama.cpp's tokenizers take {LONGEST_MATCH}; break it "
+            "with white space, or shorten it"
+        )
+    return 0 if longest <= _SMALL_MATCH else longest * _BYTES_A_CHARACTER
+
+
+def with_stack(function: Callable[[], Result], stack: int) -> Result:
+    """Call a function in a thread with this many bytes of stack; 0: in this thread.
+
+    Raises SamqError if there is no memory for the thread.
+    """
+    if not stack:
+        return function()
+    results: list[Result] = []
+    with _one_large_stack:
+        usual = threading.stack_size(stack)
+        try:
+            thread = threading.Thread(target=lambda: results.append(function()), name="tokenizer", daemon=True)
+            thread.start()
+        except RuntimeError as error:
+            raise SamqError(
+                f"there are no {stack / 2**20:.0f} MiB of memory to tokenize a long run of text; shorten it"
+            ) from error
+        finally:
+            threading.stack_size(usual)
+        try:
+            thread.join()
+        finally:
+            thread.join()  # also after Ctrl-C: the caller may free what the function uses
+    return results[0]
+
+
+def _longest_match(text: str, pretokenizer: str) -> int:
+    """A bound on the characters of one match: of white space, then a word, then line ends, whatever the pattern."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    words = _longest_run(~_is_in(codes, _SURE_SPACES))
+    if pretokenizer in _SPANS_SPACES:
+        words = max(words, _longest_run(~_is_in(codes, _CLAUSE_ENDS)))
+    return words + _longest_run(_is_in(codes, _POSSIBLE_SPACES)) + _longest_run(_is_in(codes, _LINE_ENDS))
+
+
+def _is_in(codes: NDArray[np.uint32], table: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return table[np.minimum(codes, len(table) - 1)]
+
+
+def _longest_run(mask: NDArray[np.bool_]) -> int:
+    """Length of the longest run of true values."""
+    breaks = np.concatenate([[-1], np.flatnonzero(~mask), [len(mask)]])
+    return int(np.diff(breaks).max()) - 1
