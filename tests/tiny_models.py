@@ -114,18 +114,21 @@ def write_llama_gguf(model, path, permute=True, tokenizer=None, more=lambda writ
     return path
 
 
-def add_byte_tokenizer(writer, tokenizer, vocab_size):
+def add_byte_tokenizer(writer, tokenizer, vocab_size, pre="gpt-2", normal=(), add_eos=False):
+    """With llama.cpp's name of the pre-tokenizer, special tokens that the file calls `normal`, and EOS after every text."""
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     pieces += [f"<unused{number}>" for number in range(vocab_size - len(pieces))]
-    control = {*tokenizer.all_special_tokens, *pieces[len(tokenizer) :]}
+    control = {*tokenizer.all_special_tokens, *pieces[len(tokenizer) :]} - set(normal)
     kinds = [gguf.TokenType.CONTROL if piece in control else gguf.TokenType.NORMAL for piece in pieces]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(pieces)
     writer.add_token_types(kinds)
     writer.add_token_merges(["a n", "t h", "th e"])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(tokenizer.bos_token is not None)
+    if add_eos:
+        writer.add_add_eos_token(True)
     if tokenizer.bos_token is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.chat_template is not None:

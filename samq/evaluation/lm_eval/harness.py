@@ -138,7 +138,10 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         return self.model.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[ChatMessage], add_generation_prompt: bool = True) -> str:
-        """The chat as text; without a generation prompt it ends inside its last message."""
+        """The chat as text; without a generation prompt it ends inside its last message.
+
+        A system message that the template refuses or drops becomes part of the next user message. `hf` leaves it out.
+        """
         return render_chat(self.model, chat_history, continue_last=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:

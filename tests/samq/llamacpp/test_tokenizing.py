@@ -1,0 +1,120 @@
+"""No text ends the process, and each gives the tokens that llama.cpp gives it."""
+
+import threading
+
+import pytest
+
+from samq.errors import SamqError
+from samq.llamacpp.runtime import Model
+from samq.llamacpp.tokenizing import LONGEST_MATCH, TextError, stack_bytes, with_stack
+from tests.conftest import write_tiny_gguf
+from tests.tiny_models import add_byte_tokenizer, byte_tokenizer
+
+VOCABULARY = 264
+LONG = 60_000  # characters of one match that overflow a stack of 8 MiB
+RUNS = {
+    "upper case": "A" * LONG,
+    "lower case": "the" * (LONG // 3),
+    "digits": "7" * LONG,
+    "punctuation": "-" * LONG,
+    "spaces": " " * LONG + "a",
+    "line ends": "!\n" + "/\n" * (LONG // 2),
+    "Chinese": "\u4e2d" * LONG,
+    "accents": "e\u0301" * (LONG // 2),
+    "control characters": "!\x1c" * (LONG // 2),
+}
+
+
+@pytest.fixture(scope="module")
+def model_with(tmp_path_factory):
+    models = {}
+
+    def make(pre):
+        if pre not in models:
+            path = write_tiny_gguf(
+                tmp_path_factory.mktemp("pre") / f"{pre}.gguf",
+                width=32,
+                hidden=32,
+                blocks=1,
+                vocabulary=VOCABULARY,
+                add_tokenizer=lambda writer: add_byte_tokenizer(writer, byte_tokenizer(), VOCABULARY, pre=pre),
+            )
+            models[pre] = Model(path, allocate=False)
+        return models[pre]
+
+    yield make
+    for model in models.values():
+        model.close()
+
+
+@pytest.mark.parametrize(
+    "pre", ["tekken", "gpt-4o", "deepseek-llm", "deepseek-v3", "default", "exaone-moe", "llama-bpe"]
+)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_long_run_of_one_class_is_tokenized(model_with, pre, run):
+    model = model_with(pre)
+    text = f"It says {RUNS[run]} the end."
+    tokens = model.tokenize(text)
+    assert b"".join(map(model.piece, tokens.tolist())).decode() == text
+
+
+@pytest.mark.parametrize("pre", ["tekken", "gpt-4o", "default"])
+def test_a_large_stack_gives_the_same_tokens(model_with, pre, monkeypatch):
+    model = model_with(pre)
+    text = " than ".join(run[:5000] for run in RUNS.values())  # any thread's stack holds these runs, too
+    assert stack_bytes(text) > 0
+    tokens = model.tokenize(text).tolist()
+    monkeypatch.setattr("samq.llamacpp.runtime.stack_bytes", lambda *_: 0)
+    assert tokens == model.tokenize(text).tolist()
+
+
+def test_words_between_letters_and_spaces_are_one_match_of_some_vocabularies(model_with):
+    text = "a the man" * (LONG // 3)
+    assert stack_bytes(text) == 0
+    assert stack_bytes(text, "exaone-moe") > len(text) * 400
+    assert len(model_with("exaone-moe").tokenize(text))
+
+
+def test_ordinary_text_needs_no_large_stack():
+    assert stack_bytes("") == stack_bytes("An ordinary line of text.\n\n" * 100_000) == 0
+
+
+def test_a_run_beyond_the_largest_stack_is_refused(model_with):
+    longest = "A" * LONGEST_MATCH
+    with pytest.raises(TextError, match=f"a text has {LONGEST_MATCH + 1} characters without a break, .* shorten it"):
+        model_with("tekken").tokenize(longest + "A")
+    assert stack_bytes(longest) == 2**30
+
+
+def test_half_a_character_is_named(model_with):
+    with pytest.raises(
+        TextError, match=r"character 4 of a text is half a character \('ab \\ud83d cd'\), .*; remove it"
+    ):
+        model_with("gpt-2").tokenize("ab \ud83d cd")
+
+
+def test_a_file_without_a_tokenizer_is_refused(tmp_path):
+    bare = write_tiny_gguf(tmp_path / "bare.gguf", add_tokenizer=lambda writer: writer.add_tokenizer_model("none"))
+    with Model(bare, allocate=False) as model, pytest.raises(SamqError, match=r"bare.gguf has no tokenizer; convert"):
+        model.tokenize("hello")
+
+
+def test_large_stacks_exist_one_at_a_time_and_threads_keep_theirs():
+    usual, running, most = threading.stack_size(), [], []
+
+    def work():
+        running.append(1)
+        most.append(len(running))
+        running.pop()
+        return threading.current_thread().name
+
+    callers = [threading.Thread(target=lambda: with_stack(work, 2**26)) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert most == [1] * 8 and threading.stack_size() == usual
+    assert with_stack(work, 2**26) == "tokenizer" != with_stack(work, 0)
+    with pytest.raises(SamqError, match=r"there are no .* MiB of memory to tokenize a long run of text; shorten it"):
+        with_stack(work, 2**62)
+    assert threading.stack_size() == usual and with_stack(work, 2**26) == "tokenizer"
