@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def load_texts(spec: DatasetSpec) -> list[str]:
         numbers = numbers[: spec.samples]
     if not len(numbers):
         raise SamqError(f"{spec.name} has {len(rows)} samples, none from number {spec.start} on; start earlier")
-    return [_text(rows[int(number)], fields, f"row {number + 1} of {spec.name}") for number in numbers]
+    return [_text_of(rows, int(number), fields, spec.name) for number in numbers]
 
 
 def require_disjoint(one: DatasetSpec, other: DatasetSpec) -> None:
@@ -138,6 +139,16 @@ def _with_answer(row: Row) -> Row:
     return {**row, "answer": choices[row["expected_index"]]} if choices else row
 
 
+def _text_of(rows: Sequence[Row], number: int, fields: tuple[str, ...], name: str) -> str:
+    """The text of one row; a data set of the hub decodes the row only now."""
+    where = f"row {number + 1} of {name}"
+    try:
+        row = rows[number]
+    except UnicodeDecodeError as error:
+        raise SamqError(f"{where} is not UTF-8 ({error.reason}); correct or remove that row") from error
+    return _text(row, fields, where)
+
+
 def _text(row: Row, fields: tuple[str, ...], where: str) -> str:
     text = ""
     for field in fields:
@@ -149,6 +160,13 @@ def _text(row: Row, fields: tuple[str, ...], where: str) -> str:
         text += part if not text or text[-1].isspace() else f"\n{part}"
     if not text.strip():
         raise SamqError(f"the text of {where} is empty; remove that row or name other fields")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold half of a pair of surrogates, as in a text cut inside an emoji
+        raise SamqError(
+            f"character {error.start + 1} of the text of {where} is half a character ({text[error.start]!a}), a lone "
+            "surrogate; remove it there"
+        ) from error
     return text
 
 
@@ -167,7 +185,7 @@ def _read_text(path: Path) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise SamqError(f"{path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SamqError(f"cannot read {path}: {error}; check the file") from error
 
 
@@ -182,7 +200,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 def _object(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SamqError(f"{where} is not JSON ({error}); correct that line") from error
     return _checked(row, where)
 
@@ -196,7 +214,7 @@ def _checked(row: Any, where: str) -> Row:
 def _read_json(path: Path) -> list[Row]:
     try:
         rows = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SamqError(
             f"{path} is not JSON ({error}); correct it, or name it .jsonl if each line is one row"
         ) from error
@@ -208,6 +226,8 @@ def _read_json(path: Path) -> list[Row]:
 def _read_parquet(path: Path) -> list[Row]:
     try:
         rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except UnicodeDecodeError as error:
+        raise SamqError(f"a text of {path} is not UTF-8 ({error.reason}); write the file again, in UTF-8") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise SamqError(f"{path} is not a whole parquet file ({error}); copy or make it again") from error
     return rows

@@ -113,7 +113,7 @@ def measure_imatrix(
     if the text has a run that is too long to tokenize, and ToolError if the program fails or does not write a file.
     """
     metadata = read_metadata(gguf)
-    stack = stack_bytes(text, str(metadata.get("tokenizer.ggml.pre", "")))
+    stack = stack_bytes(text, *(str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")))
     (folder / "calibration.txt").write_text(text)
     command: list[str | Path] = [
         program(toolchain, "llama-imatrix"),

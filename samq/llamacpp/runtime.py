@@ -129,7 +129,7 @@ class Model:
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
         template = api.llama_model_chat_template(handle, None)
         self.chat_template = template.decode() if template else None
-        self._pretokenizer = self._metadata("tokenizer.ggml.pre") or ""
+        self._tokenizer = [self._metadata(f"tokenizer.ggml.{key}") or "" for key in ("model", "pre")]
 
     def _names(self, token: str) -> bool:
         """Whether the file's metadata name this token: `bos` or `eos`."""
@@ -183,7 +183,7 @@ class Model:
         if api.llama_vocab_type(self.vocab) == api.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would end the process
             raise SamqError(f"{self.path} has no tokenizer; convert the model again with its tokenizer")
         data = encode(text)
-        stack = stack_bytes(text, self._pretokenizer)
+        stack = stack_bytes(text, *self._tokenizer)
         size = len(data) + 8  # enough for almost every text: a token is seldom shorter than a byte
         while True:
             tokens = np.empty(size, np.int32)

@@ -20,6 +20,9 @@ LONGEST_MATCH = 2**20  # characters; the stack for it is 1 GiB of addresses, of 
 _BYTES_A_CHARACTER = 1024  # measured: up to 370 bytes of stack for each character of a match (GCC 12, -O3)
 _SMALL_MATCH = 1024  # characters for which the stack of any thread suffices
 _LONGEST_SHOWN = 40  # characters of a text in a message
+# `tokenizer.ggml.model` of vocabularies without patterns, and `tokenizer.ggml.pre` of those that have code of their own
+_NO_PATTERNS = frozenset({"llama", "bert", "t5", "rwkv", "plamo2"})
+_OWN_CODE = frozenset({"gpt-2", "llama-bpe", "qwen2", "qwen35", "kimi-k2", "gemma4"})
 _SPANS_SPACES = frozenset({"exaone-moe"})  # pre-tokenizers with matches of several words
 _one_large_stack = threading.Lock()  # at a time: they share memory, and `threading.stack_size` is the whole process's
 
@@ -54,12 +57,13 @@ def encode(text: str) -> bytes:
         ) from error
 
 
-def stack_bytes(text: str, pretokenizer: str = "") -> int:
+def stack_bytes(text: str, tokenizer: str, pretokenizer: str) -> int:
     """Bytes of stack that llama.cpp needs to tokenize this text; 0: any thread's suffices.
 
-    `pretokenizer` is the vocabulary's `tokenizer.ggml.pre`. Raises TextError if the text needs more than 1 GiB.
+    The vocabulary is named as in the file's `tokenizer.ggml.model` and `tokenizer.ggml.pre`. Raises TextError if the text
+    needs more than 1 GiB.
     """
-    if len(text) <= _SMALL_MATCH:
+    if len(text) <= _SMALL_MATCH or tokenizer in _NO_PATTERNS or pretokenizer in _OWN_CODE:
         return 0
     longest = _longest_match(text, pretokenizer)
     if longest > LONGEST_MATCH:

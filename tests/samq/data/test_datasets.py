@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pandas
+import pyarrow.parquet
 import pytest
 
 from samq.data.datasets import DatasetSpec, is_one_document, load_texts, require_disjoint
@@ -116,11 +117,24 @@ def test_an_unnamed_split_is_train():
         ("a.jsonl", b'{"body": "a", "id": 1}\n', "row 1 of .*a.jsonl has no field 'text'; name .*: body, id"),
         ("a.jsonl", b'{"text": ["a"]}\n', "field 'text' of row 1 of .*a.jsonl is list, not text"),
         ("a.jsonl", b"", "a.jsonl has 0 samples, none from number 0 on"),
+        (
+            "a.jsonl",
+            b'{"text": "an \\ud83d"}',
+            r"character 4 of the text of row 1 of .*a.jsonl is half .*'.ud83d'.*; remove it",
+        ),
+        (
+            "a.json",
+            b'[{"text": "a"}, {"text": "\\udc00"}]',
+            "character 1 of the text of row 2 of .*a.json is half a char",
+        ),
+        ("a.jsonl", b"[" * 100_000, "line 1 of .*a.jsonl is not JSON"),
+        ("a.json", b"[" * 100_000, "a.json is not JSON"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8 at byte 3; convert it to UTF-8"),
         ("a.json", b"[", "a.json is not JSON .*name it .jsonl if each line is one row"),
         ("a.json", b'{"text": "a"}', "a.json holds dict, not a list of rows"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a whole parquet file"),
         ("a.jsonl.gz", b"no gzip", "cannot read .*a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 20, "cannot read .*a.jsonl.gz"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -128,6 +142,24 @@ def test_bad_files_are_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SamqError, match=message):
         load_texts(DatasetSpec(name=str(tmp_path / name)))
+
+
+def write_latin(path):
+    """A parquet file whose text says that it is UTF-8, and is not."""
+    latin = pyarrow.array([b"cafe", b"caf\xe9"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, latin.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+
+
+def test_text_of_a_parquet_file_that_is_not_utf_8_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_latin(tmp_path / "a.parquet")
+    write_latin(tmp_path / "set" / "train.parquet")
+    with pytest.raises(SamqError, match=r"a text of .*a.parquet is not UTF-8 \(.*\); write the file again, in UTF-8"):
+        load_texts(DatasetSpec(name=str(tmp_path / "a.parquet")))
+    with pytest.raises(SamqError, match=r"row 2 of .*set is not UTF-8 \(.*\); correct or remove that row"):
+        load_texts(DatasetSpec(name=str(tmp_path / "set")))
 
 
 def test_too_few_rows_say_how_many_there_are(letters):

@@ -1,4 +1,5 @@
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -134,6 +135,22 @@ def test_an_importance_matrix_has_an_entry_for_an_output_tensor_of_its_own(toolc
     assert ("output.weight" in imatrix_entries(matrix)) == (not tied)
     values = {tensor.name: tensor.data for tensor in open_gguf(matrix).tensors if tensor.name.endswith(".in_sum2")}
     assert all(value.max() > 0 for value in values.values())
+
+
+@pytest.mark.parametrize("pre, add_eos, text", [("gpt-2", True, "the hat. " * 40), ("tekken", False, "a" * 60_000)])
+def test_llama_imatrix_takes_models_that_end_texts_and_long_runs(toolchain, tmp_path, pre, add_eos, text):
+    gguf = write_tiny_gguf(
+        tmp_path / "tiny.gguf",
+        vocabulary=300,
+        width=32,
+        hidden=32,
+        blocks=1,
+        add_tokenizer=lambda writer: add_byte_tokenizer(writer, byte_tokenizer(), 300, pre=pre, add_eos=add_eos),
+    )
+    matrix = measure_imatrix(gguf, text, tmp_path, toolchain, context_tokens=128)
+    assert imatrix_entries(matrix) == quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
+    with pytest.raises(SamqError, match=r"characters without a break") if pre == "tekken" else nullcontext():
+        measure_imatrix(gguf, text * 20, tmp_path, toolchain, context_tokens=128)
 
 
 def test_a_full_disk_is_found_before_the_work(target, tmp_path):

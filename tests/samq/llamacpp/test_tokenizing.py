@@ -11,6 +11,8 @@ from tests.conftest import write_tiny_gguf
 from tests.tiny_models import add_byte_tokenizer, byte_tokenizer
 
 VOCABULARY = 264
+PATTERNS = ["tekken", "gpt-4o", "deepseek-llm", "deepseek-v3", "default", "exaone-moe"]
+OWN_CODE = ["gpt-2", "llama-bpe", "qwen2", "qwen35", "kimi-k2"]  # llama.cpp needs no stack for their matches
 LONG = 60_000  # characters of one match that overflow a stack of 8 MiB
 RUNS = {
     "upper case": "A" * LONG,
@@ -62,7 +64,7 @@ def test_a_long_run_of_one_class_is_tokenized(model_with, pre, run):
 def test_a_large_stack_gives_the_same_tokens(model_with, pre, monkeypatch):
     model = model_with(pre)
     text = " than ".join(run[:5000] for run in RUNS.values())  # any thread's stack holds these runs, too
-    assert stack_bytes(text) > 0
+    assert stack_bytes(text, "gpt2", pre) > 0
     tokens = model.tokenize(text).tolist()
     monkeypatch.setattr("samq.llamacpp.runtime.stack_bytes", lambda *_: 0)
     assert tokens == model.tokenize(text).tolist()
@@ -70,20 +72,23 @@ def test_a_large_stack_gives_the_same_tokens(model_with, pre, monkeypatch):
 
 def test_words_between_letters_and_spaces_are_one_match_of_some_vocabularies(model_with):
     text = "a the man" * (LONG // 3)
-    assert stack_bytes(text) == 0
-    assert stack_bytes(text, "exaone-moe") > len(text) * 400
+    assert stack_bytes(text, "gpt2", "tekken") == 0
+    assert stack_bytes(text, "gpt2", "exaone-moe") > len(text) * 400
     assert len(model_with("exaone-moe").tokenize(text))
 
 
-def test_ordinary_text_needs_no_large_stack():
-    assert stack_bytes("") == stack_bytes("An ordinary line of text.\n\n" * 100_000) == 0
+def test_only_long_runs_in_vocabularies_with_patterns_need_a_large_stack():
+    ordinary, long = "An ordinary line of text.\n\n" * 100_000, "A" * LONGEST_MATCH
+    assert stack_bytes("", "gpt2", "tekken") == stack_bytes(ordinary, "gpt2", "tekken") == 0
+    assert stack_bytes(long, "gpt2", "tekken") == stack_bytes(long, "gpt2", "of another year") == 2**30
+    assert [stack_bytes(2 * long, "gpt2", pre) for pre in OWN_CODE] == [0] * len(OWN_CODE)
+    assert stack_bytes(2 * long, "llama", "default") == 0
 
 
 def test_a_run_beyond_the_largest_stack_is_refused(model_with):
-    longest = "A" * LONGEST_MATCH
-    with pytest.raises(TextError, match=f"a text has {LONGEST_MATCH + 1} characters without a break, .* shorten it"):
-        model_with("tekken").tokenize(longest + "A")
-    assert stack_bytes(longest) == 2**30
+    message = f"a text has {LONGEST_MATCH + 1} characters without a break, .* shorten it"
+    with pytest.raises(TextError, match=message):
+        model_with("tekken").tokenize("A" * (LONGEST_MATCH + 1))
 
 
 def test_half_a_character_is_named(model_with):
