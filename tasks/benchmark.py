@@ -56,7 +56,7 @@ def find_benchmarks(settings: BenchmarkSettings) -> AvailableBenchmarks:
 
 @stage(
     "benchmark",
-    version=3,
+    version=4,
     run_name="{task} on {candidate.name}",
     packages=("llama-cpp-python", "lm-eval", "jsonschema"),
 )

@@ -29,6 +29,20 @@ def tiny_llama(tied=False, seed=0, **shape):
     return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | shape, tie_word_embeddings=tied)).eval()
 
 
+def tiny_llama_that_ends(token, **shape):
+    """A Llama whose next token is always this one."""
+    network = tiny_llama(**shape)
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        network.model.embed_tokens.weight[:, 0] = 4
+        network.lm_head.weight[:, 0] = 0
+        network.lm_head.weight[token] = 0
+        network.lm_head.weight[token, 0] = 6
+    return network
+
+
 def tiny_mixtral(seed=0):
     torch.manual_seed(seed)
     config = MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
@@ -61,9 +75,9 @@ def tiny_tokenizer(bos=True):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
-def byte_tokenizer(bos=None, chat_template=None):
+def byte_tokenizer(bos=None, chat_template=None, eos="<eos>"):
     """GPT-2's pre-tokenizer over bytes, a few merges, and EOS; with `bos`, such a token before every text."""
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "an", "th", "the", "<eos>"] + ([bos] if bos else [])
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "an", "th", "the", eos] + ([bos] if bos else [])
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "n"), ("t", "h"), ("th", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,7 +86,7 @@ def byte_tokenizer(bos=None, chat_template=None):
         special = [(bos, vocabulary[bos])]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token="<eos>", chat_template=chat_template
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=chat_template
     )
 
 
@@ -82,10 +96,10 @@ def save_folder(model, folder, **arguments):
     return folder
 
 
-def write_llama_gguf(model, path, permute=True, tokenizer=None, more=lambda writer: None):
+def write_llama_gguf(model, path, permute=True, tokenizer=None, more=lambda writer: None, **vocabulary):
     """The F16 GGUF that llama.cpp's converter makes of a Llama; of a tokenizer only if it is a `byte_tokenizer`.
 
-    `more` adds metadata and tensors.
+    `more` adds metadata and tensors, and `vocabulary` is for `add_byte_tokenizer`.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -98,7 +112,7 @@ def write_llama_gguf(model, path, permute=True, tokenizer=None, more=lambda writ
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if tokenizer is not None:
-        add_byte_tokenizer(writer, tokenizer, config.vocab_size)
+        add_byte_tokenizer(writer, tokenizer, config.vocab_size, **vocabulary)
     names = names_of(model)
     for hf_name, parameter in model.named_parameters():
         name, values = names(hf_name), parameter.detach().numpy()

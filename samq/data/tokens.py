@@ -101,13 +101,17 @@ def tokenize(
         The record, and the tokens that it describes.
 
     Raises:
-        SamqError: `sequence_tokens` is below 2, or the texts do not give a sequence.
+        SamqError: `sequence_tokens` is below 2, `encode` refuses a text, or the texts do not give a sequence.
     """
     if sequence_tokens < 2:
         raise SamqError(f"sequences of {sequence_tokens} tokens have no next token to predict; use 2 or more")
     sequences: list[list[int]] = []
-    for text in texts:
-        parts = _cut(list(encode(text)), bos, sequence_tokens, packing)
+    for number, text in enumerate(texts, start=1):
+        try:
+            ids = list(encode(text))
+        except SamqError as error:
+            raise SamqError(f"cannot tokenize text {number} of {spec.name}: {error}") from error
+        parts = _cut(ids, bos, sequence_tokens, packing)
         sequences += [part for part in parts if len(part) > 1]
     if packing:
         order = np.random.default_rng(spec.seed).permutation(len(sequences))

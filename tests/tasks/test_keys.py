@@ -91,8 +91,9 @@ def key_of(stage, inputs, device="cpu"):
     return stage.cache_policy.artifact_key(at, dict(zip(names, inputs, strict=True)))
 
 
-# An invalid JSON answer ends at its first syntax error; the torch model of a GGUF has what transformers leaves out.
-NEW_VERSIONS = {"evaluate": 4, "calibrate": 4, "gram": 2, "check": 2}
+# An invalid JSON answer ends at its first syntax error; the torch model of a GGUF has what transformers leaves out; the text
+# of an end token is in no benchmark's answer.
+NEW_VERSIONS = {"evaluate": 4, "calibrate": 4, "gram": 2, "check": 2, "benchmark": 4}
 
 
 @pytest.mark.parametrize("name", INPUTS.keys() - NEW_VERSIONS)

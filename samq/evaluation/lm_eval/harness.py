@@ -131,7 +131,7 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """The model's key in lm-eval's cache of built requests: it covers all that the text of a request depends on."""
-        return f"samq-gguf-{hashlib.sha256((self.model.chat_template or '').encode()).hexdigest()[:16]}"
+        return f"samq-gguf-2-{hashlib.sha256((self.model.chat_template or '').encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The GGUF's template, for lm-eval's record; None if lm-eval is not to apply it."""
@@ -267,11 +267,17 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         """
         # By task and settings: the prompts of a task may share a prefix.
         groups = defaultdict(list)
-        for index, request in enumerate(requests):
-            groups[request.task_name, repr(request.args[1])].append(index)
-        answers = [""] * len(requests)
+        prompts: dict[int, list[int]] = {}
         reasons: dict[int, str] = {}
-        finished = 0
+        for index, request in enumerate(requests):
+            try:
+                prompts[index] = self.tok_encode(request.args[0]) or [self.prefix_token_id]
+            except SamqError as error:  # for example, the text has half a character
+                reasons[index] = str(error)
+            else:
+                groups[request.task_name, repr(request.args[1])].append(index)
+        answers = [""] * len(requests)
+        finished = len(reasons)
         with self._bar("generate", disable_tqdm) as progress:
             for group in groups.values():
 
@@ -281,9 +287,9 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
                 def failed(number: int, reason: str, group: Sequence[int] = group) -> None:
                     reasons[group[number]] = reason
 
-                prompts = [requests[index].args[0] for index in group]
+                settings = requests[group[0]].args[1]
                 try:
-                    texts = self._continue(prompts, requests[group[0]].args[1], report, failed)
+                    texts = self._continue([prompts[index] for index in group], settings, report, failed)
                 except SamqError as error:  # the settings are unknown, or there is not enough memory
                     reasons.update(dict.fromkeys(group, str(error)))
                     report(len(group), len(group))
@@ -297,11 +303,14 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _continue(
-        self, texts: Sequence[str], settings: dict[str, Any], progress: Progress, failed: Callable[[int, str], None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: dict[str, Any],
+        progress: Progress,
+        failed: Callable[[int, str], None],
     ) -> list[str]:
         """The answers to prompts with the same settings; raises SamqError if a setting is not supported."""
         limit, stops, sampling = self._parse_settings(settings)
-        prompts = [self.tok_encode(text) or [self.prefix_token_id] for text in texts]
         room = self.max_length - limit
         if cut := sum(len(prompt) > room for prompt in prompts):
             logger.warning(

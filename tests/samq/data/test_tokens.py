@@ -72,6 +72,16 @@ def test_nothing_to_predict_is_refused():
         tokenize([words(1, 2)], **by(tiny_tokenizer()), spec=SPEC, sequence_tokens=1)
 
 
+def test_a_text_that_cannot_be_tokenized_is_named_by_its_number():
+    def encode(text):
+        if text == "b":
+            raise SamqError("it is too long; shorten it")
+        return [1, 2]
+
+    with pytest.raises(SamqError, match="cannot tokenize text 2 of data: it is too long; shorten it"):
+        tokenize(["a", "b"], encode, bos=None, spec=DatasetSpec(name="data"), sequence_tokens=4)
+
+
 def test_saved_tokens_are_the_same_bytes_at_any_time(tmp_path, monkeypatch):
     tokens = TokenBatch.of([[1, 2, 3], [4, 5]])
     first = tokens.save(tmp_path / "a.npz").read_bytes()

@@ -6,7 +6,7 @@ from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import Context, Model
 from samq.llamacpp.sampling import Sampling, choose_token
 from tests.samq.evaluation.nonsense import nonsense_after
-from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf, write_mamba_gguf
+from tests.tiny_models import byte_tokenizer, tiny_llama, tiny_llama_that_ends, write_llama_gguf, write_mamba_gguf
 
 VOCABULARY = 264
 LIMIT = 6
@@ -72,6 +72,20 @@ def test_prompts_with_nothing_in_common_share_batches(model, evaluated):
     prompts = [prompt[100 - size :] for size, prompt in enumerate(prompts_with_preambles(1, 16))]
     answers(model, prompts)
     assert len(evaluated) == LIMIT
+
+
+@pytest.mark.parametrize("kind", ["control", "normal"])
+@pytest.mark.parametrize(
+    "eos", ["[END]", "<|im_end|>"]
+)  # one that llama.cpp knows by its name, and one that it does not
+def test_the_text_of_an_end_token_is_in_no_answer_whatever_its_type(tmp_path, eos, kind):
+    tokenizer = byte_tokenizer(eos=eos)
+    network = tiny_llama_that_ends(tokenizer.eos_token_id, vocab_size=VOCABULARY)
+    normal = [eos] if kind == "normal" else []
+    path = write_llama_gguf(network, tmp_path / "model.gguf", tokenizer=tokenizer, normal=normal)
+    with Model(path) as model:
+        assert model.is_end(tokenizer.eos_token_id)
+        assert answers(model, prompts_with_preambles(1, 2)) == ["", ""]
 
 
 @pytest.mark.parametrize("kv_type", ["F16", "F32"])

@@ -18,6 +18,8 @@ from samq.serving.refusal import Refused
 from samq.serving.sampling import SamplerSettings
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
+from tests.samq.serving.conftest import running
+from tests.samq.serving.tiny_chat import write_chat_gguf
 
 
 def events(response):
@@ -73,6 +75,16 @@ def test_a_conversation_goes_through_the_models_template(served):
     ]
     body = served.chat(messages=turns).raise_for_status().json()
     assert body["usage"]["prompt_tokens"] == 1 + len("[system] be brief\n[user] hello\n[assistant] ")
+
+
+def test_a_template_without_a_system_role_gets_it_in_the_users_turn_and_no_prompt_ends_with_eos(tmp_path):
+    template = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    gguf = write_chat_gguf(tmp_path / "tiny.gguf", template=template, add_eos=True)
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    with running(FileSource(gguf)) as server:
+        body = server.chat(messages=turns).raise_for_status().json()
+        assert body["usage"]["prompt_tokens"] == 1 + len("[user] be brief\nhello\n[assistant] ")
+        assert server.complete(prompt="hello").json()["usage"]["prompt_tokens"] == 1 + len("hello")
 
 
 def test_a_seed_gives_the_same_answer_again_and_another_another(served):

@@ -7,6 +7,7 @@ import pytest
 from samq.serving.source import FileSource
 from tests.samq.serving.conftest import running
 from tests.samq.serving.tiny_chat import write_chat_gguf
+from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 JSON = {"content-type": "application/json"}
@@ -189,6 +190,58 @@ def test_a_huge_body_is_refused_whether_it_says_its_length_or_not(chat_gguf):
         parts = (body[start : start + 100] for start in range(0, len(body), 100))
         refused(server.client.post("/v1/completions", content=parts, headers=JSON), 413, "2000")
         assert server.complete(prompt="x" * 1800).status_code == 200
+
+
+def test_a_long_run_of_one_class_is_answered_or_refused_and_ends_no_server(tmp_path):
+    """llama.cpp's pattern for this vocabulary overflows the stack of a usual thread."""
+    tokenizer = byte_tokenizer(chat_template="{{ messages[-1].content }}")
+    network = tiny_llama(vocab_size=300, max_position_embeddings=2**17)
+    gguf = write_llama_gguf(network, tmp_path / "tiny.gguf", tokenizer=tokenizer, pre="tekken")
+    with running(FileSource(gguf), context_tokens=512) as server:
+        error = refused(server.complete(prompt="A" * 60_000), 400, "the prompt has 60000")
+        assert error["code"] == "context_length_exceeded"
+        error = refused(server.complete(prompt="A" * 1_100_000), 400, "a text has 1100000 characters without a break")
+        assert (error["code"], error["param"]) == ("invalid_text", "prompt")
+        turn = {"role": "user", "content": "-" * 1_100_000}
+        error = refused(server.chat(messages=[turn]), 400, "a text has 1100000 characters without a break")
+        assert (error["code"], error["param"]) == ("invalid_text", "messages")
+        lost = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, turn]
+        error = refused(server.chat(messages=lost), 400, "the model's chat template drops message 1, of the role user")
+        assert (error["code"], error["param"]) == ("invalid_messages", "messages")
+        assert server.complete().status_code == 200
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {HALF: 1},
+        {"prompt": "a", HALF: {HALF: HALF}},
+        {"prompt": "a", "model": HALF},
+        {"prompt": "a", "user": HALF},
+        {"prompt": "a", "stop": ["a", HALF]},
+        {"prompt": [HALF]},
+        {"prompt": "a", "stream_options": {HALF: 1}, "stream": True},
+        {"prompt": "a", "response_format": {"type": HALF}},
+        {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {HALF: 1}}}},
+        {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [HALF]}}}},
+        {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": HALF}}}},
+        {"messages": [{"role": HALF, "content": "a"}]},
+        {"messages": [{"role": "user", "content": HALF}]},
+        {"messages": [{"role": "user", "content": "a", HALF: 1}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+        {"messages": [{"role": "user", "content": [{"type": HALF, "text": "a"}]}]},
+    ],
+)
+def test_half_a_character_anywhere_in_a_request_is_refused_or_harmless(served, body):
+    response = served.client.post(
+        f"/v1/{'chat/' if 'messages' in body else ''}completions",
+        content=json.dumps({"max_tokens": 1, **body}).encode(),
+        headers=JSON,
+    )
+    assert (response.status_code == 200 and "enum" in str(body)) or refused(response, 400), body
 
 
 def test_a_chat_needs_a_template(tmp_path):

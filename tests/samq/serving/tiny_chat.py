@@ -11,7 +11,7 @@ TEMPLATE = (
 CONTEXT = 8192
 
 
-def add_byte_vocabulary(writer, template):
+def add_byte_vocabulary(writer, template, add_eos=False):
     """A SentencePiece vocabulary that can spell everything, a byte a token."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]  # the last is a space
     types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256, gguf.TokenType.NORMAL]
@@ -22,12 +22,13 @@ def add_byte_vocabulary(writer, template):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
+    writer.add_add_eos_token(add_eos)
     writer.add_add_space_prefix(False)
     if template:
         writer.add_chat_template(template)
 
 
-def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=0.2, **shape):
+def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=0.2, add_eos=False, **shape):
     return write_tiny_gguf(
         path,
         width=128,
@@ -37,6 +38,6 @@ def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=
         seed=seed,
         context=context,
         rare=[0, 1, 2],  # an answer is text, and goes on until its limit
-        add_tokenizer=lambda writer: add_byte_vocabulary(writer, template),
+        add_tokenizer=lambda writer: add_byte_vocabulary(writer, template, add_eos),
         **shape,
     )

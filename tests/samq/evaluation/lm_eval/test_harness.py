@@ -55,6 +55,7 @@ class Pair:
                 parameter.copy_(parameter.half())  # what the GGUF holds
         tokenizer = byte_tokenizer(bos, TEMPLATE)
         network.config.eos_token_id = network.generation_config.eos_token_id = tokenizer.eos_token_id
+        self.bos = bos
         self.path = write_llama_gguf(network, folder / "tiny.gguf", tokenizer=tokenizer)
         self.hf = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=4)
         self.ours = GgufLM(Model(self.path))
@@ -269,6 +270,25 @@ def test_chats_are_rendered_as_by_transformers(pair, tmp_path):
     with pytest.raises(SamqError, match=r"plain.gguf has no chat template"):
         lm.apply_chat_template(chat)
     assert lm.tokenizer_name != pair.ours.tokenizer_name
+    lm.model.close()
+
+
+def test_a_text_that_cannot_be_tokenized_fails_alone(pair):
+    lm = GgufLM(pair.ours.model)
+    settings = {"max_gen_toks": 4}
+    half = "the \ud83d"
+    made = requests("generate_until", ("the man", settings), (half, settings), ("an ant", settings))
+    one, lost, other = lm.generate_until(made)
+    assert [one, other] == pair.ours.generate_until([made[0], made[2]]) and lost == ""
+    assert lm.loglikelihood(requests("loglikelihood", ("the", half)))[0] == (-float("inf"), False)
+    assert lm.failures.total() == 2 and all("half a character" in reason for reason in lm.failures)
+
+
+def test_no_prompt_ends_with_eos(pair, tmp_path):
+    network = tiny_llama(vocab_size=VOCABULARY, max_position_embeddings=LONGEST)
+    path = write_llama_gguf(network, tmp_path / "eos.gguf", tokenizer=byte_tokenizer(pair.bos, TEMPLATE), add_eos=True)
+    lm = GgufLM(str(path))
+    assert [lm.tok_encode(text) for text in TEXTS] == [pair.ours.tok_encode(text) for text in TEXTS]
     lm.model.close()
 
 
