@@ -7,6 +7,7 @@ the process. Such a text is tokenized in a thread with a stack that is large eno
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import numpy as np
@@ -81,11 +82,18 @@ def with_stack(function: Callable[[], Result], stack: int) -> Result:
     """
     if not stack:
         return function()
-    results: list[Result] = []
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
     with _one_large_stack:
         usual = threading.stack_size(stack)
         try:
-            thread = threading.Thread(target=lambda: results.append(function()), name="tokenizer", daemon=True)
+            thread = threading.Thread(target=work, name="tokenizer", daemon=True)
             thread.start()
         except RuntimeError as error:
             raise SamqError(
@@ -97,7 +105,7 @@ def with_stack(function: Callable[[], Result], stack: int) -> Result:
             thread.join()
         finally:
             thread.join()  # also after Ctrl-C: the caller may free what the function uses
-    return results[0]
+    return future.result()
 
 
 def _longest_match(text: str, pretokenizer: str) -> int:

@@ -120,6 +120,8 @@ def test_large_stacks_exist_one_at_a_time_and_threads_keep_theirs():
         caller.join()
     assert most == [1] * 8 and threading.stack_size() == usual
     assert with_stack(work, 2**26) == "tokenizer" != with_stack(work, 0)
+    with pytest.raises(ZeroDivisionError):
+        with_stack(lambda: 1 // 0, 2**26)
     with pytest.raises(SamqError, match=r"there are no .* MiB of memory to tokenize a long run of text; shorten it"):
         with_stack(work, 2**62)
     assert threading.stack_size() == usual and with_stack(work, 2**26) == "tokenizer"
