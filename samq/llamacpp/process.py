@@ -38,10 +38,11 @@ def run(
 ) -> str:
     """Run a program in its own process group, write its stdout and stderr to `log`, and return that text.
 
-    `env` is added to this process's environment. `on_line` is called with each line while the program runs. The program
-    gets `stack` bytes of stack if it would have less, as far as the system allows. Raises
+    `env` is added to this process's environment. `on_line` is called with each line while the program runs. Raises
     ToolError if the program is missing, exits non-zero (with the log's last line), or runs longer than `timeout_s`, which
     kills its process group.
+
+    `stack` is the least number of bytes of stack that the program gets, as far as the system allows.
     """
     name = Path(command[0]).name
     try:

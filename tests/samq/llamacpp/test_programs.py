@@ -148,7 +148,8 @@ def test_llama_imatrix_takes_models_that_end_texts_and_long_runs(toolchain, tmp_
         add_tokenizer=lambda writer: add_byte_tokenizer(writer, byte_tokenizer(), 300, pre=pre, add_eos=add_eos),
     )
     matrix = measure_imatrix(gguf, text, tmp_path, toolchain, context_tokens=128)
-    assert imatrix_entries(matrix) == quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
+    measured = {tensor.name.removesuffix(".in_sum2") for tensor in open_gguf(matrix).tensors}
+    assert measured >= quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
     with pytest.raises(SamqError, match=r"characters without a break") if pre == "tekken" else nullcontext():
         measure_imatrix(gguf, text * 20, tmp_path, toolchain, context_tokens=128)
 
