@@ -3,13 +3,11 @@
 import ctypes
 import hashlib
 import math
-import os
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, ReaderTensor, dequantize, get_tensor_name_map
@@ -161,34 +159,6 @@ def require_alignment(path: Path) -> None:
             f"the tensors of {path} are aligned to {alignment} bytes and llama-quantize writes {GGUF_DEFAULT_ALIGNMENT} only; "
             "make the GGUF again with llama.cpp's converter"
         )
-
-
-def imatrix_entries(path: Path) -> frozenset[str]:
-    """Names of the tensors that have an entry in an importance matrix.
-
-    The file is a GGUF, or a .dat of an older llama-imatrix. Raises SamqError if it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
-                suffix = ".in_sum2"
-                return frozenset(name.removesuffix(suffix) for name in read_tensors(path) if name.endswith(suffix))
-            file.seek(0)
-            return frozenset(_dat_entries(file))
-    except (OSError, ValueError, struct.error) as error:
-        raise SamqError(f"cannot read the importance matrix {path} ({error}); measure it again") from error
-
-
-def _dat_entries(file: BinaryIO) -> Iterator[str]:
-    """Yield the names in a .dat: the number of entries, then of each the length of the name, the name, the number of
-    calls, the number of values, and the values.
-    """
-    (count,) = struct.unpack("<i", file.read(4))
-    for _ in range(count):
-        (length,) = struct.unpack("<i", file.read(4))
-        yield file.read(length).decode()
-        _, values = struct.unpack("<ii", file.read(8))
-        file.seek(4 * values, os.SEEK_CUR)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from samq.files import GGUF_NAME, IMATRIX_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import HashedFile, TensorInfo, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.gguf.imatrix import usable_entries
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
@@ -186,10 +187,12 @@ def quantize(
 
     `provenance` is added to the metadata as `samq.<key>` (at most 127 bytes a value, llama.cpp's limit). llama-quantize
     rounds each weight to its nearest value, also for a plan of compensated rounding, which
-    `samq.quantization.compensation` then applies. Raises SamqError if the importance matrix is not the plan's or the disk
-    is too full, and ToolError if llama-quantize fails or its file is not the plan's.
+    `samq.quantization.compensation` then applies. Raises SamqError if the disk is too full or the importance matrix is not
+    the plan's or cannot be used (`samq.gguf.imatrix`), and ToolError if llama-quantize fails or its file is not the plan's.
     """
     check_imatrix(plan, imatrix)
+    if imatrix:
+        usable_entries(imatrix.path, {name: info for name, info in read_tensors(gguf).items() if name in plan.types})
     require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
     partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"

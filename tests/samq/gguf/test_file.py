@@ -1,5 +1,3 @@
-import struct
-
 import gguf
 import numpy as np
 import pytest
@@ -7,14 +5,12 @@ import pytest
 from samq.errors import SamqError
 from samq.gguf.file import (
     gguf_names,
-    imatrix_entries,
     open_gguf,
     read_metadata,
     read_rows,
     read_tensors,
     read_weights,
 )
-from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 
 def test_tensors_have_torch_shapes(tiny_gguf):
@@ -69,23 +65,3 @@ def test_rows_dequantized_by_llama_cpp_are_those_of_the_gguf_package(kind, tmp_p
         values_read = read_rows(tensor, rows)
         assert values_read.dtype == np.float32
         np.testing.assert_allclose(values_read, expected[rows], rtol=1e-6)
-
-
-def test_an_importance_matrix_names_its_tensors_in_either_format(tiny_gguf, tmp_path):
-    names = {name for name, tensor in read_tensors(tiny_gguf).items() if len(tensor.shape) == 2} - {"token_embd.weight"}
-    whole = write_tiny_imatrix(tmp_path / "imatrix.gguf", tiny_gguf, without=["token_embd.weight"])
-    assert imatrix_entries(whole) == names
-    old = tmp_path / "imatrix.dat"
-    entries = [(name.encode(), [0.5] * 256) for name in sorted(names)]
-    old.write_bytes(
-        struct.pack("<i", len(entries))
-        + b"".join(
-            struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name, 1, len(values), *values)
-            for name, values in entries
-        )
-    )
-    assert imatrix_entries(old) == names
-    for damaged in (b"", b"\x05\0\0\0none"):
-        old.write_bytes(damaged)
-        with pytest.raises(SamqError, match=r"cannot read the importance matrix .*imatrix\.dat"):
-            imatrix_entries(old)

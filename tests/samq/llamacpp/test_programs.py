@@ -7,13 +7,13 @@ from samq.errors import SamqError, ToolError
 from samq.gguf.file import (
     HashedFile,
     file_sha256,
-    imatrix_entries,
     open_gguf,
     read_metadata,
     read_tensors,
     read_weights,
 )
 from samq.gguf.formats import TYPES, fallback
+from samq.gguf.imatrix import usable_entries
 from samq.llamacpp.programs import (
     check_imatrix,
     convert,
@@ -130,8 +130,9 @@ def test_an_importance_matrix_has_an_entry_for_an_output_tensor_of_its_own(toolc
     )
     matrix = measure_imatrix(gguf, "the hat then the ant. " * 20, tmp_path, toolchain, context_tokens=32)
     # Rows of the embedding are looked up; of an output that is tied to it llama-imatrix keeps nothing.
-    assert imatrix_entries(matrix) == quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
-    assert ("output.weight" in imatrix_entries(matrix)) == (not tied)
+    quantizable = quantizable_tensors(gguf, toolchain)
+    assert usable_entries(matrix, quantizable) == quantizable.keys() - {"token_embd.weight"}
+    assert ("output.weight" in usable_entries(matrix, quantizable)) == (not tied)
     values = {tensor.name: tensor.data for tensor in open_gguf(matrix).tensors if tensor.name.endswith(".in_sum2")}
     assert all(value.max() > 0 for value in values.values())
 
