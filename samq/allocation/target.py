@@ -32,13 +32,14 @@ class OpenTarget:
 
         A file given as a path is hashed. Raises SamqError for an importance matrix that llama-quantize cannot use.
         """
+        tensors = read_tensors(gguf.path if isinstance(gguf, HashedFile) else gguf)  # before the file is hashed
         full = HashedFile.of(gguf)
         quantizable = quantizable_tensors(full.path, toolchain)
         if imatrix:
             usable_entries(imatrix.path if isinstance(imatrix, HashedFile) else imatrix, quantizable)
         return cls(
             full=full,
-            tensors=read_tensors(full.path),
+            tensors=tensors,
             quantizable=quantizable,
             toolchain=toolchain,
             imatrix=HashedFile.of(imatrix) if imatrix else None,

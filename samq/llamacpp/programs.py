@@ -19,6 +19,7 @@ from samq.gguf.file import HashedFile, TensorInfo, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
 from samq.gguf.imatrix import usable_entries
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
+from samq.llamacpp.reason import reason_in
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
@@ -76,6 +77,11 @@ def _convert_folder(
                 f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model with a llama.cpp "
                 "that does, and give the GGUF with the folder as hf_folder"
             ) from error
+        if "assert max(tokenizer.vocab.values()) < vocab_size" in output:
+            raise SamqError(
+                f"the tokenizer of {source.name} has tokens that its embedding has no row for (vocab_size in config.json); "
+                "resize the embedding to the tokenizer, or remove the added tokens"
+            ) from error
         if unsupported := re.search(r"Model (\S+) is not supported", output):
             raise SamqError(
                 f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
@@ -127,8 +133,7 @@ def measure_imatrix(
     output = run(command, log=log, timeout_s=timeout_s, cwd=folder, env=environment(toolchain))
     (folder / "calibration.txt").unlink()
     if not (folder / IMATRIX_NAME).is_file():
-        reason = next((line for line in output.splitlines() if "error" in line.lower()), "no reason given")
-        raise ToolError(f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text")
+        raise ToolError(f"llama-imatrix wrote nothing: {reason_in(output)} (log: {log}); give it more calibration text")
     return folder / IMATRIX_NAME
 
 
@@ -225,7 +230,7 @@ def quantize(
         on_line=on_line,
     )
     (folder / IMATRIX_NAME).unlink(missing_ok=True)
-    return accept(partial, plan, metadata)
+    return accept(partial, plan, metadata, gguf)
 
 
 def check_imatrix(plan: Plan, imatrix: HashedFile | None) -> None:

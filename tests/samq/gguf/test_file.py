@@ -1,3 +1,5 @@
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from samq.gguf.file import (
     read_tensors,
     read_weights,
 )
+from tests.conftest import write_tiny_gguf
 
 
 def test_tensors_have_torch_shapes(tiny_gguf):
@@ -65,3 +68,20 @@ def test_rows_dequantized_by_llama_cpp_are_those_of_the_gguf_package(kind, tmp_p
         values_read = read_rows(tensor, rows)
         assert values_read.dtype == np.float32
         np.testing.assert_allclose(values_read, expected[rows], rtol=1e-6)
+
+
+def test_a_name_that_is_not_utf_8_is_shown_as_far_as_it_can_be(tmp_path):
+    path = write_tiny_gguf(tmp_path / "name.gguf", add_tokenizer=lambda writer: writer.add_name("Café model"))
+    path.write_bytes(path.read_bytes().replace("Café model".encode(), b"Caf\xe9 model!"))
+    assert read_metadata(path)["general.name"] == "Caf\ufffd model!"
+
+
+def test_a_type_that_only_a_fork_has_is_named(tmp_path):
+    path, name = write_tiny_gguf(tmp_path / "fork.gguf"), b"blk.0.attn_q.weight"
+    content = bytearray(path.read_bytes())
+    entry = struct.pack("<Q", len(name)) + name
+    struct.pack_into("<I", content, content.index(entry) + len(entry) + 4 + 2 * 8, 139)
+    path.write_bytes(content)
+    message = r"cannot read .*fork\.gguf: blk\.0\.attn_q\.weight has type 139, which is none of ggml's"
+    with pytest.raises(SamqError, match=message):
+        read_tensors(path)
