@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup ready demo test test-fast check docs format ui up clean
 BIN := .venv/bin
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile # a file's tests share what its fixtures make
+PARALLEL := -n auto --maxprocesses 4 --dist loadgroup # a group shares what its fixtures make: tests/conftest.py
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,7 +18,7 @@ demo: ready ## re-quantize SmolLM2-135M on HumanEval, measure and track everythi
 
 test: ready ## all tests, the fast ones first
 	$(BIN)/pytest -m "not e2e" $(PARALLEL)
-	$(BIN)/pytest -m e2e
+	$(BIN)/pytest -m e2e $(PARALLEL)
 
 test-fast: ready ## the fast tests only
 	$(BIN)/pytest -m "not e2e" $(PARALLEL)

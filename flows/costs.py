@@ -7,7 +7,9 @@ from flows.gather import Gather
 from flows.inputs import Inputs
 from flows.parameters import RequantizeParameters
 from samq.allocation.prices import plan_cost, sequences_wanted
+from samq.files import FISHER_NAME
 from samq.records import PriceTable, Rounding, SensitivityMap
+from samq.sensitivity.fisher import Routing, load_fisher, routing
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.calibrate import Passes, calibrate, load_map
@@ -30,6 +32,11 @@ class Costs:
     def sensitivity(self) -> SensitivityMap:
         """The map that threshold plans are made from."""
         return load_map(self.sensitivities)
+
+    @property
+    def routing(self) -> Routing:
+        """Which experts the calibration text reached."""
+        return routing(load_fisher(self.sensitivities.path(FISHER_NAME)))
 
     @property
     def tables(self) -> dict[Rounding, PriceTable]:

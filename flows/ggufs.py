@@ -7,6 +7,7 @@ from flows.gather import Gather
 from flows.inputs import Inputs
 from samq.files import GGUF_NAME
 from samq.gguf.file import read_tensors
+from samq.quantization.provenance import unreached_experts
 from samq.quantization.recipes import recipes, tensors_to_compensate
 from samq.store import Artifact
 from samq.workspace import Workspace
@@ -28,6 +29,7 @@ def build(
     Without rungs llama-quantize writes every file.
     """
     full, target, grams = inputs.target.full, inputs.target, costs.grams
+    provenance = inputs.provenance | unreached_experts(costs.routing)
     to_build = {name: plan for name, plan in plans.items() if name != FULL}
     loaded = {name: load_plan(plan) for name, plan in to_build.items()}
     recipe_of = recipes(loaded, read_tensors(full.path(GGUF_NAME)), rungs)
@@ -44,7 +46,7 @@ def build(
     for name, recipe in recipe_of.items():
         plan = to_build[name]
         if not recipe.copied:
-            futures[name] = quantize.submit(at, name, target, plan, inputs.provenance)
+            futures[name] = quantize.submit(at, name, target, plan, provenance)
             if recipe.compensated:
                 to_compensate.append(name)
             continue
@@ -54,7 +56,7 @@ def build(
         else:
             copied = {rung: rungs[rung] for rung in recipe.copied}
             rounded = {rung: artifact for rung, artifact in outcomes.items() if isinstance(artifact, Artifact)}
-            futures[name] = assemble.submit(at, name, full, plan, copied, rounded, inputs.provenance)
+            futures[name] = assemble.submit(at, name, full, plan, copied, rounded, provenance)
     ggufs = gather("quantize", futures)
     again = {
         name: compensate.submit(at, name, full, to_build[name], ggufs.pop(name), grams)

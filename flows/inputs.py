@@ -8,6 +8,7 @@ from samq.quantization.provenance import provenance
 from samq.store import Artifact
 from samq.sweep.sweep import MadeFrom
 from samq.workspace import Workspace
+from tasks.agreement import agreement
 from tasks.convert import convert
 from tasks.evaluate import baseline
 from tasks.imatrix import imatrix
@@ -36,7 +37,7 @@ class Inputs:
 
 
 def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
-    """Find and convert the model, read and tokenize the text, and compute the baseline's logits."""
+    """Find and convert the model, see that torch computes the same, prepare the text and the baseline's logits."""
     model, calibration = parameters.model, parameters.calibration
     require_disjoint(calibration.dataset, parameters.heldout)
     source = find_model(model.source, model.revision, model.hf_folder)
@@ -45,11 +46,13 @@ def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
     tokens = tokenize(at, full, text, calibration.dataset.seed, calibration.sequence_tokens, calibration.packing)
     calibration_set = load_calibration_set(tokens, calibration.dataset)
     available = calibration.sequences_left(calibration_set.samples)
+    torch_model = TorchModel(source, full, model.dtype)
+    agreement(at, torch_model, tokens)
     matrix = imatrix(at, full, text, calibration.sequence_tokens) if calibration.imatrix else None
     chunks = heldout(at, full, heldout_text)
     return Inputs(
         made_from=MadeFrom(source, calibration_set, heldout_text, at.toolchain),
-        model=TorchModel(source, full, model.dtype),
+        model=torch_model,
         target=Target(full, matrix),
         tokens=tokens,
         available=available,

@@ -68,7 +68,9 @@ def measure_sweep(at: Workspace, parameters: RequantizeParameters) -> Sweep:
 
     # The comparison, the choice, and benchmarks for the candidates that could still be chosen.
     results = load_results(plans, ggufs, evaluations, costs.tables)
-    sweep = compare(Sweep(inputs.made_from, costs.sensitivity, results, rule=parameters.selection))
+    sweep = compare(
+        Sweep(inputs.made_from, costs.sensitivity, results, rule=parameters.selection, routing=costs.routing)
+    )
     sweep = benchmark_finalists(at, sweep, tasks, parameters)
 
     # How far the predictions can be trusted; then the failures of all stages are known.

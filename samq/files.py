@@ -14,6 +14,7 @@ PLAN_NAME = "plan.json"
 COMPENSATED_NAME = "compensated.gguf"  # single tensors of a rung, with compensated rounding
 COMPENSATION_NAME = "compensation.json"
 CHECK_NAME = "prediction-check.json"
+AGREEMENT_NAME = "agreement.json"  # of torch and llama.cpp on the full-precision model
 EVALUATION_NAME = "evaluation.json"
 DIVERGENCE_NAME = "divergence.parquet"  # a row for each scored token
 ANSWERS_NAME = "json.parquet"  # a row for each JSON prompt

@@ -1,5 +1,6 @@
 """Stage: sensitivity map."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,15 @@ from samq.files import CALIBRATION_SET_NAME, FISHER_NAME, MAP_NAME, TOKENS_NAME
 from samq.progress import bar
 from samq.records import CalibrationSet, Labels, SensitivityMap
 from samq.sensitivity.backpropagation import Labelling
-from samq.sensitivity.fisher import load_fisher, save_fisher
+from samq.sensitivity.fisher import load_fisher, routing, save_fisher
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
 from tasks.stage import stage
 from tasks.text import FirstSequences
+
+log = logging.getLogger("samq.calibrate")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def load_map(sensitivities: Artifact) -> SensitivityMap:
 
 @stage(
     "calibrate",
-    version=3,
+    version=4,
     run_name="calibrate {model.source.name} on {sequences.count}",
     keyed_by=("device",),
     packages=("torch", "transformers"),
@@ -65,5 +68,7 @@ def calibrate(
     assert fisher is not None, "asked for"
     if earlier:
         sensitivity, fisher = merge(earlier, (sensitivity, fisher))
+    if (experts := routing(fisher)).missed:
+        log.warning("%s: the prices of their weights are 0; calibrate on more text", experts)
     sensitivity.save(folder / MAP_NAME)
     save_fisher(folder / FISHER_NAME, fisher)

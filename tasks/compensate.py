@@ -21,7 +21,7 @@ from tasks.text import FirstSequences
 
 @stage(
     "gram",
-    version=1,
+    version=2,
     run_name="gram {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),

@@ -82,8 +82,11 @@ def save_folder(model, folder, **arguments):
     return folder
 
 
-def write_llama_gguf(model, path, permute=True, tokenizer=None):
-    """The F16 GGUF that llama.cpp's converter makes of a Llama; of a tokenizer only if it is a `byte_tokenizer`."""
+def write_llama_gguf(model, path, permute=True, tokenizer=None, more=lambda writer: None):
+    """The F16 GGUF that llama.cpp's converter makes of a Llama; of a tokenizer only if it is a `byte_tokenizer`.
+
+    `more` adds metadata and tensors.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -103,6 +106,7 @@ def write_llama_gguf(model, path, permute=True, tokenizer=None):
         if permute and heads:
             values = values[rotary_row_order(len(values), heads)]
         writer.add_tensor(name, values.astype(np.float16 if values.ndim > 1 else np.float32))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -60,8 +60,10 @@ def tokenize(at: "Workspace", full: "Artifact", text: "CalibrationText", sequenc
 
 def calibrate(at: "Workspace", model: "TorchModel", sequences: "FirstSequences", passes: "Passes") -> "Artifact":
     """The sensitivity map and the Fisher information."""
+    from tasks.agreement import agreement
     from tasks.calibrate import calibrate as stage
 
+    agreement(at, model, sequences.tokens)
     return stage(at, model, sequences, None, passes)
 
 
@@ -110,8 +112,10 @@ def measure_gram(at: "Workspace", model: "TorchModel", sequences: "FirstSequence
     """The Gram matrices of the layers' inputs."""
     with loading_packages():
         from flows.parameters import GRAM_TOKENS
+        from tasks.agreement import agreement
         from tasks.compensate import gram as stage
 
+    agreement(at, model, sequences.tokens)
     return stage(at, model, sequences, GRAM_TOKENS, batch_size)
 
 

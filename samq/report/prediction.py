@@ -73,6 +73,13 @@ def prediction_section(sweep: Sweep) -> list[str]:
             f"**Against other plans' the prediction of {', '.join(names)} is too low**: {lengthening(dict(types))}. What was "
             "measured holds."
         )
+    if parts and sweep.routing.experts:
+        parts.append(_EXPERTS)
+    if sweep.routing.missed:
+        parts.append(
+            f"**{sweep.routing}.** Their weights look as if they cost nothing, and text that needs them may suffer more than "
+            "was measured. Calibrate on more text, or on text of more kinds."
+        )
     if checks:
         parts += [
             "### On other samples",
@@ -111,6 +118,10 @@ def _left_out(results: Sequence[Result]) -> list[str]:
     return [" ".join(reasons)]
 
 
+_EXPERTS = (
+    "**This is a mixture of experts, and its predictions are too low**: rounding sends some tokens to other experts, which "
+    "the prediction does not count. It can still rank the plans. What was measured holds."
+)
 _CHECKED = (
     "A plan is chosen by the price table, from the calibration's samples. Here its rounding errors are priced again on "
     "samples that did not choose it: weight by weight, as the table does; with the terms between the weights of a tensor, "

@@ -10,7 +10,7 @@ which columns have large inputs, and an importance matrix makes llama-quantize k
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,36 @@ class Fisher:
             self.rows * np.float32(share) + other.rows * np.float32(other_share),
             self.columns * np.float32(share) + other.columns * np.float32(other_share),
         )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts of a mixture of experts the calibration text reached; a dense model has none."""
+
+    experts: int = 0  # of all blocks together
+    unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # block -> numbers of its experts
+
+    @property
+    def missed(self) -> int:
+        """Number of experts without a token."""
+        return sum(map(len, self.unreached.values()))
+
+    def __str__(self) -> str:
+        """`3 of 16 experts saw no calibration token (blk.0: 2, 5; blk.1: 7)`, with at most eight blocks named."""
+        blocks = [f"{block}: {', '.join(map(str, experts))}" for block, experts in self.unreached.items()]
+        named = "; ".join(blocks[:8]) + ("; ..." if len(blocks) > 8 else "")
+        return f"{self.missed} of {self.experts} experts saw no calibration token" + (f" ({named})" if named else "")
+
+
+def routing(fisher: Mapping[str, Fisher]) -> Routing:
+    """Read off the Fisher information which experts saw no token: their gradients are zero in all tensors of their block."""
+    reached: dict[str, NDArray[np.bool_]] = {}
+    for name, tensor in fisher.items():
+        if tensor.rows.ndim == 2:
+            block, here = name.partition(".ffn_")[0], tensor.rows.any(axis=1)
+            reached[block] = reached.get(block, np.zeros_like(here)) | here
+    unreached = {block: tuple(np.flatnonzero(~here).tolist()) for block, here in reached.items() if not here.all()}
+    return Routing(sum(map(len, reached.values())), unreached)
 
 
 def save_fisher(path: Path, fisher: Mapping[str, Fisher]) -> Path:

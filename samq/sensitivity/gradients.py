@@ -4,21 +4,24 @@ Autograd would add up the samples of a batch and keep a gradient for every weigh
 the input X (B, T, in) and the output's gradient dY (B, T, out) of every linear layer, and the gradient of sample b is
 dY[b]^T X[b], computed in bands of rows. For an embedding the rows of dY are added up by token. If a weight is used several
 times (a tied embedding and output), the gradients of its uses are added first. Weights in other kinds of modules (GPT-2's
-Conv1D, stacked experts) take autograd's gradient, which limits a batch to one sample.
+Conv1D, stacked experts), and those that a model uses without calling their module (Mamba's dt_proj), take autograd's
+gradient, which limits a batch to one sample.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
 from samq.sensitivity.layout import Weight
 
+PROBE_TOKENS = 8  # of the forward pass that shows how weights are used
 BAND_WEIGHTS = 2**22  # weights of one band of a gradient: 16 MiB in float32
 
 # (the weight's index, sample of the batch, first row, gradient of those rows in float32). The rows of stacked experts are
@@ -51,13 +54,17 @@ class SampleGradients:
             for parameter in module.parameters(recurse=False):
                 users[id(parameter)].append(module)
         embedding = self.model.get_input_embeddings()
-        return {
+        linear = {
             index: users[id(weight.parameter)]
             for index, weight in enumerate(self.weights)
             if all(
                 type(module) is nn.Linear or (module is embedding and type(module) is nn.Embedding)
                 for module in users[id(weight.parameter)]
             )
+        }
+        bypassed = _used_without_a_call(self.model, [self.weights[index].parameter for index in linear], users)
+        return {
+            index: modules for index, modules in linear.items() if id(self.weights[index].parameter) not in bypassed
         }
 
     def __enter__(self) -> Self:
@@ -146,6 +153,47 @@ class SampleGradients:
         for index in indices:
             view = self.weights[index].view(gradient)
             self.receive(index, 0, 0, view.reshape(-1, view.shape[-1]).float())
+
+
+class _Uses(TorchFunctionMode):
+    """Counts, while it is on, the torch functions that each of some parameters is an argument of."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.counts = {id(parameter): 0 for parameter in parameters}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") != "__get__":  # .shape, .dtype, .device
+            for argument in (*args, *kwargs.values()):
+                if id(argument) in self.counts:
+                    self.counts[id(argument)] += 1
+        return function(*args, **kwargs)
+
+
+def _used_without_a_call(
+    model: PreTrainedModel, parameters: list[nn.Parameter], users: Mapping[int, list[nn.Module]]
+) -> set[int]:
+    """Ids of the parameters that a forward pass uses more often than it calls their modules, which hooks would not see."""
+    calls = {id(parameter): 0 for parameter in parameters}
+
+    def count(parameter: int, *_: object) -> None:
+        calls[parameter] += 1
+
+    handles = [
+        module.register_forward_pre_hook(partial(count, parameter))
+        for parameter in calls
+        for module in users[parameter]
+    ]
+    try:
+        with torch.no_grad(), _Uses(parameters) as uses:
+            model(input_ids=torch.arange(PROBE_TOKENS, device=model.device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {parameter for parameter, count in uses.counts.items() if count > calls[parameter]}
 
 
 def _band(parts: list[tuple[torch.Tensor, torch.Tensor]], first: int, last: int, columns: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from samq.gguf.header import LazyReader
 from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
+from samq.sensitivity import gguf_config
 from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -291,6 +292,8 @@ def load_model(
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
             )
+            if source.gguf is not None and source.folder is None:
+                gguf_config.complete(config, source.gguf)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -301,6 +304,8 @@ def load_model(
                 **from_gguf,
             )
             model, info = loaded[0].eval(), loaded[1]
+            if source.gguf is not None and source.folder is None:
+                gguf_config.scale_frequencies(model, source.gguf)
         tokenizer = _tokenizer(source)
     if info["missing_keys"]:  # transformers only warns, and leaves these weights random
         raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")

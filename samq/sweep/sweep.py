@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
+from samq.sensitivity.fisher import Routing
 from samq.sweep import selection
 from samq.sweep.selection import Comparison, Failure, Finalists, Result, SelectionRule
 from samq.sweep.significance import PairedComparison
@@ -32,6 +33,7 @@ class Sweep:
     comparisons: tuple[Comparison, ...] = ()  # token by token, with stock mixtures
     benchmarks: tuple[PairedComparison, ...] = ()  # item by item, with full precision and production
     checks: tuple[PredictionCheck, ...] = ()  # of the budget plans' predicted KL
+    routing: Routing = field(default_factory=Routing)  # of the calibration text's tokens to experts
 
     @cached_property
     def best(self) -> Result | None:

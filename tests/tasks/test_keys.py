@@ -91,17 +91,21 @@ def key_of(stage, inputs, device="cpu"):
     return stage.cache_policy.artifact_key(at, dict(zip(names, inputs, strict=True)))
 
 
-@pytest.mark.parametrize("name", INPUTS.keys() - {"evaluate"})
+# An invalid JSON answer ends at its first syntax error; the torch model of a GGUF has what transformers leaves out.
+NEW_VERSIONS = {"evaluate": 4, "calibrate": 4, "gram": 2, "check": 2}
+
+
+@pytest.mark.parametrize("name", INPUTS.keys() - NEW_VERSIONS)
 def test_a_stages_key_is_that_of_version_0_1_0(name):
     assert key_of(*INPUTS[name]) == KEYS[name]
 
 
-def test_only_the_version_of_evaluate_is_another(monkeypatch):
-    """An invalid JSON answer ends at its first syntax error."""
-    stage, inputs = INPUTS["evaluate"]
-    assert key_of(stage, inputs) != KEYS["evaluate"]
-    monkeypatch.setattr(stage.cache_policy, "version", 3)
-    assert key_of(stage, inputs) == KEYS["evaluate"]
+@pytest.mark.parametrize("name", NEW_VERSIONS)
+def test_of_these_stages_only_the_version_is_another(monkeypatch, name):
+    stage, inputs = INPUTS[name]
+    assert stage.cache_policy.version == NEW_VERSIONS[name] and key_of(stage, inputs) != KEYS[name]
+    monkeypatch.setattr(stage.cache_policy, "version", NEW_VERSIONS[name] - 1)
+    assert key_of(stage, inputs) == KEYS[name]
 
 
 def test_the_list_is_of_all_stages_but_one_that_has_a_name_of_its_own_now():

@@ -4,6 +4,7 @@ import pytest
 
 from samq.records import Metric
 from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, beyond_second_order, prediction_section
+from samq.sensitivity.fisher import Routing
 from samq.sweep.selection import by_size
 from tests.samq.sweeps import check_of, make_sweep, with_results
 
@@ -130,3 +131,16 @@ def test_a_checks_figures_stand_beside_the_measured(sweep):
 def test_a_check_of_a_plan_that_rounds_nothing_is_no_error(sweep):
     *_, judgement = prediction_section(dataclasses.replace(sweep, checks=(check(sweep, 0.0, 0.0),)))
     assert judgement == "- **budget-size-of-Q4_K_M** rounds nothing."
+
+
+def test_of_a_mixture_of_experts_the_report_says_what_the_prediction_leaves_out(sweep):
+    dense = "\n".join(prediction_section(sweep))
+    assert "experts" not in dense
+    mixture = dataclasses.replace(sweep, routing=Routing(16, {"blk.1": (3, 7)}))
+    report = "\n".join(prediction_section(mixture))
+    assert "its predictions are too low" in report
+    assert (
+        "**2 of 16 experts saw no calibration token (blk.1: 3, 7).** Their weights look as if they cost nothing"
+        in report
+    )
+    assert "saw no" not in "\n".join(prediction_section(dataclasses.replace(sweep, routing=Routing(16))))

@@ -3,7 +3,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from samq.errors import SamqError
-from samq.sensitivity.fisher import Fisher, load_fisher, save_fisher
+from samq.sensitivity.fisher import Fisher, Routing, load_fisher, routing, save_fisher
 
 
 def random_fisher(*shape, seed=0):
@@ -60,3 +60,17 @@ def test_a_file_of_blocks_as_it_was_once_is_refused(tmp_path):
     save_file({"blk.0.attn_q.weight": np.ones((2, 2), np.float32)}, tmp_path / "old.safetensors")
     with pytest.raises(SamqError, match="of this version"):
         load_fisher(tmp_path / "old.safetensors")
+
+
+def test_experts_that_no_token_reached_are_counted_once_a_block():
+    some = np.array([[1, 0], [0, 0], [0, 2]], np.float32)  # expert 1 of 3 has no gradient
+    everywhere, columns = np.ones((3, 2), np.float32), np.ones((3, 4), np.float32)
+    dense = Fisher(np.zeros(2, np.float32), np.zeros(4, np.float32))
+    fisher = {"blk.0.attn_q.weight": dense}
+    assert routing(fisher) == Routing() and not routing(fisher).missed
+    for tensor in ("gate", "down"):
+        fisher[f"blk.0.ffn_{tensor}_exps.weight"] = Fisher(some, columns)
+        fisher[f"blk.1.ffn_{tensor}_exps.weight"] = Fisher(everywhere, columns)
+    assert routing(fisher) == Routing(6, {"blk.0": (1,)})
+    assert str(routing(fisher)) == "1 of 6 experts saw no calibration token (blk.0: 1)"
+    assert str(Routing(6)) == "0 of 6 experts saw no calibration token"

@@ -7,11 +7,27 @@ from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.layout import weights_of
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
+
+def bypassing_llama(also_called=False):
+    """A Llama whose first block multiplies by up_proj's weight itself, as Mamba does by dt_proj's."""
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+
+    def forward(states):
+        up = torch.nn.functional.linear(states, mlp.up_proj.weight)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(states)) * (up + mlp.up_proj(states) if also_called else up))
+
+    mlp.forward = forward
+    return model
+
+
 MODELS = {
     "untied llama": (tiny_llama, "llama"),
     "tied llama": (lambda: tiny_llama(tied=True), "llama"),
     "mixtral": (tiny_mixtral, "llama"),
     "gpt2": (tiny_gpt2, "gpt2"),
+    "a weight used without its module": (bypassing_llama, "llama"),
+    "a weight used with and without its module": (lambda: bypassing_llama(also_called=True), "llama"),
 }
 
 
@@ -66,7 +82,15 @@ def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "one"), [("untied llama", False), ("tied llama", False), ("mixtral", True), ("gpt2", True)]
+    ("kind", "one"),
+    [
+        ("untied llama", False),
+        ("tied llama", False),
+        ("mixtral", True),
+        ("gpt2", True),
+        ("a weight used without its module", True),
+        ("a weight used with and without its module", True),
+    ],
 )
 def test_models_whose_samples_cannot_be_told_apart_are_known(kind, one):
     make, architecture = MODELS[kind]

@@ -1,0 +1,51 @@
+"""Torch and llama.cpp are compared before anything is measured."""
+
+import json
+
+import pytest
+
+from samq.errors import SamqError
+from samq.files import AGREEMENT_NAME, GGUF_NAME, TOKENS_NAME
+from samq.sensitivity.hf_model import describe_source
+from samq.store import Store
+from tasks.agreement import agreement
+from tasks.model import TorchModel
+from tests.tiny_models import byte_tokenizer, random_tokens, save_folder, tiny_llama, write_llama_gguf
+
+SHAPE = dict(vocab_size=300, hidden_size=64, max_position_embeddings=64)
+
+
+def published(store, name, write):
+    with store.publish(name, "key") as folder:
+        write(folder)
+    return store.find(name, "key")
+
+
+@pytest.fixture
+def tokens(at):
+    return published(Store(at.store), "tokenize", lambda folder: random_tokens().save(folder / TOKENS_NAME))
+
+
+def inputs(at, tmp_path):
+    path = write_llama_gguf(tiny_llama(**SHAPE), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer())
+    full = published(Store(at.store), "convert", lambda folder: (folder / GGUF_NAME).hardlink_to(path))
+    return TorchModel(describe_source(path), full)
+
+
+def test_one_model_agrees_with_itself(at, tmp_path, tokens):
+    measured = agreement(at, inputs(at, tmp_path), tokens)
+    record = json.loads(measured.path(AGREEMENT_NAME).read_text())
+    assert 0 < record["median_kld_nats"] < 1e-5 and record["tokens"] == 2 * 63
+    assert {name for name in measured.files if not name.endswith(".log")} == {AGREEMENT_NAME}
+
+
+def test_two_models_are_refused_with_the_way_out(at, tmp_path, tokens):
+    """The folder's configuration is of another model: its rotary embeddings turn faster."""
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    folder = save_folder(tiny_llama(**SHAPE, rope_parameters=rope), tmp_path / "folder")
+    byte_tokenizer().save_pretrained(folder)
+    model = inputs(at, tmp_path)
+    other = TorchModel(describe_source(model.source.gguf, hf_folder=folder), model.full)
+    with pytest.raises(SamqError, match=r"torch and llama.cpp compute different models of tiny: .* \(hf_folder\)$"):
+        agreement(at, other, tokens)
+    assert not list((at.store / "agreement").glob("*/artifact.json"))
