@@ -18,6 +18,7 @@ from gguf import ReaderTensor
 from numpy.typing import NDArray
 
 from samq.allocation.ladder import Ladder
+from samq.allocation.target import NOT_IN_MAP
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, open_gguf, read_rows
 from samq.gguf.formats import tensor_bytes
@@ -137,11 +138,11 @@ def lengthened(prices: PriceTable, plan: Plan) -> dict[str, float]:
 
 def _check(tensor: TensorInfo, sensitivity: SensitivityMap, fisher: Mapping[str, Fisher]) -> None:
     if tensor.name not in fisher or tensor.name not in sensitivity.tensors:
-        raise SamqError(f"the sensitivity map has no Fisher information for {tensor.name}; calibrate this model again")
+        raise SamqError(f"the sensitivity map has no Fisher information for {tensor.name}; {NOT_IN_MAP}")
     if fisher[tensor.name].shape != tensor.shape:
         raise SamqError(
             f"the Fisher information of {tensor.name} is of {fisher[tensor.name].shape} weights, not {tensor.shape}; "
-            "calibrate this model again"
+            "calibrate the model of this GGUF"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
+from samq.allocation.target import EMBEDDING, NOT_IN_MAP, OUTPUT, OpenTarget, make_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, read_tensors
 from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type
@@ -131,7 +131,7 @@ def group_scores(sensitivity: SensitivityMap, names: Iterable[str], grouping: st
     scores: dict[str, float] = {}
     for name in names:
         if name not in sensitivity.tensors:
-            raise SamqError(f"the sensitivity map has no score for {name}; calibrate this model again")
+            raise SamqError(f"the sensitivity map has no score for {name}; {NOT_IN_MAP}")
         group = group_of(name, grouping)
         scores[group] = max(scores.get(group, 0.0), sensitivity.tensors[name].score)
     return scores

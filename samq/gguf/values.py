@@ -37,6 +37,14 @@ LIMITS = {
     "F32": 1e-6,
 }
 
+_WORDS = 2**22  # looked at together
+# The bits of the exponent of each full-precision type
+_EXPONENTS: dict[str, np.uint16 | np.uint32] = {
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+    "F32": np.uint32(0x7F800000),
+}
+
 
 def value_fault(full: Path, quantized: Path) -> str:
     """What is wrong with the values of the first tensor that cannot be the one in the full-precision GGUF; empty if none.
@@ -51,6 +59,25 @@ def value_fault(full: Path, quantized: Path) -> str:
         return ""
     more = f" ({len(faults)} tensors in all)" if len(faults) > 1 else ""
     return faults[0][1] + more
+
+
+def first_not_finite(gguf: Path) -> tuple[str, bool] | None:
+    """The first full-precision tensor with a value that is no number, and whether that is an infinity; None if all are.
+
+    Raises SamqError if the file cannot be read.
+    """
+    for tensor in open_gguf(gguf).tensors:
+        exponent = _EXPONENTS.get(tensor.tensor_type.name)
+        if exponent is None:
+            continue
+        words = tensor.data.reshape(-1).view(exponent.dtype)
+        for first in range(0, len(words), _WORDS):
+            part = words[first : first + _WORDS]
+            odd = part[(part & exponent) == exponent]  # all bits of the exponent: infinity, or NaN with a mantissa
+            if len(odd):
+                mantissa = (exponent & (~exponent + 1)) - 1  # the bits below the exponent
+                return tensor.name, not (odd & mantissa).any()
+    return None
 
 
 def _fault(original: ReaderTensor, tensor: ReaderTensor) -> str:

@@ -18,6 +18,7 @@ from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import HashedFile, TensorInfo, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
 from samq.gguf.imatrix import usable_entries
+from samq.gguf.values import first_not_finite
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
 from samq.llamacpp.reason import reason_in
 from samq.llamacpp.toolchain import environment, program
@@ -45,7 +46,7 @@ def convert(
 
     llama.cpp's converter converts a Hugging Face folder. A full-precision GGUF is linked or copied. A quantized GGUF is
     dequantized, which does not restore what its quantization lost. Raises SamqError for a model that the converter does
-    not support, and ToolError if a program is missing or fails.
+    not support or whose weights are not finite in that precision, and ToolError if a program is missing or fails.
     """
     target, log = folder / GGUF_NAME, folder / "convert.log"
     if source.gguf is None:
@@ -56,7 +57,20 @@ def convert(
         quantize_program = program(toolchain, "llama-quantize")
         command: list[str | Path] = [quantize_program, "--allow-requantize", source.gguf.absolute(), target, precision]
         run(command, log=log, timeout_s=timeout_s, env=environment(toolchain))
+    _require_finite(target, source.name)
     return target
+
+
+def _require_finite(gguf: Path, model: str) -> None:
+    if not (found := first_not_finite(gguf)):
+        return
+    name, is_infinite = found
+    if is_infinite and read_tensors(gguf)[name].type == "F16":
+        raise SamqError(
+            f"{name} of {model} has weights over 65504, which F16 cannot hold; set model.precision to BF16, or give a GGUF that "
+            "llama.cpp's converter wrote with --outtype bf16"
+        )
+    raise SamqError(f"{name} of {model} holds NaN or infinity; get the model again, or choose another one")
 
 
 def _convert_folder(
@@ -81,6 +95,11 @@ def _convert_folder(
             raise SamqError(
                 f"the tokenizer of {source.name} has tokens that its embedding has no row for (vocab_size in config.json); "
                 "resize the embedding to the tokenizer, or remove the added tokens"
+            ) from error
+        if missing := re.match(r"KeyError: '(\w+)' in `.*hparams", reason_in(output)):
+            raise SamqError(
+                f"llama.cpp's converter does not find {missing[1]} in the configuration of {source.name}; add it to config.json, "
+                "or, if it is there, convert the model elsewhere and give the GGUF with the folder as hf_folder"
             ) from error
         if unsupported := re.search(r"Model (\S+) is not supported", output):
             raise SamqError(

@@ -9,7 +9,7 @@ from samq.errors import ToolError
 from samq.gguf.audit import accept
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.formats import TYPES
-from samq.gguf.values import LIMITS, value_fault
+from samq.gguf.values import LIMITS, first_not_finite, value_fault
 from samq.llamacpp.programs import quantize
 from tests.conftest import write_tiny_gguf
 
@@ -134,3 +134,20 @@ def test_a_file_of_zeros_does_not_become_a_candidate(tiny_gguf, toolchain, tmp_p
     partial.write_bytes(whole.read_bytes())
     with pytest.raises(ToolError, match=r"is not the model: .* has a squared error of .* and Q\d_K stays below"):
         accept(partial, plan, {}, other)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("place", [(MATRIX, 95, 255), (EXPERTS, 7, 0, 0), (NORM, 3)])
+def test_a_value_that_is_no_number_is_found(weights, tmp_path, kind, value, place):
+    name, *where = place
+    path = write(tmp_path / "odd.gguf", changed(weights, name, value, *where), kind)
+    assert first_not_finite(path) == (name, not np.isnan(value))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_the_largest_number_of_a_type_is_one(weights, tmp_path, kind):
+    largest = {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4e38}[kind]
+    path = write(tmp_path / "large.gguf", changed(weights, MATRIX, largest, 5, 7), kind)
+    assert np.isfinite(read_weights(path, MATRIX)).all() and read_weights(path, MATRIX).max() > 0.9 * largest
+    assert first_not_finite(path) is None

@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 
 from samq.allocation.target import OpenTarget, full_plan, stock_plan
@@ -186,3 +187,22 @@ def test_a_linked_file_is_the_file_that_a_symbolic_link_leads_to(tmp_path):
     link = tmp_path / "store" / "elsewhere.gguf"
     link_or_copy(tmp_path / "snapshots" / "model.gguf", link)
     assert link.read_bytes() == b"GGUF" and not link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.inf, r"output\.weight of odd has weights over 65504, which F16 cannot hold; set model\.precision to BF16"),
+        (np.nan, r"output\.weight of odd holds NaN or infinity; get the model again"),
+    ],
+)
+def test_a_model_that_is_not_finite_is_not_converted(toolchain, tmp_path, value, message):
+    path = write_tiny_gguf(tmp_path / "odd.gguf")
+    (output,) = [tensor for tensor in open_gguf(path).tensors if tensor.name == "output.weight"]
+    content = bytearray(path.read_bytes())
+    content[output.data_offset : output.data_offset + 2] = np.float16(value).tobytes()
+    path.write_bytes(content)
+    (tmp_path / "out").mkdir()
+    source = ModelSource(name="odd", weights_digest="w", tokenizer_digest="t", gguf=path)
+    with pytest.raises(SamqError, match=message):
+        convert(source, tmp_path / "out", toolchain)
