@@ -36,13 +36,13 @@ def gram(
     """
     batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
     enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
-    torch_model, names = model.load(at.device)
+    torch_model, layout = model.load_with_layout(at.device)
     with bar(f"gram {model.source.name}") as progress:
         measure_gram(
             torch_model,
             batch.part(0, min(sequences.count, enough)),
             folder / GRAM_NAME,
-            names=names,
+            names=layout.names,
             batch_size=batch_size,
             progress=progress,
         )

@@ -10,7 +10,7 @@ from samq.gguf.file import gguf_names, read_metadata
 from samq.progress import bar
 from samq.records import ModelSource
 from samq.sensitivity.hf_model import load_model
-from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
+from samq.sensitivity.layout import GgufLayout, read_layout
 from samq.store import Artifact
 
 
@@ -34,4 +34,4 @@ class TorchModel:
         """The model on its device, and how its GGUF stores the weights."""
         model, names = self.load(device)
         with bar(f"compare {self.source.name} with its GGUF") as progress:
-            return model, GgufLayout(names, row_orders(weights_of(model, names), self.full.path(GGUF_NAME), progress))
+            return model, read_layout(model, names, self.full.path(GGUF_NAME), progress)

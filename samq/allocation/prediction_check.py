@@ -14,7 +14,6 @@ is overfitted to its own samples. If `joint` is far from `additive`, the errors 
 terms mean more noise, which the standard errors show. Do not choose a plan by these figures on the samples that gave them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def check_prediction(
     if len(tokens) < 2:
         raise SamqError(f"the check of a prediction needs at least 2 sequences, not {len(tokens)}; give more text")
     weights = weights_of(model, layout.names)
-    errors = _RoundingErrors(weights, candidate, layout.row_orders)
+    errors = _RoundingErrors(weights, candidate, layout)
     _, sums = backpropagate(
         model,
         tokens,
@@ -109,16 +108,18 @@ def _per_token(costs: NDArray[np.float64], label_tokens: NDArray[np.int64]) -> M
 class _RoundingErrors:
     """A plan's rounding errors, read a few rows of one weight at a time when a gradient needs them."""
 
-    def __init__(self, weights: list[Weight], candidate: RoundedPlan, row_orders: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, weights: list[Weight], candidate: RoundedPlan, layout: GgufLayout) -> None:
         plan, rounded = candidate.plan, candidate.rounded
         self.weights = weights
         self.rounded = rounded
         self._originals = stored_tensors(weights, candidate.original)
         self._rounded = stored_tensors(weights, rounded)
         # the GGUF's row for each of torch's rows
-        self._rows = {name: np.argsort(order) for name, order in row_orders.items()}
+        self._rows = {name: np.argsort(order) for name, order in layout.row_orders.items()}
         self._cache: tuple[int, dict[int, torch.Tensor]] = -1, {}  # a weight's index, and its errors by first row
         for name, kind in plan.types.items():
+            if name in layout.unknown:
+                continue
             if name not in self._rounded:
                 raise SamqError(f"plan {plan.name} names {name}, which the model in torch lacks; plan for this model")
             if self._rounded[name].tensor_type.name != kind:

@@ -18,10 +18,9 @@ from gguf import ReaderTensor
 from numpy.typing import NDArray
 
 from samq.allocation.ladder import Ladder
-from samq.allocation.target import NOT_IN_MAP
 from samq.errors import SamqError
-from samq.gguf.file import TensorInfo, open_gguf, read_rows
-from samq.gguf.formats import tensor_bytes
+from samq.gguf.file import TensorInfo, mostly_unknown, open_gguf, read_rows
+from samq.gguf.formats import UNMEASURED, fallback, tensor_bytes
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
 from samq.sensitivity.fisher import Fisher
@@ -48,19 +47,26 @@ def price_table(
 ) -> PriceTable:
     """Price every quantizable tensor in every type that the ladder has it in, one slab of rows at a time.
 
-    Raises SamqError for a tensor that `sensitivity` or `fisher` lacks, or that has another shape there.
+    A tensor that was not measured, as SAMQ does not know how the GGUF stores it, has only its own type and `UNMEASURED`,
+    which seem to cost nothing. Raises SamqError if `sensitivity` or `fisher` lack most weights, or have one in another shape.
     """
-    for tensor in quantizable.values():
-        _check(tensor, sensitivity, fisher)
+    measured = {name: tensor for name, tensor in quantizable.items() if name in sensitivity.tensors and name in fisher}
+    if reason := mostly_unknown(quantizable, measured.keys()):
+        raise SamqError(f"{reason}; calibrate this model again")
+    for tensor in measured.values():
+        _check(tensor, fisher)
     prices = {name: {tensor.type: Price(bytes=tensor.bytes, kl_nats=0.0)} for name, tensor in quantizable.items()}
-    total = len(ladder.rungs) * len(quantizable)
+    for name in quantizable.keys() - measured.keys():
+        kind = fallback(UNMEASURED, quantizable[name].row_length)
+        prices[name][kind] = Price(bytes=tensor_bytes(kind, quantizable[name].shape), kl_nats=0.0)
+    total = len(ladder.rungs) * len(measured)
     # of each type, over its tensors: <dW, W> and <W, W>
     error_along_weights, weight_squares = defaultdict[str, float](float), defaultdict[str, float](float)
     for done, rung in enumerate(ladder.rungs.values()):
         originals = {tensor.name: tensor for tensor in open_gguf(ladder.gguf).tensors}
         rounded = {tensor.name: tensor for tensor in open_gguf(rung).tensors}
-        for index, (name, info) in enumerate(quantizable.items()):
-            progress(done * len(quantizable) + index, total)
+        for index, (name, info) in enumerate(measured.items()):
+            progress(done * len(measured) + index, total)
             kind = rounded[name].tensor_type.name
             if kind not in prices[name]:
                 cost, along, squares = _rounding(originals[name], rounded[name], fisher[name])
@@ -68,13 +74,14 @@ def price_table(
                 error_along_weights[kind] += along
                 weight_squares[kind] += squares
     progress(total, total)
+    sequences = {name: tensor.sequence_squares for name, tensor in sensitivity.tensors.items()}
     return PriceTable(
         gguf_sha256=gguf_sha256,
         map_digest=sensitivity.digest(),
         imatrix_sha256=imatrix_sha256,
         sequence_tokens=sensitivity.sequence_tokens,
         tensors={
-            name: TensorPrices(types=types, shares=_shares(sensitivity.tensors[name].sequence_squares))
+            name: TensorPrices(types=types, shares=_shares(sequences.get(name, (0.0,) * sensitivity.samples)))
             for name, types in prices.items()
         },
         length_changes={
@@ -136,9 +143,7 @@ def lengthened(prices: PriceTable, plan: Plan) -> dict[str, float]:
     return {kind: changes[kind] for kind in sorted(changes) if changes[kind] >= LENGTHENING_LIMIT}
 
 
-def _check(tensor: TensorInfo, sensitivity: SensitivityMap, fisher: Mapping[str, Fisher]) -> None:
-    if tensor.name not in fisher or tensor.name not in sensitivity.tensors:
-        raise SamqError(f"the sensitivity map has no Fisher information for {tensor.name}; {NOT_IN_MAP}")
+def _check(tensor: TensorInfo, fisher: Mapping[str, Fisher]) -> None:
     if fisher[tensor.name].shape != tensor.shape:
         raise SamqError(
             f"the Fisher information of {tensor.name} is of {fisher[tensor.name].shape} weights, not {tensor.shape}; "

@@ -12,11 +12,6 @@ from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_ten
 from samq.records import Plan, Substitution, Toolchain
 
 OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
-# What to do about a tensor that a sensitivity map lacks.
-NOT_IN_MAP = (
-    "calibrate the model of this GGUF; if that is the map's model, transformers does not load the tensor, and another model "
-    "is needed"
-)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.target import EMBEDDING, NOT_IN_MAP, OUTPUT, OpenTarget, make_plan
+from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
 from samq.errors import SamqError
-from samq.gguf.file import HashedFile, read_tensors
-from samq.gguf.formats import MIXTURES, bits_per_weight, check_mixture, check_type
+from samq.gguf.file import HashedFile, mostly_unknown, read_tensors
+from samq.gguf.formats import MIXTURES, UNMEASURED, bits_per_weight, check_mixture, check_type
 from samq.llamacpp.programs import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 
@@ -60,17 +60,20 @@ def threshold_plan(
     `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. Guards are applied after,
     and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly.
     """
+    measured = sensitivity.tensors.keys() & target.quantizable.keys()
+    if reason := mostly_unknown(target.quantizable, measured):
+        raise SamqError(f"{reason}; calibrate this model again")
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
     cut = resolve_threshold(threshold, scores)
     types, substitutions = _base_types(target.full, policy.base, target.toolchain, target.imatrix)
     substitutions = dict(substitutions)
-    kept = {name for name in target.quantizable if scores[group_of(name, policy.grouping)] > cut}
+    kept = {name for name in measured if scores[group_of(name, policy.grouping)] > cut}
     guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
     if not target.tied:
         guards[EMBEDDING] = policy.embedding_guard
     chosen: dict[str, str] = {}
     for name in target.quantizable:
-        requested = policy.keep if name in kept else types[name]
+        requested = policy.keep if name in kept else types[name] if name in measured else UNMEASURED
         guard = guards.get(name)
         if guard and bits_per_weight(requested) < bits_per_weight(guard):
             requested = guard
@@ -127,11 +130,9 @@ def group_of(name: str, grouping: str) -> str:
 
 
 def group_scores(sensitivity: SensitivityMap, names: Iterable[str], grouping: str) -> dict[str, float]:
-    """Each group's score: the highest of its tensors'. Raises SamqError for a tensor the map does not score."""
+    """Each group's score: the highest of its tensors'; those that were not measured have none."""
     scores: dict[str, float] = {}
-    for name in names:
-        if name not in sensitivity.tensors:
-            raise SamqError(f"the sensitivity map has no score for {name}; {NOT_IN_MAP}")
+    for name in (name for name in names if name in sensitivity.tensors):
         group = group_of(name, grouping)
         scores[group] = max(scores.get(group, 0.0), sensitivity.tensors[name].score)
     return scores

@@ -3,7 +3,7 @@
 import ctypes
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -148,6 +148,13 @@ def _dequantization(kind: GGMLQuantizationType) -> Callable[[int, int, int], Non
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     to_float: Callable[[int, int, int], None] = library.ggml_get_type_traits(int(kind)).contents.to_float
     return to_float
+
+
+def mostly_unknown(tensors: Mapping[str, TensorInfo], known: Collection[str]) -> str | None:
+    """What to say if most weights of a GGUF's matrices are not in the `known` ones; None if they are."""
+    matrices = {name: tensor.weights for name, tensor in tensors.items() if len(tensor.shape) > 1}
+    share = sum(count for name, count in matrices.items() if name not in known) / max(1, sum(matrices.values()))
+    return f"{100 * share:.0f} % of the GGUF's weights cannot be told from this model" if share > 0.5 else None
 
 
 def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:

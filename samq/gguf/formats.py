@@ -19,6 +19,8 @@ _FALLBACK = {
     "Q6_K": "Q8_0",
 }
 
+UNMEASURED = "Q8_0"  # type of a tensor whose sensitivity is not known: safe, and half of F16
+
 # llama-quantize writes these only to a tensor that has an entry in the importance matrix (tensor_requires_imatrix in
 # llama.cpp's src/llama-quant.cpp). Beside each is the type nearest in bits that does not need one.
 NEEDS_IMATRIX = {

@@ -5,6 +5,7 @@ from collections import Counter
 
 from samq import __version__, markdown
 from samq.evaluation.metrics import KLD_COLUMN, MB, P999_COLUMN
+from samq.gguf.formats import UNMEASURED
 from samq.report.description import describe_plan, substitution_counts, type_counts
 from samq.report.prediction import prediction_section
 from samq.report.scorecard import benchmark_section, scorecard_section
@@ -71,8 +72,21 @@ def markdown_report(sweep: Sweep, cost: CostSettings | None = None) -> str:
     parts += prediction_section(sweep)
     plans = [[r.name, describe_plan(r.plan), type_counts(r.plan), substitution_counts(r.plan)] for r in sweep.by_size]
     heads = ["candidate", "plan", "tensors", "replaced types (rows do not allow the one asked for)"]
-    parts += ["## Plans", markdown.table(heads, plans)]
+    parts += ["## Plans", markdown.table(heads, plans), *_unmeasured(sweep)]
     return "\n\n".join([*parts, "## Made from", markdown.bullets(_made_from(sweep))]) + "\n"
+
+
+def _unmeasured(sweep: Sweep) -> list[str]:
+    """A paragraph on the tensors that were not measured; none if all were."""
+    quantizable = dict.fromkeys(name for result in sweep.results for name in result.plan.types)
+    names = [name for name in quantizable if name not in sweep.sensitivity.tensors]
+    if not names:
+        return []
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return [
+        f"**{len(names)} of {len(quantizable)} tensors were not measured** ({shown}): SAMQ does not know how the GGUF stores "
+        f"these weights of the torch model. SAMQ's plans give them {UNMEASURED}."
+    ]
 
 
 def _made_from(sweep: Sweep) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from samq.errors import SamqError
-from samq.gguf.file import open_gguf, read_metadata, read_tensors
+from samq.gguf.file import mostly_unknown, open_gguf, read_metadata, read_tensors
 from samq.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,7 @@ logger = logging.getLogger(__name__)
 RELATIVE_ROUNDING = 2.0**-7
 ABSOLUTE_ROUNDING = 2.0**-24
 
-_ANOTHER_MODEL = (
-    "give the GGUF of this model, or, if SAMQ itself converted it, choose another model, since this architecture is not "
-    "supported"
-)
+_ANOTHER_MODEL = "either the GGUF is of another model, or SAMQ does not know how this architecture is stored"
 
 
 @dataclass(frozen=True)
@@ -53,16 +50,22 @@ class GgufLayout:
 
     names: Callable[[str], str | None]  # torch's parameter name -> GGUF's (`samq.gguf.file.gguf_names`)
     row_orders: Mapping[str, np.ndarray] = field(default_factory=dict)  # see `row_orders`
+    unknown: Mapping[str, str] = field(default_factory=dict)  # weight that is not measured -> why
+
+
+class UnknownLayoutError(SamqError):
+    """A tensor of the GGUF is not torch's weight in any way of storing it that SAMQ knows."""
 
 
 def weights_of(model: PreTrainedModel, names: Callable[[str], str | None]) -> list[Weight]:
     """Every weight matrix of the model that has a GGUF name, in the model's order, tied weights once.
 
     `names` maps torch's parameter names to GGUF's (`samq.gguf.file.gguf_names`). Vectors are left out, since llama.cpp
-    never quantizes them. Raises SamqError if two parameters make up one GGUF tensor, or if no parameter has a GGUF name.
+    never quantizes them; so are weights that several parameters make up. Raises SamqError if no parameter has a GGUF name.
     """
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     weights: dict[str, Weight] = {}
+    shared: set[str] = set()
     for hf_name, parameter in model.named_parameters():  # a tied weight comes once, under the embedding's name
         if parameter.ndim not in (2, 3):
             continue
@@ -70,11 +73,11 @@ def weights_of(model: PreTrainedModel, names: Callable[[str], str | None]) -> li
             if parameter.ndim == 3 and "_exps." not in name:
                 continue  # a convolution, which llama.cpp never quantizes
             if name in weights:
-                raise SamqError(
-                    f"{hf_name} is one of several parameters that make up {name}: this layout of weights is not "
-                    "supported; use a model whose experts are stacked in one parameter"
-                )
+                shared.add(name)
             weights[name] = Weight(name, parameter, torch.t if id(parameter) in transposed else view)
+    for name in sorted(shared):
+        logger.warning("several parameters make up %s, which is not measured", name)
+        del weights[name]
     if not weights:
         raise SamqError(
             f"no weight of {type(model).__name__} has a GGUF name; check that the GGUF was converted from this model"
@@ -120,33 +123,72 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
     SamqError for a tensor in an order that it does not know, and so for a GGUF of another model, and for values that are no
     numbers or that the GGUF's type cannot hold.
     """
-    stored, rotated = stored_tensors(weights, gguf), _rotary_heads(read_metadata(gguf))
-    orders = {}
+    rotated, orders = _rotary_heads(read_metadata(gguf)), {}
     for done, weight in enumerate(weights):
         progress(done, len(weights))
-        in_torch = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
-        in_gguf = _read(gguf, stored[weight.name])
-        if _same(in_torch, in_gguf):
-            continue
-        heads = rotated.get(weight.name.rpartition("attn_")[2])
-        order = rotary_row_order(len(in_torch), heads) if heads and len(in_torch) % (2 * heads) == 0 else None
-        if order is None or not _same(in_torch[order], in_gguf):
-            raise SamqError(_difference(weight.name, in_torch, in_gguf, gguf))
-        orders[weight.name] = order
+        if (order := _row_order(weight, gguf, rotated)) is not None:
+            orders[weight.name] = order
     progress(len(weights), len(weights))
     return orders
 
 
-def _difference(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: Path) -> str:
-    """Why the weight in torch is not the one in the GGUF, and what to do."""
+def read_layout(
+    model: PreTrainedModel, names: Callable[[str], str | None], gguf: Path, progress: Progress = silent
+) -> GgufLayout:
+    """Compare every weight with the GGUF's: which are there, in which order of rows, and which cannot be told.
+
+    A weight whose layout is unknown is not measured; `unknown` says why, and `names` no longer has it. Raises SamqError if
+    they are most of all weights: then the GGUF is another model's.
+    """
+    weights, rotated = weights_of(model, names), _rotary_heads(read_metadata(gguf))
+    orders, unknown = dict[str, np.ndarray](), dict[str, str]()
+    for done, weight in enumerate(weights):
+        progress(done, len(weights))
+        try:
+            if (order := _row_order(weight, gguf, rotated)) is not None:
+                orders[weight.name] = order
+        except UnknownLayoutError as error:
+            unknown[weight.name] = str(error)
+    progress(len(weights), len(weights))
+    known = {weight.name for weight in weights} - unknown.keys()
+    if reason := mostly_unknown(read_tensors(gguf), known):
+        raise SamqError(f"{reason}: {next(iter(unknown.values()), 'torch has no weights of their names')}")
+
+    def known_name(hf_name: str) -> str | None:
+        name = names(hf_name)
+        return None if name is None or _tensor(name) in unknown else name
+
+    return GgufLayout(known_name, orders, unknown)
+
+
+def _row_order(weight: Weight, gguf: Path, rotated: Mapping[str, int]) -> np.ndarray | None:
+    """The torch row of each of GGUF's rows; None if they are in torch's order. UnknownLayoutError if it is not known."""
+    stored = stored_tensors([weight], gguf)[weight.name]
+    in_torch = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
+    in_gguf = _read(gguf, stored)
+    if _same(in_torch, in_gguf):
+        return None
+    heads = rotated.get(weight.name.rpartition("attn_")[2])
+    order = rotary_row_order(len(in_torch), heads) if heads and len(in_torch) % (2 * heads) == 0 else None
+    if order is None or not _same(in_torch[order], in_gguf):
+        _require_finite(weight.name, in_torch, in_gguf, gguf)
+        raise UnknownLayoutError(
+            f"{weight.name} in {gguf} is not torch's weight, in any order of rows that SAMQ knows; {_ANOTHER_MODEL}"
+        )
+    return order
+
+
+def _require_finite(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: Path) -> None:
+    """Raise SamqError if a weight is not finite: then its layout is not the question."""
     if not np.isfinite(in_torch).all():
-        return f"{name} of the model holds NaN or infinity; download the checkpoint again, or choose another one"
+        raise SamqError(
+            f"{name} of the model holds NaN or infinity; download the checkpoint again, or choose another one"
+        )
     if not np.isfinite(in_gguf).all():
-        return (
+        raise SamqError(
             f"{name} of the model has weights up to {np.abs(in_torch).max():.3g} and F16 ends at 65504, so that {gguf} holds "
             "infinity; set model.precision to BF16, or give a GGUF that llama.cpp's converter wrote with --outtype bf16"
         )
-    return f"{name} in {gguf} is not torch's weight, in any order of rows that SAMQ knows; {_ANOTHER_MODEL}"
 
 
 def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
@@ -155,7 +197,7 @@ def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]
     shapes = {name: tensor.shape for name, tensor in read_tensors(gguf).items()}
     for weight in weights:
         if shapes.get(weight.name) != weight.shape:
-            raise SamqError(
+            raise UnknownLayoutError(
                 f"{weight.name} is {weight.shape} in torch, but {gguf} has {shapes.get(weight.name, 'no such tensor')}; "
                 f"{_ANOTHER_MODEL}"
             )

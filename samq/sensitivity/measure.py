@@ -94,7 +94,7 @@ def measure_sensitivity(
             seed=labelling.seed,
             sequence_tokens=tuple(label_tokens.tolist()),
             loss_nats=float(losses.sum() / label_tokens.sum()),
-            tied_embeddings="output.weight" not in squares,
+            tied_embeddings=not {"output.weight"} & (squares.keys() | layout.unknown),
             tensors=_sensitivities(shapes, squares, label_tokens, second_moment),
         ),
         sums.fisher(int(label_tokens.sum()), layout.row_orders) if second_moment else None,

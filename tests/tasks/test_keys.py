@@ -95,7 +95,7 @@ def key_of(stage, inputs, device="cpu"):
 NEW_VERSIONS = {"evaluate": 4, "calibrate": 4, "gram": 2, "check": 2}
 
 
-@pytest.mark.parametrize("name", INPUTS.keys() - NEW_VERSIONS)
+@pytest.mark.parametrize("name", [name for name in INPUTS if name not in NEW_VERSIONS])
 def test_a_stages_key_is_that_of_version_0_1_0(name):
     assert key_of(*INPUTS[name]) == KEYS[name]
 

@@ -6,6 +6,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
+from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
 from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.allocation.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
 from samq.allocation.target import OpenTarget
@@ -154,8 +155,29 @@ def test_fisher_of_another_shape_is_an_error(ladder):
     fisher = {name: Fisher(np.ones(1, np.float32), np.ones(1, np.float32)) for name in target.quantizable}
     with pytest.raises(SamqError, match=r"is of \(1, 1\) weights, not .*; calibrate the model of this GGUF"):
         price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.full.sha256)
-    with pytest.raises(SamqError, match=r"no Fisher information for .*; calibrate the model of this GGUF; if"):
+    with pytest.raises(SamqError, match=r"100 % of the GGUF's weights cannot be told .*; calibrate this model again"):
         price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.full.sha256)
+
+
+def test_a_tensor_that_was_not_measured_is_safe_and_seems_to_cost_nothing(ladder):
+    target, rungs = ladder
+    name = "blk.0.ffn_up.weight"
+    sensitivity, fisher = sensitivity_of(target), fisher_of(target)
+    others = {other: tensor for other, tensor in sensitivity.tensors.items() if other != name}
+    table = price_table(
+        rungs,
+        target.quantizable,
+        sensitivity.model_copy(update={"tensors": others}),
+        {other: tensor for other, tensor in fisher.items() if other != name},
+        gguf_sha256=target.full.sha256,
+    )
+    assert {kind: price.kl_nats for kind, price in table.tensors[name].types.items()} == {"F16": 0.0, "Q8_0": 0.0}
+    least = sum(min(price.bytes for price in prices.types.values()) for prices in table.tensors.values())
+    fixed = sum(tensor.bytes for other, tensor in target.tensors.items() if other not in target.quantizable)
+    plan = budget_plan(target, table, Budget("5bpw", int(1.1 * (least + fixed))), BudgetPolicy())
+    assert plan.types[name] == "Q8_0" and plan.predicted_kl_nats > 0
+    assert predicted_cost(table, plan) == plan_cost(table, plan.types)
+    assert predicted_cost(table, plan.model_copy(update={"types": {**plan.types, name: "Q4_K"}})) is None
 
 
 def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):

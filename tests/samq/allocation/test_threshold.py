@@ -172,8 +172,17 @@ def test_a_map_of_another_model_is_one_sentence(target, sensitivity):
     other = sensitivity.model_copy(
         update={"tensors": {"blk.0.attn_q.weight": sensitivity.tensors["blk.0.attn_q.weight"]}}
     )
-    with pytest.raises(SamqError, match="the sensitivity map has no score for"):
+    with pytest.raises(
+        SamqError, match=r"of the GGUF's weights cannot be told from this model; calibrate this model again"
+    ):
         threshold_plan(target, other, 0.5, ThresholdPolicy())
+
+
+def test_a_tensor_that_was_not_measured_is_safe(target, sensitivity):
+    name = "blk.1.ffn_down.weight"
+    others = {other: tensor for other, tensor in sensitivity.tensors.items() if other != name}
+    plan = threshold_plan(target, sensitivity.model_copy(update={"tensors": others}), 0.4, ThresholdPolicy())
+    assert plan.types == threshold_plan(target, sensitivity, 0.4, ThresholdPolicy()).types | {name: "Q8_0"}
 
 
 @pytest.mark.parametrize("parameters", [{"keep": "Q9"}, {"base": "Q4_K_X"}, {"output_guard": "nothing"}])

@@ -157,3 +157,11 @@ def test_the_reference_is_not_compared_with_itself(sweep):
     stock = replace(sweep, comparisons=(), rule=SelectionRule(max_size_ratio=1.05))
     assert stock.best.name == stock.rule.reference
     assert "Against" not in verdict(stock)
+
+
+def test_tensors_that_were_not_measured_are_named(sweep):
+    assert "not measured**" not in markdown_report(sweep)
+    names = list(dict.fromkeys(name for result in sweep.results for name in result.plan.types))
+    others = {name: tensor for name, tensor in sweep.sensitivity.tensors.items() if name != names[1]}
+    fewer = replace(sweep, sensitivity=sweep.sensitivity.model_copy(update={"tensors": others}))
+    assert f"**1 of {len(names)} tensors were not measured** ({names[1]}): " in markdown_report(fewer)

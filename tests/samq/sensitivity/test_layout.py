@@ -4,7 +4,7 @@ import torch
 
 from samq.errors import SamqError
 from samq.gguf.file import read_weights
-from samq.sensitivity.layout import rotary_row_order, row_orders, weights_of
+from samq.sensitivity.layout import read_layout, rotary_row_order, row_orders, weights_of
 from tests.tiny_models import names_of, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
 
@@ -34,11 +34,30 @@ def test_gpt2s_weights_are_turned():
     assert weights["blk.0.attn_qkv.weight"].shape == (96, 32)
 
 
-def test_experts_in_modules_of_their_own_are_refused():
+def test_a_tensor_that_several_parameters_make_up_is_left_out():
     model = tiny_llama()
     names = names_of(model)
-    with pytest.raises(SamqError, match=r"one of several parameters that make up blk\.0\.attn_v\.weight"):
-        weights_of(model, lambda name: names(name.replace("k_proj", "v_proj")))
+    weights = {weight.name for weight in weights_of(model, lambda name: names(name.replace("k_proj", "v_proj")))}
+    assert "blk.0.attn_q.weight" in weights and not weights & {"blk.0.attn_k.weight", "blk.0.attn_v.weight"}
+
+
+def test_a_weight_of_an_unknown_layout_is_not_measured_and_says_why(tmp_path):
+    model = tiny_llama()
+    path = write_llama_gguf(model, tmp_path / "model.gguf")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.copy_(model.model.layers[1].mlp.up_proj.weight.flip(0))
+    layout = read_layout(model, names_of(model), path)
+    assert list(layout.unknown) == ["blk.1.ffn_up.weight"]
+    assert "is not torch's weight" in layout.unknown["blk.1.ffn_up.weight"]
+    every = {weight.name for weight in weights_of(model, names_of(model))}
+    assert {weight.name for weight in weights_of(model, layout.names)} == every - {"blk.1.ffn_up.weight"}
+    assert set(layout.row_orders) == {f"blk.{block}.attn_{kind}.weight" for block in (0, 1) for kind in "qk"}
+
+
+def test_a_gguf_most_of_whose_weights_are_others_is_refused(tmp_path):
+    path, model = write_llama_gguf(tiny_llama(seed=1), tmp_path / "other.gguf"), tiny_llama(seed=0)
+    with pytest.raises(SamqError, match=r"100 % of the GGUF's weights cannot be told from this model: token_embd"):
+        read_layout(model, names_of(model), path)
 
 
 def test_a_model_without_gguf_names_is_refused():
