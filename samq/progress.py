@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,9 +21,15 @@ from rich.text import Text
 
 Progress = Callable[[int, int], None]
 
-console = Console(stderr=True)
+
+def plain_console(**options: Any) -> Console:
+    """A console that shows text as it is: `[` in a path is no markup, and `:key:` no emoji. `options` are rich's."""
+    return Console(markup=False, emoji=False, **options)
+
+
+console = plain_console(stderr=True)
 if not console.is_terminal:
-    console = Console(stderr=True, width=140)  # wide enough for the tables, in a log file
+    console = plain_console(stderr=True, width=140)  # wide enough for the tables, in a log file
 _lock = threading.Lock()
 _display: RichProgress | None = None  # one for all threads, since rich draws only one at a time
 _bars = 0
@@ -53,7 +60,7 @@ def bar(description: str, *, in_bytes: bool = False) -> Iterator[Progress]:
     with _lock:
         if _display is None:
             _display = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 _DoneOfTotal(),
                 TimeElapsedColumn(),

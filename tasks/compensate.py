@@ -104,4 +104,4 @@ def compensate(
     report.save(folder / COMPENSATION_NAME)
     with bar(f"audit {name}"):
         metadata = {key: str(value) for key, value in read_metadata(nearest).items() if key.startswith("samq.")}
-        audit.accept(partial, loaded, metadata).save(folder / QUANTIZED_NAME)
+        audit.accept(partial, loaded, metadata, full.path(GGUF_NAME)).save(folder / QUANTIZED_NAME)

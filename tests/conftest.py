@@ -11,7 +11,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from rich.console import Console
 
 from samq import progress
 from samq.llamacpp.toolchain import find_toolchain
@@ -67,7 +66,7 @@ class Eager(progress.RichProgress):
 def terminal(monkeypatch):
     """What a person saw on the terminal of this process: each step of each bar."""
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=200))
+    monkeypatch.setattr(progress, "console", progress.plain_console(file=screen, force_terminal=True, width=200))
     monkeypatch.setattr(progress, "RichProgress", Eager)
     return screen
 

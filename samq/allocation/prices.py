@@ -147,7 +147,7 @@ def _check(tensor: TensorInfo, fisher: Mapping[str, Fisher]) -> None:
     if fisher[tensor.name].shape != tensor.shape:
         raise SamqError(
             f"the Fisher information of {tensor.name} is of {fisher[tensor.name].shape} weights, not {tensor.shape}; "
-            "calibrate this model again"
+            "calibrate the model of this GGUF"
         )
 
 

@@ -5,8 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from samq.gguf.file import HashedFile, TensorInfo, imatrix_entries, read_tensors
+from samq.gguf.file import HashedFile, TensorInfo, read_tensors
 from samq.gguf.formats import check_mixture, fallback, without_entry
+from samq.gguf.imatrix import usable_entries
 from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
 from samq.records import Plan, Substitution, Toolchain
 
@@ -29,13 +30,17 @@ class OpenTarget:
     ) -> "OpenTarget":
         """Read the file's tensors and ask llama-quantize which of them it quantizes.
 
-        A file given as a path is hashed.
+        A file given as a path is hashed. Raises SamqError for an importance matrix that llama-quantize cannot use.
         """
+        tensors = read_tensors(gguf.path if isinstance(gguf, HashedFile) else gguf)  # before the file is hashed
         full = HashedFile.of(gguf)
+        quantizable = quantizable_tensors(full.path, toolchain)
+        if imatrix:
+            usable_entries(imatrix.path if isinstance(imatrix, HashedFile) else imatrix, quantizable)
         return cls(
             full=full,
-            tensors=read_tensors(full.path),
-            quantizable=quantizable_tensors(full.path, toolchain),
+            tensors=tensors,
+            quantizable=quantizable,
             toolchain=toolchain,
             imatrix=HashedFile.of(imatrix) if imatrix else None,
         )
@@ -54,7 +59,7 @@ class OpenTarget:
 
     @cached_property
     def _imatrix_entries(self) -> frozenset[str]:
-        return imatrix_entries(self.imatrix.path) if self.imatrix else frozenset()
+        return usable_entries(self.imatrix.path, self.quantizable) if self.imatrix else frozenset()
 
     @property
     def tied(self) -> bool:

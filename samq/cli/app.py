@@ -49,5 +49,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except SamqError as error:
-        console.print(f"samq: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"samq: {error}", style="red", highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -47,7 +47,7 @@ def quantize(
 
     Every tensor's type and size must be the plan's.
     """
-    from samq.gguf.file import HashedFile
+    from samq.gguf.file import HashedFile, open_gguf
     from samq.llamacpp import programs
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import Plan
@@ -61,6 +61,7 @@ def quantize(
         )
     matrix = HashedFile.of(imatrix) if imatrix else None
     programs.check_imatrix(tensor_plan, matrix)
+    open_gguf(gguf)  # raises SamqError for anything but a whole GGUF
     if sha256(gguf) != tensor_plan.gguf_sha256:
         raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
     provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
@@ -95,6 +96,8 @@ def compensate(
     """
     prepare_prefect()
     check_file(out)
+    with bar(f"check {quantized.name}"):
+        _check_pair(gguf, quantized)
     text = read_calibration(dataset_spec(dataset, field, split=split, seed=seed), samples, None, packing)
     source = find_model(gguf, hf_folder=hf_folder)
     at, full = stages.workspace(device), adopt({GGUF_NAME: gguf})
@@ -113,6 +116,14 @@ def compensate(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _check_pair(gguf: Path, quantized: Path) -> None:
+    """Raise SamqError if the quantized GGUF was not made from the other."""
+    from samq.gguf.values import value_fault
+
+    if fault := value_fault(gguf, quantized):
+        raise SamqError(f"{quantized} was not made from {gguf}: {fault}; give the GGUF that it was made from")
 
 
 def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, device: str) -> list[float]:
@@ -136,11 +147,12 @@ def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, devic
 
 
 def inspect(gguf: Annotated[Path, typer.Argument(help="GGUF file.")]) -> None:
-    """Show types, sizes and provenance of a GGUF."""
-    from samq.gguf.file import read_metadata, read_tensors
+    """Show types, sizes and provenance of a GGUF, with all parts of a split one."""
+    from samq.gguf.file import gguf_files, read_metadata, read_tensors
 
     with bar(f"open {gguf.name}"):
-        tensors, metadata = list(read_tensors(gguf).values()), read_metadata(gguf)
+        files, metadata = gguf_files(gguf), read_metadata(gguf, is_part=True)
+        tensors = [tensor for file in files for tensor in read_tensors(file, is_part=True).values()]
     table = Table("type", "tensors", "weights", "MB", "bits per weight", title=str(gguf))
     for kind in sorted({tensor.type for tensor in tensors}):
         of_kind = [tensor for tensor in tensors if tensor.type == kind]
@@ -150,8 +162,10 @@ def inspect(gguf: Annotated[Path, typer.Argument(help="GGUF file.")]) -> None:
     console.print(table)
     for key, value in metadata.items():
         if key.startswith(("samq.", "general.", "quantize.")):
-            console.print(f"{key} = {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"sha256 = {sha256(gguf)}", highlight=False, soft_wrap=True)
+            console.print(f"{key} = {value}", highlight=False, soft_wrap=True)
+    for file in files:
+        of_part = f"  {file}" if len(files) > 1 else ""
+        console.print(f"sha256 = {sha256(file)}{of_part}", highlight=False, soft_wrap=True)
 
 
 def _totals(weights: list[int], sizes: list[int]) -> tuple[str, str, str, str]:

@@ -60,7 +60,7 @@ def evaluate(
     evaluation = Evaluation.load(artifact.path(EVALUATION_NAME))
     console.print(_metrics(evaluation, f"{gguf.name} on {dataset}, from sample {start}"))
     for name, reason in evaluation.missing.items():
-        console.print(f"not measured: {name}: {reason}", markup=False)
+        console.print(f"not measured: {name}: {reason}")
     if out:
         export(map(artifact.path, artifact.files), out)
 

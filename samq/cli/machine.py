@@ -120,5 +120,5 @@ def _wait_for_signal() -> None:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1):
         if ended := first_ended():
-            console.print(f"samq: {ended}", style="red", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"samq: {ended}", style="red", highlight=False, soft_wrap=True)
             raise typer.Exit(1)

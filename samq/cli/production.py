@@ -46,7 +46,7 @@ def promote(
     except RefusedError as refused:
         promotion = refused.promotion
     console.print(gates_table(promotion.judgement.gates))
-    console.print(f"{name} {describe(promotion.event)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name} {describe(promotion.event)}", highlight=False, soft_wrap=True)
     if promotion.event.action == "refused":
         raise typer.Exit(3)
 
@@ -61,7 +61,7 @@ def rollback(name: RegisteredModel, reason: Annotated[str, typer.Option(help="Re
 
     with bar(f"roll back {name}"):
         event = swap(connect(mlflow_uri()), name, reason)
-    console.print(f"{name} {describe(event)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name} {describe(event)}", highlight=False, soft_wrap=True)
 
 
 def status(

@@ -63,9 +63,9 @@ def _show(finished: "FinishedSweep", policy: Path) -> None:
     typer.echo()
     console.print(terminal_table(sweep))
     for failure in sweep.failures:
-        console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red", markup=False)
+        console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red")
     if sweep.best:
-        console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", highlight=False, soft_wrap=True)
     best = sweep.best.gguf if sweep.best else None
     for line in (*finished.tracked.summary(), *next_commands(finished.tracked.registered_model, best, policy)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from samq.errors import SamqError, ToolError
 from samq.gguf.file import file_sha256, read_metadata, read_tensors
+from samq.gguf.values import value_fault
 from samq.records import Plan, QuantizedModel
 
 
@@ -27,9 +28,17 @@ def provenance_metadata(plan: Plan, provenance: dict[str, str]) -> dict[str, str
     }
 
 
-def accept(partial: Path, plan: Plan, metadata: dict[str, str]) -> QuantizedModel:
-    """Audit the file NAME.partial, rename it to NAME and describe it; raises ToolError as `audit` does."""
+def accept(partial: Path, plan: Plan, metadata: dict[str, str], full: Path) -> QuantizedModel:
+    """Audit the file NAME.partial, rename it to NAME and describe it.
+
+    `full` is the full-precision GGUF. Raises ToolError as `audit` does, or if values are further from full precision than
+    the tensor's type explains.
+    """
     actual = audit(partial, plan)
+    if fault := value_fault(full, partial):
+        raise ToolError(
+            f"the file of plan {plan.name} is not the model: {fault}; check the importance matrix, and build it again"
+        )
     target = partial.with_suffix("")
     os.replace(partial, target)
     return _described(target, file_sha256(target), plan, actual, metadata)

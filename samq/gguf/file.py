@@ -3,13 +3,11 @@
 import ctypes
 import hashlib
 import math
-import os
-import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, ReaderTensor, dequantize, get_tensor_name_map
@@ -17,7 +15,8 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.gguf.header import LazyReader
+from samq.gguf.header import LazyReader, UnknownTypeError
+from samq.gguf.split import Part
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,42 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def open_gguf(path: Path) -> LazyReader:
-    """Open a GGUF by memory map; raises SamqError if it is missing, not a GGUF, or cut short."""
+def open_gguf(path: Path, *, is_part: bool = False) -> LazyReader:
+    """Open a GGUF by memory map.
+
+    Raises SamqError if it is missing, not a GGUF, cut short, or one part of several where `is_part` does not allow that.
+    """
     path = Path(path)
     if not path.is_file():
         raise SamqError(f"there is no GGUF file at {path}; check the path")
     status = path.stat()
-    return _open(path, status.st_size, status.st_mtime_ns)
+    reader = _open(path, status.st_size, status.st_mtime_ns)
+    if not is_part and (part := Part.of(path, reader.fields)):
+        raise part.refused()
+    return reader
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """The files of a GGUF: all parts if it is the first of several (llama-gguf-split), else itself.
+
+    Raises SamqError if it is another part than the first, if a part is missing, or as `open_gguf` does.
+    """
+    part = Part.of(path, open_gguf(path, is_part=True).fields)
+    return part.all_files() if part else [path]
 
 
 @lru_cache(maxsize=4)  # `read_tensors` and `read_metadata` follow one another; a changed file is another entry
 def _open(path: Path, size: int, mtime_ns: int) -> LazyReader:
     try:
         return LazyReader(path)
+    except UnknownTypeError as error:
+        raise SamqError(f"cannot read {path}: {error}; use a GGUF of ggml's types") from error
     except Exception as error:  # gguf raises errors of any kind on damaged bytes
         raise SamqError(f"{path} is not a whole GGUF file ({error}); copy or convert it again") from error
 
 
-def read_tensors(path: Path) -> dict[str, TensorInfo]:
-    """Name -> tensor, in the file's order. Raises SamqError as `open_gguf` does."""
+def read_tensors(path: Path, *, is_part: bool = False) -> dict[str, TensorInfo]:
+    """Name -> tensor, in the file's order. Arguments and errors are those of `open_gguf`."""
     return {
         tensor.name: TensorInfo(
             tensor.name,
@@ -66,15 +82,18 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
             tensor.tensor_type.name,
             int(tensor.n_bytes),
         )
-        for tensor in open_gguf(path).tensors
+        for tensor in open_gguf(path, is_part=is_part).tensors
     }
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Key -> Python value of the file's metadata, without arrays such as the vocabulary."""
-    fields = open_gguf(path).fields
+def read_metadata(path: Path, *, is_part: bool = False) -> dict[str, Any]:
+    """Key -> Python value of the file's metadata, without arrays such as the vocabulary.
+
+    Bytes that are not UTF-8 become U+FFFD. Arguments and errors are those of `open_gguf`.
+    """
+    fields = open_gguf(path, is_part=is_part).fields
     return {
-        key: field.contents()
+        key: bytes(field.parts[-1]).decode(errors="replace") if field.types[0].name == "STRING" else field.contents()
         for key, field in fields.items()
         if not key.startswith("GGUF.") and field.types and field.types[0].name != "ARRAY"
     }
@@ -168,34 +187,6 @@ def require_alignment(path: Path) -> None:
             f"the tensors of {path} are aligned to {alignment} bytes and llama-quantize writes {GGUF_DEFAULT_ALIGNMENT} only; "
             "make the GGUF again with llama.cpp's converter"
         )
-
-
-def imatrix_entries(path: Path) -> frozenset[str]:
-    """Names of the tensors that have an entry in an importance matrix.
-
-    The file is a GGUF, or a .dat of an older llama-imatrix. Raises SamqError if it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
-                suffix = ".in_sum2"
-                return frozenset(name.removesuffix(suffix) for name in read_tensors(path) if name.endswith(suffix))
-            file.seek(0)
-            return frozenset(_dat_entries(file))
-    except (OSError, ValueError, struct.error) as error:
-        raise SamqError(f"cannot read the importance matrix {path} ({error}); measure it again") from error
-
-
-def _dat_entries(file: BinaryIO) -> Iterator[str]:
-    """Yield the names in a .dat: the number of entries, then of each the length of the name, the name, the number of
-    calls, the number of values, and the values.
-    """
-    (count,) = struct.unpack("<i", file.read(4))
-    for _ in range(count):
-        (length,) = struct.unpack("<i", file.read(4))
-        yield file.read(length).decode()
-        _, values = struct.unpack("<ii", file.read(8))
-        file.seek(4 * values, os.SEEK_CUR)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,13 @@ _length_at = struct.Struct("<Q").unpack_from
 _Buffer = mmap.mmap | memoryview
 
 
+_TYPE_NUMBERS = frozenset(int(kind) for kind in GGMLQuantizationType)
+
+
+class UnknownTypeError(ValueError):
+    """A tensor's type is not one of ggml's. The message says which and where."""
+
+
 class LazyReader(GGUFReader):
     """gguf's reader, with arrays of scalars and of strings left unparsed until their values are asked for."""
 
@@ -70,6 +77,16 @@ class LazyReader(GGUFReader):
         parts = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64), self._get(start, np.uint8, size)]
         types = [GGUFValueType.ARRAY] + ([GGUFValueType(kind)] if count else [])
         return 12 + size, parts, [], types
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        for field in fields:
+            kind = int(field.parts[4][0])
+            if kind not in _TYPE_NUMBERS:
+                raise UnknownTypeError(
+                    f"{field.name} has type {kind}, which is none of ggml's in the gguf package that SAMQ pins: a fork or a "
+                    "newer llama.cpp wrote it"
+                )
+        super()._build_tensors(start_offs, fields)
 
     def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
         is_unparsed = field.types[:1] == [GGUFValueType.ARRAY] and not field.data

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from samq.errors import ToolError
+from samq.llamacpp.reason import reason_in
 
 PROGRAM_TIMEOUT_S = 6 * 3600.0  # of one program of llama.cpp
 FULL_BYTES = 2**20  # a disk with less free space counts as full: the programs' files are larger
@@ -39,7 +40,7 @@ def run(
     """Run a program in its own process group, write its stdout and stderr to `log`, and return that text.
 
     `env` is added to this process's environment. `on_line` is called with each line while the program runs. Raises
-    ToolError if the program is missing, exits non-zero (with the log's last line), or runs longer than `timeout_s`, which
+    ToolError if the program is missing, exits non-zero (with the reason in its log), or runs longer than `timeout_s`, which
     kills its process group.
 
     `stack` is the least number of bytes of stack that the program gets, as far as the system allows.
@@ -82,7 +83,7 @@ def run(
         kill_group(child)
     text = log.read_text(errors="replace")
     if child.returncode != 0:
-        raise ToolError(f"{name} {_ending(child.returncode)}: {_last_words(text)}{_advice(log.parent)} (log: {log})")
+        raise ToolError(f"{name} {_ending(child.returncode)}: {reason_in(text)}{_advice(log.parent)} (log: {log})")
     return text
 
 
@@ -98,11 +99,6 @@ def _begin_child(stack: int) -> None:
 
 def _ending(code: int) -> str:
     return f"failed with exit code {code}" if code > 0 else f"was killed by signal {-code} ({signal.strsignal(-code)})"
-
-
-def _last_words(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no output"
 
 
 def _advice(folder: Path) -> str:

@@ -17,7 +17,10 @@ from samq.files import GGUF_NAME, IMATRIX_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import HashedFile, TensorInfo, read_metadata, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.gguf.imatrix import usable_entries
+from samq.gguf.values import first_not_finite
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
+from samq.llamacpp.reason import reason_in
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
@@ -45,7 +48,7 @@ def convert(
 
     llama.cpp's converter converts a Hugging Face folder. A full-precision GGUF is linked or copied. A quantized GGUF is
     dequantized, which does not restore what its quantization lost. Raises SamqError for a model that the converter does
-    not support, and ToolError if a program is missing or fails.
+    not support or whose weights are not finite in that precision, and ToolError if a program is missing or fails.
     """
     target, log = folder / GGUF_NAME, folder / "convert.log"
     if source.gguf is None:
@@ -56,7 +59,20 @@ def convert(
         quantize_program = program(toolchain, "llama-quantize")
         command: list[str | Path] = [quantize_program, "--allow-requantize", source.gguf.absolute(), target, precision]
         run(command, log=log, timeout_s=timeout_s, env=environment(toolchain))
+    _require_finite(target, source.name)
     return target
+
+
+def _require_finite(gguf: Path, model: str) -> None:
+    if not (found := first_not_finite(gguf)):
+        return
+    name, is_infinite = found
+    if is_infinite and read_tensors(gguf)[name].type == "F16":
+        raise SamqError(
+            f"{name} of {model} has weights over 65504, which F16 cannot hold; set model.precision to BF16, or give a GGUF that "
+            "llama.cpp's converter wrote with --outtype bf16"
+        )
+    raise SamqError(f"{name} of {model} holds NaN or infinity; get the model again, or choose another one")
 
 
 def _convert_folder(
@@ -76,6 +92,16 @@ def _convert_folder(
             raise SamqError(
                 f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model with a llama.cpp "
                 "that does, and give the GGUF with the folder as hf_folder"
+            ) from error
+        if "assert max(tokenizer.vocab.values()) < vocab_size" in output:
+            raise SamqError(
+                f"the tokenizer of {source.name} has tokens that its embedding has no row for (vocab_size in config.json); "
+                "resize the embedding to the tokenizer, or remove the added tokens"
+            ) from error
+        if missing := re.match(r"KeyError: '(\w+)' in `.*hparams", reason_in(output)):
+            raise SamqError(
+                f"llama.cpp's converter does not find {missing[1]} in the configuration of {source.name}; add it to config.json, "
+                "or, if it is there, convert the model elsewhere and give the GGUF with the folder as hf_folder"
             ) from error
         if unsupported := re.search(r"Model (\S+) is not supported", output):
             raise SamqError(
@@ -132,8 +158,7 @@ def measure_imatrix(
     output = run(command, log=log, timeout_s=timeout_s, cwd=folder, env=environment(toolchain), stack=stack)
     (folder / "calibration.txt").unlink()
     if not (folder / IMATRIX_NAME).is_file():
-        reason = next((line for line in output.splitlines() if "error" in line.lower()), "no reason given")
-        raise ToolError(f"llama-imatrix wrote nothing: {reason.strip()} (log: {log}); give it more calibration text")
+        raise ToolError(f"llama-imatrix wrote nothing: {reason_in(output)} (log: {log}); give it more calibration text")
     return folder / IMATRIX_NAME
 
 
@@ -192,10 +217,12 @@ def quantize(
 
     `provenance` is added to the metadata as `samq.<key>` (at most 127 bytes a value, llama.cpp's limit). llama-quantize
     rounds each weight to its nearest value, also for a plan of compensated rounding, which
-    `samq.quantization.compensation` then applies. Raises SamqError if the importance matrix is not the plan's or the disk
-    is too full, and ToolError if llama-quantize fails or its file is not the plan's.
+    `samq.quantization.compensation` then applies. Raises SamqError if the disk is too full or the importance matrix is not
+    the plan's or cannot be used (`samq.gguf.imatrix`), and ToolError if llama-quantize fails or its file is not the plan's.
     """
     check_imatrix(plan, imatrix)
+    if imatrix:
+        usable_entries(imatrix.path, {name: info for name, info in read_tensors(gguf).items() if name in plan.types})
     require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
     partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
@@ -228,7 +255,7 @@ def quantize(
         on_line=on_line,
     )
     (folder / IMATRIX_NAME).unlink(missing_ok=True)
-    return accept(partial, plan, metadata)
+    return accept(partial, plan, metadata, gguf)
 
 
 def check_imatrix(plan: Plan, imatrix: HashedFile | None) -> None:

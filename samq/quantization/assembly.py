@@ -60,7 +60,7 @@ def assemble(
     require_space(folder, plan, plan.tensor_bytes)
     metadata, partial = provenance_metadata(plan, provenance), folder / f"{GGUF_NAME}.partial"
     write_assembled(ladder, plan, partial, metadata, progress)
-    return accept(partial, plan, metadata)
+    return accept(partial, plan, metadata, ladder.gguf)
 
 
 def write_assembled(

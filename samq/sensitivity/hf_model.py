@@ -308,7 +308,8 @@ def load_model(
                 gguf_config.scale_frequencies(model, source.gguf)
         tokenizer = _tokenizer(source)
     if info["missing_keys"]:  # transformers only warns, and leaves these weights random
-        raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; download or convert it again")
+        advice = "give the model's Hugging Face folder" if source.gguf else "download it again"
+        raise SamqError(f"{source.name} has no weights for {min(info['missing_keys'])}; {advice}")
     if any(
         parameter.is_meta for parameter in model.parameters()
     ):  # left on the host or on disk, out of autograd's reach
@@ -374,9 +375,9 @@ def _transformers_errors(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise SamqError(
-            f"transformers cannot load {what} ({type(error).__name__}: {reason}); check its files and the device"
-        ) from error
+        folder, files = "give the model's Hugging Face folder in place of the GGUF", "check its files and the device"
+        advice = folder if "gguf" in reason.lower() else files  # transformers reads few architectures from GGUFs
+        raise SamqError(f"transformers cannot load {what} ({type(error).__name__}: {reason}); {advice}") from error
 
 
 def write_hf_folder(gguf: Path, folder: Path) -> Path:

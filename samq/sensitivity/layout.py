@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 RELATIVE_ROUNDING = 2.0**-7
 ABSOLUTE_ROUNDING = 2.0**-24
 
+_ANOTHER_MODEL = "either the GGUF is of another model, or SAMQ does not know how this architecture is stored"
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -118,7 +120,8 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
     """Find the order of each weight's rows in a full-precision GGUF of the same model; without weights in torch's order.
 
     `order[i]` is the torch row that GGUF has as row i. The function compares every weight, up to rounding. It raises
-    SamqError for a tensor in an order that it does not know, and so for a GGUF of another model.
+    SamqError for a tensor in an order that it does not know, and so for a GGUF of another model, and for values that are no
+    numbers or that the GGUF's type cannot hold.
     """
     rotated, orders = _rotary_heads(read_metadata(gguf)), {}
     for done, weight in enumerate(weights):
@@ -168,10 +171,24 @@ def _row_order(weight: Weight, gguf: Path, rotated: Mapping[str, int]) -> np.nda
     heads = rotated.get(weight.name.rpartition("attn_")[2])
     order = rotary_row_order(len(in_torch), heads) if heads and len(in_torch) % (2 * heads) == 0 else None
     if order is None or not _same(in_torch[order], in_gguf):
+        _require_finite(weight.name, in_torch, in_gguf, gguf)
         raise UnknownLayoutError(
-            f"{weight.name} in {gguf} is not torch's weight, in any known order of rows; convert the GGUF from this model"
+            f"{weight.name} in {gguf} is not torch's weight, in any order of rows that SAMQ knows; {_ANOTHER_MODEL}"
         )
     return order
+
+
+def _require_finite(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: Path) -> None:
+    """Raise SamqError if a weight is not finite: then its layout is not the question."""
+    if not np.isfinite(in_torch).all():
+        raise SamqError(
+            f"{name} of the model holds NaN or infinity; download the checkpoint again, or choose another one"
+        )
+    if not np.isfinite(in_gguf).all():
+        raise SamqError(
+            f"{name} of the model has weights up to {np.abs(in_torch).max():.3g} and F16 ends at 65504, so that {gguf} holds "
+            "infinity; set model.precision to BF16, or give a GGUF that llama.cpp's converter wrote with --outtype bf16"
+        )
 
 
 def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
@@ -182,7 +199,7 @@ def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]
         if shapes.get(weight.name) != weight.shape:
             raise UnknownLayoutError(
                 f"{weight.name} is {weight.shape} in torch, but {gguf} has {shapes.get(weight.name, 'no such tensor')}; "
-                "make the GGUF from this model"
+                f"{_ANOTHER_MODEL}"
             )
     return {weight.name: stored[weight.name] for weight in weights}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samq.errors import SamqError, UnreachableError
-from samq.gguf.file import file_sha256
+from samq.gguf.file import file_sha256, open_gguf
 from samq.home import mlflow_uri
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,14 @@ Source = Callable[[], ServedGguf]
 
 
 def find_source(target: str) -> Source:
-    """The source for `models:/NAME@ALIAS` or a path; raises SamqError if `target` is neither."""
+    """The source for `models:/NAME@ALIAS` or a path; raises SamqError if `target` is neither, or one part of a GGUF."""
     if match := _MODELS_URI.fullmatch(target):
         return registry_source(match["name"], match["alias"], mlflow_uri())
     if target.startswith("models:"):
         raise SamqError(f"{target} does not name a model by its alias; write models:/NAME@production")
     if not Path(target).is_file():
         raise SamqError(f"the file {target} does not exist; give a GGUF file, or models:/NAME@production")
+    open_gguf(Path(target))
     return FileSource(Path(target))
 
 

@@ -3,6 +3,7 @@ import threading
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from samq import progress
 
@@ -45,3 +46,18 @@ def test_without_a_terminal_nothing_is_drawn(monkeypatch):
     with progress.bar("calibrate") as report:
         report(1, 2)
     assert log.getvalue().strip() == ""
+
+
+def test_text_is_shown_as_it_is(terminal):
+    """Rich takes brackets for markup, and colons for emoji."""
+    name = "model[bold][/]-:key:.gguf"
+    progress.console.print(name, Table("file", name, title=name), highlight=False)
+    with progress.bar(f"open {name}"):
+        pass
+    shown = terminal.getvalue()
+    assert shown.count(name) >= 4 and f"open {name}" in shown
+
+
+def test_the_commands_console_shows_text_as_it_is(capsys):
+    progress.console.print("model[final]-:key:.gguf", highlight=False)
+    assert "model[final]-:key:.gguf" in capsys.readouterr().err

@@ -2,6 +2,9 @@
 
 import re
 import resource
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import gguf as gguf_package
 import pytest
@@ -15,7 +18,7 @@ from tests.conftest import write_tiny_gguf
 
 def test_a_missing_input_of_quantize_is_refused(samq, tmp_path, gguf, plan):
     arguments = ("quantize", "--plan", plan, "--out", tmp_path / "out.gguf", "--gguf")
-    assert refused(samq(*arguments, tmp_path / "nothing.gguf"), "nothing.gguf: No such file")
+    assert refused(samq(*arguments, tmp_path / "nothing.gguf"), "there is no GGUF file at")
     done = samq(*arguments, gguf, "--imatrix", tmp_path / "nothing.imatrix")
     assert refused(done, "nothing.imatrix: No such file")
 
@@ -84,6 +87,14 @@ def test_a_plan_for_another_file_is_refused(samq, tmp_path, plan):
     assert refused(done, "is a plan for another file")
 
 
+def test_a_quantized_file_of_another_model_is_not_compensated(samq, tmp_path, gguf, plan):
+    quantized, other = tmp_path / "q4.gguf", write_tiny_gguf(tmp_path / "other.gguf", seed=1)
+    assert samq("quantize", "--gguf", gguf, "--plan", plan, "--out", quantized).returncode == 0
+    done = samq("compensate", quantized, "--gguf", other, "--out", tmp_path / "out.gguf")
+    assert refused(done, f"q4.gguf was not made from {other}: output.weight (Q6_K) has a squared error of")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_values_that_compensate_cannot_use_are_refused(samq, tmp_path, gguf):
     command = ("compensate", gguf, "--gguf", gguf, "--out", tmp_path / "out")
     seeded = samq(*command, "--seed", "-1")
@@ -117,3 +128,39 @@ def test_reading_a_large_file_shows_progress(shown, tmp_path, gguf, plan):
     inspected = shown("inspect", gguf)
     assert "open tiny.gguf" in inspected and "read tiny.gguf" in inspected
     assert "read tiny.gguf" in shown("quantize", "--gguf", gguf, "--plan", plan, "--out", tmp_path / "out.gguf")
+
+
+def test_paths_are_shown_with_their_brackets(samq, tmp_path, gguf, plan):
+    path = gguf.rename(tmp_path / "model[final].gguf")
+    assert "model[final].gguf" in samq("inspect", path).stderr
+    out = tmp_path / "out[q4].gguf"
+    done = samq("quantize", "--gguf", path, "--plan", plan, "--out", out)
+    assert done.returncode == 0 and f"{out}: " in done.stderr
+
+
+def split(gguf, stem, tensors):
+    """The parts of a GGUF that hold at most so many tensors each."""
+    program = Path(sysconfig.get_path("platlib")) / "bin" / "llama-gguf-split"
+    command = [program, "--split", "--split-max-tensors", str(tensors), gguf, stem]
+    subprocess.run(command, check=True, capture_output=True)
+    return sorted(stem.parent.glob(f"{stem.name}-*.gguf"))
+
+
+def test_all_parts_of_a_split_gguf_are_inspected(samq, tmp_path, gguf):
+    first, second, third = split(gguf, tmp_path / "split", 10)
+    whole, parts = samq("inspect", gguf), samq("inspect", first)
+    assert parts.returncode == 0
+    rows = [[line for line in done.stderr.splitlines() if line.startswith("│ all")] for done in (whole, parts)]
+    assert rows[0] == rows[1] and len(rows[0]) == 1
+    assert all(f"sha256 = {file_sha256(part)}  {part}" in parts.stderr for part in (first, second, third))
+    assert refused(samq("inspect", second), f"is part 2 of 3 of a GGUF; give the first, {first}")
+    third.unlink()
+    assert refused(samq("inspect", first), f"{third} is missing")
+
+
+def test_a_part_of_a_gguf_is_not_quantized(samq, tmp_path, gguf, plan):
+    first, *_ = split(gguf, tmp_path / "split", 10)
+    done = samq("quantize", "--gguf", first, "--plan", plan, "--out", tmp_path / "out.gguf")
+    assert refused(done, "is part 1 of 3 of a GGUF, and not the model; merge the parts with")
+    (alone,) = split(gguf, tmp_path / "one", 30)
+    assert samq("inspect", alone).returncode == 0

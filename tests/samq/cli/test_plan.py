@@ -76,7 +76,7 @@ def test_values_that_plan_cannot_use_are_refused(samq, gguf, sensitivity):
 def test_a_truncated_or_missing_gguf_is_not_planned(samq, tmp_path, cut_gguf, sensitivity):
     plan = ("plan", "--map", sensitivity, "--gguf")
     assert refused(samq(*plan, cut_gguf), "cut.gguf is not a whole GGUF file")
-    assert refused(samq(*plan, tmp_path / "nothing.gguf"), "nothing.gguf: No such file")
+    assert refused(samq(*plan, tmp_path / "nothing.gguf"), "there is no GGUF file at")
 
 
 def test_a_missing_llama_quantize_is_named(samq, tmp_path, gguf, sensitivity):

@@ -7,14 +7,13 @@ import pytest
 from samq.errors import SamqError
 from samq.gguf.file import (
     gguf_names,
-    imatrix_entries,
     open_gguf,
     read_metadata,
     read_rows,
     read_tensors,
     read_weights,
 )
-from tests.samq.tiny_imatrix import write_tiny_imatrix
+from tests.conftest import write_tiny_gguf
 
 
 def test_tensors_have_torch_shapes(tiny_gguf):
@@ -71,21 +70,18 @@ def test_rows_dequantized_by_llama_cpp_are_those_of_the_gguf_package(kind, tmp_p
         np.testing.assert_allclose(values_read, expected[rows], rtol=1e-6)
 
 
-def test_an_importance_matrix_names_its_tensors_in_either_format(tiny_gguf, tmp_path):
-    names = {name for name, tensor in read_tensors(tiny_gguf).items() if len(tensor.shape) == 2} - {"token_embd.weight"}
-    whole = write_tiny_imatrix(tmp_path / "imatrix.gguf", tiny_gguf, without=["token_embd.weight"])
-    assert imatrix_entries(whole) == names
-    old = tmp_path / "imatrix.dat"
-    entries = [(name.encode(), [0.5] * 256) for name in sorted(names)]
-    old.write_bytes(
-        struct.pack("<i", len(entries))
-        + b"".join(
-            struct.pack(f"<i{len(name)}sii{len(values)}f", len(name), name, 1, len(values), *values)
-            for name, values in entries
-        )
-    )
-    assert imatrix_entries(old) == names
-    for damaged in (b"", b"\x05\0\0\0none"):
-        old.write_bytes(damaged)
-        with pytest.raises(SamqError, match=r"cannot read the importance matrix .*imatrix\.dat"):
-            imatrix_entries(old)
+def test_a_name_that_is_not_utf_8_is_shown_as_far_as_it_can_be(tmp_path):
+    path = write_tiny_gguf(tmp_path / "name.gguf", add_tokenizer=lambda writer: writer.add_name("Café model"))
+    path.write_bytes(path.read_bytes().replace("Café model".encode(), b"Caf\xe9 model!"))
+    assert read_metadata(path)["general.name"] == "Caf\ufffd model!"
+
+
+def test_a_type_that_only_a_fork_has_is_named(tmp_path):
+    path, name = write_tiny_gguf(tmp_path / "fork.gguf"), b"blk.0.attn_q.weight"
+    content = bytearray(path.read_bytes())
+    entry = struct.pack("<Q", len(name)) + name
+    struct.pack_into("<I", content, content.index(entry) + len(entry) + 4 + 2 * 8, 139)
+    path.write_bytes(content)
+    message = r"cannot read .*fork\.gguf: blk\.0\.attn_q\.weight has type 139, which is none of ggml's"
+    with pytest.raises(SamqError, match=message):
+        read_tensors(path)

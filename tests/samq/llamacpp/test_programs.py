@@ -1,6 +1,7 @@
 import os
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 from samq.allocation.target import OpenTarget, full_plan, stock_plan
@@ -8,13 +9,13 @@ from samq.errors import SamqError, ToolError
 from samq.gguf.file import (
     HashedFile,
     file_sha256,
-    imatrix_entries,
     open_gguf,
     read_metadata,
     read_tensors,
     read_weights,
 )
 from samq.gguf.formats import TYPES, fallback
+from samq.gguf.imatrix import usable_entries
 from samq.llamacpp.programs import (
     check_imatrix,
     convert,
@@ -131,8 +132,9 @@ def test_an_importance_matrix_has_an_entry_for_an_output_tensor_of_its_own(toolc
     )
     matrix = measure_imatrix(gguf, "the hat then the ant. " * 20, tmp_path, toolchain, context_tokens=32)
     # Rows of the embedding are looked up; of an output that is tied to it llama-imatrix keeps nothing.
-    assert imatrix_entries(matrix) == quantizable_tensors(gguf, toolchain).keys() - {"token_embd.weight"}
-    assert ("output.weight" in imatrix_entries(matrix)) == (not tied)
+    quantizable = quantizable_tensors(gguf, toolchain)
+    assert usable_entries(matrix, quantizable) == quantizable.keys() - {"token_embd.weight"}
+    assert ("output.weight" in usable_entries(matrix, quantizable)) == (not tied)
     values = {tensor.name: tensor.data for tensor in open_gguf(matrix).tensors if tensor.name.endswith(".in_sum2")}
     assert all(value.max() > 0 for value in values.values())
 
@@ -203,3 +205,22 @@ def test_a_linked_file_is_the_file_that_a_symbolic_link_leads_to(tmp_path):
     link = tmp_path / "store" / "elsewhere.gguf"
     link_or_copy(tmp_path / "snapshots" / "model.gguf", link)
     assert link.read_bytes() == b"GGUF" and not link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.inf, r"output\.weight of odd has weights over 65504, which F16 cannot hold; set model\.precision to BF16"),
+        (np.nan, r"output\.weight of odd holds NaN or infinity; get the model again"),
+    ],
+)
+def test_a_model_that_is_not_finite_is_not_converted(toolchain, tmp_path, value, message):
+    path = write_tiny_gguf(tmp_path / "odd.gguf")
+    (output,) = [tensor for tensor in open_gguf(path).tensors if tensor.name == "output.weight"]
+    content = bytearray(path.read_bytes())
+    content[output.data_offset : output.data_offset + 2] = np.float16(value).tobytes()
+    path.write_bytes(content)
+    (tmp_path / "out").mkdir()
+    source = ModelSource(name="odd", weights_digest="w", tokenizer_digest="t", gguf=path)
+    with pytest.raises(SamqError, match=message):
+        convert(source, tmp_path / "out", toolchain)

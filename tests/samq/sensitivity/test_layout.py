@@ -89,7 +89,24 @@ def test_the_rotary_order_interleaves_the_halves_of_each_head():
 def test_another_models_gguf_is_refused(tmp_path):
     path = write_llama_gguf(tiny_llama(seed=1), tmp_path / "other.gguf")
     model = tiny_llama(seed=0)
-    with pytest.raises(SamqError, match=r"token_embd\.weight in .* is not torch's weight, in any known order"):
+    with pytest.raises(SamqError, match=r"token_embd\.weight in .* is not torch's weight, in any order of rows that"):
+        row_orders(weights_of(model, names_of(model)), path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1e5, r"blk\.1\.ffn_down\.weight of the model has weights up to 1e\+05 and F16 ends at 65504.*to BF16"),
+        (float("nan"), r"blk\.1\.ffn_down\.weight of the model holds NaN or infinity; download the checkpoint again"),
+    ],
+)
+def test_values_that_cannot_be_stored_are_no_wrong_order_of_rows(tmp_path, value, message):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+    with np.errstate(over="ignore"):
+        path = write_llama_gguf(model, tmp_path / "model.gguf")
+    with pytest.raises(SamqError, match=message):
         row_orders(weights_of(model, names_of(model)), path)
 
 
@@ -99,7 +116,7 @@ def test_an_unknown_order_of_rows_is_refused(tmp_path):
     with torch.no_grad():
         rows = model.model.layers[1].self_attn.k_proj.weight
         rows.copy_(rows.flip(0))
-    with pytest.raises(SamqError, match=r"blk\.1\.attn_k\.weight in .* in any known order"):
+    with pytest.raises(SamqError, match=r"blk\.1\.attn_k\.weight in .* in any order of rows that SAMQ knows"):
         row_orders(weights_of(model, names_of(model)), path)
 
 
