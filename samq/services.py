@@ -1,5 +1,6 @@
 """Services on this machine: MLflow's server, Prefect's server, and a worker for the deployments."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -77,8 +79,33 @@ def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[byt
             reason = (process.stderr or process.stdout).strip().splitlines()[-1:]
             raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL]
-    with _child("worker", command, project, environment) as child:
-        yield child
+    started: set[int] = set()
+    try:
+        with _child("worker", command, project, environment) as child:
+            try:
+                yield child
+            finally:
+                with suppress(psutil.NoSuchProcess):
+                    started = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
+    finally:
+        if "PREFECT_API_URL" not in os.environ:  # on a server that others use, a process id may be another machine's
+            _report_ended(f"{prefect_address}/api", started)
+
+
+def _report_ended(api: str, processes: set[int]) -> None:
+    """Tell Prefect's server that the runs of these processes have ended, where a busy machine kept the worker from it."""
+    unfinished = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+    state = {"type": "CRASHED", "message": "Ended with the services of `samq up`."}
+    with suppress(OSError):  # the server has ended, too
+        for run in _post(f"{api}/flow_runs/filter", unfinished):
+            if run["infrastructure_pid"] in map(str, processes):
+                _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+        return json.load(answer)
 
 
 @contextmanager
