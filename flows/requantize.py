@@ -1,6 +1,6 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
-model + text -> convert -> imatrix -> ladder -> calibrate -> price -> plan x N -> build x N -> evaluate x N
+model + text -> convert -> agreement -> imatrix -> ladder -> calibrate -> price -> plan x N -> build x N -> evaluate x N
              -> compare -> choose -> benchmark the finalists -> check -> report -> track -> register
 
 `measure_sweep` goes as far as the checks and needs no server: commands, notebooks and benchmarks call it. The flow
