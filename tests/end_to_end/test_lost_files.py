@@ -10,8 +10,8 @@ from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
 STAGES = (
-    "convert tokenize agreement heldout imatrix baseline plan rung gram calibrate price price_compensated check assemble compensate_rung "
-    "evaluate benchmark"
+    "convert tokenize agreement heldout imatrix baseline plan rung gram calibrate price price_compensated check assemble "
+    "compensate_rung evaluate benchmark"
 ).split()
 
 
