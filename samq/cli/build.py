@@ -147,7 +147,10 @@ def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, devic
 
 
 def inspect(gguf: Annotated[Path, typer.Argument(help="GGUF file.")]) -> None:
-    """Show types, sizes and provenance of a GGUF, with all parts of a split one."""
+    """Show types, sizes and provenance of a GGUF.
+
+    Of a split GGUF it shows all parts together.
+    """
     from samq.gguf.file import gguf_files, read_metadata, read_tensors
 
     with bar(f"open {gguf.name}"):

@@ -75,3 +75,9 @@ def test_a_failed_program_is_reported_with_its_reason(tmp_path):
     script = "echo step 1; echo 'error: no such tensor'; echo 'failed to load model'; echo bye; exit 3"
     with pytest.raises(Exception, match=r"sh failed with exit code 3: error: no such tensor \(log: "):
         run(["sh", "-c", script], log=tmp_path / "log", timeout_s=10)
+
+
+def test_a_last_line_that_is_an_error_is_the_reason_whatever_was_logged_before():
+    log = "ERROR samq.llamacpp.runtime: failed to load a tensor\nerror: llama.cpp cannot load m.gguf: cut short; copy it again\n"
+    assert reason_in(log) == "error: llama.cpp cannot load m.gguf: cut short; copy it again"
+    assert reason_in("error: no such tensor\nerror: failed to load model\n") == "error: no such tensor"
