@@ -1,8 +1,7 @@
 """`samq requantize` up to the flow, which tests/end_to_end runs."""
 
 from samq.cli.start import PROJECT
-from tests.command_line import refused
-from tests.command_line import samq as samq_process
+from tests.command_line import forked_samq, refused
 
 DEMO = PROJECT / "deployments" / "parameters" / "demo.yaml"
 
@@ -24,5 +23,5 @@ def test_a_read_only_samq_folder_is_refused(samq, tmp_path, disk):
 
 
 def test_a_prefect_server_that_does_not_answer_is_one_sentence(tmp_path):
-    done = samq_process("requantize", "--config", DEMO, home=tmp_path / "h", PREFECT_API_URL="http://127.0.0.1:9/api")
+    done = forked_samq("requantize", "--config", DEMO, home=tmp_path / "h", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert refused(done, "Prefect's server does not answer (ConnectError: ")

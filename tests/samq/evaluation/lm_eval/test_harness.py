@@ -27,7 +27,7 @@ from samq.gguf.file import read_tensors
 from samq.llamacpp.runtime import Model
 from samq.llamacpp.toolchain import environment, program
 from samq.sensitivity.hf_model import describe_source, load_model
-from tests.command_line import refused, run
+from tests.command_line import forked_samq, refused, run
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
@@ -390,7 +390,7 @@ metric_list: [{{metric: acc}}]
     scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
     (accuracy,) = re.findall(r"\|tiny .*acc +\|↑ +\| *([\d.]+)\|", done.stdout)
     assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
-    done = run([*command, f"gguf={tmp_path}/none.gguf"], home=tmp_path)
+    done = forked_samq(*command[1:], f"gguf={tmp_path}/none.gguf", home=tmp_path)
     assert refused(done, "none.gguf")
 
 
