@@ -48,7 +48,7 @@ known_strays = strays()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keep together, on one of pytest-xdist's workers, what shares fixtures: a file, and the sweep of the end-to-end tests."""
+    """Keep together, on one of pytest-xdist's workers, what shares fixtures: a file's tests, and those of the sweep."""
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder == "end_to_end" else str(item.path)))

@@ -214,8 +214,8 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
 
 def test_a_version_that_fails_a_gate_stays_out_with_exit_code_3(requantized, environment, tmp_path):
     client = registry(environment)
-    before = client.get_registered_model(MODEL).aliases
     versions = [requantized(which)[0] for which in ("first", "another")]
+    before = client.get_registered_model(MODEL).aliases
     other = next(version for version in versions if version != str(before.get("production")))
     strict = tmp_path / "strict.yaml"
     strict.write_text(yaml.safe_dump({**POLICY, "max_mean_kld_nats": 1e-9}))
