@@ -31,7 +31,7 @@ def baseline(at: Workspace, folder: Path, full: Artifact, heldout: Artifact, set
     measure_alone(request, folder, "baseline logits", at.timeout_s)
 
 
-@stage("evaluate", version=4, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
+@stage("evaluate", version=5, run_name="evaluate {name}", packages=("llama-cpp-python", "jsonschema"))
 def evaluate(
     at: Workspace,
     folder: Path,
