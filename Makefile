@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup ready demo test test-fast check docs format ui up clean
 BIN := .venv/bin
-PARALLEL := -n auto --maxprocesses 4 --dist loadgroup # a group shares what its fixtures make: tests/conftest.py
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile # a file's tests share what its fixtures make
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12

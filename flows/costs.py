@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from flows.gather import Gather
 from flows.inputs import Inputs
@@ -33,7 +34,7 @@ class Costs:
         """The map that threshold plans are made from."""
         return load_map(self.sensitivities)
 
-    @property
+    @cached_property
     def routing(self) -> Routing:
         """Which experts the calibration text reached."""
         return routing(load_fisher(self.sensitivities.path(FISHER_NAME)))

@@ -46,14 +46,6 @@ def strays() -> dict[Path, int]:
 known_strays = strays()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keep together, on one of pytest-xdist's workers, what shares fixtures: a file's tests, and those of the sweep."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "end_to_end" else str(item.path)))
-
-
 @pytest.fixture(autouse=True)
 def no_strays():
     """Fail a test that uses Prefect's, MLflow's or SAMQ's default place instead of one of its own."""

@@ -106,7 +106,7 @@ def compensate(
         from tasks.model import TorchModel
 
     grams = stages.measure_gram(at, TorchModel(source, full, dtype), sequences, batch_size)
-    ratios = _compensate(gguf, quantized, grams, out, device)
+    ratios = _compensate(gguf, quantized, grams, out, at.compute_device)
     if not ratios:
         raise SamqError(f"{quantized} has no tensor whose rounding can be compensated; {out} is a copy of it")
     median, least, most = (f"{100 * ratio:.0f} %" for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1]))
@@ -131,7 +131,6 @@ def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, devic
     with loading_packages():
         from samq.quantization import compensation
         from samq.sensitivity.gram import GramMatrices
-        from samq.sensitivity.hf_model import compute_device
 
     with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
         errors = compensation.compensate(
@@ -139,7 +138,7 @@ def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, devic
             quantized,
             GramMatrices(grams.path(GRAM_NAME)),
             work / out.name,
-            device=compute_device(device),
+            device=device,
             progress=progress,
         )
         os.replace(work / out.name, out)

@@ -14,7 +14,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
-from samq.evaluation.baseline import open_baseline
+from samq.evaluation.baseline import BASELINE_NAME, Baseline, open_baseline
 from samq.evaluation.divergence import compare_logits
 from samq.evaluation.settings import EvaluationSettings
 from samq.records import ModelSource, Record
@@ -54,7 +54,7 @@ def measure_agreement(
 
     A vocabulary that torch pads is compared as far as llama.cpp's goes. Raises SamqError if torch's is smaller.
     """
-    vocabulary = int(np.load(baseline / "logits.npy", mmap_mode="r").shape[1])
+    vocabulary = Baseline.load(baseline / BASELINE_NAME).shape[1]
     expected = open_baseline(baseline, chunks, settings, vocabulary)
     if (torch_vocabulary := model.get_output_embeddings().weight.shape[0]) < vocabulary:
         raise SamqError(

@@ -286,14 +286,15 @@ def load_model(
     folder, from_gguf = _places(source)
     if not from_gguf:
         weight_files(folder)  # transformers would find a damaged file late, and report it less clearly
+    gguf_alone = source.gguf if source.folder is None else None  # the configuration comes from it, too
     what = f"{source.name} as {dtype} on {place}"
     with _loading, _gguf_read_once():
         with _transformers_errors(what), _bars_told_to(progress):
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
             )
-            if source.gguf is not None and source.folder is None:
-                gguf_config.complete(config, source.gguf)
+            if gguf_alone:
+                gguf_config.complete(config, gguf_alone)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -304,8 +305,8 @@ def load_model(
                 **from_gguf,
             )
             model, info = loaded[0].eval(), loaded[1]
-            if source.gguf is not None and source.folder is None:
-                gguf_config.scale_frequencies(model, source.gguf)
+            if gguf_alone:
+                gguf_config.scale_frequencies(model, gguf_alone)
         tokenizer = _tokenizer(source)
     if info["missing_keys"]:  # transformers only warns, and leaves these weights random
         advice = "give the model's Hugging Face folder" if source.gguf else "download it again"

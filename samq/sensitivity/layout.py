@@ -1,7 +1,7 @@
 """How a GGUF stores the weights of a torch model: names, fused tensors, and the order of rows."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,12 @@ def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -
     SamqError for a tensor in an order that it does not know, and so for a GGUF of another model, and for values that are no
     numbers or that the GGUF's type cannot hold.
     """
-    rotated, orders = _rotary_heads(read_metadata(gguf)), {}
-    for done, weight in enumerate(weights):
-        progress(done, len(weights))
-        if (order := _row_order(weight, gguf, rotated)) is not None:
-            orders[weight.name] = order
-    progress(len(weights), len(weights))
+    orders = {}
+    for name, found in _compared(weights, gguf, progress):
+        if isinstance(found, UnknownLayoutError):
+            raise found
+        if found is not None:
+            orders[name] = found
     return orders
 
 
@@ -140,17 +140,10 @@ def read_layout(
     A weight whose layout is unknown is not measured; `unknown` says why, and `names` no longer has it. Raises SamqError if
     they are most of all weights: then the GGUF is another model's.
     """
-    weights, rotated = weights_of(model, names), _rotary_heads(read_metadata(gguf))
-    orders, unknown = dict[str, np.ndarray](), dict[str, str]()
-    for done, weight in enumerate(weights):
-        progress(done, len(weights))
-        try:
-            if (order := _row_order(weight, gguf, rotated)) is not None:
-                orders[weight.name] = order
-        except UnknownLayoutError as error:
-            unknown[weight.name] = str(error)
-    progress(len(weights), len(weights))
-    known = {weight.name for weight in weights} - unknown.keys()
+    compared = dict(_compared(weights_of(model, names), gguf, progress))
+    orders = {name: found for name, found in compared.items() if isinstance(found, np.ndarray)}
+    unknown = {name: str(found) for name, found in compared.items() if isinstance(found, UnknownLayoutError)}
+    known = compared.keys() - unknown.keys()
     if reason := mostly_unknown(read_tensors(gguf), known):
         raise SamqError(f"{reason}: {next(iter(unknown.values()), 'torch has no weights of their names')}")
 
@@ -161,9 +154,22 @@ def read_layout(
     return GgufLayout(known_name, orders, unknown)
 
 
-def _row_order(weight: Weight, gguf: Path, rotated: Mapping[str, int]) -> np.ndarray | None:
+def _compared(
+    weights: list[Weight], gguf: Path, progress: Progress
+) -> Iterator[tuple[str, np.ndarray | UnknownLayoutError | None]]:
+    """Yield each weight's name and order of rows (None: torch's), or the error that says why its layout is unknown."""
+    find, rotated = _finder(gguf), _rotary_heads(read_metadata(gguf))
+    for done, weight in enumerate(weights):
+        progress(done, len(weights))
+        try:
+            yield weight.name, _row_order(weight, find(weight), gguf, rotated)
+        except UnknownLayoutError as error:
+            yield weight.name, error
+    progress(len(weights), len(weights))
+
+
+def _row_order(weight: Weight, stored: ReaderTensor, gguf: Path, rotated: Mapping[str, int]) -> np.ndarray | None:
     """The torch row of each of GGUF's rows; None if they are in torch's order. UnknownLayoutError if it is not known."""
-    stored = stored_tensors([weight], gguf)[weight.name]
     in_torch = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
     in_gguf = _read(gguf, stored)
     if _same(in_torch, in_gguf):
@@ -193,15 +199,24 @@ def _require_finite(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: 
 
 def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
     """GGUF name -> the GGUF's tensor, for every weight; raises SamqError if one is missing or has another shape."""
+    find = _finder(gguf)
+    return {weight.name: find(weight) for weight in weights}
+
+
+def _finder(gguf: Path) -> Callable[[Weight], ReaderTensor]:
+    """A function that gives a weight's tensor, and raises UnknownLayoutError if it is missing or has another shape."""
     stored = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
     shapes = {name: tensor.shape for name, tensor in read_tensors(gguf).items()}
-    for weight in weights:
+
+    def find(weight: Weight) -> ReaderTensor:
         if shapes.get(weight.name) != weight.shape:
             raise UnknownLayoutError(
                 f"{weight.name} is {weight.shape} in torch, but {gguf} has {shapes.get(weight.name, 'no such tensor')}; "
                 f"{_ANOTHER_MODEL}"
             )
-    return {weight.name: stored[weight.name] for weight in weights}
+        return stored[weight.name]
+
+    return find
 
 
 def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
