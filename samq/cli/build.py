@@ -22,6 +22,7 @@ from samq.cli.options import (
     HfFolder,
     Imatrix,
     Packing,
+    Revision,
     Seed,
     SequenceTokens,
     Split,
@@ -88,18 +89,23 @@ def compensate(
     device: Device = "auto",
     packing: Packing = None,
     seed: Seed = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or Hugging Face folder that the GGUF was made from. Default: the GGUF.")
+    ] = None,
+    revision: Revision = None,
     hf_folder: HfFolder = None,
 ) -> None:
     """Round a quantized GGUF again with GPTQ, at the same size.
 
-    Pushes each rounding error onto the columns that follow. Types and scales stay as they are.
+    Pushes each rounding error onto the columns that follow. Types and scales stay as they are. Give `--model` for an
+    architecture that transformers does not read from a GGUF.
     """
     prepare_prefect()
     check_file(out)
     with bar(f"check {quantized.name}"):
         _check_pair(gguf, quantized)
     text = read_calibration(dataset_spec(dataset, field, split=split, seed=seed), samples, None, packing)
-    source = find_model(gguf, hf_folder=hf_folder)
+    source = find_model(model or gguf, revision, hf_folder)
     at, full = stages.workspace(device), adopt({GGUF_NAME: gguf})
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():
