@@ -34,9 +34,19 @@ class TensorInfo:
         return self.shape[-1]
 
     @property
+    def extents(self) -> tuple[int, ...]:
+        """The shape without leading ones, which llama.cpp leaves out when it writes a tensor again."""
+        return without_ones(self.shape)
+
+    @property
     def weights(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape in torch's order without leading ones; its last extent always stays."""
+    return without_ones(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
 
 
 def open_gguf(path: Path, *, is_part: bool = False) -> LazyReader:

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import ReaderTensor
 from numpy.typing import NDArray
 
-from samq.gguf.file import open_gguf, read_rows
+from samq.gguf.file import open_gguf, read_rows, without_ones
 
 _ROWS = 64  # compared of a tensor, spread evenly: seconds for 70 billion weights
 _ROWS_OF_AN_EXPERT = 4  # at least
@@ -83,7 +83,7 @@ def first_not_finite(gguf: Path) -> tuple[str, bool] | None:
 def _fault(original: ReaderTensor, tensor: ReaderTensor) -> str:
     """What is wrong with the tensor; empty if nothing is."""
     name, kind = f"{tensor.name} ({tensor.tensor_type.name})", tensor.tensor_type.name
-    if tuple(tensor.shape) != tuple(original.shape):
+    if _extents(tensor) != _extents(original):
         return f"{name} has another shape than in full precision"
     rows, experts = _sampled_rows(tensor)
     if tensor.tensor_type == original.tensor_type:
@@ -121,6 +121,10 @@ def _far_off(
         return ""
     where = f"expert {worst} of {name}" if experts > 1 else name
     return f"{where} has a squared error of {relative[worst]:.2g} of its weights' squares, and {kind} stays below {limit:g}"
+
+
+def _extents(tensor: ReaderTensor) -> tuple[int, ...]:
+    return without_ones(tuple(int(extent) for extent in reversed(tensor.shape)))
 
 
 def _sampled_rows(tensor: ReaderTensor) -> tuple[NDArray[np.intp], int]:

@@ -108,7 +108,7 @@ def compensate_rung(
 def _compensable(full: Path, quantized: Path, grams: GramMatrices) -> list[tuple[ReaderTensor, ReaderTensor]]:
     """The tensors that compensation can round, each in full precision and quantized; those of one input side by side."""
     originals = {tensor.name: tensor for tensor in open_gguf(full).tensors}
-    shapes = [{tensor.name: tensor.shape for tensor in read_tensors(path).values()} for path in (full, quantized)]
+    shapes = [{tensor.name: tensor.extents for tensor in read_tensors(path).values()} for path in (full, quantized)]
     if shapes[0] != shapes[1]:
         raise SamqError(f"{quantized} and {full} do not hold the same tensors; give the GGUF that it was made from")
     pairs = [

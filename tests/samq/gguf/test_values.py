@@ -51,6 +51,15 @@ def changed(weights, name, value, *where):
     return weights | {name: tensor}
 
 
+def test_a_leading_extent_of_one_is_no_other_shape(weights, tmp_path):
+    """llama-quantize leaves it out; the routing bias of ERNIE 4.5 has one."""
+    norm = weights[NORM]
+    full = write(tmp_path / "full.gguf", weights | {NORM: norm[None]}, kind="F32")
+    assert value_fault(full, write(tmp_path / "again.gguf", weights, kind="F32")) == ""
+    other = write(tmp_path / "other.gguf", weights | {NORM: norm.reshape(2, 128)}, kind="F32")
+    assert value_fault(full, other) == f"{NORM} (F32) has another shape than in full precision"
+
+
 def test_every_type_that_a_plan_may_name_has_a_limit_under_that_of_zeros():
     assert LIMITS.keys() == set(TYPES)
     assert max(LIMITS.values()) < 1
