@@ -81,7 +81,8 @@ def _convert_folder(
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
         raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
-    command: list[str | Path] = [sys.executable, toolchain.converter, source.folder.absolute(), "--outfile", target]
+    command: list[str | Path] = [sys.executable, "-m", "samq.llamacpp.hf_converter", toolchain.converter]
+    command += [source.folder.absolute(), "--outfile", target]
     command += ["--outtype", precision.lower(), "--model-name", source.name.rsplit("/", 1)[-1]]
     has_own_package = (toolchain.converter.parent / "gguf-py").is_dir()
     try:

@@ -1,0 +1,147 @@
+"""Folders as they are published, and as transformers 5 saves them, become the GGUF of the same model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from samq.evaluation.divergence import compare_logits
+from samq.gguf.file import read_metadata, read_tensors
+from samq.llamacpp.hf_converter import completed, has_prediction_layers, partial_rotary_order
+from samq.llamacpp.runtime import Model
+from tests.tiny_models import byte_tokenizer
+
+IDS = np.random.default_rng(0).integers(0, 260, 100).astype(np.int32)
+SHAPE = dict(vocab_size=272, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
+WIDE = SHAPE | dict(intermediate_size=96, num_key_value_heads=2)
+LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=16)
+LINEAR = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=64,
+    linear_value_head_dim=64,
+    partial_rotary_factor=0.5,
+)
+NEMOTRON = dict(mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=16, n_groups=1, chunk_size=16, head_dim=16)
+HYBRID = dict(
+    num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=96, layer_types=["mamba", "attention"]
+)
+
+# What transformers makes a model of, and what published files say otherwise (None: nothing)
+MODELS = {
+    "bamba": (WIDE | MAMBA | dict(attn_layer_indices=[1]), {}),
+    "deepseek_v3": (WIDE | LATENT | EXPERTS | dict(num_key_value_heads=4, n_group=2, topk_group=1), {}),
+    "falcon": (SHAPE | dict(multi_query=True, parallel_attn=True, bias=False), {"num_kv_heads": None}),
+    "gpt2": (dict(vocab_size=272, n_positions=256, n_embd=64, n_layer=2, n_head=4), {}),
+    "gpt_neox": (SHAPE | dict(intermediate_size=96), {}),
+    "granitemoehybrid": (WIDE | MAMBA | HYBRID | dict(position_embedding_type="nope"), {}),
+    "mpt": (dict(vocab_size=272, d_model=64, n_layers=2, n_heads=4, max_seq_len=256), {}),
+    "nemotron_h": (WIDE | NEMOTRON | dict(num_hidden_layers=3, hybrid_override_pattern="M*-"), {}),
+    "qwen3_5_text": (WIDE | LINEAR | dict(num_hidden_layers=4, head_dim=64), {"mtp_num_hidden_layers": 1}),
+    "stablelm": (WIDE | dict(qk_layernorm=True, use_parallel_residual=True), {}),
+}
+
+
+# One process for all, since gguf's package of the converter and of these tests are two.
+CONVERT_ALL = """
+import runpy, sys
+from pathlib import Path
+from samq.llamacpp.hf_converter import mend
+converter, *folders = map(Path, sys.argv[1:])
+mend(converter)
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # llama.cpp does not know the tests' tokenizer
+main = runpy.run_path(str(converter), run_name="converter")["main"]
+for folder in folders:
+    sys.argv = ["converter", str(folder), "--outfile", str(folder / "model.gguf"), "--outtype", "f32"]
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def models(toolchain, tmp_path_factory):
+    """Name -> (torch's model, folder that has its GGUF, too)."""
+    root = tmp_path_factory.mktemp("models")
+    made = {kind: random_model(kind, config) for kind, (config, _) in MODELS.items()}
+    for kind, model in made.items():
+        save(model, root / kind, MODELS[kind][1])
+    command = [sys.executable, "-c", CONVERT_ALL, toolchain.converter, *(root / kind for kind in made)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {kind: (model, root / kind) for kind, model in made.items()}
+
+
+def random_model(kind, config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "conv" not in name:
+                parameter.normal_(std=0.15)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def save(model, folder, changed):
+    """As transformers saves it, with other values in the configuration; None takes a key away."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changed
+    file.write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None or key not in changed})
+    )
+
+
+def median_divergence(path, model):
+    with Model(path) as opened, opened.context(len(IDS), kv_type="F32") as context:
+        logits = context.decode(IDS, np.arange(len(IDS)), 0, np.ones(len(IDS), bool)).copy()
+    with torch.no_grad():
+        ours = model(torch.tensor(IDS[None].astype(np.int64)), use_cache=False).logits[0].numpy()
+    return compare_logits(logits, ours[:, : logits.shape[1]], IDS)["kld"].median()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_llama_cpp_computes_what_transformers_does(models, kind):
+    model, folder = models[kind]
+    assert median_divergence(folder / "model.gguf", model) < 1e-6
+
+
+def test_a_falcon_has_one_key_and_value_head(models):
+    path = models["falcon"][1] / "model.gguf"
+    assert read_metadata(path)["falcon.attention.head_count_kv"] == 1
+    assert read_tensors(path)["blk.0.attn_qkv.weight"].shape == (64 + 2 * 16, 64)
+
+
+def test_an_answer_of_the_published_file_stays():
+    assert completed({"model_type": "deepseek_v3", "scoring_func": "softmax"})["scoring_func"] == "softmax"
+    neox = {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    assert completed(neox)["rotary_pct"] == 0.5
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama", "pad_token_id": None}, {"model_type": "bamba"}, {}])
+def test_a_configuration_that_needs_nothing_or_is_of_another_time_stays_as_it_is(config):
+    assert completed(config) == config
+
+
+def test_layers_that_predict_further_tokens_are_told_by_their_names():
+    own = [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.experts.7.up_proj.weight",
+    ]
+    assert not has_prediction_layers([*own, "model.vision_tower.encoder.layers.26.norm.weight"], layers=2)
+    assert has_prediction_layers([*own, "model.layers.2.eh_proj.weight"], layers=2)
+    assert has_prediction_layers([*own, "mtp.layers.0.mlp.up_proj.weight"], layers=2)
+
+
+def test_only_rotated_rows_are_interleaved():
+    assert partial_rotary_order(16, head=8, rotated=4) == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
+    assert partial_rotary_order(8, head=4, rotated=4) == [0, 2, 1, 3, 4, 6, 5, 7]
