@@ -1,0 +1,73 @@
+"""Tensors of a GGUF that transformers reads into the wrong place or shape: its processors, mended.
+
+transformers looks its processors up by architecture. `register` puts these in the place of its own.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import modeling_gguf_pytorch_utils as reading
+
+Weights = NDArray[np.float32]
+
+_PER_HEAD = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qk])_layernorm\.norms\.0\.weight")
+
+
+class Qwen2Moe(reading.Qwen2MoeTensorProcessor):  # type: ignore[misc]
+    """The shared expert's gate is a matrix of one row in llama.cpp's own files, and a vector in those quantized."""
+
+    def process(self, weights: Weights, name: str, **options: Any) -> Any:
+        """See transformers' TensorProcessor."""
+        return super().process(weights.ravel() if "ffn_gate_inp_shexp" in name else weights, name, **options)
+
+
+class Gemma4(reading.TensorProcessor):  # type: ignore[misc]
+    """The scale of a layer's output is a buffer in torch, and so is called without `.weight`."""
+
+    def process(self, weights: Weights, name: str, **options: Any) -> Any:
+        """See transformers' TensorProcessor."""
+        own = name.removesuffix(".weight") if "layer_output_scale" in name else name
+        return reading.GGUFTensor(weights, own, {})
+
+
+class Falcon(reading.TensorProcessor):  # type: ignore[misc]
+    """Queries, key and value of each group of heads follow one another in torch; GGUF has all queries first."""
+
+    def process(self, weights: Weights, name: str, **options: Any) -> Any:
+        """See transformers' TensorProcessor."""
+        if "attn_qkv" in name:
+            groups = self.config["num_key_value_heads"]
+            width = self.config["hidden_size"] // self.config["num_attention_heads"]
+            parts = np.split(weights, [len(weights) - 2 * groups * width, len(weights) - groups * width])
+            parts = [part.reshape(groups, -1, *weights.shape[1:]) for part in parts]
+            weights = np.concatenate(parts, axis=1).reshape(weights.shape)
+        return reading.GGUFTensor(weights, name, {})
+
+
+class StableLm(reading.TensorProcessor):  # type: ignore[misc]
+    """Each head has a norm of its own in torch; GGUF stacks them (StableLM 2 12B)."""
+
+    def perform_fallback_tensor_mapping(
+        self, gguf_to_hf_name_map: dict[str, str], suffix: str, qual_name: str, hf_name: str
+    ) -> None:
+        """See transformers' TensorProcessor."""
+        if norm := _PER_HEAD.fullmatch(hf_name):
+            gguf_to_hf_name_map[f"blk.{norm[1]}.attn_{norm[2]}_norm.weight"] = qual_name + hf_name
+
+    def process(self, weights: Weights, name: str, **options: Any) -> Any:
+        """See transformers' TensorProcessor."""
+        first = options["tensor_key_mapping"].get(name, "") if weights.ndim == 2 else ""
+        if not _PER_HEAD.search(first):
+            return reading.GGUFTensor(weights, name, {})
+        for head, norm in enumerate(weights):
+            own = first.replace(".norms.0.", f".norms.{head}.")
+            options["parsed_parameters"]["tensors"][own] = torch.from_numpy(norm.copy())
+        return reading.GGUFTensor(weights, None, {})  # all of it has its place already
+
+
+def register() -> None:
+    """Let transformers use these processors."""
+    reading.TENSOR_PROCESSORS |= {"falcon": Falcon, "gemma4": Gemma4, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
