@@ -16,7 +16,7 @@ Weights = NDArray[np.float32]
 _PER_HEAD = re.compile(r"model\.layers\.(\d+)\.self_attn\.([qk])_layernorm\.norms\.0\.weight")
 
 
-class Qwen2Moe(reading.Qwen2MoeTensorProcessor):  # type: ignore[misc]
+class Qwen2Moe(reading.Qwen2MoeTensorProcessor):
     """The shared expert's gate is a matrix of one row in llama.cpp's own files, and a vector in those quantized."""
 
     def process(self, weights: Weights, name: str, **options: Any) -> Any:
@@ -24,7 +24,7 @@ class Qwen2Moe(reading.Qwen2MoeTensorProcessor):  # type: ignore[misc]
         return super().process(weights.ravel() if "ffn_gate_inp_shexp" in name else weights, name, **options)
 
 
-class Gemma4(reading.TensorProcessor):  # type: ignore[misc]
+class Gemma4(reading.TensorProcessor):
     """The scale of a layer's output is a buffer in torch, and so is called without `.weight`."""
 
     def process(self, weights: Weights, name: str, **options: Any) -> Any:
@@ -33,7 +33,7 @@ class Gemma4(reading.TensorProcessor):  # type: ignore[misc]
         return reading.GGUFTensor(weights, own, {})
 
 
-class Falcon(reading.TensorProcessor):  # type: ignore[misc]
+class Falcon(reading.TensorProcessor):
     """Queries, key and value of each group of heads follow one another in torch; GGUF has all queries first."""
 
     def process(self, weights: Weights, name: str, **options: Any) -> Any:
@@ -47,7 +47,7 @@ class Falcon(reading.TensorProcessor):  # type: ignore[misc]
         return reading.GGUFTensor(weights, name, {})
 
 
-class StableLm(reading.TensorProcessor):  # type: ignore[misc]
+class StableLm(reading.TensorProcessor):
     """Each head has a norm of its own in torch; GGUF stacks them (StableLM 2 12B)."""
 
     def perform_fallback_tensor_mapping(
@@ -65,7 +65,7 @@ class StableLm(reading.TensorProcessor):  # type: ignore[misc]
         for head, norm in enumerate(weights):
             own = first.replace(".norms.0.", f".norms.{head}.")
             options["parsed_parameters"]["tensors"][own] = torch.from_numpy(norm.copy())
-        return reading.GGUFTensor(weights, None, {})  # all of it has its place already
+        return reading.GGUFTensor(weights, "", {})  # all of it has its place already
 
 
 def register() -> None:

@@ -6,13 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from samq.evaluation.divergence import compare_logits
 from samq.gguf.file import read_metadata, read_tensors
 from samq.llamacpp.hf_converter import completed, has_prediction_layers, partial_rotary_order
 from samq.llamacpp.runtime import Model
+from samq.sensitivity.hf_model import describe_source, load_model
 from tests.tiny_models import byte_tokenizer
 
 IDS = np.random.default_rng(0).integers(0, 260, 100).astype(np.int32)
@@ -33,20 +37,39 @@ HYBRID = dict(
     num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=96, layer_types=["mamba", "attention"]
 )
 
+GEMMA = WIDE | dict(head_dim=32, sliding_window=32)
+PER_LAYER = dict(
+    global_head_dim=64, hidden_size_per_layer_input=16, vocab_size_per_layer_input=272, num_kv_shared_layers=0
+)
+SCALED = dict(
+    full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+    sliding_attention=dict(rope_type="default", rope_theta=1e4),
+)
+KINDS = ["sliding_attention", "full_attention"]
+SHARED = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=32)
+
 # What transformers makes a model of, and what published files say otherwise (None: nothing)
 MODELS = {
     "bamba": (WIDE | MAMBA | dict(attn_layer_indices=[1]), {}),
     "deepseek_v3": (WIDE | LATENT | EXPERTS | dict(num_key_value_heads=4, n_group=2, topk_group=1), {}),
     "falcon": (SHAPE | dict(multi_query=True, parallel_attn=True, bias=False), {"num_kv_heads": None}),
+    "falcon_groups": (SHAPE | dict(new_decoder_architecture=True, num_kv_heads=2, bias=False), {}),
+    "gemma2": (GEMMA | dict(query_pre_attn_scalar=32), {}),
+    "gemma3_text": (GEMMA | dict(num_hidden_layers=6, query_pre_attn_scalar=32, rope_parameters=SCALED), {}),
+    "gemma4_text": (GEMMA | PER_LAYER | dict(layer_types=KINDS), {}),
     "gpt2": (dict(vocab_size=272, n_positions=256, n_embd=64, n_layer=2, n_head=4), {}),
     "gpt_neox": (SHAPE | dict(intermediate_size=96), {}),
     "granitemoehybrid": (WIDE | MAMBA | HYBRID | dict(position_embedding_type="nope"), {}),
     "mpt": (dict(vocab_size=272, d_model=64, n_layers=2, n_heads=4, max_seq_len=256), {}),
     "nemotron_h": (WIDE | NEMOTRON | dict(num_hidden_layers=3, hybrid_override_pattern="M*-"), {}),
+    "qwen2_moe": (WIDE | SHARED, {}),
     "qwen3_5_text": (WIDE | LINEAR | dict(num_hidden_layers=4, head_dim=64), {"mtp_num_hidden_layers": 1}),
     "stablelm": (WIDE | dict(qk_layernorm=True, use_parallel_residual=True), {}),
 }
 
+
+# Those that transformers reads from a GGUF and that need help there; `test_gguf_config.py` has more
+FROM_GGUF = ("falcon", "falcon_groups", "gemma2", "gemma3_text", "gemma4_text", "qwen2_moe", "stablelm")
 
 # One process for all, since gguf's package of the converter and of these tests are two.
 CONVERT_ALL = """
@@ -79,11 +102,11 @@ def models(toolchain, tmp_path_factory):
 
 def random_model(kind, config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.removesuffix("_groups"), **config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "conv" not in name:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.05 if kind.startswith("gemma") else 0.15)  # ggml's GELU is a table in F16
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
@@ -92,12 +115,53 @@ def random_model(kind, config):
 def save(model, folder, changed):
     """As transformers saves it, with other values in the configuration; None takes a key away."""
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    kind = model.config.model_type
+    tokenizer = pieces_tokenizer() if kind.startswith("gemma") else byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    if kind in ("gemma2", "gemma3_text"):
+        write_sentencepiece(folder / "tokenizer.model")
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changed
     file.write_text(
         json.dumps({key: value for key, value in config.items() if value is not None or key not in changed})
     )
+
+
+def pieces_tokenizer():
+    """Gemma's kind: all bytes as pieces, and a few letters."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces = [
+        *special,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"aehnt",
+        "th",
+        "the",
+        "an",
+        "at",
+        "ha",
+        "ta",
+    ]
+    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("a", "t"), ("h", "a"), ("t", "a")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def write_sentencepiece(path):
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the hat than that ant ate at tea", "an ant ate the tan hat"]),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=len(pieces_tokenizer()),
+            byte_fallback=True,
+            **dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2),
+        )
 
 
 def median_divergence(path, model):
@@ -112,6 +176,13 @@ def median_divergence(path, model):
 def test_llama_cpp_computes_what_transformers_does(models, kind):
     model, folder = models[kind]
     assert median_divergence(folder / "model.gguf", model) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind in FROM_GGUF])
+def test_the_torch_model_of_the_gguf_is_llama_cpps(models, kind):
+    path = models[kind][1] / "model.gguf"
+    model, _ = load_model(describe_source(path), device="cpu")
+    assert median_divergence(path, model) < 1e-6
 
 
 def test_a_falcon_has_one_key_and_value_head(models):
