@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
+from samq.allocation.target import OpenTarget, make_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, mostly_unknown, read_tensors
-from samq.gguf.formats import MIXTURES, UNMEASURED, bits_per_weight, check_mixture, check_type
+from samq.gguf.formats import EMBEDDING, MIXTURES, OUTPUT, UNMEASURED, bits_per_weight, check_mixture, check_type
 from samq.llamacpp.programs import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 

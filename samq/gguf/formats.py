@@ -6,6 +6,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from samq.errors import SamqError
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+
 # llama-quantize's own replacements where the row length is not a multiple of the block
 # (tensor_type_fallback in llama.cpp's src/llama-quant.cpp). Where the replacement does not fit either, it writes F16.
 _FALLBACK = {
@@ -29,7 +31,7 @@ NEEDS_IMATRIX = {
 }
 # llama-quantize does not check these two tensors, and then ggml aborts at the types that it cannot quantize without
 # an entry (ggml_quantize_requires_imatrix).
-_UNCHECKED = frozenset({"token_embd.weight", "output.weight"})
+_UNCHECKED = frozenset({EMBEDDING, OUTPUT})
 _ABORTS = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 
 
