@@ -21,7 +21,7 @@ _FALLBACK = {
     "Q6_K": "Q8_0",
 }
 
-UNMEASURED = "Q8_0"  # type of a tensor whose sensitivity is not known: safe, and half of F16
+UNMEASURED = "Q8_0"  # the default type of a tensor whose sensitivity is not known: safe, and half of F16
 
 # llama-quantize writes these only to a tensor that has an entry in the importance matrix (tensor_requires_imatrix in
 # llama.cpp's src/llama-quant.cpp). Beside each is the type nearest in bits that does not need one.
@@ -44,6 +44,11 @@ def bits_per_weight(name: str) -> float:
     """Bits per weight of a type, including its scales."""
     weights, size = _block(name)
     return 8 * size / weights
+
+
+def smaller(one: str, other: str) -> str:
+    """The type with fewer bits; `one` if they have as many."""
+    return min(one, other, key=bits_per_weight)
 
 
 # The types that a plan may name: those that llama-quantize writes, from fewest bits to most.

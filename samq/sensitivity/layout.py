@@ -55,6 +55,13 @@ class GgufLayout:
     weights: list[Weight]
     unknown: Mapping[str, str] = field(default_factory=dict)  # the GGUF's tensor that is not measured -> why
 
+    @property
+    def unmeasured(self) -> str:
+        """What to say of the tensors that are not measured, eight of them by name."""
+        reasons = list(self.unknown.values())
+        more = f"; and {len(reasons) - 8} more" if len(reasons) > 8 else ""
+        return f"{len(reasons)} tensors are not measured: {'; '.join(reasons[:8])}{more}"
+
 
 @dataclass(frozen=True)
 class _Stored:
@@ -155,8 +162,6 @@ def _tensors(hf_name: str, names: Names, there: Set[str] | None) -> dict[str, tu
         gguf_names = {name: _weight_name(names(name)) for name in storage}
         if all(gguf_names.values()):
             with_names.append({str(gguf_names[name]): makers for name, makers in storage.items()})
-    if not with_names and names(hf_name) is None:
-        logger.warning("%s has no GGUF name and is not measured", hf_name)
     complete = [found for found in with_names if there is None or found.keys() <= there]
     return next(iter(complete or with_names[-1:]), {})
 

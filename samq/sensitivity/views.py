@@ -233,8 +233,11 @@ def _pair(ending: str, gate: str, up: str, *views: Callable[[int], MakeView]) ->
 TABLE = (
     _own(r"\b[qk]_proj", plain, rotary),
     _own(r"\bquery_key_value", plain, heads_of_qkv, groups_of_qkv),
-    _pair(r"experts\.gate_up_proj", "experts.gate_proj", "experts.up_proj", half, turned_half, turned_every_other),
-    _own(r"experts\.down_proj", plain, turned),
+    _pair(r"\bexperts\.gate_up_proj", "experts.gate_proj", "experts.up_proj", half, turned_half, turned_every_other),
+    _own(r"\bexperts\.down_proj", plain, turned),
+    # some models call the block otherwise, where the map of names has only this one
+    _pair(r"\w+\.experts\.gate_up_proj", "mlp.experts.gate_proj", "mlp.experts.up_proj", half),
+    Entry(r"\w+\.experts\.down_proj", {"mlp.experts.down_proj": (plain,)}),
     _own(r"experts\.mlp\.[wv]1", experts_apart(transposed=False)),
     _own(r"experts\.mlp\.w2", experts_apart(transposed=True)),
     _pair(r"shared_mlp\.input_linear", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", half),

@@ -130,6 +130,6 @@ def test_a_parameter_may_be_stored_in_several_ways_and_last_as_it_is():
     split, whole = storages(f"{stem}kv_b_proj.weight")
     assert split.keys() == {f"{stem}k_b_proj.weight", f"{stem}v_b_proj.weight"}
     assert list(whole) == [f"{stem}kv_b_proj.weight"]
-    experts, _ = storages("model.layers.3.mlp.experts.gate_up_proj")
+    experts, *_ = storages("model.layers.3.mlp.experts.gate_up_proj")
     assert experts.keys() == {"model.layers.3.mlp.experts.gate_proj", "model.layers.3.mlp.experts.up_proj"}
     assert [list(storage) for storage in storages("model.norm.weight")] == [["model.norm.weight"]]
