@@ -38,6 +38,7 @@ from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 from samq.sensitivity import gguf_config
+from samq.sensitivity.as_llama_cpp import compute_as_llama_cpp
 from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -307,6 +308,7 @@ def load_model(
             model, info = loaded[0].eval(), loaded[1]
             if gguf_alone:
                 gguf_config.scale_frequencies(model, gguf_alone)
+            compute_as_llama_cpp(model)
         tokenizer = _tokenizer(source)
     if info["missing_keys"]:  # transformers only warns, and leaves these weights random
         advice = "give the model's Hugging Face folder" if source.gguf else "download it again"
@@ -374,7 +376,7 @@ def _transformers_errors(what: str) -> Iterator[None]:
     """Raise SamqError with the first line of whatever error transformers or torch raises."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         folder, files = "give the model's Hugging Face folder in place of the GGUF", "check its files and the device"
         advice = folder if "gguf" in reason.lower() else files  # transformers reads few architectures from GGUFs

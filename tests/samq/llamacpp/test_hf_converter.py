@@ -41,6 +41,7 @@ GEMMA = WIDE | dict(head_dim=32, sliding_window=32)
 PER_LAYER = dict(
     global_head_dim=64, hidden_size_per_layer_input=16, vocab_size_per_layer_input=272, num_kv_shared_layers=0
 )
+PHI = dict(original_max_position_embeddings=256, sliding_window=256, attention_bias=True, lm_head_bias=True)
 SCALED = dict(
     full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
     sliding_attention=dict(rope_type="default", rope_theta=1e4),
@@ -58,10 +59,12 @@ MODELS = {
     "gemma3_text": (GEMMA | dict(num_hidden_layers=6, query_pre_attn_scalar=32, rope_parameters=SCALED), {}),
     "gemma4_text": (GEMMA | PER_LAYER | dict(layer_types=KINDS), {}),
     "gpt2": (dict(vocab_size=272, n_positions=256, n_embd=64, n_layer=2, n_head=4), {}),
+    "gpt_oss": (WIDE | dict(head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=32), {}),
     "gpt_neox": (SHAPE | dict(intermediate_size=96), {}),
     "granitemoehybrid": (WIDE | MAMBA | HYBRID | dict(position_embedding_type="nope"), {}),
     "mpt": (dict(vocab_size=272, d_model=64, n_layers=2, n_heads=4, max_seq_len=256), {}),
     "nemotron_h": (WIDE | NEMOTRON | dict(num_hidden_layers=3, hybrid_override_pattern="M*-"), {}),
+    "phimoe": (WIDE | PHI | dict(num_local_experts=4, num_experts_per_tok=2), {}),
     "qwen2_moe": (WIDE | SHARED, {}),
     "qwen3_5_text": (WIDE | LINEAR | dict(num_hidden_layers=4, head_dim=64), {"mtp_num_hidden_layers": 1}),
     "stablelm": (WIDE | dict(qk_layernorm=True, use_parallel_residual=True), {}),
@@ -118,7 +121,7 @@ def save(model, folder, changed):
     kind = model.config.model_type
     tokenizer = pieces_tokenizer() if kind.startswith("gemma") else byte_tokenizer()
     tokenizer.save_pretrained(folder)
-    if kind in ("gemma2", "gemma3_text"):
+    if kind in ("gemma2", "gemma3_text", "phimoe"):
         write_sentencepiece(folder / "tokenizer.model")
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changed
@@ -173,8 +176,9 @@ def median_divergence(path, model):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_llama_cpp_computes_what_transformers_does(models, kind):
-    model, folder = models[kind]
+def test_llama_cpp_computes_what_torch_does(models, kind):
+    _, folder = models[kind]
+    model, _ = load_model(describe_source(folder), device="cpu")
     assert median_divergence(folder / "model.gguf", model) < 1e-6
 
 

@@ -1,0 +1,59 @@
+"""A torch model, changed where llama.cpp computes something else on purpose or by a fault of its own.
+
+Files are made for llama.cpp, so sensitivities have to be those of what llama.cpp computes. Each entry was found by comparing
+logits in float32 and holds to 1e-12 nats. `samq.evaluation.agreement` compares every model, so an entry that a later llama.cpp
+no longer needs is refused there.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def compute_as_llama_cpp(model: PreTrainedModel) -> None:
+    """Change, in place, what the model computes."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            _round_yarn(module)
+    if model.config.model_type == "phimoe":
+        _plain_phimoe(model)
+
+
+def _round_yarn(embedding: Any) -> None:
+    """Round the bounds of YaRN's ramp, which gpt-oss leaves as they are (`ggml_rope_yarn_corr_dims` in ggml.c)."""
+    rope = getattr(embedding.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn" or rope.get("truncate", True):
+        return
+    rope["truncate"] = True
+    frequencies, _ = ROPE_INIT_FUNCTIONS["yarn"](embedding.config, embedding.inv_freq.device)
+    for name in ("inv_freq", "original_inv_freq"):
+        setattr(embedding, name, frequencies.clone())
+
+
+def _plain_phimoe(model: PreTrainedModel) -> None:
+    """Phi-3.5-MoE as llama.cpp has it: norms without the mean, and two experts by plain softmax (models/phi3.cpp)."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            _replace_forward(module, _rms_norm)
+        elif type(module).__name__ == "PhimoeTopKRouter":
+            _replace_forward(module, _route)
+
+
+def _replace_forward(module: nn.Module, forward: Any) -> None:
+    """On several GPUs accelerate has wrapped the method already, and calls the old one by another name."""
+    setattr(module, "_old_forward" if hasattr(module, "_old_forward") else "forward", MethodType(forward, module))
+
+
+def _rms_norm(norm: Any, values: torch.Tensor) -> torch.Tensor:
+    scale: torch.Tensor = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
+    return values * scale + norm.bias
+
+
+def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = nn.functional.linear(hidden, router.weight)
+    weights, experts = torch.softmax(logits, dim=-1).topk(router.top_k, dim=-1)
+    return logits, weights / weights.sum(-1, keepdim=True), experts
