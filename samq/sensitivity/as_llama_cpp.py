@@ -49,8 +49,8 @@ def _replace_forward(module: nn.Module, forward: Any) -> None:
 
 
 def _rms_norm(norm: Any, values: torch.Tensor) -> torch.Tensor:
-    scale: torch.Tensor = torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
-    return values * scale + norm.bias
+    normed: torch.Tensor = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return torch.addcmul(norm.bias, normed, norm.weight)
 
 
 def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
