@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -181,7 +182,9 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
     names = get_tensor_name_map(kinds[architecture], metadata[f"{architecture}.block_count"])
 
     def gguf_name(hf_name: str) -> str | None:
-        return names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        # Nemotron-H is published with the second name, and transformers 5 has the first
+        own = (hf_name, re.sub("^model", "backbone", hf_name))
+        return next((name for hf in own if (name := names.get_name(hf, try_suffixes=(".weight", ".bias")))), None)
 
     return gguf_name
 

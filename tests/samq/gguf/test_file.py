@@ -38,6 +38,14 @@ def test_hugging_face_names_become_gguf_names(tiny_gguf):
     assert name("model.layers.2.mlp.down_proj.weight") is None
 
 
+def test_nemotron_h_has_two_names_for_its_layers():
+    name = gguf_names({"general.architecture": "nemotron_h", "nemotron_h.block_count": 2})
+    for stem in ("model", "backbone"):
+        assert name(f"{stem}.layers.1.mixer.in_proj.weight") == "blk.1.ssm_in.weight"
+        assert name(f"{stem}.layers.1.norm.weight") == "blk.1.attn_norm.weight"
+    assert name("model.layers.2.mixer.in_proj.weight") is None
+
+
 @pytest.mark.parametrize("size", [0, 10, 5000, -1])
 def test_a_damaged_file_is_one_sentence(tiny_gguf, tmp_path, size):
     cut = tmp_path / "cut.gguf"
