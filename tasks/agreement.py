@@ -41,9 +41,11 @@ def agreement(at: Workspace, folder: Path, model: TorchModel, tokens: Artifact) 
     torch_model, _ = model.load(at.device)
     with bar("compare torch and llama.cpp"):
         chunks = cut_chunks(ids, settings.context_tokens, bos)
-        measured = measure_agreement(torch_model, model.dtype, chunks, folder, settings)
+        measured = measure_agreement(torch_model, model.dtype, chunks, folder, settings, full.path)
     require_agreement(measured, model.source)
     log.info("torch and llama.cpp agree within %.1g nats", measured.median_kld_nats)
+    if measured.rounding_kld_nats is not None:
+        log.warning("roundings alone change this model's predictions by %.1g nats", measured.rounding_kld_nats)
     measured.save(folder / AGREEMENT_NAME)
     for path in [*folder.glob("*.np[yz]"), *folder.glob("baseline.json")]:
         path.unlink()

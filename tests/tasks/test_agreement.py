@@ -12,6 +12,7 @@ from tasks.agreement import agreement
 from tasks.model import TorchModel
 from tests.tiny_models import byte_tokenizer, random_tokens, save_folder, tiny_llama, write_llama_gguf
 
+UNSTABLE = dict(initializer_range=1.0, num_hidden_layers=4)
 SHAPE = dict(vocab_size=300, hidden_size=64, max_position_embeddings=64)
 
 
@@ -26,8 +27,8 @@ def tokens(at):
     return published(Store(at.store), "tokenize", lambda folder: random_tokens().save(folder / TOKENS_NAME))
 
 
-def inputs(at, tmp_path):
-    path = write_llama_gguf(tiny_llama(**SHAPE), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer())
+def inputs(at, tmp_path, **shape):
+    path = write_llama_gguf(tiny_llama(**SHAPE | shape), tmp_path / "tiny.gguf", tokenizer=byte_tokenizer())
     full = published(Store(at.store), "convert", lambda folder: (folder / GGUF_NAME).hardlink_to(path))
     return TorchModel(describe_source(path), full)
 
@@ -39,12 +40,19 @@ def test_one_model_agrees_with_itself(at, tmp_path, tokens):
     assert {name for name in measured.files if not name.endswith(".log")} == {AGREEMENT_NAME}
 
 
-def test_two_models_are_refused_with_the_way_out(at, tmp_path, tokens):
+def test_a_model_that_amplifies_roundings_is_measured_against_them(at, tmp_path, tokens):
+    measured = agreement(at, inputs(at, tmp_path, **UNSTABLE), tokens)
+    record = json.loads(measured.path(AGREEMENT_NAME).read_text())
+    assert 1e-4 < record["median_kld_nats"] < record["limit_nats"] == 10 * record["rounding_kld_nats"]
+
+
+@pytest.mark.parametrize("shape", [{}, UNSTABLE], ids=["stable", "unstable"])
+def test_two_models_are_refused_with_the_way_out(at, tmp_path, tokens, shape):
     """The folder's configuration is of another model: its rotary embeddings turn faster."""
     rope = {"rope_type": "default", "rope_theta": 100.0}
-    folder = save_folder(tiny_llama(**SHAPE, rope_parameters=rope), tmp_path / "folder")
+    folder = save_folder(tiny_llama(**SHAPE | shape, rope_parameters=rope), tmp_path / "folder")
     byte_tokenizer().save_pretrained(folder)
-    model = inputs(at, tmp_path)
+    model = inputs(at, tmp_path, **shape)
     other = TorchModel(describe_source(model.source.gguf, hf_folder=folder), model.full)
     with pytest.raises(SamqError, match=r"torch and llama.cpp compute different models of tiny: .* \(hf_folder\)$"):
         agreement(at, other, tokens)
