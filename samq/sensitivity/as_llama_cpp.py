@@ -13,14 +13,33 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+# Attend to a window only in transformers, and to all tokens before in llama.cpp
+WITHOUT_WINDOWS = frozenset(
+    ("mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
+)
+
 
 def compute_as_llama_cpp(model: PreTrainedModel) -> None:
     """Change, in place, what the model computes."""
+    if model.config.model_type in WITHOUT_WINDOWS:
+        _without_windows(model)
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             _round_yarn(module)
     if model.config.model_type == "phimoe":
         _plain_phimoe(model)
+
+
+def _without_windows(model: PreTrainedModel) -> None:
+    config: Any = model.config
+    if getattr(config, "layer_types", None):  # a kind a layer: some models make a mask of each kind, used or not
+        config.layer_types = ["full_attention"] * len(config.layer_types)
+    else:
+        config.sliding_window = None
+    modules: Any = model.modules()
+    for module in modules:
+        if hasattr(module, "sliding_window"):
+            module.sliding_window = None
 
 
 def _round_yarn(embedding: Any) -> None:
