@@ -287,12 +287,22 @@ ARCHITECTURES = {
     "MPT": Architecture("mpt", dict(vocab_size=VOCABULARY, d_model=256, n_layers=2, n_heads=4, max_seq_len=1024)),
     "Phi-3.5 MoE": llama_like(
         "phimoe", num_local_experts=8, num_experts_per_tok=2, sliding_window=256, original_max_position_embeddings=1024,
-        attention_bias=True, lm_head_bias=True,
+        attention_bias=True, lm_head_bias=True, publish=vocabulary_model,
+    ),
+    "MiniMax-M2": llama_like("minimax_m2", head_dim=64, num_local_experts=8, num_experts_per_tok=2, intermediate_size=256),
+    "Nemotron-H": llama_like(
+        "nemotron_h", hybrid_override_pattern="M*-", num_hidden_layers=3, mamba_num_heads=8, mamba_head_dim=64,
+        ssm_state_size=16, n_groups=1, expand=2, chunk_size=64, head_dim=64,
+    ),
+    "StableLM 2 12B": llama_like("stablelm", partial_rotary_factor=0.25, qk_layernorm=True, use_parallel_residual=True),
+    "Llama 4": llama_like(
+        "llama4_text", num_hidden_layers=4, head_dim=64, intermediate_size=256, intermediate_size_mlp=512,
+        num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=512,
     ),
 }  # fmt: skip
 
 # Models that llama.cpp's converter does not support -> their class.
-REFUSED = {"OPT": "OPTForCausalLM", "MPT": "MptForCausalLM", "Phi-3.5 MoE": "PhimoeForCausalLM"}
+REFUSED = {"OPT": "OPTForCausalLM"}
 
 
 def write_model(name: str, folder: Path) -> Path:
