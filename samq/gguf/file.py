@@ -160,7 +160,8 @@ def mostly_unknown(tensors: Mapping[str, TensorInfo], known: Collection[str]) ->
 def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
     """Return a function from a Hugging Face parameter name to its GGUF name, or None if the architecture has none.
 
-    `metadata` is a GGUF's (`read_metadata`). Raises SamqError for an architecture that the gguf package does not know.
+    `metadata` is a GGUF's (`read_metadata`). Of a multimodal model the function takes the names of the text part. Raises
+    SamqError for an architecture that the gguf package does not know.
     """
     architecture = metadata["general.architecture"]
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
@@ -171,7 +172,8 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
     names = get_tensor_name_map(kinds[architecture], metadata[f"{architecture}.block_count"])
 
     def gguf_name(hf_name: str) -> str | None:
-        return names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        text_name = hf_name.replace("language_model.", "").replace("text_model.", "")  # as llama.cpp's converter does
+        return names.get_name(text_name, try_suffixes=(".weight", ".bias"))
 
     return gguf_name
 

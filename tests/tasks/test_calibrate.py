@@ -1,6 +1,6 @@
 """What calibration does before its own bar shows anything."""
 
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.layout import weights_of
 from samq.store import Store
 from tasks.model import TorchModel

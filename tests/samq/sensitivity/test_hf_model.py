@@ -10,7 +10,8 @@ from samq.errors import SamqError
 from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors
 from samq.gguf.header import LazyReader
 from samq.llamacpp.programs import convert
-from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer, write_hf_folder
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model, load_tokenizer, write_hf_folder
 from samq.sensitivity.layout import row_orders, weights_of
 from tests.tiny_models import byte_tokenizer, names_of, save_folder, tiny_llama, write_llama_gguf
 
