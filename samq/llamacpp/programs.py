@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from samq.errors import SamqError, ToolError
-from samq.files import GGUF_NAME, IMATRIX_NAME
+from samq.files import GGUF_NAME, IMATRIX_NAME, MMPROJ_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import HashedFile, TensorInfo, read_metadata, read_tensors
 from samq.gguf.formats import check_mixture, tensor_bytes
@@ -52,7 +52,7 @@ def convert(
     """
     target, log = folder / GGUF_NAME, folder / "convert.log"
     if source.gguf is None:
-        _convert_folder(source, target, log, toolchain, precision, timeout_s)
+        _run_converter(source, ["--outtype", precision.lower()], target, log, toolchain, timeout_s)
     elif _is_full_precision(source.gguf):
         link_or_copy(source.gguf, target)
     else:
@@ -75,14 +75,36 @@ def _require_finite(gguf: Path, model: str) -> None:
     raise SamqError(f"{name} of {model} holds NaN or infinity; get the model again, or choose another one")
 
 
-def _convert_folder(
-    source: ModelSource, target: Path, log: Path, toolchain: Toolchain, precision: str, timeout_s: float
+def convert_mmproj(
+    source: ModelSource,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    precision: str = "F16",
+    timeout_s: float = PROGRAM_TIMEOUT_S,
+) -> Path:
+    """Write the vision or audio part of a Hugging Face folder (`precision`: F16 or Q8_0) into `folder`; return its path.
+
+    Raises SamqError if the converter does not know that part or the folder lacks its weights, and ToolError if the converter is
+    missing or fails.
+    """
+    target = folder / MMPROJ_NAME
+    arguments = ["--mmproj", "--outtype", precision.lower()]
+    _run_converter(source, arguments, target, folder / "convert.log", toolchain, timeout_s)
+    if not read_tensors(target):
+        raise SamqError(f"{source.name} has no weights of it; give a model that has, or use the text part alone")
+    _require_finite(target, source.name)
+    return target
+
+
+def _run_converter(
+    source: ModelSource, arguments: list[str], target: Path, log: Path, toolchain: Toolchain, timeout_s: float
 ) -> None:
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
         raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
     command: list[str | Path] = [sys.executable, toolchain.converter, source.folder.absolute(), "--outfile", target]
-    command += ["--outtype", precision.lower(), "--model-name", source.name.rsplit("/", 1)[-1]]
+    command += [*arguments, "--model-name", source.name.rsplit("/", 1)[-1]]
     has_own_package = (toolchain.converter.parent / "gguf-py").is_dir()
     try:
         run(command, log=log, timeout_s=timeout_s, env=None if has_own_package else {"NO_LOCAL_GGUF": "1"})

@@ -175,6 +175,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_multimodal(source: ModelSource) -> bool:
+    """Whether the model has a vision or audio part beside its text part. A GGUF holds the text part alone."""
+    if source.gguf is not None or source.folder is None:
+        return False
+    config = read_config(source.folder)
+    return any(config.get(f"{part}_config") for part in ("vision", "audio", "whisper", "thinker"))
+
+
 def _check_architecture(config: dict[str, Any], folder: Path) -> None:
     model_type = config.get("model_type", "")
     by_type = {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}

@@ -190,7 +190,9 @@ def _transformers_errors(what: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         folder, files = "give the model's Hugging Face folder in place of the GGUF", "check its files and the device"
-        advice = folder if "gguf" in reason.lower() else files  # transformers reads few architectures from GGUFs
+        # transformers reads few architectures from GGUFs, and of some multimodal models no text part alone
+        is_gguf = "gguf" in reason.lower() or "Unrecognized configuration class" in reason
+        advice = folder if is_gguf else files
         raise SamqError(f"transformers cannot load {what} ({type(error).__name__}: {reason}); {advice}") from error
 
 
