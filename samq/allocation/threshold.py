@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, mostly_unknown, read_tensors
-from samq.gguf.formats import MIXTURES, UNMEASURED, bits_per_weight, check_mixture, check_type
+from samq.gguf.formats import MIXTURES, UNMEASURED, bits_per_weight, check_mixture, check_type, is_pointless
 from samq.llamacpp.programs import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 
@@ -58,7 +58,8 @@ def threshold_plan(
     """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
 
     `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. Guards are applied after,
-    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly.
+    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly. A tensor that is
+    published in MXFP4 keeps it where the type for it is no smaller.
     """
     measured = sensitivity.tensors.keys() & target.quantizable.keys()
     if reason := mostly_unknown(target.quantizable, measured):
@@ -77,6 +78,8 @@ def threshold_plan(
         guard = guards.get(name)
         if guard and bits_per_weight(requested) < bits_per_weight(guard):
             requested = guard
+        if is_pointless(requested, target.quantizable[name].type):
+            requested = target.quantizable[name].type
         if requested != types[name]:
             substitutions.pop(name, None)
         chosen[name], swap = target.legal_type(name, requested)

@@ -54,6 +54,16 @@ MIXTURES = tuple(
 )
 
 
+# The types that a full-precision GGUF may have: floats, and MXFP4, in which gpt-oss is published. No rounding is to be had
+# from it, so such a tensor keeps its type where another one is not smaller.
+FULL_PRECISION = frozenset({"F16", "BF16", "F32", "MXFP4"})
+
+
+def is_pointless(name: str, own: str) -> bool:
+    """Whether a tensor that is published in the quantized type `own` would only lose by the type `name`: it is no smaller."""
+    return own == "MXFP4" and bits_per_weight(name) >= bits_per_weight(own)
+
+
 def check_type(name: str) -> str:
     """Return the type's canonical name; raises SamqError for a type that llama-quantize cannot write."""
     if name.upper() not in TYPES:

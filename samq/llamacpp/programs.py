@@ -16,7 +16,7 @@ from samq.errors import SamqError, ToolError
 from samq.files import GGUF_NAME, IMATRIX_NAME, MMPROJ_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import HashedFile, TensorInfo, read_metadata, read_tensors
-from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.gguf.formats import FULL_PRECISION, check_mixture, tensor_bytes
 from samq.gguf.imatrix import usable_entries
 from samq.gguf.values import first_not_finite
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
@@ -25,8 +25,6 @@ from samq.llamacpp.tokenizing import stack_bytes
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
-
-FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
 
 _ADD_EOS = "tokenizer.ggml.add_eos_token"
 _STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
@@ -46,8 +44,9 @@ def convert(
 ) -> Path:
     """Write the model as a full-precision GGUF (`precision`: F16 or BF16) into `folder` and return its path.
 
-    llama.cpp's converter converts a Hugging Face folder. A full-precision GGUF is linked or copied. A quantized GGUF is
-    dequantized, which does not restore what its quantization lost. Raises SamqError for a model that the converter does
+    llama.cpp's converter converts a Hugging Face folder; experts that are published in MXFP4 keep it bit for bit. A
+    full-precision GGUF is linked or copied. A quantized GGUF is dequantized, which does not restore what its quantization
+    lost. Raises SamqError for a model that the converter does
     not support or whose weights are not finite in that precision, and ToolError if a program is missing or fails.
     """
     target, log = folder / GGUF_NAME, folder / "convert.log"
