@@ -35,7 +35,7 @@ def convert_mmproj(at: Workspace, source: ModelSource, precision: str) -> Path |
     try:
         path = mmproj(at, source, precision).path(MMPROJ_NAME)
     except SamqError as error:
-        log.warning("only the text part of %s is converted: its vision or audio part failed (%s)", source.name, error)
+        log.warning("only the text part of %s is converted: %s", source.name, error)
         return None
     log.info("vision or audio part: %s (for llama-server --mmproj)", path)
     return path

@@ -91,7 +91,9 @@ def convert_mmproj(
     arguments = ["--mmproj", "--outtype", precision.lower()]
     _run_converter(source, arguments, target, folder / "convert.log", toolchain, timeout_s)
     if not read_tensors(target):
-        raise SamqError(f"{source.name} has no weights of it; give a model that has, or use the text part alone")
+        raise SamqError(
+            f"the files of {source.name} have no weights of a vision or audio part; use the text part alone"
+        )
     _require_finite(target, source.name)
     return target
 
@@ -104,6 +106,7 @@ def _run_converter(
         raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
     command: list[str | Path] = [sys.executable, toolchain.converter, source.folder.absolute(), "--outfile", target]
     command += [*arguments, "--model-name", source.name.rsplit("/", 1)[-1]]
+    is_mmproj = "--mmproj" in arguments
     has_own_package = (toolchain.converter.parent / "gguf-py").is_dir()
     try:
         run(command, log=log, timeout_s=timeout_s, env=None if has_own_package else {"NO_LOCAL_GGUF": "1"})
@@ -125,8 +128,10 @@ def _run_converter(
                 "or, if it is there, convert the model elsewhere and give the GGUF with the folder as hf_folder"
             ) from error
         if unsupported := re.search(r"Model (\S+) is not supported", output):
+            whole = ("", "choose another model")
+            part, advice = ("the vision or audio part of ", "use the text part alone") if is_mmproj else whole
             raise SamqError(
-                f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
+                f"llama.cpp's converter does not support {part}{unsupported[1]} ({source.name}); {advice}"
             ) from error
         raise
 
