@@ -61,7 +61,7 @@ def measure_costs(
     sensitivities: Artifact | None = None
     while True:
         sensitivities = calibrate(at, inputs.model, FirstSequences(inputs.tokens, count), sensitivities, passes)
-        prices = price(at, inputs.target, dict(rungs), sensitivities)
+        prices = price(at, inputs.target, dict(rungs), sensitivities, candidates.unmeasured_type)
         budget_prices = price_compensated(at, prices, grams) if grams else prices
         plans = Gather()(
             "plan",

@@ -12,7 +12,7 @@ from samq.allocation.threshold import ThresholdPolicy, resolve_threshold
 from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
-from samq.gguf.formats import check_mixture, check_type
+from samq.gguf.formats import UNMEASURED, check_mixture, check_type
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S
 from samq.records import Labels, Rounding
 from samq.settings_file import read_settings
@@ -135,6 +135,11 @@ class CandidateParameters(Parameters):
         default=0, ge=0, description="how many thresholds to choose where the plan changes"
     )
     policy: ThresholdPolicy = ThresholdPolicy()
+    unmeasured_type: str = Field(
+        default=UNMEASURED,
+        description="type of tensors that are not measured, such as layers for multi-token prediction, which transformers does "
+        "not load; a tensor that is smaller already keeps its type",
+    )
     requantize: bool = Field(
         default=False, description="build every candidate by llama-quantize instead of assembling it from the ladder"
     )
@@ -148,6 +153,11 @@ class CandidateParameters(Parameters):
     @classmethod
     def _known_types(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_type(name) for name in names)
+
+    @field_validator("unmeasured_type")
+    @classmethod
+    def _known_type(cls, name: str) -> str:
+        return check_type(name)
 
     @field_validator("budgets")
     @classmethod

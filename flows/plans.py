@@ -20,7 +20,9 @@ def plan_candidates(
     if count := candidates.proposed_thresholds:
         thresholds += propose_thresholds(at, target, sensitivity, candidates.policy, count)
     by_threshold = {
-        threshold_name(threshold): plan_threshold.submit(at, target, sensitivity, threshold, candidates.policy)
+        threshold_name(threshold): plan_threshold.submit(
+            at, target, sensitivity, threshold, candidates.policy, candidates.unmeasured_type
+        )
         for threshold in thresholds
     }
     by_budget = {

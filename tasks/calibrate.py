@@ -6,7 +6,6 @@ from pathlib import Path
 
 from samq.data.tokens import TokenBatch
 from samq.files import CALIBRATION_SET_NAME, FISHER_NAME, MAP_NAME, TOKENS_NAME
-from samq.gguf.formats import UNMEASURED
 from samq.progress import bar
 from samq.records import CalibrationSet, Labels, SensitivityMap
 from samq.sensitivity.backpropagation import Labelling
@@ -37,7 +36,7 @@ def load_map(sensitivities: Artifact) -> SensitivityMap:
 
 @stage(
     "calibrate",
-    version=4,
+    version=5,
     run_name="calibrate {model.source.name} on {sequences.count}",
     keyed_by=("device",),
     packages=("torch", "transformers"),
@@ -54,7 +53,7 @@ def calibrate(
     """`sensitivity-map.json` and `fisher.safetensors` of the first sequences, going on from those of `before`."""
     torch_model, layout = model.load_with_layout(at.device)
     if layout.unknown:
-        log.warning("not measured, and %s in every plan of SAMQ's: %s", UNMEASURED, "; ".join(layout.unknown.values()))
+        log.warning("%s", layout.unmeasured)
     earlier = (load_map(before), load_fisher(before.path(FISHER_NAME))) if before else None
     first = earlier[0].samples if earlier else 0
     tokens = sequences.tokens

@@ -30,7 +30,7 @@ class BuiltPlan:
 
 @stage(
     "check",
-    version=2,
+    version=3,
     run_name="check {candidate.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),

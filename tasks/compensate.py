@@ -21,7 +21,7 @@ from tasks.text import FirstSequences
 
 @stage(
     "gram",
-    version=2,
+    version=3,
     run_name="gram {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),
@@ -42,7 +42,7 @@ def gram(
             torch_model,
             batch.part(0, min(sequences.count, enough)),
             folder / GRAM_NAME,
-            names=layout.names,
+            layout.weights,
             batch_size=batch_size,
             progress=progress,
         )

@@ -32,7 +32,7 @@ def plan_stock(at: Workspace, folder: Path, target: Target, mixture: str) -> Non
     plan.save(folder / PLAN_NAME)
 
 
-@stage("plan", version=3, run_name="plan threshold {threshold}", keyed_by=("toolchain",))
+@stage("plan", version=5, run_name="plan threshold {threshold}", keyed_by=("toolchain",))
 def plan_threshold(
     at: Workspace,
     folder: Path,
@@ -40,9 +40,10 @@ def plan_threshold(
     sensitivity: SensitivityMap,
     threshold: float | str,
     policy: ThresholdPolicy,
+    unmeasured: str,
 ) -> None:
     """`plan.json`: blocks that score above the threshold keep their bits."""
-    threshold_plan(target.open(at.toolchain), sensitivity, threshold, policy).save(folder / PLAN_NAME)
+    threshold_plan(target.open(at.toolchain), sensitivity, threshold, policy, unmeasured).save(folder / PLAN_NAME)
 
 
 @stage("plan", version=4, run_name="plan budget {budget}", keyed_by=("toolchain",), packages=("llama-cpp-python",))

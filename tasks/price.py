@@ -22,8 +22,10 @@ def load_prices(prices: Artifact) -> PriceTable:
     return PriceTable.load(prices.path(PRICES_NAME))
 
 
-@stage("price", version=3, run_name="price the ladder", keyed_by=("toolchain",), packages=("llama-cpp-python",))
-def price(at: Workspace, folder: Path, target: Target, rungs: dict[str, Artifact], sensitivities: Artifact) -> None:
+@stage("price", version=4, run_name="price the ladder", keyed_by=("toolchain",), packages=("llama-cpp-python",))
+def price(
+    at: Workspace, folder: Path, target: Target, rungs: dict[str, Artifact], sensitivities: Artifact, unmeasured: str
+) -> None:
     """`prices.json`: bytes and predicted KL of every quantizable tensor in every type, rounded to the nearest values."""
     opened = target.open(at.toolchain)
     with bar("price the ladder") as progress:
@@ -34,6 +36,7 @@ def price(at: Workspace, folder: Path, target: Target, rungs: dict[str, Artifact
             load_fisher(sensitivities.path(FISHER_NAME)),
             gguf_sha256=opened.full.sha256,
             imatrix_sha256=opened.imatrix.sha256 if opened.imatrix else None,
+            unmeasured=unmeasured,
             progress=progress,
         )
     table.save(folder / PRICES_NAME)

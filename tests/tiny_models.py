@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from samq.data.tokens import TokenBatch
 from samq.gguf.file import gguf_names
-from samq.sensitivity.layout import rotary_row_order
+from samq.sensitivity.views import rotary_row_order
 
 VOCABULARY = 64
 SHAPE = dict(

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from samq.allocation.budget_notation import bits_budget, plan_name, read_budget
 from samq.allocation.knapsack import solve
 from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS, lengthened, lengthening, plan_cost
-from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan, stock_plan
+from samq.allocation.target import OpenTarget, make_plan, stock_plan
 from samq.errors import SamqError
-from samq.gguf.formats import MIXTURES, bits_per_weight, check_type
+from samq.gguf.formats import EMBEDDING, MIXTURES, OUTPUT, bits_per_weight, check_type
 from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
 

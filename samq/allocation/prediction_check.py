@@ -19,17 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import ReaderTensor
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from samq.allocation.prices import ratio_stderr, rounding_error
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
+from samq.gguf.file import open_gguf, read_tensors
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
 from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.gradients import BAND_WEIGHTS
-from samq.sensitivity.layout import GgufLayout, Weight, stored_tensors, weights_of
+from samq.sensitivity.layout import GgufLayout, Weight
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def check_prediction(
         tokens: at least two sequences, for a standard error, and none of the calibration's.
         candidate: the plan and its GGUFs.
         predicted: the plan's cost by the price table, nats per token, which the record keeps beside the others.
-        layout: names and row orders of `candidate.original`.
+        layout: the model's weights as `candidate.original` has them.
         batch_size: sequences a pass, which changes the figures by rounding only. With a larger batch a weight is
             dequantized less often, and its rounding error stays in memory for the whole batch.
         seed: of the drawn labels, which differ from the calibration's with the same seed.
@@ -72,12 +74,11 @@ def check_prediction(
     plan = candidate.plan
     if len(tokens) < 2:
         raise SamqError(f"the check of a prediction needs at least 2 sequences, not {len(tokens)}; give more text")
-    weights = weights_of(model, layout.names)
-    errors = _RoundingErrors(weights, candidate, layout)
+    errors = _RoundingErrors(layout, candidate)
     _, sums = backpropagate(
         model,
         tokens,
-        weights,
+        layout.weights,
         errors.products,
         numbers=2,
         labelling=Labelling("model", seed, purpose="check"),
@@ -108,14 +109,12 @@ def _per_token(costs: NDArray[np.float64], label_tokens: NDArray[np.int64]) -> M
 class _RoundingErrors:
     """A plan's rounding errors, read a few rows of one weight at a time when a gradient needs them."""
 
-    def __init__(self, weights: list[Weight], candidate: RoundedPlan, layout: GgufLayout) -> None:
+    def __init__(self, layout: GgufLayout, candidate: RoundedPlan) -> None:
         plan, rounded = candidate.plan, candidate.rounded
-        self.weights = weights
+        self.weights = layout.weights
         self.rounded = rounded
-        self._originals = stored_tensors(weights, candidate.original)
-        self._rounded = stored_tensors(weights, rounded)
-        # the GGUF's row for each of torch's rows
-        self._rows = {name: np.argsort(order) for name, order in layout.row_orders.items()}
+        self._originals = _stored_tensors(layout.weights, candidate.original)
+        self._rounded = _stored_tensors(layout.weights, rounded)
         self._cache: tuple[int, dict[int, torch.Tensor]] = -1, {}  # a weight's index, and its errors by first row
         for name, kind in plan.types.items():
             if name in layout.unknown:
@@ -142,16 +141,27 @@ class _RoundingErrors:
         return sums
 
     def _errors(self, index: int, row: int, count: int, device: torch.device) -> torch.Tensor:
-        """dW of some rows, in torch's order; cached for the batch's other sequences until another weight's are read."""
+        """dW of some rows; cached for the batch's other sequences until another weight's are read."""
         if self._cache[0] != index:
             self._cache = index, {}
         errors_by_row = self._cache[1]
         if row not in errors_by_row:
             name = self.weights[index].name
-            here = slice(row, row + count)
-            rows = self._rows[name][here] if name in self._rows else here
-            errors = rounding_error(self._originals[name], self._rounded[name], rows)
+            errors = rounding_error(self._originals[name], self._rounded[name], slice(row, row + count))
             if not np.isfinite(errors).all():
                 raise SamqError(f"{name} in {self.rounded} holds NaN or Inf; quantize the model again")
             errors_by_row[row] = torch.from_numpy(errors).to(device)
         return errors_by_row[row]
+
+
+def _stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
+    """GGUF name -> the GGUF's tensor, for every weight; raises SamqError if one is missing or has another shape."""
+    shapes = {name: tensor.shape for name, tensor in read_tensors(gguf).items()}
+    for weight in weights:
+        if shapes.get(weight.name) != weight.shape:
+            raise SamqError(
+                f"{weight.name} is {weight.shape} in torch, but {gguf} has {shapes.get(weight.name, 'no such tensor')}; "
+                "give the GGUF that was made from this model"
+            )
+    names = {weight.name for weight in weights}
+    return {tensor.name: tensor for tensor in open_gguf(gguf).tensors if tensor.name in names}

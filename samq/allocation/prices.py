@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from samq.allocation.ladder import Ladder
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, mostly_unknown, open_gguf, read_rows
-from samq.gguf.formats import UNMEASURED, fallback, tensor_bytes
+from samq.gguf.formats import UNMEASURED, fallback, smaller, tensor_bytes
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
 from samq.sensitivity.fisher import Fisher
@@ -43,12 +43,13 @@ def price_table(
     *,
     gguf_sha256: str,
     imatrix_sha256: str | None = None,
+    unmeasured: str = UNMEASURED,
     progress: Progress = silent,
 ) -> PriceTable:
     """Price every quantizable tensor in every type that the ladder has it in, one slab of rows at a time.
 
-    A tensor that was not measured, as SAMQ does not know how the GGUF stores it, has only its own type and `UNMEASURED`,
-    which seem to cost nothing. Raises SamqError if `sensitivity` or `fisher` lack most weights, or have one in another shape.
+    A tensor that was not measured has only its own type and the type `unmeasured`, which seem to cost nothing. Raises SamqError
+    if `sensitivity` or `fisher` lack most weights, or have one in another shape.
     """
     measured = {name: tensor for name, tensor in quantizable.items() if name in sensitivity.tensors and name in fisher}
     if reason := mostly_unknown(quantizable, measured.keys()):
@@ -57,7 +58,7 @@ def price_table(
         _check(tensor, fisher)
     prices = {name: {tensor.type: Price(bytes=tensor.bytes, kl_nats=0.0)} for name, tensor in quantizable.items()}
     for name in quantizable.keys() - measured.keys():
-        kind = fallback(UNMEASURED, quantizable[name].row_length)
+        kind = smaller(fallback(unmeasured, quantizable[name].row_length), quantizable[name].type)
         prices[name][kind] = Price(bytes=tensor_bytes(kind, quantizable[name].shape), kl_nats=0.0)
     total = len(ladder.rungs) * len(measured)
     # of each type, over its tensors: <dW, W> and <W, W>

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from samq.gguf.file import HashedFile, TensorInfo, read_tensors
-from samq.gguf.formats import check_mixture, fallback, without_entry
+from samq.gguf.formats import OUTPUT, check_mixture, fallback, without_entry
 from samq.gguf.imatrix import usable_entries
 from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
 from samq.records import Plan, Substitution, Toolchain
-
-OUTPUT, EMBEDDING = "output.weight", "token_embd.weight"
 
 
 @dataclass(frozen=True)

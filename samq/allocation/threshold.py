@@ -9,10 +9,19 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from samq.allocation.target import EMBEDDING, OUTPUT, OpenTarget, make_plan
+from samq.allocation.target import OpenTarget, make_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, mostly_unknown, read_tensors
-from samq.gguf.formats import MIXTURES, UNMEASURED, bits_per_weight, check_mixture, check_type, is_pointless
+from samq.gguf.formats import (
+    EMBEDDING,
+    MIXTURES,
+    OUTPUT,
+    UNMEASURED,
+    bits_per_weight,
+    check_mixture,
+    check_type,
+    smaller,
+)
 from samq.llamacpp.programs import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 
@@ -54,12 +63,13 @@ def threshold_plan(
     sensitivity: SensitivityMap,
     threshold: float | str,
     policy: ThresholdPolicy,
+    unmeasured: str = UNMEASURED,
 ) -> Plan:
     """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
 
-    `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. Guards are applied after,
-    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly. A tensor that is
-    published in MXFP4 keeps it where the type for it is no smaller.
+    `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. A tensor that was not measured gets the
+    type `unmeasured`, and no tensor a larger type than it has. Guards are applied after,
+    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly.
     """
     measured = sensitivity.tensors.keys() & target.quantizable.keys()
     if reason := mostly_unknown(target.quantizable, measured):
@@ -74,12 +84,11 @@ def threshold_plan(
         guards[EMBEDDING] = policy.embedding_guard
     chosen: dict[str, str] = {}
     for name in target.quantizable:
-        requested = policy.keep if name in kept else types[name] if name in measured else UNMEASURED
+        requested = policy.keep if name in kept else types[name] if name in measured else unmeasured
         guard = guards.get(name)
         if guard and bits_per_weight(requested) < bits_per_weight(guard):
             requested = guard
-        if is_pointless(requested, target.quantizable[name].type):
-            requested = target.quantizable[name].type
+        requested = smaller(target.quantizable[name].type, requested)  # its own, if that is no larger
         if requested != types[name]:
             substitutions.pop(name, None)
         chosen[name], swap = target.legal_type(name, requested)

@@ -41,6 +41,12 @@ CalibrationSamples = Annotated[
     typer.Option(min=1, help=f"Number of samples. [default: {CALIBRATION_SAMPLES}, or all if there are fewer]"),
 ]
 AllSamples = Annotated[int | None, typer.Option(min=1, help="Number of samples. [default: all]")]
+UnmeasuredType = Annotated[
+    str,
+    typer.Option(
+        help="Type of tensors that are not measured, such as layers for multi-token prediction.",
+    ),
+]
 Packing = Annotated[
     bool | None,
     typer.Option(

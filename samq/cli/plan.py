@@ -8,7 +8,7 @@ from rich.table import Table
 
 from samq.cli import stages
 from samq.cli.files import adopt, fisher_beside
-from samq.cli.options import FullGguf, Grouping, Imatrix, NoImatrix
+from samq.cli.options import FullGguf, Grouping, Imatrix, NoImatrix, UnmeasuredType
 from samq.cli.start import loading_packages, prepare_prefect, validated
 from samq.errors import SamqError
 from samq.files import FISHER_NAME, GGUF_NAME, IMATRIX_NAME, MAP_NAME
@@ -45,6 +45,7 @@ def plan(
         Grouping,
         typer.Option(help="Score that the threshold applies to: the highest of a block, or each tensor's own."),
     ] = "block",
+    unmeasured_type: UnmeasuredType = "Q8_0",
     imatrix: Imatrix = None,
     no_imatrix: NoImatrix = False,
 ) -> None:
@@ -53,6 +54,8 @@ def plan(
     With --budget, the plan has the lowest predicted KL divergence of that size. With --threshold, tensors that score
     above it keep more bits.
     """
+    from samq.gguf.formats import check_type
+
     if budget and threshold:
         raise SamqError("--budget and --threshold exclude each other; drop one of them")
     if imatrix and no_imatrix:
@@ -64,11 +67,12 @@ def plan(
         )
     if out:
         check_file(out)
+    unmeasured = check_type(unmeasured_type)
     if budget:
-        tensor_plan = _budget_plan(sensitivity, gguf, budget, ladder, imatrix)
+        tensor_plan = _budget_plan(sensitivity, gguf, budget, ladder, unmeasured, imatrix)
     else:
         policy = {"keep": keep, "base": base, "grouping": grouping}
-        tensor_plan = _threshold_plan(sensitivity, gguf, threshold or "0.85", policy, imatrix)
+        tensor_plan = _threshold_plan(sensitivity, gguf, threshold or "0.85", policy, unmeasured, imatrix)
     if tensor_plan.substitutions:
         reasons = "; ".join(sorted({swap.reason for swap in tensor_plan.substitutions.values()}))
         count = len(tensor_plan.substitutions)
@@ -78,7 +82,9 @@ def plan(
         console.print(str(out), highlight=False)
 
 
-def _budget_plan(map_path: Path, gguf: Path, budget: str, types: list[str] | None, imatrix: Path | None) -> "Plan":
+def _budget_plan(
+    map_path: Path, gguf: Path, budget: str, types: list[str] | None, unmeasured: str, imatrix: Path | None
+) -> "Plan":
     """The plan of a budget, printed."""
     prepare_prefect()
     with loading_packages():
@@ -90,7 +96,7 @@ def _budget_plan(map_path: Path, gguf: Path, budget: str, types: list[str] | Non
     read_budget(budget)  # raises SamqError for a malformed budget, before the work
     target = Target(adopt({GGUF_NAME: gguf}), adopt({IMATRIX_NAME: imatrix}) if imatrix else None)
     sensitivity = adopt({MAP_NAME: map_path, FISHER_NAME: fisher_beside(map_path)})
-    budget_plan, prices = stages.plan_budget(stages.workspace(), target, sensitivity, budget, types)
+    budget_plan, prices = stages.plan_budget(stages.workspace(), target, sensitivity, budget, types, unmeasured)
     console.print(f"{budget_plan.tensor_bytes / 1e6:.1f} MB. {describe_plan(budget_plan)}", highlight=False)
     if doubt := why_doubted(budget_plan, prices):
         console.print(f"Warning: {doubt}", highlight=False)
@@ -98,7 +104,7 @@ def _budget_plan(map_path: Path, gguf: Path, budget: str, types: list[str] | Non
 
 
 def _threshold_plan(
-    map_path: Path, gguf: Path, threshold: str, options: dict[str, str], imatrix: Path | None
+    map_path: Path, gguf: Path, threshold: str, options: dict[str, str], unmeasured: str, imatrix: Path | None
 ) -> "Plan":
     """The plan of a threshold, printed with other thresholds that change it; `options` are the policy's."""
     from samq.allocation.target import OpenTarget
@@ -110,7 +116,7 @@ def _threshold_plan(
     sensitivity = SensitivityMap.load(map_path)
     with bar(f"plan {gguf.name}"):
         target = OpenTarget.open(gguf, find_toolchain(), imatrix)
-        chosen = threshold_plan(target, sensitivity, _number(threshold), policy)
+        chosen = threshold_plan(target, sensitivity, _number(threshold), policy, unmeasured)
         alternatives = _other_thresholds(target, sensitivity, policy)
     kept, groups = chosen.parameters["kept_tensors"], chosen.parameters["kept_groups"]
     console.print(

@@ -86,7 +86,7 @@ def measure_imatrix(at: "Workspace", full: "Artifact", text: "TextSet", sequence
 
 
 def plan_budget(
-    at: "Workspace", target: "Target", sensitivity: "Artifact", budget: str, types: list[str] | None
+    at: "Workspace", target: "Target", sensitivity: "Artifact", budget: str, types: list[str] | None, unmeasured: str
 ) -> "tuple[Plan, PriceTable]":
     """The plan of a budget, and the prices that it was chosen by.
 
@@ -102,7 +102,7 @@ def plan_budget(
 
     with bar("choose the ladder's types"):
         names = choose_rungs(at, target, types or DEFAULT_TYPES)
-    prices = price(at, target, {name: rung(at, name, target) for name in names}, sensitivity)
+    prices = price(at, target, {name: rung(at, name, target) for name in names}, sensitivity, unmeasured)
     with bar(f"plan {budget}"), _silenced("samq.plan"):  # the command prints its warning, also for a stored plan
         plan = load_plan(stage(at, target, prices, budget, BudgetPolicy()))
     return plan, load_prices(prices)

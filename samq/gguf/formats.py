@@ -6,6 +6,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from samq.errors import SamqError
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+
 # llama-quantize's own replacements where the row length is not a multiple of the block
 # (tensor_type_fallback in llama.cpp's src/llama-quant.cpp). Where the replacement does not fit either, it writes F16.
 _FALLBACK = {
@@ -19,7 +21,7 @@ _FALLBACK = {
     "Q6_K": "Q8_0",
 }
 
-UNMEASURED = "Q8_0"  # type of a tensor whose sensitivity is not known: safe, and half of F16
+UNMEASURED = "Q8_0"  # the default type of a tensor whose sensitivity is not known: safe, and half of F16
 
 # llama-quantize writes these only to a tensor that has an entry in the importance matrix (tensor_requires_imatrix in
 # llama.cpp's src/llama-quant.cpp). Beside each is the type nearest in bits that does not need one.
@@ -29,7 +31,7 @@ NEEDS_IMATRIX = {
 }
 # llama-quantize does not check these two tensors, and then ggml aborts at the types that it cannot quantize without
 # an entry (ggml_quantize_requires_imatrix).
-_UNCHECKED = frozenset({"token_embd.weight", "output.weight"})
+_UNCHECKED = frozenset({EMBEDDING, OUTPUT})
 _ABORTS = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 
 
@@ -44,6 +46,11 @@ def bits_per_weight(name: str) -> float:
     return 8 * size / weights
 
 
+def smaller(one: str, other: str) -> str:
+    """The type with fewer bits; `one` if they have as many."""
+    return min(one, other, key=bits_per_weight)
+
+
 # The types that a plan may name: those that llama-quantize writes, from fewest bits to most.
 TYPES = tuple(sorted([*_FALLBACK, *"Q4_0 Q4_1 Q5_0 Q5_1 IQ4_NL Q8_0 F16 BF16 F32".split()], key=bits_per_weight))
 
@@ -54,14 +61,8 @@ MIXTURES = tuple(
 )
 
 
-# The types that a full-precision GGUF may have: floats, and MXFP4, in which gpt-oss is published. No rounding is to be had
-# from it, so such a tensor keeps its type where another one is not smaller.
+# The types that a full-precision GGUF may have: floats, and MXFP4, in which gpt-oss is published.
 FULL_PRECISION = frozenset({"F16", "BF16", "F32", "MXFP4"})
-
-
-def is_pointless(name: str, own: str) -> bool:
-    """Whether a tensor that is published in the quantized type `own` would only lose by the type `name`: it is no smaller."""
-    return own == "MXFP4" and bits_per_weight(name) >= bits_per_weight(own)
 
 
 def check_type(name: str) -> str:

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, open_gguf
+from samq.gguf.formats import EMBEDDING
 
 logger = logging.getLogger(__name__)
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_EMBEDDING = "token_embd.weight"  # llama-quantize ignores an entry of it that has another length
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def _usable_entries(path: Path, size: int, mtime_ns: int, tensors: tuple[TensorI
     unseen: dict[str, list[int]] = {}
     usable = set()
     for name, entry in _entries(path):
-        if (tensor := infos.get(name)) is None or (name == _EMBEDDING and len(entry.sums) != tensor.row_length):
+        # llama-quantize ignores an entry of the embedding that has another length
+        if (tensor := infos.get(name)) is None or (name == EMBEDDING and len(entry.sums) != tensor.row_length):
             continue
         usable.add(name)
         if fault := _fault(entry, tensor):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, open_gguf, read_metadata, read_tensors, read_weights
+from samq.gguf.formats import EMBEDDING
 
 VERSION = 1  # of what is written for the same GGUF
 SCALES = (0.8, 1.25)
@@ -101,7 +102,7 @@ def _changes(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     order = random.permutation(metadata["llama.embedding_length"])  # of the residual stream
     changes = {
         "rope_freqs.weight": _Change(),
-        "token_embd.weight": _Change(column_order=order),
+        EMBEDDING: _Change(column_order=order),
         "output_norm.weight": _Change(column_order=order),
         "output.weight": _Change(column_order=order),
     }

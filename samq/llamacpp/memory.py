@@ -11,6 +11,7 @@ from pathlib import Path
 
 from samq.errors import SamqError
 from samq.gguf.file import read_tensors
+from samq.gguf.formats import EMBEDDING
 from samq.llamacpp.runtime import Model, captured_log
 from samq.records import Metric
 
@@ -56,7 +57,7 @@ def weights_on_gpu(gguf: Path) -> int:
     tensors = read_tensors(gguf)
     on_host = set(_HOST_TENSORS)
     if "output.weight" in tensors:
-        on_host.add("token_embd.weight")
+        on_host.add(EMBEDDING)
     return sum(tensor.bytes for name, tensor in tensors.items() if name not in on_host)
 
 

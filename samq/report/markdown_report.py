@@ -5,7 +5,6 @@ from collections import Counter
 
 from samq import __version__, markdown
 from samq.evaluation.metrics import KLD_COLUMN, MB, P999_COLUMN
-from samq.gguf.formats import UNMEASURED
 from samq.report.description import describe_plan, substitution_counts, type_counts
 from samq.report.prediction import prediction_section
 from samq.report.scorecard import benchmark_section, scorecard_section
@@ -83,9 +82,11 @@ def _unmeasured(sweep: Sweep) -> list[str]:
     if not names:
         return []
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    own = [result.plan.types for result in sweep.results if result.plan.policy in ("budget", "threshold")]
+    kinds = " or ".join(sorted({types[name] for types in own for name in names})) or "a type of their own"
     return [
-        f"**{len(names)} of {len(quantizable)} tensors were not measured** ({shown}): SAMQ does not know how the GGUF stores "
-        f"these weights of the torch model. SAMQ's plans give them {UNMEASURED}."
+        f"**{len(names)} of {len(quantizable)} tensors were not measured** ({shown}): torch does not load these weights, or SAMQ "
+        f"does not know how the GGUF stores them. SAMQ's plans give them {kinds}."
     ]
 
 

@@ -73,7 +73,7 @@ def routing(fisher: Mapping[str, Fisher]) -> Routing:
     """Read off the Fisher information which experts saw no token: their gradients are zero in all tensors of their block."""
     reached: dict[str, NDArray[np.bool_]] = {}
     for name, tensor in fisher.items():
-        if tensor.rows.ndim == 2:
+        if "_exps." in name:
             block, here = name.partition(".ffn_")[0], tensor.rows.any(axis=1)
             reached[block] = reached.get(block, np.zeros_like(here)) | here
     unreached = {block: tuple(np.flatnonzero(~here).tolist()) for block, here in reached.items() if not here.all()}

@@ -55,10 +55,12 @@ class SampleGradients:
                 users[id(parameter)].append(module)
         embedding = self.model.get_input_embeddings()
         linear = {
-            index: users[id(weight.parameter)]
+            index: [weight.user] if weight.user is not None else users[id(weight.parameter)]
             for index, weight in enumerate(self.weights)
-            if all(
-                type(module) is nn.Linear or (module is embedding and type(module) is nn.Embedding)
+            if weight.view.matrix is None
+            and all(
+                type(module) is nn.Linear
+                or (module is embedding and type(module) is nn.Embedding and weight.view.rows is None)
                 for module in users[id(weight.parameter)]
             )
         }
@@ -72,7 +74,8 @@ class SampleGradients:
         self._trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for parameter, _ in self._trainable:
             parameter.requires_grad_(False)
-        self._handles: list[Any] = [
+        self._handles: list[Any] = [self.model.get_input_embeddings().register_forward_hook(_start_graph)]
+        self._handles += [
             module.register_forward_hook(partial(self._after_forward, index))
             for index, modules in self._hooked.items()
             for module in modules
@@ -109,8 +112,6 @@ class SampleGradients:
     def _after_forward(
         self, index: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
-        if isinstance(module, nn.Embedding):
-            output.requires_grad_(True)  # the weights are frozen, so the graph starts here
         if output.requires_grad:
             self._open[index] += 1
             output.register_hook(partial(self._after_backward, index, inputs[0].detach().to(output.device)))
@@ -141,11 +142,16 @@ class SampleGradients:
                     f"{self.weights[index].name} mixes the tokens of several samples, so SAMQ cannot separate their "
                     "gradients; measure with a batch size of 1"
                 )
-            return layer_input.flatten(0, gradient.ndim - 2), gradient.flatten(0, -2).float()
-        start = sample * longest
-        # Past a sample's length the gradient is zero, so the padding is cut off.
-        here = slice(start, start + self.lengths[sample])
-        return layer_input.flatten(0, gradient.ndim - 2)[here], gradient.flatten(0, -2)[here].float()
+            here = slice(None)
+        else:  # past a sample's length the gradient is zero, so the padding is cut off
+            here = slice(sample * longest, sample * longest + self.lengths[sample])
+        view = self.weights[index].view
+        layer_input, gradient = layer_input.flatten(0, gradient.ndim - 2)[here], gradient.flatten(0, -2)[here].float()
+        if view.columns is not None:
+            layer_input = layer_input[:, torch.from_numpy(view.columns).to(layer_input.device)]
+        if view.rows is not None:
+            gradient = gradient[:, torch.from_numpy(view.rows).to(gradient.device)]
+        return layer_input, gradient
 
     def _after_accumulate(self, indices: list[int], parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -194,6 +200,11 @@ def _used_without_a_call(
         for handle in handles:
             handle.remove()
     return {parameter for parameter, count in uses.counts.items() if count > calls[parameter]}
+
+
+def _start_graph(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    """The weights are frozen, so autograd's graph starts with the embedding's output."""
+    output.requires_grad_(True)
 
 
 def _band(parts: list[tuple[torch.Tensor, torch.Tensor]], first: int, last: int, columns: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ mean square of the output's error is dW G dW^T.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
 from samq.progress import Progress, silent
 from samq.sensitivity.gpu_memory import needs_gpu_memory
-from samq.sensitivity.layout import Weight, weights_of
+from samq.sensitivity.layout import Weight
 
 PASS_MEMORY_BYTES = 8 * 2**30  # of the matrices that one pass over the text adds up
 _SOURCE = "source"  # key of the file's metadata
@@ -56,8 +57,8 @@ def measure_gram(
     model: PreTrainedModel,
     tokens: TokenBatch,
     path: Path,
+    weights: list[Weight],
     *,
-    names: Callable[[str], str | None],
     batch_size: int = 1,
     memory_bytes: int = PASS_MEMORY_BYTES,
     progress: Progress = silent,
@@ -71,7 +72,7 @@ def measure_gram(
         tokens: at least one sequence; padding does not count.
         path: the file to write. Its metadata map every tensor's GGUF name to the name of its matrix. The same matrices
             give the same bytes.
-        names: torch's parameter name -> GGUF's, see `samq.gguf.file.gguf_names`.
+        weights: the model's, as its GGUF has them (`samq.sensitivity.layout`).
         batch_size: sequences a forward pass.
         memory_bytes: limit for the matrices of one pass; if all matrices together exceed it, there are several passes.
         progress: told of the sequences that are done, over all passes.
@@ -80,11 +81,11 @@ def measure_gram(
         SamqError: NaN or Inf in the input of a layer, or the file cannot be written.
     """
     model.eval()
-    weights = {weight.name: weight for weight in weights_of(model, names)}
-    layers = _layers(model, weights.values())
+    by_name = {weight.name: weight for weight in weights}
+    layers = _layers(model, weights)
     with _Inputs(layers, frozenset()) as first:  # one sequence shows which layers share their input
         first.forward(model, tokens.part(0, 1), 1)
-    groups = _groups({name: weights[name].shape[-1] for name in dict.fromkeys(first.source.values())}, memory_bytes)
+    groups = _groups({name: by_name[name].shape[-1] for name in dict.fromkeys(first.source.values())}, memory_bytes)
     matrices: dict[str, torch.Tensor] = {}
     for number, group in enumerate(groups):
 
@@ -117,7 +118,7 @@ def measure_gram(
 class _Inputs:
     """Hooks on linear layers during a `with` block, which add up x x^T over the tokens of all sequences."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], measured: frozenset[str]) -> None:
+    def __init__(self, layers: list[tuple[nn.Module, Weight]], measured: frozenset[str]) -> None:
         self.source: dict[str, str] = {}  # layer -> the first layer with the same input
         self.sums: dict[str, torch.Tensor] = {}  # of the layers in `measured`
         self._layers, self._measured = layers, measured
@@ -127,7 +128,7 @@ class _Inputs:
 
     def __enter__(self) -> Self:
         self._handles = [
-            layer.register_forward_pre_hook(partial(self._before_forward, name)) for name, layer in self._layers.items()
+            layer.register_forward_pre_hook(partial(self._before_forward, weight)) for layer, weight in self._layers
         ]
         return self
 
@@ -146,30 +147,40 @@ class _Inputs:
             done += len(ids)
             progress(done, len(tokens))
 
-    def _before_forward(self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        layer_input = inputs[0]
+    def _before_forward(self, weight: Weight, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layer_input, name, columns = inputs[0], weight.name, weight.view.columns
         if layer_input.numel() // layer_input.shape[-1] != len(self._is_token):
             return  # the tokens of one expert, of which the padding is not known
-        if self._last and layer_input is self._last[0]:
+        if self._last and layer_input is self._last[0] and columns is None:
             self.source[name] = self._last[1]
             return
-        self._last = layer_input, name
+        if columns is None:
+            self._last = layer_input, name
         self.source[name] = name
         if name in self._measured:
             vectors = layer_input.flatten(0, -2)[self._is_token.to(layer_input.device)].float()
+            if columns is not None:
+                vectors = vectors[:, torch.from_numpy(columns).to(vectors.device)]
             if name not in self.sums:
                 self.sums[name] = vectors.new_zeros(vectors.shape[-1], vectors.shape[-1])
             self.sums[name].addmm_(vectors.t(), vectors)
 
 
-def _layers(model: PreTrainedModel, weights: Iterable[Weight]) -> dict[str, nn.Module]:
-    """GGUF name -> the linear layer with that weight; an output tied to the embedding has the embedding's name."""
-    by_parameter = {id(weight.parameter): weight.name for weight in weights}
-    return {
-        by_parameter[id(module.weight)]: module
+def _layers(model: PreTrainedModel, weights: list[Weight]) -> list[tuple[nn.Module, Weight]]:
+    """Linear layers and their weights; several where the GGUF splits a parameter, and none where it turns it otherwise.
+
+    An output tied to the embedding has the embedding's weight.
+    """
+    by_parameter: dict[int, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        by_parameter[id(weight.parameter)].append(weight)
+    return [
+        (module, weight)
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) in by_parameter
-    }
+        if isinstance(module, nn.Linear | Conv1D)
+        for weight in by_parameter[id(module.weight)]
+        if weight.user in (None, module) and (weight.view.matrix is None or isinstance(module, Conv1D))
+    ]
 
 
 def _groups(row_lengths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:

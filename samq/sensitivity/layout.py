@@ -1,10 +1,11 @@
-"""How a GGUF stores the weights of a torch model: names, fused tensors, and the order of rows."""
+"""Where a full-precision GGUF has the weights of a torch model, found by comparing their values."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,174 +15,174 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from samq.errors import SamqError
-from samq.gguf.file import mostly_unknown, open_gguf, read_metadata, read_tensors
+from samq.gguf.file import TensorInfo, mostly_unknown, open_gguf, read_tensors
+from samq.gguf.formats import EMBEDDING, OUTPUT
 from samq.progress import Progress, silent
+from samq.sensitivity.views import MakeView, View, storages, turned
 
 logger = logging.getLogger(__name__)
 
 # The largest rounding error between two full-precision copies of a weight: BF16 has 8 bits, F16 nothing below 2^-25.
 RELATIVE_ROUNDING = 2.0**-7
 ABSOLUTE_ROUNDING = 2.0**-24
+_FIRST_VALUES = 4096  # that are compared before the whole
 
-_ANOTHER_MODEL = "either the GGUF is of another model, or SAMQ does not know how this architecture is stored"
+_EXPERTS = re.compile(r"_exps\b")
+_TORCH_LACKS = "torch has no weight of its name"
+
+Names = Callable[[str], str | None]  # torch's parameter name -> GGUF's (`samq.gguf.file.gguf_names`)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight matrix, or a stack of experts' matrices, of a torch model.
+    """A weight matrix, or a stack of experts' matrices, of a torch model, as the GGUF has it."""
 
-    `view` converts the parameter, or a tensor of its shape such as a gradient, to GGUF's shape: (rows, row length), experts
-    first if stacked. The rows stay in torch's order; `row_orders` finds GGUF's.
-    """
-
-    name: str
+    name: str  # GGUF's
     parameter: nn.Parameter
-    view: Callable[[torch.Tensor], torch.Tensor]
+    view: View
+    user: nn.Module | None = None  # the module that uses this copy, where the GGUF has one for each; None: all of them
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """(rows, row length), experts first if stacked."""
-        return tuple(self.view(self.parameter.detach()).shape)
+        return tuple(self.view(torch.empty(self.parameter.shape, device="meta")).shape)
 
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """How a GGUF stores a torch model's weights: its name of each parameter, and its order of their rows."""
+    """The weights of a torch model, and those of its GGUF that are not among them."""
 
-    names: Callable[[str], str | None]  # torch's parameter name -> GGUF's (`samq.gguf.file.gguf_names`)
-    row_orders: Mapping[str, np.ndarray] = field(default_factory=dict)  # see `row_orders`
-    unknown: Mapping[str, str] = field(default_factory=dict)  # weight that is not measured -> why
+    weights: list[Weight]
+    unknown: Mapping[str, str] = field(default_factory=dict)  # the GGUF's tensor that is not measured -> why
+
+    @property
+    def unmeasured(self) -> str:
+        """What to say of the tensors that are not measured, eight of them by name."""
+        reasons = list(self.unknown.values())
+        more = f"; and {len(reasons) - 8} more" if len(reasons) > 8 else ""
+        return f"{len(reasons)} tensors are not measured: {'; '.join(reasons[:8])}{more}"
 
 
-class UnknownLayoutError(SamqError):
-    """A tensor of the GGUF is not torch's weight in any way of storing it that SAMQ knows."""
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that may hold a parameter, and the views that it may have of it."""
+
+    name: str
+    parameter: nn.Parameter
+    views: tuple[View, ...]
+    user: nn.Module | None = None
 
 
-def weights_of(model: PreTrainedModel, names: Callable[[str], str | None]) -> list[Weight]:
-    """Every weight matrix of the model that has a GGUF name, in the model's order, tied weights once.
+def weights_of(model: PreTrainedModel, names: Names) -> list[Weight]:
+    """Every weight matrix of the model that has a GGUF name, in the model's order and as torch has it, tied weights once.
 
-    `names` maps torch's parameter names to GGUF's (`samq.gguf.file.gguf_names`). Vectors are left out, since llama.cpp
-    never quantizes them; so are weights that several parameters make up. Raises SamqError if no parameter has a GGUF name.
+    Vectors are left out, since llama.cpp never quantizes them; so are tensors that several parameters make up. Raises
+    SamqError if no parameter has a GGUF name.
     """
-    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    weights: dict[str, Weight] = {}
+    return [Weight(stored.name, stored.parameter, stored.views[0]) for stored in _stored(model, names, None)]
+
+
+def read_layout(model: PreTrainedModel, names: Names, gguf: Path, progress: Progress = silent) -> GgufLayout:
+    """Find every weight in a full-precision GGUF of the same model, by its values.
+
+    A tensor that is not torch's weight in any view of the table is not measured, and `unknown` says why. Raises SamqError if
+    that is most of the GGUF: then it is another model's. Raises it too for values that are no numbers, or that the GGUF's
+    type cannot hold.
+    """
+    tensors, readers = read_tensors(gguf), {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
+    weights, unknown = [], dict[str, str]()
+    candidates = _stored(model, names, tensors.keys())
+    for done, stored in enumerate(candidates):
+        progress(done, len(candidates))
+        if stored.name not in tensors:
+            unknown[stored.name] = f"{stored.name} is a weight in torch, and {gguf} has no such tensor"
+        elif view := _view(stored, tensors[stored.name], readers[stored.name], gguf):
+            weights.append(Weight(stored.name, stored.parameter, view, stored.user))
+        else:
+            unknown[stored.name] = f"{stored.name} is not torch's weight in any way of storing it that SAMQ knows"
+    progress(len(candidates), len(candidates))
+    known = {weight.name for weight in weights}
+    for name in sorted(_matrices(tensors) - known - unknown.keys()):
+        unknown[name] = f"{name}: {_TORCH_LACKS}"
+    if reason := mostly_unknown(tensors, known):
+        raise SamqError(f"{reason}: {next(iter(unknown.values()), _TORCH_LACKS)}; give the GGUF that was made from it")
+    return GgufLayout(weights, unknown)
+
+
+def _matrices(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """The tensors that llama-quantize would quantize: the converter leaves the others in float32."""
+    return {
+        name
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) > 1 and tensor.type != "F32"
+    }
+
+
+def _stored(model: PreTrainedModel, names: Names, there: Set[str] | None) -> list[_Stored]:
+    """The tensors of the model's weight matrices, in the model's order; `there` are the file's, if a file is known."""
+    config = model.config.get_text_config()
+    conv1d = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
+    found: dict[str, _Stored] = {}
     shared: set[str] = set()
     for hf_name, parameter in model.named_parameters():  # a tied weight comes once, under the embedding's name
         if parameter.ndim not in (2, 3):
             continue
-        for name, view in _gguf_views(hf_name, names).items():
-            if parameter.ndim == 3 and "_exps." not in name:
+        for name, makers in _tensors(hf_name, names, there).items():
+            if parameter.ndim == 3 and not _EXPERTS.search(name):
                 continue  # a convolution, which llama.cpp never quantizes
-            if name in weights:
+            shape = tuple(parameter.shape)
+            views = [make(config, shape) for make in ((turned,) if id(parameter) in conv1d else makers)]
+            if name in found:
                 shared.add(name)
-            weights[name] = Weight(name, parameter, torch.t if id(parameter) in transposed else view)
+            found[name] = _Stored(name, parameter, tuple(view for view in views if view is not None))
+    _split_tied(model, found, there or set())
     for name in sorted(shared):
         logger.warning("several parameters make up %s, which is not measured", name)
-        del weights[name]
-    if not weights:
+        del found[name]
+    if not found:
         raise SamqError(
             f"no weight of {type(model).__name__} has a GGUF name; check that the GGUF was converted from this model"
         )
-    return list(weights.values())
+    return [stored for stored in found.values() if stored.views]
 
 
-def _gguf_views(hf_name: str, names: Callable[[str], str | None]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """GGUF name -> view, for the one tensor or the two tensors that GGUF stores for a parameter."""
-    if hf_name.endswith("experts.gate_up_proj"):  # transformers stacks the halves along the rows, llama.cpp splits them
-        stem = hf_name.removesuffix("gate_up_proj")
-        halves = {names(f"{stem}gate_proj"): 0, names(f"{stem}up_proj"): 1}
-        if None not in halves:
-            return {_tensor(str(name)): _half(index) for name, index in halves.items()}
-    name = names(hf_name)
-    if name is None:
-        logger.warning("%s has no GGUF name and is not measured", hf_name)
-        return {}
-    return {_tensor(name): lambda tensor: tensor}
+def _split_tied(model: PreTrainedModel, found: dict[str, _Stored], there: Set[str]) -> None:
+    """Let each of two copies of a tied weight, which some GGUFs have, be measured where it is used."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if {EMBEDDING, OUTPUT} <= there and EMBEDDING in found and output is not None and embedding.weight is output.weight:
+        tied = found[EMBEDDING]
+        for name, user in ((EMBEDDING, embedding), (OUTPUT, output)):
+            found[name] = replace(tied, name=name, user=user)
 
 
-def _tensor(name: str) -> str:
-    """GGUF's tensor name; torch's names of stacked experts lack the `.weight`."""
-    return name if name.endswith(".weight") else f"{name}.weight"
+def _tensors(hf_name: str, names: Names, there: Set[str] | None) -> dict[str, tuple[MakeView, ...]]:
+    """GGUF name -> makers of views, of the tensors that hold a parameter: all there, or else the first that have names."""
+    with_names = []
+    for storage in storages(hf_name):
+        gguf_names = {name: _weight_name(names(name)) for name in storage}
+        if all(gguf_names.values()):
+            with_names.append({str(gguf_names[name]): makers for name, makers in storage.items()})
+    complete = [found for found in with_names if there is None or found.keys() <= there]
+    return next(iter(complete or with_names[-1:]), {})
 
 
-def _half(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor.chunk(2, dim=-2)[index]
+def _weight_name(name: str | None) -> str | None:
+    """The tensor's name in the file: torch's names of stacked experts lack the `.weight`. None if it is no weight."""
+    if name is None or name.endswith(".weight"):
+        return name
+    return f"{name}.weight" if _EXPERTS.search(name) else None
 
 
-def rotary_row_order(rows: int, heads: int) -> np.ndarray:
-    """GGUF row -> torch row, where llama.cpp's converter interleaved the two halves of each rotary head.
-
-    Source: `LlamaModel.permute` in llama.cpp's conversion/llama.py.
-    """
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
-
-
-def row_orders(weights: list[Weight], gguf: Path, progress: Progress = silent) -> dict[str, np.ndarray]:
-    """Find the order of each weight's rows in a full-precision GGUF of the same model; without weights in torch's order.
-
-    `order[i]` is the torch row that GGUF has as row i. The function compares every weight, up to rounding. It raises
-    SamqError for a tensor in an order that it does not know, and so for a GGUF of another model, and for values that are no
-    numbers or that the GGUF's type cannot hold.
-    """
-    orders = {}
-    for name, found in _compared(weights, gguf, progress):
-        if isinstance(found, UnknownLayoutError):
-            raise found
-        if found is not None:
-            orders[name] = found
-    return orders
-
-
-def read_layout(
-    model: PreTrainedModel, names: Callable[[str], str | None], gguf: Path, progress: Progress = silent
-) -> GgufLayout:
-    """Compare every weight with the GGUF's: which are there, in which order of rows, and which cannot be told.
-
-    A weight whose layout is unknown is not measured; `unknown` says why, and `names` no longer has it. Raises SamqError if
-    they are most of all weights: then the GGUF is another model's.
-    """
-    compared = dict(_compared(weights_of(model, names), gguf, progress))
-    orders = {name: found for name, found in compared.items() if isinstance(found, np.ndarray)}
-    unknown = {name: str(found) for name, found in compared.items() if isinstance(found, UnknownLayoutError)}
-    known = compared.keys() - unknown.keys()
-    if reason := mostly_unknown(read_tensors(gguf), known):
-        raise SamqError(f"{reason}: {next(iter(unknown.values()), 'torch has no weights of their names')}")
-
-    def known_name(hf_name: str) -> str | None:
-        name = names(hf_name)
-        return None if name is None or _tensor(name) in unknown else name
-
-    return GgufLayout(known_name, orders, unknown)
-
-
-def _compared(
-    weights: list[Weight], gguf: Path, progress: Progress
-) -> Iterator[tuple[str, np.ndarray | UnknownLayoutError | None]]:
-    """Yield each weight's name and order of rows (None: torch's), or the error that says why its layout is unknown."""
-    find, rotated = _finder(gguf), _rotary_heads(read_metadata(gguf))
-    for done, weight in enumerate(weights):
-        progress(done, len(weights))
-        try:
-            yield weight.name, _row_order(weight, find(weight), gguf, rotated)
-        except UnknownLayoutError as error:
-            yield weight.name, error
-    progress(len(weights), len(weights))
-
-
-def _row_order(weight: Weight, stored: ReaderTensor, gguf: Path, rotated: Mapping[str, int]) -> np.ndarray | None:
-    """The torch row of each of GGUF's rows; None if they are in torch's order. UnknownLayoutError if it is not known."""
-    in_torch = weight.view(weight.parameter.detach()).to("cpu", torch.float32).numpy()
-    in_gguf = _read(gguf, stored)
-    if _same(in_torch, in_gguf):
-        return None
-    heads = rotated.get(weight.name.rpartition("attn_")[2])
-    order = rotary_row_order(len(in_torch), heads) if heads and len(in_torch) % (2 * heads) == 0 else None
-    if order is None or not _same(in_torch[order], in_gguf):
-        _require_finite(weight.name, in_torch, in_gguf, gguf)
-        raise UnknownLayoutError(
-            f"{weight.name} in {gguf} is not torch's weight, in any order of rows that SAMQ knows; {_ANOTHER_MODEL}"
-        )
-    return order
+def _view(stored: _Stored, tensor: TensorInfo, reader: ReaderTensor, gguf: Path) -> View | None:
+    """The view that the tensor has of the parameter; None if it has none of those that are possible."""
+    parameter = stored.parameter.detach()
+    in_gguf = _read(gguf, reader)
+    for view in stored.views:
+        in_torch = view(parameter)
+        if tuple(in_torch.shape) == tensor.shape and _same(in_torch.to("cpu", torch.float32).numpy(), in_gguf):
+            return view
+    _require_finite(stored.name, parameter.to("cpu", torch.float32).numpy(), in_gguf, gguf)
+    return None
 
 
 def _require_finite(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: Path) -> None:
@@ -197,28 +198,6 @@ def _require_finite(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: 
         )
 
 
-def stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:
-    """GGUF name -> the GGUF's tensor, for every weight; raises SamqError if one is missing or has another shape."""
-    find = _finder(gguf)
-    return {weight.name: find(weight) for weight in weights}
-
-
-def _finder(gguf: Path) -> Callable[[Weight], ReaderTensor]:
-    """A function that gives a weight's tensor, and raises UnknownLayoutError if it is missing or has another shape."""
-    stored = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
-    shapes = {name: tensor.shape for name, tensor in read_tensors(gguf).items()}
-
-    def find(weight: Weight) -> ReaderTensor:
-        if shapes.get(weight.name) != weight.shape:
-            raise UnknownLayoutError(
-                f"{weight.name} is {weight.shape} in torch, but {gguf} has {shapes.get(weight.name, 'no such tensor')}; "
-                f"{_ANOTHER_MODEL}"
-            )
-        return stored[weight.name]
-
-    return find
-
-
 def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
     """Read a tensor in float32. Not through the memory map, whose pages would stay in memory beside the model."""
     stored = np.fromfile(gguf, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
@@ -226,12 +205,10 @@ def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
     return weights.reshape(tuple(reversed(tensor.shape)))
 
 
-def _rotary_heads(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Number of heads of the rotated projections, if the file gives one number for all layers."""
-    prefix = f"{metadata['general.architecture']}.attention."
-    heads = metadata.get(f"{prefix}head_count", 0)
-    return {"q.weight": heads, "k.weight": metadata.get(f"{prefix}head_count_kv", heads)}
-
-
 def _same(in_torch: np.ndarray, in_gguf: np.ndarray) -> bool:
-    return np.allclose(in_torch, in_gguf, rtol=RELATIVE_ROUNDING, atol=ABSOLUTE_ROUNDING)
+    """Whether they are equal up to rounding. The first values mostly tell another order, without a pass over all."""
+    first = np.unravel_index(np.arange(min(_FIRST_VALUES, in_gguf.size)), in_gguf.shape)
+    return all(
+        np.allclose(some, others, rtol=RELATIVE_ROUNDING, atol=ABSOLUTE_ROUNDING)
+        for some, others in ((in_torch[first], in_gguf[first]), (in_torch, in_gguf))
+    )

@@ -27,7 +27,7 @@ from samq.progress import Progress, silent
 from samq.records import SensitivityMap, TensorSensitivity
 from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.fisher import Fisher
-from samq.sensitivity.layout import GgufLayout, Weight, weights_of
+from samq.sensitivity.layout import GgufLayout, Weight
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def measure_sensitivity(
     Args:
         model: in any floating-point type, on any device; gradients are added up in float32 or wider.
         tokens: at least two sequences, for a standard error.
-        layout: GGUF's names of the weights, and the order of their rows, which the Fisher information gets.
+        layout: the model's weights as its GGUF has them.
         origin: digests for the map.
         labelling: the labels of the loss.
         batch_size: sequences a pass, which changes the figures by rounding only. For models with weights outside linear
@@ -71,7 +71,7 @@ def measure_sensitivity(
     """
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
-    weights = weights_of(model, layout.names)
+    weights = layout.weights
     sums = _Sums(weights, second_moment)
     losses, reduced = backpropagate(
         model,
@@ -97,7 +97,7 @@ def measure_sensitivity(
             tied_embeddings=not {"output.weight"} & (squares.keys() | layout.unknown),
             tensors=_sensitivities(shapes, squares, label_tokens, second_moment),
         ),
-        sums.fisher(int(label_tokens.sum()), layout.row_orders) if second_moment else None,
+        sums.fisher(int(label_tokens.sum())) if second_moment else None,
     )
 
 
@@ -179,14 +179,12 @@ class _Sums:
         total: torch.Tensor = squares.sum(dtype=torch.float64)
         return total
 
-    def fisher(self, label_tokens: int, row_orders: Mapping[str, np.ndarray]) -> dict[str, Fisher]:
-        """GGUF name -> Fisher information, with the rows in GGUF's order."""
+    def fisher(self, label_tokens: int) -> dict[str, Fisher]:
+        """GGUF name -> Fisher information."""
         result = {}
         for weight, row_sums, column_sums in zip(self.weights, self._rows, self._columns, strict=True):
             *experts, rows, columns = weight.shape
             means = (row_sums / (columns * label_tokens)).cpu().numpy()
-            if weight.name in row_orders:
-                means = means[row_orders[weight.name]]
             by_column = (column_sums / (rows * label_tokens)).cpu().numpy()
             result[weight.name] = Fisher(means.reshape(*experts, rows), by_column)
         return result

@@ -10,7 +10,7 @@ from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import load_model
-from samq.sensitivity.layout import GgufLayout
+from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from tests.samq.allocation.test_prediction_check import MODELS, check, quantized
 from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama
@@ -19,13 +19,11 @@ MIB = 2**20
 WIDE = dict(hidden_size=512, intermediate_size=1000, max_position_embeddings=256, initializer_range=0.05)
 
 
-def measure(
-    model, tokens, architecture="llama", *, row_orders=None, labels="text", seed=0, first_sequence=0, **arguments
-):
+def measure(model, tokens, architecture="llama", *, layout=None, labels="text", seed=0, first_sequence=0, **arguments):
     return measure_sensitivity(
         model,
         tokens,
-        GgufLayout(names_of(model, architecture), row_orders or {}),
+        layout or GgufLayout(weights_of(model, names_of(model, architecture))),
         Origin("model", "text"),
         labelling=Labelling(labels, seed, first_sequence),
         **arguments,
@@ -101,7 +99,8 @@ def test_gram_matrices_are_those_of_the_cpu_and_the_same_every_time(kind, tmp_pa
     make, architecture = MODELS[kind]
     for file, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
         model = make().to(device)
-        measure_gram(model, random_tokens(), tmp_path / file, names=names_of(model, architecture), batch_size=2)
+        weights = weights_of(model, names_of(model, architecture))
+        measure_gram(model, random_tokens(), tmp_path / file, weights, batch_size=2)
     one, two, again = (GramMatrices(tmp_path / file) for file in ("cpu", "one", "two"))
     assert one.source == two.source == again.source
     for name in one.source:

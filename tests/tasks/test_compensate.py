@@ -55,7 +55,7 @@ def artifacts(toolchain, tmp_path_factory):
     rungs = {name: rung(at, name, target) for name in ("Q3_K", "Q4_K", "Q6_K")}
     sensitivities = calibrate(at, torch_model, sequences, None, Passes(batch_size=4))
     grams = gram(at, torch_model, sequences, 10_000, 4)
-    nearest_prices = price(at, target, rungs, sensitivities)
+    nearest_prices = price(at, target, rungs, sensitivities, "Q8_0")
     prices = price_compensated(at, nearest_prices, grams)
     plan = plan_budget(at, target, prices, BUDGET, BudgetPolicy())
     tensors_of = tensors_to_compensate(

@@ -14,8 +14,9 @@ from samq.gguf.file import read_tensors, read_weights
 from samq.gguf.formats import fits
 from samq.records import Metric, Plan
 from samq.sensitivity.backpropagation import Labelling
-from samq.sensitivity.layout import GgufLayout, rotary_row_order, weights_of
+from samq.sensitivity.layout import GgufLayout, Weight, weights_of
 from samq.sensitivity.measure import Origin, measure_sensitivity
+from samq.sensitivity.views import View, rotary_row_order
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
 MODELS = {
@@ -48,17 +49,15 @@ def plan_of(types):
 
 def quantized(model, folder, kinds, architecture="llama"):
     """The arguments of `check` for a plan that gives tensors `kinds` in turn, where their rows allow it."""
-    names = names_of(model, architecture)
-    weights = weights_of(model, names)
     config = model.config
     heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": getattr(config, "num_key_value_heads", 0)}
-    orders = {
-        weight.name: rotary_row_order(weight.shape[0], heads[kind])
-        for weight in weights
+    weights = [
+        Weight(weight.name, weight.parameter, View(rows=rotary_row_order(weight.shape[0], heads[kind])))
         if (kind := weight.name.split(".", 2)[-1]) in heads
-    }
+        else weight
+        for weight in weights_of(model, names_of(model, architecture))
+    ]
     tensors = {weight.name: weight.view(weight.parameter.detach()).numpy() for weight in weights}
-    tensors |= {name: tensors[name][order] for name, order in orders.items()}
     types = {
         name: kind if fits(kind, values.shape[-1]) else "F16"
         for (name, values), kind in zip(tensors.items(), itertools.cycle(kinds))
@@ -66,31 +65,29 @@ def quantized(model, folder, kinds, architecture="llama"):
     return dict(
         plan=plan_of(types),
         predicted=PREDICTED,
-        names=names,
+        weights=weights,
         original=write_gguf(folder / "original.gguf", tensors, {}),
         rounded=write_gguf(folder / "rounded.gguf", tensors, types),
-        row_orders=orders,
     )
 
 
-def check(model, tokens, *, plan, predicted, names, original, rounded, row_orders, **arguments):
-    rounded_plan, layout = RoundedPlan(plan, original, rounded), GgufLayout(names, row_orders)
+def check(model, tokens, *, plan, predicted, weights, original, rounded, **arguments):
+    rounded_plan, layout = RoundedPlan(plan, original, rounded), GgufLayout(weights)
     return check_prediction(model, tokens, rounded_plan, predicted, layout, **arguments)
 
 
 def changes(arguments):
-    """Name -> rounding error, in torch's order of rows."""
-    errors = {}
-    for name in arguments["plan"].types:
-        change = read_weights(arguments["rounded"], name).astype(float) - read_weights(arguments["original"], name)
-        errors[name] = np.empty_like(change)
-        errors[name][arguments["row_orders"].get(name, slice(None))] = change
-    return {name: torch.from_numpy(change) for name, change in errors.items()}
+    """Name -> rounding error."""
+    original, rounded = arguments["original"], arguments["rounded"]
+    return {
+        name: torch.from_numpy(read_weights(rounded, name).astype(float) - read_weights(original, name))
+        for name in arguments["plan"].types
+    }
 
 
 def costs_by_autograd(model, tokens, arguments, seed=0):
     """(figure, sequence): additive, by tensor and joint cost, the plain way."""
-    weights, change = weights_of(model, arguments["names"]), changes(arguments)
+    weights, change = arguments["weights"], changes(arguments)
     costs = []
     for number, (ids, _, _) in enumerate(batches(tokens, 1)):
         logits = model(input_ids=ids).logits[0, :-1]
@@ -157,7 +154,7 @@ def test_labels_are_not_the_calibrations(tmp_path):
     _, fisher = measure_sensitivity(
         model,
         tokens,
-        GgufLayout(arguments["names"]),
+        GgufLayout(arguments["weights"]),
         Origin("model", "text"),
         labelling=Labelling("model"),
     )
@@ -183,8 +180,9 @@ def test_the_joint_form_is_the_divergence_of_a_small_change(tmp_path):
     change = changes(arguments)
     with torch.no_grad():
         before = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
-        for weight in weights_of(model, arguments["names"]):
-            weight.parameter.add_(change[weight.name])
+        for weight in arguments["weights"]:
+            rows = slice(None) if weight.view.rows is None else weight.view.rows
+            weight.parameter[rows] += change[weight.name]
         after = torch.log_softmax(model(input_ids=ids).logits[:, :-1].double(), dim=-1)
     measured = (before.exp() * (before - after)).sum(-1).mean().item()
     assert figures.joint.stderr < 0.1 * measured

@@ -180,6 +180,21 @@ def test_a_tensor_that_was_not_measured_is_safe_and_seems_to_cost_nothing(ladder
     assert predicted_cost(table, plan.model_copy(update={"types": {**plan.types, name: "Q4_K"}})) is None
 
 
+def test_the_type_of_tensors_that_were_not_measured_can_be_chosen(ladder):
+    target, rungs = ladder
+    name, sensitivity, fisher = "blk.0.ffn_up.weight", sensitivity_of(target), fisher_of(target)
+    others = {other: tensor for other, tensor in sensitivity.tensors.items() if other != name}
+    table = price_table(
+        rungs,
+        target.quantizable,
+        sensitivity.model_copy(update={"tensors": others}),
+        fisher,
+        gguf_sha256=target.full.sha256,
+        unmeasured="Q5_0",
+    )
+    assert table.tensors[name].types.keys() == {"F16", "Q5_0"}
+
+
 def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
     target, rungs = ladder
     table = price_table(

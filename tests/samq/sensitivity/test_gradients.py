@@ -4,7 +4,8 @@ import torch
 from samq.data.tokens import batches
 from samq.errors import SamqError
 from samq.sensitivity.gradients import SampleGradients
-from samq.sensitivity.layout import weights_of
+from samq.sensitivity.layout import Weight, weights_of
+from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
 
@@ -81,6 +82,48 @@ def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
         torch.testing.assert_close(received[key], gradient.flatten(0, -2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_parts_and_orders_of_a_weight_have_those_of_its_gradient(batch_size, monkeypatch):
+    monkeypatch.setattr("samq.sensitivity.gradients.BAND_WEIGHTS", 200)
+    model, tokens = tiny_llama(), random_tokens()
+    attention = model.model.layers[0].self_attn
+    rows, columns = torch.randperm(32).numpy(), torch.randperm(32).numpy()
+    weights = [
+        Weight("first", attention.q_proj.weight, View(rows=rows[:20])),
+        Weight("second", attention.q_proj.weight, View(rows=rows[20:])),
+        Weight("columns", attention.o_proj.weight, View(columns=columns)),
+    ]
+    expected, received = by_autograd(model, weights, tokens), by_hooks(model, weights, tokens, batch_size)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(received[key], gradient, rtol=1e-4, atol=1e-5)
+    assert not SampleGradients(model, weights, print).one_sample_only
+
+
+def test_weights_that_are_turned_have_autograds_gradient():
+    model, tokens = tiny_llama(), random_tokens()
+    weights = [Weight("keys", model.model.layers[0].self_attn.k_proj.weight, View(matrix=torch.t))]
+    expected, received = by_autograd(model, weights, tokens), by_hooks(model, weights, tokens, 1)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(received[key], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_two_copies_of_a_tied_weight_share_its_gradient_by_their_use():
+    model, tokens = tiny_llama(tied=True), random_tokens()
+    tied = model.model.embed_tokens.weight
+    users = {"token_embd.weight": model.model.embed_tokens, "output.weight": model.lm_head}
+    apart = by_hooks(model, [Weight(name, tied, View(), user) for name, user in users.items()], tokens, 4)
+    together = by_autograd(model, [Weight("both", tied, View())], tokens)
+    untied = tiny_llama(tied=False)
+    untied.model.load_state_dict(model.model.state_dict())
+    untied.lm_head.weight.data.copy_(tied.data)
+    expected = by_autograd(untied, weights_of(untied, names_of(untied)), tokens)
+    for (name, number), gradient in apart.items():
+        torch.testing.assert_close(gradient, expected[name, number], rtol=1e-4, atol=1e-5)
+    for number in range(len(tokens)):
+        total = apart["token_embd.weight", number] + apart["output.weight", number]
+        torch.testing.assert_close(total, together["both", number], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "one"),
     [
@@ -113,7 +156,7 @@ def test_a_layer_that_sees_samples_mixed_is_refused():
     weights = weights_of(model, names_of(model))
     model.model.layers[0].mlp = Mixing(torch.nn.Linear(32, 32, bias=False))
     weights = [weight for weight in weights if not weight.name.startswith("blk.0.ffn")]
-    weights.append(type(weights[0])("mixed.weight", model.model.layers[0].mlp.inner.weight, lambda tensor: tensor))
+    weights.append(Weight("mixed.weight", model.model.layers[0].mlp.inner.weight, View()))
     with pytest.raises(SamqError, match=r"mixed\.weight mixes the tokens of several samples.*batch size of 1"):
         by_hooks(model, weights, tokens, 4)
     assert ("mixed.weight", 4) in by_hooks(model, weights, tokens, 1)

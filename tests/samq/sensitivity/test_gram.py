@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 from samq.data.tokens import batches
 from samq.errors import SamqError
 from samq.sensitivity.gram import GramMatrices, measure_gram
-from samq.sensitivity.layout import weights_of
+from samq.sensitivity.layout import Weight, weights_of
+from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
 MODELS = {
@@ -16,6 +17,10 @@ MODELS = {
     "mixtral": (tiny_mixtral, "llama"),
     "gpt2": (tiny_gpt2, "gpt2"),
 }
+
+
+def gram_of(model, tokens, path, architecture="llama", **arguments):
+    measure_gram(model, tokens, path, weights_of(model, names_of(model, architecture)), **arguments)
 
 
 def inputs_of(model, tokens, names):
@@ -43,7 +48,7 @@ def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, memory_
     make, architecture = MODELS[kind]
     model, tokens, path = make(), random_tokens(), tmp_path / "gram.safetensors"
     names = names_of(model, architecture)
-    measure_gram(model, tokens, path, names=names, batch_size=batch_size, memory_bytes=memory_bytes)
+    gram_of(model, tokens, path, architecture, batch_size=batch_size, memory_bytes=memory_bytes)
     grams, inputs_by_name = GramMatrices(path), inputs_of(model, tokens, names)
     assert set(grams.source) == set(inputs_by_name)
     for name, inputs in inputs_by_name.items():
@@ -51,8 +56,24 @@ def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, memory_
         np.testing.assert_allclose(grams[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
 
 
+def test_a_tensor_of_another_order_of_columns_has_the_matrix_of_that_order(tmp_path):
+    model, tokens, path = tiny_llama(), random_tokens(), tmp_path / "gram.safetensors"
+    attention, order = model.model.layers[0].self_attn, torch.randperm(32).numpy()
+    weights = [
+        Weight("plain", attention.o_proj.weight, View()),
+        Weight("some rows", attention.q_proj.weight, View(rows=order[:5])),
+        Weight("all rows", attention.q_proj.weight, View()),
+    ]
+    measure_gram(model, tokens, path, weights)
+    plain = GramMatrices(path)
+    assert plain.source["all rows"] == plain.source["some rows"] == "some rows"
+    expected = plain["plain"][order][:, order]
+    measure_gram(model, tokens, path, [Weight("turned", attention.o_proj.weight, View(columns=order))])
+    torch.testing.assert_close(GramMatrices(path)["turned"], expected)
+
+
 def test_layers_of_one_input_share_its_matrix(tmp_path):
-    measure_gram(tiny_llama(), random_tokens(), tmp_path / "gram.safetensors", names=names_of(tiny_llama()))
+    gram_of(tiny_llama(), random_tokens(), tmp_path / "gram.safetensors")
     grams = GramMatrices(tmp_path / "gram.safetensors")
     source = {name.removeprefix("blk.1."): key for name, key in grams.source.items() if name.startswith("blk.1.")}
     query = source["attn_q.weight"]
@@ -64,14 +85,14 @@ def test_layers_of_one_input_share_its_matrix(tmp_path):
 def test_the_same_matrices_are_the_same_bytes(tmp_path):
     files = [tmp_path / name for name in "abcd"]
     for path in files:
-        measure_gram(tiny_llama(), random_tokens(), path, names=names_of(tiny_llama()))
+        gram_of(tiny_llama(), random_tokens(), path)
     assert len({path.read_bytes() for path in files}) == 1
 
 
 def test_an_input_that_is_always_zero_has_no_matrix(tmp_path):
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
-    measure_gram(model, random_tokens(), tmp_path / "gram.safetensors", names=names_of(model))
+    gram_of(model, random_tokens(), tmp_path / "gram.safetensors")
     grams = GramMatrices(tmp_path / "gram.safetensors")
     assert "blk.0.ffn_down.weight" not in grams and "blk.1.ffn_down.weight" in grams
 
@@ -80,16 +101,15 @@ def test_nan_names_the_layer_and_writes_nothing(tmp_path):
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(SamqError, match=r"the input of blk\.1\.ffn_down\.weight has NaN or Inf"):
-        measure_gram(model, random_tokens(), tmp_path / "gram.safetensors", names=names_of(model))
+        gram_of(model, random_tokens(), tmp_path / "gram.safetensors")
     assert not (tmp_path / "gram.safetensors").exists()
 
 
 def test_progress_counts_the_sequences_of_all_passes(tmp_path):
     told = []
-    measure_gram(
-        tiny_llama(), random_tokens(), tmp_path / "gram.safetensors", names=names_of(tiny_llama()), memory_bytes=10_000,
-        batch_size=2, progress=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
+    progress = lambda done, total: told.append((done, total))  # noqa: E731
+    path = tmp_path / "gram.safetensors"
+    gram_of(tiny_llama(), random_tokens(), path, memory_bytes=10_000, batch_size=2, progress=progress)
     totals = {total for _, total in told}
     assert len(totals) == 1 and totals.pop() > 5
     assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == told[-1][1]

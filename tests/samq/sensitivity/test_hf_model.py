@@ -12,7 +12,7 @@ from samq.gguf.header import LazyReader
 from samq.llamacpp.programs import convert
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.hf_model import load_model, load_tokenizer, write_hf_folder
-from samq.sensitivity.layout import row_orders, weights_of
+from samq.sensitivity.layout import read_layout
 from tests.tiny_models import byte_tokenizer, names_of, save_folder, tiny_llama, write_llama_gguf
 
 
@@ -74,7 +74,8 @@ def test_a_gguf_with_its_folder_gives_torchs_weights_back(folder, tmp_path):
         expected = weight.half().float() if weight.ndim > 1 else weight
         assert torch.equal(dict(model.named_parameters())[name], expected)
     assert tokenizer("w5")["input_ids"] == [0, 5]
-    assert len(row_orders(weights_of(model, names_of(model)), path)) == 4
+    layout = read_layout(model, names_of(model), path)
+    assert sum(weight.view.rows is not None for weight in layout.weights) == 4 and not layout.unknown
 
 
 def test_a_gguf_is_opened_once_for_its_model_and_its_tokenizer(tmp_path, monkeypatch):
@@ -253,8 +254,8 @@ def test_a_gguf_as_a_folder_converts_back_to_the_same_bytes(tmp_path, toolchain)
     assert [read_metadata(converted)[key] for key in keys] == [read_metadata(direct_gguf)[key] for key in keys]
 
     model, tokenizer = load_model(source, device="cpu")
-    weights = weights_of(model, gguf_names(read_metadata(converted)))
-    assert len(weights) == 211 and len(row_orders(weights, converted)) == 60
+    weights = read_layout(model, gguf_names(read_metadata(converted)), converted).weights
+    assert len(weights) == 211 and sum(weight.view.rows is not None for weight in weights) == 60
     assert (
         tokenizer("def add(a, b):")["input_ids"]
         == load_tokenizer(describe_source(direct_gguf))("def add(a, b):")["input_ids"]

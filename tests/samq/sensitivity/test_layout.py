@@ -4,7 +4,7 @@ import torch
 
 from samq.errors import SamqError
 from samq.gguf.file import read_weights
-from samq.sensitivity.layout import read_layout, rotary_row_order, row_orders, weights_of
+from samq.sensitivity.layout import read_layout, weights_of
 from tests.tiny_models import names_of, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
 
@@ -46,15 +46,42 @@ def test_a_weight_of_an_unknown_layout_is_not_measured_and_says_why(tmp_path):
     path = write_llama_gguf(model, tmp_path / "model.gguf")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.copy_(model.model.layers[1].mlp.up_proj.weight.flip(0))
+        rows = model.model.layers[1].self_attn.k_proj.weight
+        rows.copy_(rows.flip(0))
     layout = read_layout(model, names_of(model), path)
-    assert list(layout.unknown) == ["blk.1.ffn_up.weight"]
-    assert "is not torch's weight" in layout.unknown["blk.1.ffn_up.weight"]
+    assert set(layout.unknown) == {"blk.1.ffn_up.weight", "blk.1.attn_k.weight"}
+    assert "is not torch's weight in any way" in layout.unknown["blk.1.ffn_up.weight"]
     every = {weight.name for weight in weights_of(model, names_of(model))}
-    assert {weight.name for weight in weights_of(model, layout.names)} == every - {"blk.1.ffn_up.weight"}
-    assert set(layout.row_orders) == {f"blk.{block}.attn_{kind}.weight" for block in (0, 1) for kind in "qk"}
+    assert {weight.name for weight in layout.weights} == every - layout.unknown.keys()
 
 
-def test_a_gguf_most_of_whose_weights_are_others_is_refused(tmp_path):
+def test_a_tensor_that_torch_lacks_is_not_measured_and_says_why(tmp_path):
+    model = tiny_llama(tied=True)
+    extra = np.ones((64, 32), np.float16)
+    path = write_llama_gguf(model, tmp_path / "m.gguf", more=lambda w: w.add_tensor("blk.2.attn_q.weight", extra))
+    layout = read_layout(model, names_of(model), path)
+    assert layout.unknown == {"blk.2.attn_q.weight": "blk.2.attn_q.weight: torch has no weight of its name"}
+
+
+def test_a_tied_weight_that_the_gguf_has_twice_is_measured_by_its_uses(tmp_path):
+    model = tiny_llama(tied=True)
+    copied = model.lm_head.weight.detach().numpy().astype(np.float16)
+    path = write_llama_gguf(model, tmp_path / "m.gguf", more=lambda w: w.add_tensor("output.weight", copied))
+    layout = read_layout(model, names_of(model), path)
+    users = {weight.name: weight.user for weight in layout.weights if weight.user is not None}
+    assert users == {"token_embd.weight": model.model.embed_tokens, "output.weight": model.lm_head}
+    assert not layout.unknown
+
+
+def test_a_tensor_that_the_gguf_lacks_is_named(tmp_path):
+    path = write_llama_gguf(tiny_llama(tied=True), tmp_path / "tied.gguf")
+    model = tiny_llama()
+    model.model.load_state_dict(tiny_llama(tied=True).model.state_dict())
+    layout = read_layout(model, names_of(model), path)
+    assert "output.weight is a weight in torch, and" in layout.unknown["output.weight"]
+
+
+def test_another_models_gguf_is_refused(tmp_path):
     path, model = write_llama_gguf(tiny_llama(seed=1), tmp_path / "other.gguf"), tiny_llama(seed=0)
     with pytest.raises(SamqError, match=r"100 % of the GGUF's weights cannot be told from this model: token_embd"):
         read_layout(model, names_of(model), path)
@@ -65,32 +92,22 @@ def test_a_model_without_gguf_names_is_refused():
         weights_of(tiny_llama(), lambda name: None)
 
 
-def test_row_orders_turn_torchs_rows_into_the_files(tmp_path):
+def test_views_turn_torchs_weights_into_the_files(tmp_path):
     model = tiny_llama()
     path = write_llama_gguf(model, tmp_path / "model.gguf")
-    weights = weights_of(model, names_of(model))
-    orders = row_orders(weights, path)
-    assert set(orders) == {f"blk.{block}.attn_{kind}.weight" for block in (0, 1) for kind in "qk"}
-    for weight in weights:
-        values = weight.parameter.detach().numpy()
-        values = values[orders[weight.name]] if weight.name in orders else values
-        np.testing.assert_array_equal(values.astype(np.float16), read_weights(path, weight.name).astype(np.float16))
+    weights = {weight.name: weight for weight in read_layout(model, names_of(model), path).weights}
+    assert weights.keys() == {weight.name for weight in weights_of(model, names_of(model))}
+    for name, weight in weights.items():
+        values = weight.view(weight.parameter.detach()).half().float().numpy()
+        np.testing.assert_array_equal(values, read_weights(path, name))
+    ordered = {name for name, weight in weights.items() if weight.view.rows is not None}
+    assert ordered == {f"blk.{block}.attn_{kind}.weight" for block in (0, 1) for kind in "qk"}
 
 
-def test_unpermuted_files_need_no_order(tmp_path):
+def test_rows_in_torchs_order_need_no_view_of_their_own(tmp_path):
     model = tiny_llama()
-    assert row_orders(weights_of(model, names_of(model)), write_llama_gguf(model, tmp_path / "m.gguf", False)) == {}
-
-
-def test_the_rotary_order_interleaves_the_halves_of_each_head():
-    assert rotary_row_order(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-def test_another_models_gguf_is_refused(tmp_path):
-    path = write_llama_gguf(tiny_llama(seed=1), tmp_path / "other.gguf")
-    model = tiny_llama(seed=0)
-    with pytest.raises(SamqError, match=r"token_embd\.weight in .* is not torch's weight, in any order of rows that"):
-        row_orders(weights_of(model, names_of(model)), path)
+    layout = read_layout(model, names_of(model), write_llama_gguf(model, tmp_path / "m.gguf", permute=False))
+    assert all(weight.view.rows is None for weight in layout.weights) and not layout.unknown
 
 
 @pytest.mark.parametrize(
@@ -100,28 +117,11 @@ def test_another_models_gguf_is_refused(tmp_path):
         (float("nan"), r"blk\.1\.ffn_down\.weight of the model holds NaN or infinity; download the checkpoint again"),
     ],
 )
-def test_values_that_cannot_be_stored_are_no_wrong_order_of_rows(tmp_path, value, message):
+def test_values_that_cannot_be_stored_are_no_unknown_layout(tmp_path, value, message):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = value
     with np.errstate(over="ignore"):
         path = write_llama_gguf(model, tmp_path / "model.gguf")
     with pytest.raises(SamqError, match=message):
-        row_orders(weights_of(model, names_of(model)), path)
-
-
-def test_an_unknown_order_of_rows_is_refused(tmp_path):
-    model = tiny_llama()
-    path = write_llama_gguf(model, tmp_path / "model.gguf")
-    with torch.no_grad():
-        rows = model.model.layers[1].self_attn.k_proj.weight
-        rows.copy_(rows.flip(0))
-    with pytest.raises(SamqError, match=r"blk\.1\.attn_k\.weight in .* in any order of rows that SAMQ knows"):
-        row_orders(weights_of(model, names_of(model)), path)
-
-
-def test_a_missing_tensor_is_named(tmp_path):
-    path = write_llama_gguf(tiny_llama(tied=True), tmp_path / "tied.gguf")
-    model = tiny_llama()
-    with pytest.raises(SamqError, match=r"output\.weight is \(64, 32\) in torch, but .* has no such tensor"):
-        row_orders(weights_of(model, names_of(model))[-1:], path)
+        read_layout(model, names_of(model), path)

@@ -8,19 +8,16 @@ import torch
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
 from samq.sensitivity.backpropagation import Labelling
-from samq.sensitivity.fisher import Fisher
-from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
+from samq.sensitivity.layout import GgufLayout, read_layout, weights_of
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
 
-def measure(
-    model, tokens, architecture="llama", *, row_orders=None, labels="text", seed=0, first_sequence=0, **arguments
-):
+def measure(model, tokens, architecture="llama", *, layout=None, labels="text", seed=0, first_sequence=0, **arguments):
     return measure_sensitivity(
         model,
         tokens,
-        GgufLayout(names_of(model, architecture), row_orders or {}),
+        layout or GgufLayout(weights_of(model, names_of(model, architecture))),
         Origin("model", "text"),
         labelling=Labelling(labels, seed, first_sequence),
         **arguments,
@@ -153,12 +150,14 @@ def test_the_fisher_predicts_the_divergence_of_a_small_change(name):
 def test_the_fishers_rows_are_in_ggufs_order(tmp_path):
     model, tokens = tiny_llama(), random_tokens()
     path = write_llama_gguf(model, tmp_path / "model.gguf")
-    orders = row_orders(weights_of(model, names_of(model)), path)
+    layout = read_layout(model, names_of(model), path)
     _, in_torch = measure(model, tokens)
-    _, in_gguf = measure(model, tokens, row_orders=orders)
-    for name, fisher in in_torch.items():
-        order = orders.get(name, np.arange(len(fisher.rows)))
-        assert same(in_gguf[name], Fisher(fisher.rows[order], fisher.columns))
+    _, in_gguf = measure(model, tokens, layout=layout)
+    for weight in layout.weights:
+        fisher, expected = in_gguf[weight.name], in_torch[weight.name]
+        rows = slice(None) if weight.view.rows is None else weight.view.rows
+        np.testing.assert_allclose(fisher.rows, expected.rows[rows], rtol=1e-5)
+        np.testing.assert_allclose(fisher.columns, expected.columns, rtol=1e-5)
     assert not same(in_gguf["blk.0.attn_q.weight"], in_torch["blk.0.attn_q.weight"])
 
 
