@@ -1,5 +1,6 @@
 """A causal LM in full precision, loaded into torch."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def load_model(
     gguf_alone = source.gguf if source.folder is None else None  # the configuration comes from it, too
     what = f"{source.name} as {dtype} on {place}"
     with _loading, _gguf_read_once():
-        with _transformers_errors(what), _bars_told_to(progress):
+        with _transformers_errors(what), _bars_told_to(progress), _without_list_of_unused_weights():
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
             )
@@ -158,6 +159,22 @@ def _bars_told_to(progress: Progress) -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def _without_list_of_unused_weights() -> Iterator[None]:
+    """Leave transformers' table of the file's weights that the model has no use for out of the log: a vision part's, or MTP's."""
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message or any(word in message for word in ("MISSING", "MISMATCH", "CONVERSION"))
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_of_use)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_use)
 
 
 @contextmanager
