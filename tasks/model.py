@@ -1,6 +1,6 @@
 """The model in torch: what gradients and Gram matrices are taken of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -12,6 +12,9 @@ from samq.records import ModelSource
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, read_layout
 from samq.store import Artifact
+
+# Digests of a model and of its GGUF -> which view of the table each tensor has.
+_views: dict[tuple[str, str], Mapping[str, int | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class TorchModel:
             return model, gguf_names(read_metadata(gguf))
 
     def load_with_layout(self, device: str) -> tuple[PreTrainedModel, GgufLayout]:
-        """The model on its device, and how its GGUF stores the weights."""
+        """The model on its device, and how its GGUF stores the weights: compared once in a process."""
         model, names = self.load(device)
+        gguf, content = self.full.path(GGUF_NAME), (self.source.digest(), self.full.digest())
         with bar(f"compare {self.source.name} with its GGUF") as progress:
-            return model, read_layout(model, names, self.full.path(GGUF_NAME), progress)
+            layout = read_layout(model, names, gguf, progress, views=_views.get(content))
+        _views[content] = layout.views
+        return model, layout

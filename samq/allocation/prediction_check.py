@@ -116,9 +116,10 @@ class _RoundingErrors:
         self._originals = _stored_tensors(layout.weights, candidate.original)
         self._rounded = _stored_tensors(layout.weights, rounded)
         self._cache: tuple[int, dict[int, torch.Tensor]] = -1, {}  # a weight's index, and its errors by first row
+        in_gguf = read_tensors(candidate.original).keys()
         for name, kind in plan.types.items():
-            if name in layout.unknown:
-                continue
+            if name not in self._rounded and name in in_gguf:
+                continue  # it was not measured
             if name not in self._rounded:
                 raise SamqError(f"plan {plan.name} names {name}, which the model in torch lacks; plan for this model")
             if self._rounded[name].tensor_type.name != kind:

@@ -54,6 +54,7 @@ class GgufLayout:
 
     weights: list[Weight]
     unknown: Mapping[str, str] = field(default_factory=dict)  # the GGUF's tensor that is not measured -> why
+    views: Mapping[str, int | None] = field(default_factory=dict)  # which view of the table each tensor has
 
     @property
     def unmeasured(self) -> str:
@@ -82,31 +83,37 @@ def weights_of(model: PreTrainedModel, names: Names) -> list[Weight]:
     return [Weight(stored.name, stored.parameter, stored.views[0]) for stored in _stored(model, names, None)]
 
 
-def read_layout(model: PreTrainedModel, names: Names, gguf: Path, progress: Progress = silent) -> GgufLayout:
-    """Find every weight in a full-precision GGUF of the same model, by its values.
+def read_layout(
+    model: PreTrainedModel,
+    names: Names,
+    gguf: Path,
+    progress: Progress = silent,
+    views: Mapping[str, int | None] | None = None,
+) -> GgufLayout:
+    """Find every weight in a full-precision GGUF of the same model, by its values, or by the `views` that were found before.
 
     A tensor that is not torch's weight in any view of the table is not measured, and `unknown` says why. Raises SamqError if
     that is most of the GGUF: then it is another model's. Raises it too for values that are no numbers, or that the GGUF's
     type cannot hold.
     """
-    tensors, readers = read_tensors(gguf), {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
+    tensors = read_tensors(gguf)
     weights, unknown = [], dict[str, str]()
     candidates = _stored(model, names, tensors.keys())
-    for done, stored in enumerate(candidates):
-        progress(done, len(candidates))
+    if views is None:
+        views = _compare([stored for stored in candidates if stored.name in tensors], gguf, progress)
+    for stored in candidates:
         if stored.name not in tensors:
             unknown[stored.name] = f"{stored.name} is a weight in torch, and {gguf} has no such tensor"
-        elif view := _view(stored, tensors[stored.name], readers[stored.name], gguf):
-            weights.append(Weight(stored.name, stored.parameter, view, stored.user))
-        else:
+        elif (number := views[stored.name]) is None:
             unknown[stored.name] = f"{stored.name} is not torch's weight in any way of storing it that SAMQ knows"
-    progress(len(candidates), len(candidates))
+        else:
+            weights.append(Weight(stored.name, stored.parameter, stored.views[number], stored.user))
     known = {weight.name for weight in weights}
     for name in sorted(_matrices(tensors) - known - unknown.keys()):
         unknown[name] = f"{name}: {_TORCH_LACKS}"
     if reason := mostly_unknown(tensors, known):
         raise SamqError(f"{reason}: {next(iter(unknown.values()), _TORCH_LACKS)}; give the GGUF that was made from it")
-    return GgufLayout(weights, unknown)
+    return GgufLayout(weights, unknown, views)
 
 
 def _matrices(tensors: Mapping[str, TensorInfo]) -> set[str]:
@@ -173,14 +180,25 @@ def _weight_name(name: str | None) -> str | None:
     return f"{name}.weight" if _EXPERTS.search(name) else None
 
 
-def _view(stored: _Stored, tensor: TensorInfo, reader: ReaderTensor, gguf: Path) -> View | None:
-    """The view that the tensor has of the parameter; None if it has none of those that are possible."""
+def _compare(candidates: list[_Stored], gguf: Path, progress: Progress) -> dict[str, int | None]:
+    """The number of the view that each tensor has, by its values; None if it has none of those that are possible."""
+    readers = {tensor.name: tensor for tensor in open_gguf(gguf).tensors}
+    views = {}
+    for done, stored in enumerate(candidates):
+        progress(done, len(candidates))
+        views[stored.name] = _view(stored, readers[stored.name], gguf)
+    progress(len(candidates), len(candidates))
+    return views
+
+
+def _view(stored: _Stored, tensor: ReaderTensor, gguf: Path) -> int | None:
+    """The number of the view that the tensor has of the parameter; None if it has none of those that are possible."""
     parameter = stored.parameter.detach()
-    in_gguf = _read(gguf, reader)
-    for view in stored.views:
+    in_gguf = _read(gguf, tensor)
+    for number, view in enumerate(stored.views):
         in_torch = view(parameter)
-        if tuple(in_torch.shape) == tensor.shape and _same(in_torch.to("cpu", torch.float32).numpy(), in_gguf):
-            return view
+        if tuple(in_torch.shape) == in_gguf.shape and _same(in_torch.to("cpu", torch.float32).numpy(), in_gguf):
+            return number
     _require_finite(stored.name, parameter.to("cpu", torch.float32).numpy(), in_gguf, gguf)
     return None
 

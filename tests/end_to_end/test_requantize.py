@@ -33,7 +33,7 @@ from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
 from samq.store import Store
 from tests.command_line import forked_samq
-from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
+from tests.end_to_end.conftest import BLOCKS, SMALL, artifacts, measure, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
@@ -136,7 +136,9 @@ def test_of_the_sweeps_own_map_a_threshold_of_85_percent_keeps_next_to_nothing(m
     sensitivity, gguf = folders["calibrate"] / MAP_NAME, folders["convert"] / GGUF_NAME
     planned = forked_samq("plan", "--map", sensitivity, "--gguf", gguf, "--threshold", "0.85", home=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    groups = re.search(r"threshold 0\.85 keeps \d+ of 211 tensors \((\d+) blocks or single tensors\)", planned.stderr)
+    groups = re.search(
+        rf"threshold 0\.85 keeps \d+ of {1 + 7 * BLOCKS} tensors \((\d+) blocks or single tensors\)", planned.stderr
+    )
     assert groups and int(groups[1]) <= 1, planned.stderr
     rows = re.findall(r"│ ([\d.]+) +│ (\d+) +│ [\d.]+ +│ [\d.]+ +│", planned.stderr)
     cuts, kept = [float(cut) for cut, _ in rows], [int(count) for _, count in rows]

@@ -1,0 +1,375 @@
+"""Tiny random models of the architectures that people quantize, in folders as they are published."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from samq.data.datasets import packaged_rows
+
+VOCABULARY = 512
+SPECIAL = [
+    *("<unk>", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|user|>", "<|assistant|>"),
+    *("<|im_start|>", "<|im_end|>", "[gMASK]", "<sop>", "<eop>", "<|system|>", "<|observation|>"),
+]
+SHAPE = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=None,
+)
+MOE = dict(moe_intermediate_size=256, num_experts=8, num_experts_per_tok=2)
+ROUTED = dict(n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=256)
+LATENT = dict(kv_lora_rank=128, q_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=64, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64)
+LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
+    linear_conv_kernel_dim=4,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model to make, and what is expected of it."""
+
+    kind: str  # model_type of its configuration
+    shape: dict[str, Any]
+    tokenizer: str = "bytes"  # or sentencepiece, or pieces: SentencePiece's pieces in a tokenizer.json
+    publish: tuple[Callable[[Path], None], ...] = ()  # changes that make the folder a published one
+    often: bool = False  # tried by `make test`, and not only by `make test-architectures`
+
+
+def llama_like(
+    kind: str, *, often: bool = False, tokenizer: str = "bytes", publish: Any = (), **shape: Any
+) -> Architecture:
+    """An architecture whose configuration has Llama's names."""
+    whole = {name: value for name, value in (SHAPE | shape).items() if value != "left out"}
+    return Architecture(kind, whole, tokenizer, publish if isinstance(publish, tuple) else (publish,), often=often)
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    """Set entries of config.json, or leave out those that are None."""
+
+    def publish(folder: Path) -> None:
+        path = folder / "config.json"
+        config = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+    return publish
+
+
+def renamed_layers(folder: Path) -> None:
+    """Granite 4's names of the kinds of layers."""
+    path = folder / "config.json"
+    text = path.read_text().replace('"linear_attention"', '"mamba"').replace('"full_attention"', '"attention"')
+    path.write_text(text)
+
+
+def with_tensors(make: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """Add tensors to the weights."""
+
+    def publish(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        save_file(weights | make(weights), path, metadata={"format": "pt"})
+
+    return publish
+
+
+def copied_output(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tied model whose file holds the output as well."""
+    return {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+
+
+def layer_as(weights: dict[str, torch.Tensor], layer: int, prefix: str) -> dict[str, torch.Tensor]:
+    """Copies of a layer's weights under another name."""
+    found = {name: re.match(rf"model\.layers\.{layer}\.(.*)", name) for name in weights}
+    return {f"{prefix}{match[1]}": weights[name].clone() for name, match in found.items() if match}
+
+
+def qwen_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen3-Next's and Qwen3.5's layer for multi-token prediction."""
+    width = weights["model.embed_tokens.weight"].shape[1]
+    norms = {
+        f"mtp.{name}.weight": torch.zeros(width) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
+    return layer_as(weights, 3, "mtp.layers.0.") | {"mtp.fc.weight": torch.randn(width, 2 * width) * 0.03} | norms
+
+
+def glm_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """GLM-4.5's layer for multi-token prediction."""
+    width = weights["model.embed_tokens.weight"].shape[1]
+    norms = {f"model.layers.2.{name}.weight": torch.ones(width) for name in ("enorm", "hnorm", "shared_head.norm")}
+    return (
+        layer_as(weights, 1, "model.layers.2.")
+        | norms
+        | {
+            "model.layers.2.eh_proj.weight": torch.randn(width, 2 * width) * 0.03,
+            "model.layers.2.shared_head.head.weight": weights["lm_head.weight"].clone(),
+            "model.layers.2.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+        }
+    )
+
+
+def vocabulary_model(folder: Path) -> None:
+    """SentencePiece's file, which some converters ask for beside tokenizer.json."""
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_model())
+
+
+GEMMA = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=256)
+GPT2 = dict(vocab_size=VOCABULARY, n_positions=1024, n_embd=256, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+FALCON = dict(
+    vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True, bias=False,
+    alibi=False, bos_token_id=1, eos_token_id=2, max_position_embeddings=1024,
+)  # fmt: skip
+SSM = dict(
+    vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, state_size=16, expand=2, conv_kernel=4, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+BLOOM = dict(vocab_size=VOCABULARY, hidden_size=256, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=512,
+)  # fmt: skip
+GRANITE4 = dict(
+    shared_intermediate_size=512, layer_types=["mamba", "attention"], tie_word_embeddings=True,
+    position_embedding_type="nope", **MAMBA,
+)  # fmt: skip
+GRANITE_SCALES = dict(
+    embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.015625
+)
+HYBRID_LAYERS = ["sliding_attention", "full_attention"] * 2
+
+ARCHITECTURES = {
+    "Llama": llama_like("llama", tie_word_embeddings=False),
+    "Llama 3": llama_like("llama", often=True, tie_word_embeddings=True, rope_scaling=LLAMA3),
+    "Llama with biases": llama_like("llama", attention_bias=True, mlp_bias=True),
+    "Llama, tied and stored twice": llama_like(
+        "llama", often=True, tie_word_embeddings=True, publish=with_tensors(copied_output)
+    ),
+    "Mistral": llama_like("mistral", head_dim=64),
+    "Mistral Nemo": llama_like("mistral", head_dim=128),
+    "Ministral 3": llama_like("ministral3", head_dim=64),
+    "Qwen2": llama_like("qwen2"),
+    "Qwen2.5, tied": llama_like("qwen2", tie_word_embeddings=True),
+    "Qwen2, padded vocabulary": llama_like("qwen2", tie_word_embeddings=True, vocab_size=640),
+    "Qwen3": llama_like("qwen3", often=True, head_dim=64, tie_word_embeddings=True),
+    "Gemma": llama_like("gemma", tokenizer="sentencepiece", head_dim=64),
+    "Gemma 2": llama_like("gemma2", tokenizer="sentencepiece", **GEMMA),
+    "Gemma 3": llama_like("gemma3_text", tokenizer="sentencepiece", often=True, **GEMMA),
+    "Gemma 4": llama_like(
+        "gemma4_text", tokenizer="pieces", head_dim=64, global_head_dim=128, num_hidden_layers=4,
+        hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY, sliding_window=256, num_kv_shared_layers=0,
+        layer_types=HYBRID_LAYERS,
+    ),
+    "Phi-2": llama_like("phi", intermediate_size=1024, num_key_value_heads=4, partial_rotary_factor=0.5),
+    "Phi-3": llama_like("phi3", sliding_window=256, original_max_position_embeddings=1024, publish=vocabulary_model),
+    "GPT-2": Architecture("gpt2", GPT2, publish=(with_config(n_ctx=1024),), often=True),
+    "StarCoder": Architecture("gpt_bigcode", GPT2 | dict(n_inner=1024, multi_query=True), publish=(with_config(n_ctx=1024),)),
+    "StarCoder2": llama_like("starcoder2", use_bias=True),
+    "GPT-NeoX": llama_like(
+        "gpt_neox", num_key_value_heads="left out", rotary_pct=0.25, publish=with_config(rotary_pct=0.25), often=True
+    ),
+    "Falcon 7B": Architecture("falcon", FALCON | dict(multi_query=True), publish=(with_config(num_kv_heads=None),)),
+    "Falcon 40B": Architecture("falcon", FALCON | dict(num_kv_heads=2, new_decoder_architecture=True), often=True),
+    "Bloom": Architecture("bloom", BLOOM),
+    "OLMo": llama_like("olmo"),
+    "OLMo 2": llama_like("olmo2"),
+    "OLMo 3": llama_like("olmo3", sliding_window=256),
+    "Granite": llama_like("granite", tie_word_embeddings=True, **GRANITE_SCALES),
+    "Granite 3 MoE": llama_like(
+        "granitemoe", num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=True, often=True
+    ),
+    "Granite 4": llama_like("granitemoehybrid", num_local_experts=0, num_experts_per_tok=0, publish=renamed_layers, **GRANITE4),
+    "Granite 4 MoE": llama_like(
+        "granitemoehybrid", num_local_experts=8, num_experts_per_tok=2, publish=renamed_layers, often=True, **GRANITE4
+    ),
+    "StableLM": llama_like("stablelm", partial_rotary_factor=0.25),
+    "Command R": llama_like("cohere", logit_scale=0.0625),
+    "Command R7B": llama_like("cohere2", logit_scale=0.25, sliding_window=256, head_dim=64, publish=with_config(rotary_pct=1.0)),
+    "DeepSeek-V2": llama_like(
+        "deepseek_v2", num_key_value_heads=4, first_k_dense_replace=1, head_dim=32, often=True, **ROUTED, **LATENT
+    ),
+    "DeepSeek-V3": llama_like(
+        "deepseek_v3", num_key_value_heads=4, first_k_dense_replace=1, n_group=2, topk_group=1, **ROUTED, **LATENT
+    ),
+    "GLM-4.7-Flash": llama_like(
+        "glm4_moe_lite", num_key_value_heads=4, first_k_dense_replace=1, n_group=1, topk_group=1, **ROUTED, **LATENT
+    ),
+    "Mixtral": llama_like("mixtral", num_local_experts=8, num_experts_per_tok=2, often=True),
+    "Qwen2 MoE": llama_like("qwen2_moe", shared_expert_intermediate_size=256, often=True, **MOE),
+    "Qwen3 MoE": llama_like("qwen3_moe", head_dim=64, norm_topk_prob=True, **MOE),
+    "OLMoE": llama_like("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=2),
+    "gpt-oss": llama_like(
+        "gpt_oss", num_local_experts=8, num_experts_per_tok=2, head_dim=64, sliding_window=128, intermediate_size=256, often=True
+    ),
+    "DBRX": Architecture(
+        "dbrx",
+        dict(
+            vocab_size=VOCABULARY, d_model=256, n_heads=4, n_layers=2, max_seq_len=1024,
+            attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
+            ffn_config=dict(ffn_hidden_size=256, moe_num_experts=8, moe_top_k=2),
+        ),
+        often=True,
+    ),
+    "GLM-4": llama_like("glm4", head_dim=64, partial_rotary_factor=0.5, attention_bias=True),
+    "GLM-4.5": llama_like(
+        "glm4_moe", head_dim=64, first_k_dense_replace=1, n_group=1, topk_group=1, use_qk_norm=True, attention_bias=True,
+        partial_rotary_factor=0.5, publish=(with_tensors(glm_mtp), with_config(num_nextn_predict_layers=1)), often=True,
+        **ROUTED,
+    ),
+    "SmolLM3": llama_like("smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], use_sliding_window=False),
+    "Mamba": Architecture("mamba", SSM | dict(time_step_rank=16), often=True),
+    "Falcon Mamba": Architecture("falcon_mamba", SSM | dict(time_step_rank=16, tie_word_embeddings=False)),
+    "Mamba 2": Architecture(
+        "mamba2", SSM | dict(head_dim=64, num_heads=8, n_groups=1, chunk_size=64, tie_word_embeddings=False)
+    ),
+    "Qwen3-Next": llama_like(
+        "qwen3_next", num_hidden_layers=4, head_dim=64, shared_expert_intermediate_size=256, full_attention_interval=4,
+        norm_topk_prob=True, partial_rotary_factor=0.25, publish=with_tensors(qwen_mtp), often=True, **MOE, **LINEAR,
+    ),
+    "Qwen3.5": llama_like(
+        "qwen3_5_text", num_hidden_layers=4, head_dim=64, partial_rotary_factor=0.25, tie_word_embeddings=True,
+        publish=(with_tensors(qwen_mtp), with_config(mtp_num_hidden_layers=1)), often=True, **LINEAR,
+    ),
+    "Bamba": llama_like("bamba", attn_layer_indices=[1], **MAMBA),
+    "Jamba": llama_like(
+        "jamba", num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=16, publish=vocabulary_model,
+    ),
+    "Falcon H1": llama_like("falcon_h1", head_dim=64, mamba_d_ssm=512, **MAMBA),
+    "LFM2": llama_like(
+        "lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_L_cache=3, full_attn_idxs=[1]
+    ),
+    "LFM2 MoE": llama_like("lfm2_moe", layer_types=["conv", "full_attention"], num_dense_layers=1, conv_L_cache=3, **MOE),
+    "EXAONE 4": llama_like("exaone4", sliding_window=256, sliding_window_pattern=4),
+    "Nemotron": llama_like("nemotron", partial_rotary_factor=0.5, head_dim=64, publish=vocabulary_model),
+    "ERNIE 4.5": llama_like("ernie4_5", tie_word_embeddings=True, head_dim=64, publish=vocabulary_model),
+    "ERNIE 4.5 MoE": llama_like(
+        "ernie4_5_moe", moe_num_experts=8, moe_k=2, moe_intermediate_size=256, moe_num_shared_experts=1,
+        moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1, tie_word_embeddings=True,
+        publish=vocabulary_model,
+    ),
+    "Hunyuan": llama_like("hunyuan_v1_dense", head_dim=64),
+    "Seed-OSS": llama_like("seed_oss", head_dim=64, attention_bias=True, attention_out_bias=False),
+    "Arcee": llama_like("arcee", head_dim=64),
+    "Apertus": llama_like("apertus", head_dim=64, max_position_embeddings=16384),
+    "MiniCPM3": llama_like(
+        "minicpm3", num_key_value_heads=4, scale_emb=12, scale_depth=1.4, dim_model_base=256, publish=vocabulary_model,
+        **LATENT,
+    ),
+    "OPT": Architecture(
+        "opt",
+        dict(
+            vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, ffn_dim=512,
+            word_embed_proj_dim=256, max_position_embeddings=1024,
+        ),
+    ),
+    "MPT": Architecture("mpt", dict(vocab_size=VOCABULARY, d_model=256, n_layers=2, n_heads=4, max_seq_len=1024)),
+    "Phi-3.5 MoE": llama_like(
+        "phimoe", num_local_experts=8, num_experts_per_tok=2, sliding_window=256, original_max_position_embeddings=1024,
+        attention_bias=True, lm_head_bias=True,
+    ),
+}  # fmt: skip
+
+# Models that llama.cpp's converter does not support -> their class.
+REFUSED = {"OPT": "OPTForCausalLM", "MPT": "MptForCausalLM", "Phi-3.5 MoE": "PhimoeForCausalLM"}
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """Make the model, and return its folder. The same name gives the same weights."""
+    wanted = ARCHITECTURES[name]
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(wanted.kind, **wanted.shape)
+    has_vision = hasattr(config, "vision_config")
+    model = (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM).from_config(config).float().eval()
+    _spread(model)
+    model.save_pretrained(folder)
+    _tokenizer(wanted.tokenizer).save_pretrained(folder)
+    if wanted.tokenizer == "sentencepiece":
+        vocabulary_model(folder)
+    for publish in wanted.publish:
+        publish(folder)
+    return folder
+
+
+def _spread(model: torch.nn.Module) -> None:
+    """Random weights whose columns differ in size, so that sensitivities do; biases that are not zero."""
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and not name.endswith("A_log") and "conv" not in name:
+                scales = torch.exp(0.5 * torch.randn(parameter.shape[-1], generator=random)) * 0.04
+                # BF16 as published, so that F16 rounds next to nothing
+                parameter.copy_((torch.randn(parameter.shape, generator=random) * scales).bfloat16())
+            elif name.endswith("bias") and "dt" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
+
+
+@cache
+def _texts() -> tuple[str, ...]:
+    return tuple(row["prompt"] + row["canonical_solution"] for row in packaged_rows("humaneval"))
+
+
+@cache
+def _sentencepiece_model() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in _texts() for line in text.splitlines()), model_writer=model,
+        vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True, character_coverage=0.99, pad_id=0, eos_id=1, bos_id=2,
+        unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>", minloglevel=2,
+        hard_vocab_limit=True, user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@cache
+def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    if kind == "pieces":
+        return _pieces()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def _pieces() -> PreTrainedTokenizerFast:
+    """Pieces and bytes as Gemma has them in its tokenizer.json."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *(chr(code) for code in range(33, 127))]
+    pairs = [(one, other) for one in "etaoinsrhldcumfpgwyb" for other in "etaoinsr"][: VOCABULARY - len(pieces)]
+    pieces += [one + other for one, other in pairs]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
+    )

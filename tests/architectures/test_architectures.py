@@ -1,0 +1,122 @@
+"""Every architecture from its folder to an evaluated GGUF, through the flow's stages, and what keeps its type on the way.
+
+`make test-architectures` tries all of them and writes the table of docs/reference/architectures.md.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from samq.allocation.budget import BudgetPolicy
+from samq.data.datasets import DatasetSpec
+from samq.errors import SamqError
+from samq.evaluation.agreement import Agreement
+from samq.evaluation.metrics import KLD
+from samq.evaluation.settings import EvaluationSettings
+from samq.files import AGREEMENT_NAME, CALIBRATION_SET_NAME, COMPENSATION_NAME, EVALUATION_NAME, GGUF_NAME
+from samq.gguf.file import read_metadata, read_tensors
+from samq.llamacpp.toolchain import find_toolchain
+from samq.records import CalibrationSet, Compensation, Evaluation
+from samq.sensitivity.hf_model import describe_source
+from samq.workspace import Workspace
+from tasks.agreement import agreement
+from tasks.calibrate import Passes, calibrate, load_map
+from tasks.compensate import compensate, gram
+from tasks.convert import convert
+from tasks.evaluate import baseline, evaluate
+from tasks.imatrix import imatrix
+from tasks.ladder import choose_rungs, rung
+from tasks.model import TorchModel
+from tasks.plan import load_plan, plan_budget
+from tasks.price import price
+from tasks.quantize import quantize
+from tasks.target import Target
+from tasks.text import FirstSequences, heldout, load_text, tokenize
+from tests.architectures.models import ARCHITECTURES, REFUSED, write_model
+from tests.architectures.table import Row, table_row
+
+pytestmark = pytest.mark.timeout(600)
+
+SETTINGS = EvaluationSettings(context_tokens=64, chunks=2, json_prompts=0, speed_requests=0)
+NAMES = [
+    pytest.param(name, marks=() if wanted.often else pytest.mark.architectures)
+    for name, wanted in ARCHITECTURES.items()
+    if name not in REFUSED
+]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A store of its own, and a converter that takes a tokenizer made on the spot for GPT-2's: it knows those published by
+    a hash of what they give.
+    """
+    tree = tmp_path_factory.mktemp("llama.cpp")
+    installed = find_toolchain()
+    for name, folder in (("bin", installed.bin_folder), ("lib", installed.lib_folder)):
+        (tree / name).symlink_to(folder)
+    shutil.copytree(installed.converter.parent, tree / "share" / "llama.cpp")
+    base = tree / "share" / "llama.cpp" / "conversion" / "base.py"
+    refusal = 'raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")'
+    script = base.read_text()
+    assert script.count(refusal) == 1
+    base.write_text(script.replace(refusal, 'res = "gpt-2"'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMQ_LLAMA_CPP", str(tree))
+        yield Workspace(tmp_path_factory.mktemp("store"), find_toolchain(), "cpu", timeout_s=300)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_becomes_an_evaluated_gguf(name, workspace, tmp_path):
+    at, source = workspace, describe_source(write_model(name, tmp_path / "model"))
+    text = load_text(DatasetSpec(name="humaneval", samples=24))
+    full = convert(at, source, "F16")
+    tokens = tokenize(at, full, text, 0, 64, True)
+    available = CalibrationSet.load(tokens.path(CALIBRATION_SET_NAME)).samples
+    model, sequences = TorchModel(source, full), FirstSequences(tokens, min(4, available))
+
+    agreed = Agreement.load(agreement(at, model, tokens).path(AGREEMENT_NAME))
+    sensitivities = calibrate(at, model, sequences, None, Passes())
+    target = Target(full, imatrix(at, full, text, 64))
+    opened = target.open(at.toolchain)
+    rungs = {kind: rung(at, kind, target) for kind in choose_rungs(at, target, ("Q4_0", "Q8_0"))}
+    prices = price(at, target, rungs, sensitivities, "Q8_0")
+    plan = plan_budget(at, target, prices, "7.5bpw", BudgetPolicy())
+    nearest = quantize(at, "it", target, plan, {})
+    grams = gram(at, model, FirstSequences(tokens, available), 65536, 1)
+    better = compensate(at, "it", full, plan, nearest, grams)
+    chunks = heldout(at, full, load_text(DatasetSpec(name="humaneval", start=100, samples=10)))
+    evaluation = evaluate(at, "it", better, chunks, baseline(at, full, chunks, SETTINGS), SETTINGS)
+
+    types, measured = load_plan(plan).types, load_map(sensitivities).tensors
+    unmeasured = sorted(opened.quantizable.keys() - measured.keys())
+    assert {types[tensor] for tensor in unmeasured} <= {"Q8_0"}
+    assert {"Q4_0", "Q8_0"} <= set(types.values())
+    assert {tensor: read_tensors(better.path(GGUF_NAME))[tensor].type for tensor in types} == types
+    divergence = Evaluation.load(evaluation.path(EVALUATION_NAME)).metrics[KLD].value
+    assert 0 < divergence < 1
+    compensated = Compensation.load(better.path(COMPENSATION_NAME)).tensors
+    assert compensated and all(error.compensated <= error.nearest for error in compensated.values())
+    weights = {tensor: info.weights for tensor, info in opened.quantizable.items()}
+    row = Row(
+        name=name,
+        architecture=read_metadata(full.path(GGUF_NAME))["general.architecture"],
+        agreement_nats=agreed.median_kld_nats,
+        measured=sum(weights[tensor] for tensor in weights if tensor in measured) / sum(weights.values()),
+        compensated=sum(weights[tensor] for tensor in compensated) / sum(weights.values()),
+        unmeasured=tuple(unmeasured),
+    )
+    assert row.agreement_nats <= 1e-5
+    if folder := os.environ.get("SAMQ_ARCHITECTURES"):
+        (Path(folder) / f"{name}.json").write_text(json.dumps(asdict(row)))
+    else:
+        assert row.cells() == table_row(name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_cannot_convert_is_said(name, workspace, tmp_path):
+    with pytest.raises(SamqError, match=f"llama.cpp's converter does not support {REFUSED[name]}"):
+        convert(workspace, describe_source(write_model(name, tmp_path / "model")), "F16")
