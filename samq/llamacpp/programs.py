@@ -58,19 +58,18 @@ def convert(
         quantize_program = program(toolchain, "llama-quantize")
         command: list[str | Path] = [quantize_program, "--allow-requantize", source.gguf.absolute(), target, precision]
         run(command, log=log, timeout_s=timeout_s, env=environment(toolchain))
-    _require_finite(target, source.name)
+    advice = "set model.precision to BF16, or give a GGUF that llama.cpp's converter wrote with --outtype bf16"
+    _require_finite(target, source.name, advice)
     return target
 
 
-def _require_finite(gguf: Path, model: str) -> None:
+def _require_finite(gguf: Path, model: str, advice: str) -> None:
+    """Raise SamqError for weights that are no numbers; `advice` says what to do about those that F16 cannot hold."""
     if not (found := first_not_finite(gguf)):
         return
     name, is_infinite = found
     if is_infinite and read_tensors(gguf)[name].type == "F16":
-        raise SamqError(
-            f"{name} of {model} has weights over 65504, which F16 cannot hold; set model.precision to BF16, or give a GGUF that "
-            "llama.cpp's converter wrote with --outtype bf16"
-        )
+        raise SamqError(f"{name} of {model} has weights over 65504, which F16 cannot hold; {advice}")
     raise SamqError(f"{name} of {model} holds NaN or infinity; get the model again, or choose another one")
 
 
@@ -84,17 +83,24 @@ def convert_mmproj(
 ) -> Path:
     """Write the vision or audio part of a Hugging Face folder (`precision`: F16 or Q8_0) into `folder`; return its path.
 
-    Raises SamqError if the converter does not know that part or the folder lacks its weights, and ToolError if the converter is
-    missing or fails.
+    Raises SamqError if the converter does not know that part, or the folder lacks its weights or the scaling of images, and
+    ToolError if the converter is missing or fails.
     """
     target = folder / MMPROJ_NAME
     arguments = ["--mmproj", "--outtype", precision.lower()]
-    _run_converter(source, arguments, target, folder / "convert.log", toolchain, timeout_s)
+    try:
+        _run_converter(source, arguments, target, folder / "convert.log", toolchain, timeout_s)
+    except ToolError as error:
+        if "preprocessor_config" in str(error):
+            raise SamqError(
+                f"the folder of {source.name} has no preprocessor_config.json that says how images are scaled; copy it there"
+            ) from error
+        raise
     if not read_tensors(target):
         raise SamqError(
             f"the files of {source.name} have no weights of a vision or audio part; use the text part alone"
         )
-    _require_finite(target, source.name)
+    _require_finite(target, source.name, "set model.mmproj to Q8_0")
     return target
 
 

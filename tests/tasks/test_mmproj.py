@@ -50,6 +50,12 @@ def test_a_vision_part_whose_weights_are_missing_is_left_out_with_one_warning(at
     assert warning_of(at, folder, caplog) == f"only the text part of tiny is converted: {expected}"
 
 
+def test_a_vision_part_without_the_scaling_of_images_is_left_out_with_one_warning(at, folder, caplog):
+    (folder / "preprocessor_config.json").unlink()
+    expected = "the folder of tiny has no preprocessor_config.json that says how images are scaled; copy it there"
+    assert warning_of(at, folder, caplog) == f"only the text part of tiny is converted: {expected}"
+
+
 def test_a_vision_part_that_the_converter_does_not_know_is_left_out_with_one_warning(at, folder, caplog):
     edit_config(folder, architectures=["Kosmos2ForConditionalGeneration"])
     expected = (
