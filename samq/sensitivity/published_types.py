@@ -15,9 +15,12 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.utils.quantization_config import FineGrainedFP8Config
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
-_METHOD = "fp8_of_llama_cpp"  # our name of the method, in transformers' list of methods
+# Our names in transformers' list of methods
+_OUR_FP8 = "fp8_of_llama_cpp"
+_OUR_MXFP4 = "mxfp4_as_floats"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -59,13 +62,13 @@ def dequantize_at_load(config: PreTrainedConfig) -> None:
     if quantization is None:
         return
     if quantization["quant_method"] == "mxfp4":
-        ours = {**quantization, "dequantize": True}
+        ours = {"quant_method": _OUR_MXFP4, "dequantize": True}
     else:
         block, suffix = quantization.get("weight_block_size"), "_scale_inv"
         if quantization["quant_method"] == "compressed-tensors":
             (group,) = quantization["config_groups"].values()
             block, suffix = group["weights"].get("block_structure"), "_scale"
-        ours = {"quant_method": _METHOD, "weight_block_size": block, "scale_suffix": suffix, "dequantize": True}
+        ours = {"quant_method": _OUR_FP8, "weight_block_size": block, "scale_suffix": suffix, "dequantize": True}
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.quantization_config = ours  # some classes load with the text model's part alone
 
@@ -101,7 +104,7 @@ class _Dequantize(Fp8Dequantize):
         return dequantize_fp8(quantized, scales, block).to(output_dtype or torch.float32)
 
 
-@register_quantization_config(_METHOD)
+@register_quantization_config(_OUR_FP8)
 class _Fp8Config(FineGrainedFP8Config):
     """Where the scales are, and of which blocks."""
 
@@ -110,7 +113,7 @@ class _Fp8Config(FineGrainedFP8Config):
         self.scale_suffix = scale_suffix
 
 
-@register_quantizer(_METHOD)
+@register_quantizer(_OUR_FP8)
 class _Fp8Quantizer(FineGrainedFP8HfQuantizer):
     """transformers' loading of FP8, with `_Dequantize` and the checkpoint's names of scales."""
 
@@ -131,3 +134,21 @@ class _Fp8Quantizer(FineGrainedFP8HfQuantizer):
         renamed = [] if suffix == "_scale_inv" else [WeightRenaming(rf"\.weight{suffix}$", ".weight_scale_inv")]
         conversions: list[Any] = HfQuantizer.update_weight_conversions(self, weight_conversions, model)
         return renamed + conversions
+
+
+@register_quantization_config(_OUR_MXFP4)
+class _Mxfp4Config(Mxfp4Config):
+    """MXFP4 that becomes floats."""
+
+    def __init__(self, **kwargs: Any):
+        kwargs.pop("quant_method", None)
+        super().__init__(**kwargs)
+        self.quant_method = _OUR_MXFP4  # type: ignore[assignment]
+
+
+@register_quantizer(_OUR_MXFP4)
+class _Mxfp4Quantizer(Mxfp4HfQuantizer):
+    """transformers' loading of MXFP4 without its warning that kernels are missing: floats need none."""
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        return

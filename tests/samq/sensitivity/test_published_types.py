@@ -102,9 +102,10 @@ def test_a_multimodal_model_in_fp8_is_loaded_with_the_converters_values(converte
         assert torch.equal(weight, expected[published]), name
 
 
-def test_experts_in_mxfp4_are_loaded_with_the_values_of_the_ggufs_blocks(converter, tmp_path):
+def test_experts_in_mxfp4_are_loaded_with_the_values_of_the_ggufs_blocks(converter, tmp_path, capfd):
     folder = publish_in_mxfp4(save_folder(tiny_gpt_oss(), tmp_path / "tiny"))
     tensors, weights, stored = tensors_of(folder), loaded(folder), {}
+    assert "MXFP4" not in capfd.readouterr().err
     writer = SimpleNamespace(add_tensor=lambda name, data, raw_dtype: stored.update({name: data}))
     model = SimpleNamespace(gguf_writer=writer, transform_nibble_layout=None)
     model.transform_nibble_layout = lambda blocks: converter.GptOssModel.transform_nibble_layout(model, blocks)
