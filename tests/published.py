@@ -104,7 +104,7 @@ def _scales(weight, block):
 def publish_in_fp8(folder, block=(16, 16)):
     """As DeepSeek-V3 with a block, of which the last in a matrix may be cut; without one as Ministral 3, a scale a tensor."""
     tensors = tensors_of(folder)
-    for name in [name for name in tensors if is_linear(name) and "vision" not in name]:
+    for name in [name for name in tensors if is_linear(name) and "vis" not in name]:
         weight = tensors[name].float()
         scale = _scales(weight, block) if block else weight.abs().max() / 448
         spread = scale

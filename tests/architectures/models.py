@@ -122,13 +122,13 @@ def copied_output(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def layer_as(weights: dict[str, torch.Tensor], layer: int, prefix: str) -> dict[str, torch.Tensor]:
     """Copies of a layer's weights under another name."""
-    found = {name: re.match(rf"model\.layers\.{layer}\.(.*)", name) for name in weights}
+    found = {name: re.match(rf"model\.(?:language_model\.)?layers\.{layer}\.(.*)", name) for name in weights}
     return {f"{prefix}{match[1]}": weights[name].clone() for name, match in found.items() if match}
 
 
 def qwen_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Qwen3-Next's and Qwen3.5's layer for multi-token prediction."""
-    width = weights["model.embed_tokens.weight"].shape[1]
+    width = next(weight.shape[1] for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
     norms = {
         f"mtp.{name}.weight": torch.zeros(width) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
     }
@@ -336,6 +336,15 @@ ARCHITECTURES = {
         rope_parameters={
             "rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True, "rope_theta": 5e6
         },
+    ),
+    "Qwen3.5, multimodal in FP8": multimodal(
+        "qwen3_5", QWEN_VISION | dict(num_position_embeddings=16, deepstack_visual_indexes=[]), num_hidden_layers=4,
+        head_dim=64, whole=dict(tie_word_embeddings=True), tie_word_embeddings=True, mtp_num_hidden_layers=1,
+        rope_parameters={
+            "rope_type": "default", "mrope_section": [3, 3, 2], "mrope_interleaved": True, "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
+        publish=(with_tensors(qwen_mtp), partial(publish_in_fp8, block=(128, 128))), **LINEAR,
     ),
     "Llama 4, multimodal": multimodal(
         "llama4",
