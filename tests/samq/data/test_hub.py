@@ -99,7 +99,9 @@ def hub(tmp_path, server):
 def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "tiny")
-    (folder / "original.pth").write_bytes(b"the same weights in another format")
+    other_copies = ("original.pth", "consolidated.safetensors")
+    for name in other_copies:
+        (folder / name).write_bytes(b"the same weights in another format")
     process = run(
         "from samq.sensitivity.checkpoint import describe_source; print(describe_source('org/tiny').model_dump_json())"
     )
@@ -107,7 +109,7 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     source, local = ModelSource.model_validate_json(process.stdout), describe_source(folder)
     assert (source.name, source.revision) == ("org/tiny", COMMIT)
     assert (source.weights_digest, source.tokenizer_digest) == (local.weights_digest, local.tokenizer_digest)
-    assert not (source.folder / "original.pth").exists()
+    assert not any((source.folder / name).exists() for name in other_copies)
     process = run("from samq.sensitivity.checkpoint import describe_source; describe_source('org/other')")
     assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in process.stderr
 
