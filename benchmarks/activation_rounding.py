@@ -19,7 +19,8 @@ from setting import machine, versions
 from samq.allocation.target import stock_plan
 from samq.files import GGUF_NAME
 from samq.progress import bar
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
 
 
 def main() -> None:

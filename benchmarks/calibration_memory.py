@@ -34,7 +34,8 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch
     from samq.data.tokens import tokenize
     from samq.gguf.file import gguf_names, read_metadata
     from samq.sensitivity.backpropagation import Labelling
-    from samq.sensitivity.hf_model import describe_source, load_model
+    from samq.sensitivity.checkpoint import describe_source
+    from samq.sensitivity.hf_model import load_model
     from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
     from samq.sensitivity.measure import Origin, measure_sensitivity
 
@@ -102,7 +103,7 @@ def main() -> None:
 
     from samq.llamacpp.programs import convert
     from samq.llamacpp.toolchain import find_toolchain
-    from samq.sensitivity.hf_model import describe_source
+    from samq.sensitivity.checkpoint import describe_source
 
     with tempfile.TemporaryDirectory() as folder:
         gguf = convert(describe_source(arguments.model), Path(folder), find_toolchain())

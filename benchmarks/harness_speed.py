@@ -38,7 +38,8 @@ from samq.llamacpp.programs import convert, quantize
 from samq.llamacpp.runtime import default_threads
 from samq.llamacpp.toolchain import find_toolchain
 from samq.progress import silent
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
 
 
 class Variant(NamedTuple):

@@ -12,6 +12,7 @@ from tasks.agreement import agreement
 from tasks.convert import convert
 from tasks.evaluate import baseline
 from tasks.imatrix import imatrix
+from tasks.mmproj import convert_mmproj
 from tasks.model import TorchModel
 from tasks.source import find_model
 from tasks.target import Target
@@ -43,6 +44,7 @@ def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
     source = find_model(model.source, model.revision, model.hf_folder)
     text, heldout_text = load_text(calibration.dataset), load_text(parameters.heldout)
     full = convert(at, source, model.precision)
+    mmproj = convert_mmproj(at, source, model.mmproj)
     tokens = tokenize(at, full, text, calibration.dataset.seed, calibration.sequence_tokens, calibration.packing)
     calibration_set = load_calibration_set(tokens, calibration.dataset)
     available = calibration.sequences_left(calibration_set.samples)
@@ -51,7 +53,7 @@ def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
     matrix = imatrix(at, full, text, calibration.sequence_tokens) if calibration.imatrix else None
     chunks = heldout(at, full, heldout_text)
     return Inputs(
-        made_from=MadeFrom(source, calibration_set, heldout_text, at.toolchain),
+        made_from=MadeFrom(source, calibration_set, heldout_text, at.toolchain, mmproj),
         model=torch_model,
         target=Target(full, matrix),
         tokens=tokens,

@@ -40,6 +40,11 @@ class ModelParameters(Parameters):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     hf_folder: Path | None = Field(default=None, description="tokenizer and configuration for a GGUF source")
     precision: str = Field(default="F16", pattern="^(F16|BF16)$", description="of the baseline GGUF")
+    mmproj: str = Field(
+        default="F16",
+        pattern="^(F16|Q8_0)$",
+        description="type of a multimodal model's vision or audio part, which is written to a file of its own",
+    )
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$", description="torch's, for gradients")
     device: str = Field(default="auto", description="auto (all GPUs, else the CPU), cpu, or cuda:0")
 

@@ -2,6 +2,7 @@
 
 GGUF_NAME = "model.gguf"  # full precision, a rung of the ladder, or a candidate
 QUANTIZED_NAME = "quantized-model.json"  # the QuantizedModel record beside a candidate
+MMPROJ_NAME = "mmproj.gguf"  # the vision or audio part, as llama.cpp calls it
 IMATRIX_NAME = "imatrix.gguf"
 TOKENS_NAME = "tokens.npz"  # calibration sequences
 CALIBRATION_SET_NAME = "calibration-set.json"

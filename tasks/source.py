@@ -4,7 +4,7 @@ from pathlib import Path
 
 from samq.progress import bar
 from samq.records import ModelSource
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 from tasks.stage import RETRY_DELAYS_S, step
 
 

@@ -90,11 +90,12 @@ def write_tiny_gguf(
     add_tokenizer=lambda writer: None,
     rare=(),
     rope_factors=False,
+    mxfp4=(),
 ) -> Path:
     """A Llama with random weights: all that llama-quantize looks at.
 
     It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones. With
-    `rope_factors` it scales the rotary frequencies, as Llama 3.1 does.
+    `rope_factors` it scales the rotary frequencies, as Llama 3.1 does. Tensors named in `mxfp4` have that type.
     """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -110,8 +111,13 @@ def write_tiny_gguf(
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
     def add(name, *shape):
-        dtype = np.float32 if len(shape) == 1 else np.float16
-        writer.add_tensor(name, random.normal(0, spread, shape).astype(dtype))
+        dtype = np.float32 if len(shape) == 1 or name in mxfp4 else np.float16
+        values = random.normal(0, spread, shape).astype(dtype)
+        if name in mxfp4:
+            kind = gguf.GGMLQuantizationType.MXFP4
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
 
     add("token_embd.weight", vocabulary, width)
     for block in range(blocks):

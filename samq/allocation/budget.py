@@ -142,7 +142,7 @@ def why_doubted(plan: Plan, prices: PriceTable) -> str | None:
 
 
 def _allowed(name: str, prices: PriceTable, target: OpenTarget, policy: BudgetPolicy) -> dict[str, Price]:
-    """The types that the guards leave to a tensor; if they leave none, the one with most bits.
+    """The types that the guards leave to a tensor; if they leave none, the one with most bits. Its own type is exact.
 
     Types larger than the smallest that costs next to nothing are left out, not priced at zero: a plan's KL is then what was
     minimised, to the last digit, and falls as the budget rises.
@@ -153,7 +153,8 @@ def _allowed(name: str, prices: PriceTable, target: OpenTarget, policy: BudgetPo
     is_output = name == (EMBEDDING if target.tied else OUTPUT)
     guard = policy.output_guard if is_output else policy.embedding_guard if name == EMBEDDING else None
     least = max((bits_per_weight(kind) for kind in (guard, policy.least_type) if kind), default=0.0)
-    allowed = {kind: price for kind, price in types.items() if bits_per_weight(kind) >= least}
+    own = target.quantizable[name].type
+    allowed = {kind: price for kind, price in types.items() if kind == own or bits_per_weight(kind) >= least}
     allowed = allowed or dict([max(types.items(), key=lambda item: item[1].bytes)])
     enough = min((price.bytes for price in allowed.values() if price.kl_nats <= _NOTHING_NATS), default=math.inf)
     return {kind: price for kind, price in allowed.items() if price.bytes <= enough}

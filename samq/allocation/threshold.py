@@ -88,7 +88,7 @@ def threshold_plan(
         guard = guards.get(name)
         if guard and bits_per_weight(requested) < bits_per_weight(guard):
             requested = guard
-        requested = smaller(requested, target.quantizable[name].type)
+        requested = smaller(target.quantizable[name].type, requested)  # its own, if that is no larger
         if requested != types[name]:
             substitutions.pop(name, None)
         chosen[name], swap = target.legal_type(name, requested)

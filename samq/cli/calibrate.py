@@ -66,7 +66,7 @@ def calibrate(
     text = read_calibration(spec, samples, CALIBRATION_SAMPLES, packing)
     source = find_model(model, revision, hf_folder)
     at = stages.workspace(device)
-    full = stages.convert(at, source)
+    full, mmproj = stages.convert(at, source), stages.convert_mmproj(at, source)
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():
         from tasks.calibrate import Passes, load_map
@@ -79,6 +79,8 @@ def calibrate(
     sensitivity.save(out)
     console.print(_highest_scores(sensitivity, 10))
     console.print(f"{out}\nfull-precision GGUF: {full.path(GGUF_NAME)}", highlight=False, soft_wrap=True)
+    if mmproj:
+        console.print(f"vision or audio part: {mmproj}", highlight=False, soft_wrap=True)
 
 
 def _highest_scores(sensitivity: "SensitivityMap", count: int) -> Table:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def find_model(model: str | Path, revision: str | None = None, hf_folder: Path | None = None) -> "ModelSource":
     """The model as the stages take it; see `describe_source`."""
     with loading_packages():
-        from samq.sensitivity.hf_model import describe_source
+        from samq.sensitivity.checkpoint import describe_source
 
     with bar(f"find {Path(model).name}"):
         return describe_source(model, revision=revision, hf_folder=hf_folder)

@@ -13,6 +13,8 @@ from samq.errors import SamqError
 from samq.progress import bar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from samq.cli.text import CalibrationText
     from samq.evaluation.settings import EvaluationSettings
     from samq.records import ModelSource, Plan, PriceTable, TextSet
@@ -35,6 +37,14 @@ def convert(at: "Workspace", source: "ModelSource") -> "Artifact":
     """The full-precision GGUF."""
     with loading_packages():
         from tasks.convert import convert as stage
+
+    return stage(at, source, "F16")
+
+
+def convert_mmproj(at: "Workspace", source: "ModelSource") -> "Path | None":
+    """The vision or audio part of a multimodal model; None if it has none, or if the converter fails on it."""
+    with loading_packages():
+        from tasks.mmproj import convert_mmproj as stage
 
     return stage(at, source, "F16")
 

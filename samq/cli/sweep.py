@@ -66,6 +66,8 @@ def _show(finished: "FinishedSweep", policy: Path) -> None:
         console.print(f"failed in {failure.stage}: {failure.name}: {failure.reason}", style="red")
     if sweep.best:
         console.print(f"best: {sweep.best.name}  {sweep.best.gguf}", highlight=False, soft_wrap=True)
+    if sweep.made_from.mmproj:
+        console.print(f"vision or audio part: {sweep.made_from.mmproj}", highlight=False, soft_wrap=True)
     best = sweep.best.gguf if sweep.best else None
     for line in (*finished.tracked.summary(), *next_commands(finished.tracked.registered_model, best, policy)):
         console.print(line, highlight=False, soft_wrap=True)

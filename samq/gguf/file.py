@@ -171,7 +171,8 @@ def mostly_unknown(tensors: Mapping[str, TensorInfo], known: Collection[str]) ->
 def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
     """Return a function from a Hugging Face parameter name to its GGUF name, or None if the architecture has none.
 
-    `metadata` is a GGUF's (`read_metadata`). Raises SamqError for an architecture that the gguf package does not know.
+    `metadata` is a GGUF's (`read_metadata`). Of a multimodal model the function takes the names of the text part. Raises
+    SamqError for an architecture that the gguf package does not know.
     """
     architecture = metadata["general.architecture"]
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
@@ -182,8 +183,9 @@ def gguf_names(metadata: dict[str, Any]) -> Callable[[str], str | None]:
     names = get_tensor_name_map(kinds[architecture], metadata[f"{architecture}.block_count"])
 
     def gguf_name(hf_name: str) -> str | None:
+        text_name = hf_name.replace("language_model.", "").replace("text_model.", "")  # as llama.cpp's converter does
         # Nemotron-H is published with the second name, and transformers 5 has the first
-        own = (hf_name, re.sub("^model", "backbone", hf_name))
+        own = (text_name, re.sub("^model", "backbone", text_name))
         return next((name for hf in own if (name := names.get_name(hf, try_suffixes=(".weight", ".bias")))), None)
 
     return gguf_name

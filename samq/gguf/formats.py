@@ -61,6 +61,10 @@ MIXTURES = tuple(
 )
 
 
+# The types that a full-precision GGUF may have: floats, and MXFP4, in which gpt-oss is published.
+FULL_PRECISION = frozenset({"F16", "BF16", "F32", "MXFP4"})
+
+
 def check_type(name: str) -> str:
     """Return the type's canonical name; raises SamqError for a type that llama-quantize cannot write."""
     if name.upper() not in TYPES:

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 from samq.errors import SamqError, ToolError
-from samq.files import GGUF_NAME, IMATRIX_NAME
+from samq.files import GGUF_NAME, IMATRIX_NAME, MMPROJ_NAME
 from samq.gguf.audit import accept, provenance_metadata, require_space
 from samq.gguf.file import HashedFile, TensorInfo, read_metadata, read_tensors
-from samq.gguf.formats import check_mixture, tensor_bytes
+from samq.gguf.formats import FULL_PRECISION, check_mixture, tensor_bytes
 from samq.gguf.imatrix import usable_entries
 from samq.gguf.values import first_not_finite
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
@@ -25,8 +25,6 @@ from samq.llamacpp.tokenizing import stack_bytes
 from samq.llamacpp.toolchain import environment, program
 from samq.progress import Progress, silent
 from samq.records import ModelSource, Plan, QuantizedModel, Substitution, Toolchain
-
-FULL_PRECISION = frozenset({"F16", "BF16", "F32"})
 
 _ADD_EOS = "tokenizer.ggml.add_eos_token"
 _STEP = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-")
@@ -46,44 +44,76 @@ def convert(
 ) -> Path:
     """Write the model as a full-precision GGUF (`precision`: F16 or BF16) into `folder` and return its path.
 
-    llama.cpp's converter converts a Hugging Face folder. A full-precision GGUF is linked or copied. A quantized GGUF is
-    dequantized, which does not restore what its quantization lost. Raises SamqError for a model that the converter does
+    llama.cpp's converter converts a Hugging Face folder; experts that are published in MXFP4 keep it bit for bit. A
+    full-precision GGUF is linked or copied. A quantized GGUF is dequantized, which does not restore what its quantization
+    lost. Raises SamqError for a model that the converter does
     not support or whose weights are not finite in that precision, and ToolError if a program is missing or fails.
     """
     target, log = folder / GGUF_NAME, folder / "convert.log"
     if source.gguf is None:
-        _convert_folder(source, target, log, toolchain, precision, timeout_s)
+        _run_converter(source, ["--outtype", precision.lower()], target, log, toolchain, timeout_s)
     elif _is_full_precision(source.gguf):
         link_or_copy(source.gguf, target)
     else:
         quantize_program = program(toolchain, "llama-quantize")
         command: list[str | Path] = [quantize_program, "--allow-requantize", source.gguf.absolute(), target, precision]
         run(command, log=log, timeout_s=timeout_s, env=environment(toolchain))
-    _require_finite(target, source.name)
+    advice = "set model.precision to BF16, or give a GGUF that llama.cpp's converter wrote with --outtype bf16"
+    _require_finite(target, source.name, advice)
     return target
 
 
-def _require_finite(gguf: Path, model: str) -> None:
+def _require_finite(gguf: Path, model: str, advice: str) -> None:
+    """Raise SamqError for weights that are no numbers; `advice` says what to do about those that F16 cannot hold."""
     if not (found := first_not_finite(gguf)):
         return
     name, is_infinite = found
     if is_infinite and read_tensors(gguf)[name].type == "F16":
-        raise SamqError(
-            f"{name} of {model} has weights over 65504, which F16 cannot hold; set model.precision to BF16, or give a GGUF that "
-            "llama.cpp's converter wrote with --outtype bf16"
-        )
+        raise SamqError(f"{name} of {model} has weights over 65504, which F16 cannot hold; {advice}")
     raise SamqError(f"{name} of {model} holds NaN or infinity; get the model again, or choose another one")
 
 
-def _convert_folder(
-    source: ModelSource, target: Path, log: Path, toolchain: Toolchain, precision: str, timeout_s: float
+def convert_mmproj(
+    source: ModelSource,
+    folder: Path,
+    toolchain: Toolchain,
+    *,
+    precision: str = "F16",
+    timeout_s: float = PROGRAM_TIMEOUT_S,
+) -> Path:
+    """Write the vision or audio part of a Hugging Face folder (`precision`: F16 or Q8_0) into `folder`; return its path.
+
+    Raises SamqError if the converter does not know that part, or the folder lacks its weights or the scaling of images, and
+    ToolError if the converter is missing or fails.
+    """
+    target = folder / MMPROJ_NAME
+    arguments = ["--mmproj", "--outtype", precision.lower()]
+    try:
+        _run_converter(source, arguments, target, folder / "convert.log", toolchain, timeout_s)
+    except ToolError as error:
+        if "preprocessor_config" in str(error):
+            raise SamqError(
+                f"the folder of {source.name} has no preprocessor_config.json that says how images are scaled; copy it there"
+            ) from error
+        raise
+    if not read_tensors(target):
+        raise SamqError(
+            f"the files of {source.name} have no weights of a vision or audio part; use the text part alone"
+        )
+    _require_finite(target, source.name, "set model.mmproj to Q8_0")
+    return target
+
+
+def _run_converter(
+    source: ModelSource, arguments: list[str], target: Path, log: Path, toolchain: Toolchain, timeout_s: float
 ) -> None:
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
         raise ToolError("convert_hf_to_gguf.py of llama.cpp is missing; run `make setup`, or set SAMQ_LLAMA_CPP")
     command: list[str | Path] = [sys.executable, "-m", "samq.llamacpp.hf_converter", toolchain.converter]
     command += [source.folder.absolute(), "--outfile", target]
-    command += ["--outtype", precision.lower(), "--model-name", source.name.rsplit("/", 1)[-1]]
+    command += [*arguments, "--model-name", source.name.rsplit("/", 1)[-1]]
+    is_mmproj = "--mmproj" in arguments
     has_own_package = (toolchain.converter.parent / "gguf-py").is_dir()
     try:
         run(command, log=log, timeout_s=timeout_s, env=None if has_own_package else {"NO_LOCAL_GGUF": "1"})
@@ -105,8 +135,10 @@ def _convert_folder(
                 "or, if it is there, convert the model elsewhere and give the GGUF with the folder as hf_folder"
             ) from error
         if unsupported := re.search(r"Model (\S+) is not supported", output):
+            whole = ("", "choose another model")
+            part, advice = ("the vision or audio part of ", "use the text part alone") if is_mmproj else whole
             raise SamqError(
-                f"llama.cpp's converter does not support {unsupported[1]} ({source.name}); choose another model"
+                f"llama.cpp's converter does not support {part}{unsupported[1]} ({source.name}); {advice}"
             ) from error
         raise
 

@@ -94,8 +94,10 @@ def _made_from(sweep: Sweep) -> list[str]:
     source, calibration = sweep.made_from.source, sweep.made_from.calibration
     heldout, toolchain = sweep.made_from.heldout, sweep.made_from.toolchain
     revision = f", revision {source.revision}" if source.revision else ""
+    mmproj = sweep.made_from.mmproj
     return [
         f"model: {source.name}{revision}, weights {source.weights_digest[:12]}",
+        *([f"vision or audio part: `{mmproj}`, for `llama-server -m MODEL.gguf --mmproj`"] if mmproj else []),
         f"calibration: {calibration.dataset}, {calibration.samples} samples, {calibration.tokens} tokens, "
         f"digest {calibration.tokens_digest[:12]}",
         f"fidelity on: {heldout.dataset}, {len(heldout.texts)} other texts, digest {heldout.digest()[:12]}",

@@ -21,17 +21,18 @@ WITHOUT_WINDOWS = frozenset(
 
 def compute_as_llama_cpp(model: PreTrainedModel) -> None:
     """Change, in place, what the model computes."""
-    if model.config.model_type in WITHOUT_WINDOWS:
+    kind = model.config.get_text_config().model_type
+    if kind in WITHOUT_WINDOWS:
         _without_windows(model)
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             _round_yarn(module)
-    if model.config.model_type == "phimoe":
+    if kind == "phimoe":
         _plain_phimoe(model)
 
 
 def _without_windows(model: PreTrainedModel) -> None:
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     if getattr(config, "layer_types", None):  # a kind a layer: some models make a mask of each kind, used or not
         config.layer_types = ["full_attention"] * len(config.layer_types)
     else:

@@ -204,9 +204,12 @@ class _LinearAttention:
 
 
 def _head_width(config: Any) -> int:
-    """Rows of a head of attention; 0 if the configuration has no heads."""
+    """Rows of a head of attention; 0 if the configuration has no heads, or several widths (Gemma 4)."""
     heads = getattr(config, "num_attention_heads", None)
-    width: int = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    try:
+        width: int = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return 0
     return width
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from samq.records import CalibrationSet, ModelSource, PredictionCheck, SensitivityMap, TextSet, Toolchain
 from samq.sensitivity.fisher import Routing
@@ -19,6 +20,7 @@ class MadeFrom:
     calibration: CalibrationSet
     heldout: TextSet
     toolchain: Toolchain
+    mmproj: Path | None = None  # the vision or audio part of a multimodal model
 
 
 @dataclass(frozen=True)

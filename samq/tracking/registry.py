@@ -110,6 +110,12 @@ def register(
     return str(version.version)
 
 
+def name_mmproj(client: MlflowClient, name: str, version: str, mmproj: Path) -> None:
+    """Tag a version with the place of its vision or audio part (`mmproj_uri`); raises SamqError if MLflow refuses."""
+    with mlflow_errors(client, f"no version {version} of a model {name}"):
+        client.set_model_version_tag(name, version, "mmproj_uri", mmproj.absolute().as_uri())
+
+
 def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE_ALIAS) -> RegisteredGguf:
     """The version that an alias points at; raises SamqError if there is none, or if SAMQ did not register it."""
     with mlflow_errors(client, f"no model {name} with the alias {alias}"):
@@ -169,11 +175,15 @@ def _registered_gguf(version: ModelVersion, advice: str) -> RegisteredGguf:
 
 
 def aliased_files(client: MlflowClient) -> list[Path]:
-    """The GGUFs on this machine that an alias of any registered model points at: served now, or needed for a rollback."""
+    """The files on this machine of versions that an alias points at: GGUFs that are served or needed for a rollback.
+
+    With them come the vision or audio parts of multimodal models.
+    """
     uris = []
     for model in _registered_models(client):
         for version in sorted(set(model.aliases.values())):
-            uris.append(client.get_model_version(model.name, version).tags.get("gguf_uri", ""))
+            tags = client.get_model_version(model.name, version).tags
+            uris += [tags[tag] for tag in ("gguf_uri", "mmproj_uri") if tag in tags]
     return [_local(uri) for uri in uris if urlsplit(uri).scheme == "file"]
 
 

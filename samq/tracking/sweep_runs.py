@@ -39,7 +39,7 @@ from samq.sweep.selection import Failure, Result
 from samq.sweep.sweep import MadeFrom, Sweep
 from samq.tracking import mlflow_view
 from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
-from samq.tracking.registry import HELDOUT, connect, register, sqlite_folder, user
+from samq.tracking.registry import HELDOUT, connect, name_mmproj, register, sqlite_folder, user
 from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> Tracke
         with _run(client, experiment_id, settings.run_name, _parent_tags(settings, sweep, report)) as parent:
             _log_parent(client, parent, settings, sweep, report)
             children = _log_children(client, experiment_id, parent, settings, sweep)
-            version, not_registered = _register(client, settings.registered_model, children, sweep.best)
+            version, not_registered = _register(client, settings.registered_model, children, sweep)
             if version or not_registered:
                 outcome = f"{settings.registered_model} version {version}" if version else f"failed: {not_registered}"
                 client.set_tag(parent, REGISTERED, _cut(outcome))
@@ -148,9 +148,10 @@ def _values(result: Result, settings: TrackingSettings, sweep: Sweep) -> dict[st
 
 
 def _register(
-    client: MlflowClient, name: str | None, children: Mapping[str, str], best: Result | None
+    client: MlflowClient, name: str | None, children: Mapping[str, str], sweep: Sweep
 ) -> tuple[str | None, str | None]:
     """The version that the best candidate is now, or why it is none; neither if there is nothing to register."""
+    best, mmproj = sweep.best, sweep.made_from.mmproj
     if name is None or best is None:
         return None, None
     try:
@@ -163,6 +164,8 @@ def _register(
             plan=best.plan,
             evaluation=best.evaluation,
         )
+        if mmproj:
+            name_mmproj(client, name, version, mmproj)
     except SamqError as error:
         logger.warning("%s is not registered: %s", best.name, error)
         return None, str(error)

@@ -4,8 +4,8 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from samq.data.datasets import packaged_rows
+from tests.published import publish_in_compressed_fp8, publish_in_fp8, publish_in_mxfp4
 
 VOCABULARY = 512
 SPECIAL = [
@@ -45,6 +46,8 @@ LINEAR = dict(
 VISION = dict(
     hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
 )
+QWEN_VISION = dict(depth=2, hidden_size=128, intermediate_size=256, num_heads=2, out_hidden_size=256)
+IMAGES = dict(boi_token_index=500, eoi_token_index=501, image_token_index=502)
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,31 @@ class Architecture:
     tokenizer: str = "bytes"  # or sentencepiece, or pieces: SentencePiece's pieces in a tokenizer.json
     publish: tuple[Callable[[Path], None], ...] = ()  # changes that make the folder a published one
     often: bool = False  # tried by `make test`, and not only by `make test-architectures`
+    budget: str = "7.5bpw"  # of a plan that has both types of the test's ladder
+    agreement_nats: float = 1e-5  # at most between torch and llama.cpp
 
 
 def llama_like(
-    kind: str, *, often: bool = False, tokenizer: str = "bytes", publish: Any = (), **shape: Any
+    kind: str,
+    *,
+    often: bool = False,
+    tokenizer: str = "bytes",
+    publish: Any = (),
+    budget: str = "7.5bpw",
+    agreement_nats: float = 1e-5,
+    **shape: Any,
 ) -> Architecture:
     """An architecture whose configuration has Llama's names."""
     whole = {name: value for name, value in (SHAPE | shape).items() if value != "left out"}
-    return Architecture(kind, whole, tokenizer, publish if isinstance(publish, tuple) else (publish,), often=often)
+    return Architecture(
+        kind, whole, tokenizer, publish if isinstance(publish, tuple) else (publish,), often, budget, agreement_nats
+    )
+
+
+def multimodal(kind: str, vision: dict[str, Any], *, whole: Any = None, publish: Any = (), **text: Any) -> Architecture:
+    """A text model of `llama_like` in a multimodal one; `whole` is what the configuration says beside the two parts."""
+    model = llama_like(kind, publish=publish, **text)
+    return replace(model, shape={"text_config": model.shape, "vision_config": vision} | (whole or {}))
 
 
 def with_config(**changes: Any) -> Callable[[Path], None]:
@@ -102,13 +122,13 @@ def copied_output(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def layer_as(weights: dict[str, torch.Tensor], layer: int, prefix: str) -> dict[str, torch.Tensor]:
     """Copies of a layer's weights under another name."""
-    found = {name: re.match(rf"model\.layers\.{layer}\.(.*)", name) for name in weights}
+    found = {name: re.match(rf"model\.(?:language_model\.)?layers\.{layer}\.(.*)", name) for name in weights}
     return {f"{prefix}{match[1]}": weights[name].clone() for name, match in found.items() if match}
 
 
 def qwen_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Qwen3-Next's and Qwen3.5's layer for multi-token prediction."""
-    width = weights["model.embed_tokens.weight"].shape[1]
+    width = next(weight.shape[1] for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
     norms = {
         f"mtp.{name}.weight": torch.zeros(width) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
     }
@@ -299,6 +319,57 @@ ARCHITECTURES = {
         "llama4_text", num_hidden_layers=4, head_dim=64, intermediate_size=256, intermediate_size_mlp=512,
         num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=2, attention_chunk_size=512,
     ),
+    "Gemma 3, multimodal": multimodal(
+        "gemma3", VISION, tokenizer="sentencepiece", often=True, whole=dict(mm_tokens_per_image=4) | IMAGES, **GEMMA
+    ),
+    "Gemma 4, multimodal": multimodal(
+        "gemma4", dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64),
+        tokenizer="pieces", whole=dict(audio_config=None), head_dim=64, global_head_dim=128, num_hidden_layers=4,
+        hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY, sliding_window=256, num_kv_shared_layers=0,
+        layer_types=HYBRID_LAYERS, pad_token_id=0,
+    ),
+    "Mistral Small 3.1, multimodal": multimodal(
+        "mistral3", VISION | dict(model_type="pixtral"), whole=dict(image_token_index=10, tie_word_embeddings=False),
+        model_type="mistral", head_dim=64, tie_word_embeddings=False,
+    ),
+    "Ministral 3, multimodal in FP8": multimodal(
+        "mistral3", VISION | dict(model_type="pixtral"), whole=dict(image_token_index=10, tie_word_embeddings=True),
+        model_type="ministral3", head_dim=64, tie_word_embeddings=True, publish=partial(publish_in_fp8, block=None), often=True,
+    ),
+    "Qwen2.5-VL": multimodal(
+        "qwen2_5_vl", QWEN_VISION | dict(fullatt_block_indexes=[1]), tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+    ),
+    "Qwen3-VL": multimodal(
+        "qwen3_vl", QWEN_VISION | dict(num_position_embeddings=16, deepstack_visual_indexes=[0, 1]), num_hidden_layers=4,
+        head_dim=64, whole=dict(tie_word_embeddings=True), tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True, "rope_theta": 5e6
+        },
+    ),
+    "Qwen3.5, multimodal in FP8": multimodal(
+        "qwen3_5", QWEN_VISION | dict(num_position_embeddings=16, deepstack_visual_indexes=[]), num_hidden_layers=4,
+        head_dim=64, whole=dict(tie_word_embeddings=True), tie_word_embeddings=True, mtp_num_hidden_layers=1,
+        rope_parameters={
+            "rope_type": "default", "mrope_section": [3, 3, 2], "mrope_interleaved": True, "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
+        publish=(with_tensors(qwen_mtp), partial(publish_in_fp8, block=(128, 128))), **LINEAR,
+    ),
+    "Llama 4, multimodal": multimodal(
+        "llama4",
+        VISION | dict(vision_output_dim=256, projector_input_dim=256, projector_output_dim=256), num_hidden_layers=4,
+        head_dim=64, intermediate_size=256, intermediate_size_mlp=512, num_local_experts=4, num_experts_per_tok=1,
+        interleave_moe_layer_step=2, attention_chunk_size=512,
+    ),
+    "gpt-oss in MXFP4": llama_like(
+        "gpt_oss", num_local_experts=8, num_experts_per_tok=2, head_dim=64, sliding_window=128, intermediate_size=256,
+        publish=publish_in_mxfp4, often=True, budget="4.8bpw", agreement_nats=1e-4,  # activations are rounded to 8 bits
+    ),
+    "Qwen3 MoE in FP8": llama_like(
+        "qwen3_moe", head_dim=64, norm_topk_prob=True, publish=partial(publish_in_fp8, block=(128, 128)), **MOE
+    ),
+    "Llama in FP8 by compressed-tensors": llama_like("llama", publish=publish_in_compressed_fp8),
 }  # fmt: skip
 
 # Models that llama.cpp's converter does not support -> their class.

@@ -6,7 +6,7 @@ import pytest
 
 from samq.errors import SamqError
 from samq.files import AGREEMENT_NAME, GGUF_NAME, TOKENS_NAME
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 from samq.store import Store
 from tasks.agreement import agreement
 from tasks.model import TorchModel

@@ -1,6 +1,6 @@
 """What calibration does before its own bar shows anything."""
 
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 from samq.store import Store
 from tasks.model import TorchModel
 from tests.tiny_models import save_folder, tiny_llama, write_llama_gguf

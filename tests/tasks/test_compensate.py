@@ -11,7 +11,7 @@ from samq.gguf.audit import audit
 from samq.gguf.file import file_sha256, read_metadata, read_tensors
 from samq.quantization.recipes import recipes, tensors_to_compensate
 from samq.records import CalibrationSet, Compensation, QuantizedModel
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 from samq.store import Store
 from samq.workspace import Workspace
 from tasks.calibrate import Passes, calibrate

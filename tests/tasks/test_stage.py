@@ -21,7 +21,7 @@ from samq.errors import SamqError, ToolError, UnreachableError
 from samq.evaluation.settings import BenchmarkSettings
 from samq.llamacpp.process import run as run_program
 from samq.records import ModelSource, TextSet
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 from samq.store import MANIFEST, Artifact, Store
 from samq.workspace import Workspace
 from tasks.stage import ContentCache, identity, is_transient, stage, step

@@ -268,6 +268,21 @@ def test_guards_are_least_types(target, prices):
     assert "Q2_K" not in plan.types.values()
 
 
+def test_a_tensor_that_is_published_in_mxfp4_keeps_it_unless_the_budget_asks(toolchain, tmp_path):
+    name = "blk.0.ffn_up.weight"
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", mxfp4=[name]), toolchain)
+    prices = random_prices(target)
+    own = {"MXFP4": Price(bytes=target.tensors[name].bytes, kl_nats=0.0)}
+    types = {kind: price for kind, price in prices.tensors[name].types.items() if kind != "F16"} | own
+    tensors = prices.tensors | {name: prices.tensors[name].model_copy(update={"types": types})}
+    prices = prices.model_copy(update={"tensors": tensors})
+    for budget in ("16bpw", "5bpw"):
+        for least in (None, "Q6_K"):
+            policy = BudgetPolicy(least_type=least if budget == "16bpw" else None)
+            assert budget_plan(target, prices, parse_budget(budget, target), policy).types[name] == "MXFP4"
+    assert budget_plan(target, prices, parse_budget("2.8bpw", target), BudgetPolicy()).types[name] in ("Q2_K", "Q3_K")
+
+
 def test_what_a_budget_does_not_count_costs_nothing(target, prices):
     budget = Budget("vram:1GiB@512", parse_budget("3bpw", target).tensor_bytes, frozenset({"token_embd.weight"}))
     plan = budget_plan(target, prices, budget, BudgetPolicy())

@@ -90,6 +90,22 @@ def test_the_output_is_guarded(target, sensitivity, tmp_path, toolchain):
     assert threshold_plan(tied, sensitivity_of(tied), 1.0, everything).types["token_embd.weight"] == "Q8_0"
 
 
+def test_a_tensor_that_is_published_in_mxfp4_keeps_it_unless_the_base_is_smaller(toolchain, tmp_path, sensitivity):
+    name = "blk.0.ffn_up.weight"
+    target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", mxfp4=[name]), toolchain)
+    unmeasured = sensitivity.model_copy(update={"tensors": dict(sensitivity.tensors)})
+    del unmeasured.tensors[name]
+    for threshold, base, known, kind in (
+        (0.0, "Q4_K_M", sensitivity, "MXFP4"),
+        (1.0, "Q4_K_M", sensitivity, "MXFP4"),
+        (1.0, "Q2_K", sensitivity, "Q2_K"),
+        (1.0, "Q2_K", unmeasured, "MXFP4"),
+    ):
+        plan = threshold_plan(target, known, threshold, ThresholdPolicy(base=base))
+        assert plan.types[name] == kind and name not in plan.substitutions
+    assert plan.types["blk.0.attn_q.weight"] != "MXFP4"
+
+
 def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
     target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", width=96, hidden=192), toolchain)
     plan = threshold_plan(target, sensitivity_of(target), 0.4, ThresholdPolicy(keep="Q6_K", base="Q4_K"))

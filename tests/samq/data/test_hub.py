@@ -16,7 +16,8 @@ from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file
 
 from samq.records import ModelSource
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
 from tests.tiny_models import save_folder, tiny_llama
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -98,16 +99,18 @@ def hub(tmp_path, server):
 def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "tiny")
-    (folder / "original.pth").write_bytes(b"the same weights in another format")
+    other_copies = ("original.pth", "consolidated.safetensors")
+    for name in other_copies:
+        (folder / name).write_bytes(b"the same weights in another format")
     process = run(
-        "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/tiny').model_dump_json())"
+        "from samq.sensitivity.checkpoint import describe_source; print(describe_source('org/tiny').model_dump_json())"
     )
     assert process.returncode == 0, process.stderr
     source, local = ModelSource.model_validate_json(process.stdout), describe_source(folder)
     assert (source.name, source.revision) == ("org/tiny", COMMIT)
     assert (source.weights_digest, source.tokenizer_digest) == (local.weights_digest, local.tokenizer_digest)
-    assert not (source.folder / "original.pth").exists()
-    process = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/other')")
+    assert not any((source.folder / name).exists() for name in other_copies)
+    process = run("from samq.sensitivity.checkpoint import describe_source; describe_source('org/other')")
     assert "SamqError: there is no folder org/other, and the hub did not give a model of that name" in process.stderr
 
 
@@ -115,7 +118,7 @@ def test_a_hub_id_is_the_model_at_its_commit(hub, tmp_path):
 def test_a_download_tells_of_its_bytes_and_draws_nothing_itself(hub):
     root, run = hub
     folder = save_folder(tiny_llama(), root / "org" / "tiny")
-    code = "from samq.sensitivity.hf_model import *; describe_source('org/tiny', progress=lambda *told: print(told))"
+    code = "from samq.sensitivity.checkpoint import *; describe_source('org/tiny', progress=lambda *told: print(told))"
     process = run(code)
     assert (process.returncode, process.stderr) == (0, "")
     told = [ast.literal_eval(line) for line in process.stdout.splitlines()]
@@ -133,7 +136,7 @@ def test_weights_in_torchs_own_format_are_fetched_where_there_are_no_others(hub)
     (folder / "model.safetensors").unlink()
     (folder / "training_args.bin").write_bytes(b"nothing of the model")
     process = run(
-        "from samq.sensitivity.hf_model import describe_source; print(describe_source('org/old').model_dump_json())"
+        "from samq.sensitivity.checkpoint import describe_source; print(describe_source('org/old').model_dump_json())"
     )
     assert process.returncode == 0, process.stderr
     source = ModelSource.model_validate_json(process.stdout)
@@ -142,7 +145,7 @@ def test_weights_in_torchs_own_format_are_fetched_where_there_are_no_others(hub)
     load_model(source, device="cpu")
     (folder / "pytorch_model.bin").rename(folder / "weights.pt")
     (root / "org" / "old").rename(root / "org" / "none")
-    process = run("from samq.sensitivity.hf_model import describe_source; describe_source('org/none')")
+    process = run("from samq.sensitivity.checkpoint import describe_source; describe_source('org/none')")
     assert "has no weights (model.safetensors or pytorch_model.bin, or shards" in process.stderr
 
 

@@ -4,7 +4,7 @@ from samq.allocation.target import OpenTarget, stock_plan
 from samq.data.datasets import DatasetSpec, load_texts
 from samq.files import GGUF_NAME
 from samq.llamacpp.programs import convert, quantize
-from samq.sensitivity.hf_model import describe_source
+from samq.sensitivity.checkpoint import describe_source
 
 
 @pytest.fixture(scope="session")

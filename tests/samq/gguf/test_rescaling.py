@@ -6,7 +6,8 @@ import torch
 from samq.errors import SamqError
 from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors, read_weights
 from samq.gguf.rescaling import SCALES, rescaled_weights, write_rescaled
-from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model, load_tokenizer
 from samq.sensitivity.layout import read_layout
 from tests.tiny_models import byte_tokenizer, random_tokens, tiny_llama, write_llama_gguf, write_mamba_gguf
 

@@ -16,7 +16,8 @@ from samq.evaluation.divergence import compare_logits
 from samq.gguf.file import read_metadata, read_tensors
 from samq.llamacpp.hf_converter import completed, has_prediction_layers, partial_rotary_order
 from samq.llamacpp.runtime import Model
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
 from tests.tiny_models import byte_tokenizer
 
 IDS = np.random.default_rng(0).integers(0, 260, 100).astype(np.int32)

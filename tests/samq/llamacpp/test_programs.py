@@ -4,7 +4,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from samq.allocation.target import OpenTarget, full_plan, stock_plan
+from samq.allocation.ladder import Ladder, make_rung
+from samq.allocation.target import OpenTarget, full_plan, make_plan, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.gguf.file import (
     HashedFile,
@@ -26,6 +27,7 @@ from samq.llamacpp.programs import (
     quantizable_tensors,
     quantize,
 )
+from samq.quantization.assembly import assemble
 from samq.records import ModelSource
 from tests.conftest import write_tiny_gguf
 from tests.tiny_models import add_byte_tokenizer, byte_tokenizer
@@ -67,6 +69,38 @@ def test_a_stock_plan_names_the_types_that_llama_quantize_chooses(target, tmp_pa
     assert model.types.items() >= plan.types.items()
     tensors = read_tensors(tmp_path / "out" / model.file)
     assert sum(tensor.bytes for tensor in tensors.values()) == plan.tensor_bytes
+
+
+def test_weights_published_in_mxfp4_are_kept_bit_for_bit_or_rounded_as_a_plan_says(toolchain, tmp_path):
+    kept, rounded = "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"
+    source = ModelSource(
+        name="m",
+        weights_digest="w",
+        tokenizer_digest="t",
+        gguf=write_tiny_gguf(tmp_path / "in.gguf", spread=1.0, mxfp4=[kept, rounded]),
+    )
+    target = OpenTarget.open(convert(source, tmp_path, toolchain), toolchain)
+    assert file_sha256(target.full.path) == file_sha256(source.gguf), "linked, not written in F16"
+    assert {kept, rounded} <= target.quantizable.keys()
+    types = stock_plan(target, "Q4_K_M").types | {kept: "MXFP4", rounded: "Q2_K"}
+    plan = make_plan(target, "p", "budget", {}, types)
+    ladder = Ladder(target.full.path, {})
+    for kind in sorted({*types.values()} - {"MXFP4"}):
+        folder = tmp_path / kind
+        folder.mkdir()
+        ladder.rungs[kind] = folder / make_rung(target, kind, folder, provenance={"model": "tiny"}).file
+    quantized = make(target, plan, tmp_path / "out")
+    (tmp_path / "assembled").mkdir()
+    assembled = assemble(ladder, plan, tmp_path / "assembled", provenance={"model": "tiny"})
+    assert quantized.sha256 == assembled.sha256
+    written = tmp_path / "out" / quantized.file
+    stored = {tensor.name: tensor for tensor in open_gguf(target.full.path).tensors}
+    for tensor in open_gguf(written).tensors:
+        assert (tensor.tensor_type.name == "MXFP4") == (tensor.name == kept)
+        if tensor.name == kept:
+            assert tensor.data.tobytes() == stored[kept].data.tobytes()
+    before, after = (read_weights(path, rounded) for path in (target.full.path, written))
+    assert 0.005 < np.square(after - before).mean() / np.square(before).mean() < 0.2
 
 
 @pytest.mark.parametrize("name", SMALL_TYPES)

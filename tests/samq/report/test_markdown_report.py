@@ -53,6 +53,14 @@ def test_the_report_begins_with_the_verdict_and_the_table_that_people_choose_by(
     assert titles[-2:] == ["## Plans", "## Made from"]
 
 
+def test_markdown_says_where_the_vision_part_is(sweep, tmp_path):
+    assert "mmproj" not in markdown_report(sweep)
+    mmproj = tmp_path / "mmproj.gguf"
+    text = markdown_report(replace(sweep, made_from=replace(sweep.made_from, mmproj=mmproj)))
+    line = f"- vision or audio part: `{mmproj}`, for `llama-server -m MODEL.gguf --mmproj`"
+    assert line in section(text, "Made from")
+
+
 def test_markdown_explains_who_could_not_be_the_best(sweep):
     text = markdown_report(replace(sweep, rule=SelectionRule()))
     large = sweep.result("threshold-0.2").bytes / sweep.result("Q4_K_M").bytes

@@ -8,7 +8,8 @@ import torch
 from samq.errors import SamqError
 from samq.evaluation.divergence import compare_logits
 from samq.llamacpp.runtime import Model
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 SHAPE = dict(vocab_size=300, hidden_size=64, max_position_embeddings=256)

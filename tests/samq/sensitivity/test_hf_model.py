@@ -1,16 +1,20 @@
 import json
+import logging
 import shutil
 import struct
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from samq.errors import SamqError
 from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors
 from samq.gguf.header import LazyReader
 from samq.llamacpp.programs import convert
-from samq.sensitivity.hf_model import describe_source, load_model, load_tokenizer, write_hf_folder
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model, load_tokenizer, write_hf_folder
 from samq.sensitivity.layout import read_layout
 from tests.tiny_models import byte_tokenizer, names_of, save_folder, tiny_llama, write_llama_gguf
 
@@ -100,6 +104,21 @@ def test_loading_tells_of_its_progress_and_draws_nothing_itself(folder, tmp_path
         count = len(list(tiny_llama().parameters()))
         assert told == [(done, count) for done in range(count + 1)] * (2 if source.gguf else 1)
     assert capfd.readouterr().err == ""
+
+
+def test_weights_of_parts_that_are_not_used_are_not_listed(folder, caplog):
+    """Where only the text part of a multimodal model is loaded, or transformers leaves MTP out."""
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), "mtp.fc.weight": torch.zeros(8, 8)}, path, metadata={"format": "pt"})
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        load_model(describe_source(folder), device="cpu")
+        assert caplog.records == []
+        AutoModelForCausalLM.from_pretrained(folder)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert "mtp.fc.weight" in caplog.text
 
 
 def test_a_ggufs_name_is_not_its_identity(tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from samq.sensitivity.views import (
     experts_apart,
@@ -119,6 +120,14 @@ def test_shapes_that_a_view_does_not_fit_have_none():
         experts_apart(transposed=False)(HEADS, (24, 3)),
     ]
     assert none == [None] * len(none)
+
+
+def test_heads_of_several_widths_have_no_view():
+    layers = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model(
+        "gemma4_text", num_hidden_layers=2, layer_types=layers, head_dim=8, global_head_dim=16
+    )
+    assert rotary(config, (32, 3)) is groups_of_qkv(config, (32, 3)) is None
 
 
 def test_the_rotary_order_interleaves_the_halves_of_each_head():

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -268,6 +269,13 @@ def test_the_best_is_registered_once_however_many_nights_bring_it(sweep, mlflow_
     assert "model version 1" in connect(mlflow_uri).get_run(second.parent_run_id).data.tags["samq.registered"]
     assert second.summary()[-1] == "registered: model version 1, alias candidate"
     assert second.links("http://host")["registered model"].startswith("http://host/#/models/model/versions/1")
+
+
+def test_the_registered_version_of_a_multimodal_model_names_its_vision_part(sweep, mlflow_uri, tmp_path):
+    made_from = replace(sweep.made_from, mmproj=tmp_path / "mmproj.gguf")
+    track(replace(sweep, made_from=made_from), settings(mlflow_uri, registered_model="model"))
+    version = connect(mlflow_uri).get_model_version("model", "1")
+    assert version.tags["mmproj_uri"] == (tmp_path / "mmproj.gguf").as_uri()
 
 
 def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):

@@ -26,7 +26,8 @@ from samq.evaluation.settings import BenchmarkSettings
 from samq.gguf.file import read_tensors
 from samq.llamacpp.runtime import Model
 from samq.llamacpp.toolchain import environment, program
-from samq.sensitivity.hf_model import describe_source, load_model
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
 from tests.command_line import forked_samq, refused, run
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
