@@ -199,7 +199,7 @@ ARCHITECTURES = {
     "Gemma 4": llama_like(
         "gemma4_text", tokenizer="pieces", head_dim=64, global_head_dim=128, num_hidden_layers=4,
         hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY, sliding_window=256, num_kv_shared_layers=0,
-        layer_types=HYBRID_LAYERS,
+        layer_types=HYBRID_LAYERS, agreement_nats=1e-4,  # this random one amplifies F16's roundings; 4e-6 in F32
     ),
     "Phi-2": llama_like("phi", intermediate_size=1024, num_key_value_heads=4, partial_rotary_factor=0.5),
     "Phi-3": llama_like("phi3", sliding_window=256, original_max_position_embeddings=1024, publish=vocabulary_model),
@@ -326,7 +326,7 @@ ARCHITECTURES = {
         "gemma4", dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64),
         tokenizer="pieces", whole=dict(audio_config=None), head_dim=64, global_head_dim=128, num_hidden_layers=4,
         hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY, sliding_window=256, num_kv_shared_layers=0,
-        layer_types=HYBRID_LAYERS, pad_token_id=0,
+        layer_types=HYBRID_LAYERS, pad_token_id=0, agreement_nats=1e-4,
     ),
     "Mistral Small 3.1, multimodal": multimodal(
         "mistral3", VISION | dict(model_type="pixtral"), whole=dict(image_token_index=10, tie_word_embeddings=False),
