@@ -21,14 +21,17 @@ log = logging.getLogger("samq.agreement")
 
 @stage(
     "agreement",
-    version=1,
+    version=2,
     run_name="compare torch and llama.cpp on {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),
     retries=1,
 )
 def agreement(at: Workspace, folder: Path, model: TorchModel, tokens: Artifact) -> None:
-    """`agreement.json`; SamqError if the two compute different models."""
+    """`agreement.json`; SamqError if the two compute different models, or the GGUF has other weights.
+
+    What cannot be measured is said here, before the work.
+    """
     full = model.full.file(GGUF_NAME)
     with Model(full.path, allocate=False) as opened:
         settings, bos = settings_for(opened.trained_tokens), opened.bos if opened.adds_bos else None
@@ -38,7 +41,9 @@ def agreement(at: Workspace, folder: Path, model: TorchModel, tokens: Artifact) 
         gguf=full.path, sha256=full.sha256, tokens=folder / TOKENS_NAME, output=folder, settings=settings
     )
     measure_alone(request, folder, "llama.cpp's predictions", at.timeout_s)
-    torch_model, _ = model.load(at.device)
+    torch_model, layout = model.load_with_layout(at.device)
+    if layout.unknown:
+        log.warning("%s", layout.unmeasured)
     with bar("compare torch and llama.cpp"):
         chunks = cut_chunks(ids, settings.context_tokens, bos)
         measured = measure_agreement(torch_model, model.dtype, chunks, folder, settings, full.path)

@@ -52,8 +52,6 @@ def calibrate(
 ) -> None:
     """`sensitivity-map.json` and `fisher.safetensors` of the first sequences, going on from those of `before`."""
     torch_model, layout = model.load_with_layout(at.device)
-    if layout.unknown:
-        log.warning("%s", layout.unmeasured)
     earlier = (load_map(before), load_fisher(before.path(FISHER_NAME))) if before else None
     first = earlier[0].samples if earlier else 0
     tokens = sequences.tokens

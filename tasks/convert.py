@@ -11,7 +11,7 @@ from tasks.stage import stage
 
 @stage(
     "convert",
-    version=1,
+    version=2,
     run_name="convert {source.name} to {precision}",
     keyed_by=("toolchain", "converter"),
     packages=("gguf", "transformers"),

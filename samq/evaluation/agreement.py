@@ -29,7 +29,8 @@ LIMIT_NATS = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 # Some models amplify every rounding. They may lie this many times further apart than their own predictions do when each weight
 # is off by a random part of what the file's type rounds to. Measured: 1 to 5 times, in F16 and BF16.
 ROUNDINGS = 10
-UNIT_ROUNDOFF = {"F16": 2.0**-11, "BF16": 2.0**-8, "F32": 2.0**-24}
+# llama.cpp multiplies a tensor in MXFP4 with inputs that it rounds to 8 bits: the largest of a block to 1/127
+UNIT_ROUNDOFF = {"F16": 2.0**-11, "BF16": 2.0**-8, "F32": 2.0**-24, "MXFP4": 2.0**-6}
 
 
 class Agreement(Record):

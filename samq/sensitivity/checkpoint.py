@@ -187,7 +187,10 @@ def _check_architecture(config: dict[str, Any], folder: Path) -> None:
     model_type = config.get("model_type", "")
     by_type = {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     names = config.get("architectures") or [by_type.get(model_type)]
-    if names[0] not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
+    if str(names[0]).lower() not in {
+        name.lower() for name in known
+    }:  # MPT and Phi-3.5-MoE are published in another case
         raise SamqError(
             f"{folder} is a {names[0] or model_type}, not a causal language model that transformers knows; give a "
             "...ForCausalLM model, or a multimodal one around it"

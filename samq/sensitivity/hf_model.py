@@ -47,7 +47,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     folder, from_gguf = _places(source)
-    with _transformers_errors(f"the tokenizer of {source.name}"):
+    with _transformers_errors(f"the tokenizer of {source.name}", source.gguf is not None):
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -77,7 +77,11 @@ def load_model(
     gguf_alone = source.gguf if source.folder is None else None  # the configuration comes from it, too
     what = f"{source.name} as {dtype} on {place}"
     with _loading, _gguf_read_once():
-        with _transformers_errors(what), _bars_told_to(progress), _without_list_of_unused_weights():
+        with (
+            _transformers_errors(what, source.gguf is not None),
+            _bars_told_to(progress),
+            _without_list_of_unused_weights(),
+        ):
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
             )
@@ -202,16 +206,17 @@ def _counted(items: Any, progress: Progress) -> Iterator[Any]:
 
 
 @contextmanager
-def _transformers_errors(what: str) -> Iterator[None]:
-    """Raise SamqError with the first line of whatever error transformers or torch raises."""
+def _transformers_errors(what: str, from_gguf: bool) -> Iterator[None]:
+    """Raise SamqError with the first line of whatever error transformers or torch raises.
+
+    transformers reads few architectures from a GGUF, so the advice is then to give the folder.
+    """
     try:
         yield
     except (OSError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         folder, files = "give the model's Hugging Face folder in place of the GGUF", "check its files and the device"
-        # transformers reads few architectures from GGUFs, and of some multimodal models no text part alone
-        is_gguf = "gguf" in reason.lower() or "Unrecognized configuration class" in reason
-        advice = folder if is_gguf else files
+        advice = folder if from_gguf else files
         raise SamqError(f"transformers cannot load {what} ({type(error).__name__}: {reason}); {advice}") from error
 
 

@@ -102,6 +102,18 @@ def rotary(config: Any, shape: tuple[int, ...]) -> View | None:
     return View(rows=rotary_row_order(shape[0], shape[0] // width)) if width and shape[0] % width == 0 else None
 
 
+def partly_rotary(config: Any, shape: tuple[int, ...]) -> View | None:
+    """The two halves of what is rotated of each head's rows interleaved, and the rest in order (Bamba)."""
+    width = _head_width(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rotated = int(width * rope.get("partial_rotary_factor", 1.0))
+    if not width or shape[0] % width or rotated % 2:
+        return None
+    rows = np.arange(shape[0]).reshape(-1, width)
+    first = rows[:, :rotated].reshape(len(rows), 2, -1).swapaxes(1, 2).reshape(len(rows), -1)
+    return View(rows=np.concatenate([first, rows[:, rotated:]], axis=1).ravel())
+
+
 def rotary_row_order(rows: int, heads: int) -> Order:
     """GGUF row -> torch row, where llama.cpp's converter interleaved the two halves of each rotary head.
 
@@ -234,7 +246,7 @@ def _pair(ending: str, gate: str, up: str, *views: Callable[[int], MakeView]) ->
 
 
 TABLE = (
-    _own(r"\b[qk]_proj", plain, rotary),
+    _own(r"\b[qk]_proj", plain, rotary, partly_rotary),
     _own(r"\bquery_key_value", plain, heads_of_qkv, groups_of_qkv),
     _pair(r"\bexperts\.gate_up_proj", "experts.gate_proj", "experts.up_proj", half, turned_half, turned_every_other),
     _own(r"\bexperts\.down_proj", plain, turned),

@@ -18,7 +18,7 @@ class Row:
     architecture: str  # general.architecture of its GGUF
     agreement_nats: float  # median KL of llama.cpp's predictions from torch's, in float32
     measured: float  # share of the quantizable weights
-    compensated: float  # likewise
+    compensated: float  # share of them whose layer's inputs are measured
     unmeasured: tuple[str, ...]
 
     def cells(self) -> list[str]:

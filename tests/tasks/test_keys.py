@@ -95,7 +95,7 @@ def key_of(stage, inputs, device="cpu", without=frozenset()):
 # An invalid JSON answer ends at its first syntax error; the torch model of a GGUF has what transformers leaves out; the text
 # of an end token is in no benchmark's answer.
 OLD_VERSIONS = {
-    "evaluate": 3, "calibrate": 3, "gram": 1, "check": 1, "benchmark": 3, "price": 3, "plan_threshold": 3,
+    "evaluate": 3, "calibrate": 3, "gram": 1, "check": 1, "benchmark": 3, "price": 3, "plan_threshold": 3, "convert": 1,
 }  # fmt: skip
 NEW_INPUTS = {"unmeasured"}  # of the type for tensors that are not measured
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from samq.llamacpp.hf_converter import partial_rotary_order
 from samq.sensitivity.views import (
     experts_apart,
     groups_of_qkv,
@@ -13,6 +14,7 @@ from samq.sensitivity.views import (
     heads_of_qkv,
     latent,
     linear_attention_groups,
+    partly_rotary,
     rotary,
     rotary_row_order,
     storages,
@@ -22,6 +24,9 @@ from samq.sensitivity.views import (
 )
 
 HEADS = SimpleNamespace(num_attention_heads=4, hidden_size=32, head_dim=None)
+HALF = SimpleNamespace(
+    num_attention_heads=4, hidden_size=32, head_dim=8, rope_parameters={"partial_rotary_factor": 0.5}
+)
 LATENT = SimpleNamespace(qk_nope_head_dim=6, v_head_dim=4)
 LINEAR = SimpleNamespace(
     linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=4, linear_value_head_dim=5
@@ -80,6 +85,7 @@ def by_qwen35_qkv(weights):
 CASES = {
     "rotary": (rotary, HEADS, numbered(32, 3), lambda w: by_llama_permute(w, 4)),
     "rotary, fewer key heads": (rotary, HEADS, numbered(16, 3), lambda w: by_llama_permute(w, 2)),
+    "partly rotary": (partly_rotary, HALF, numbered(16, 3), lambda w: w[partial_rotary_order(16, 8, 4)]),
     "heads of qkv": (heads_of_qkv, HEADS, numbered(96, 3), lambda w: by_bloom(w, 4)),
     "groups of qkv": (groups_of_qkv, HEADS, numbered(64, 3), lambda w: by_falcon(w, 4, 2, 8)),
     "one group of qkv": (groups_of_qkv, HEADS, numbered(48, 3), lambda w: by_falcon(w, 4, 1, 8)),
