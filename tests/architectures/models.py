@@ -156,7 +156,7 @@ def vocabulary_model(folder: Path) -> None:
 
 
 GEMMA = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=256)
-GPT2 = dict(vocab_size=VOCABULARY, n_positions=1024, n_embd=256, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+GPT2 = dict(vocab_size=VOCABULARY, n_positions=256, n_embd=256, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
 FALCON = dict(
     vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True, bias=False,
     alibi=False, bos_token_id=1, eos_token_id=2, max_position_embeddings=1024,
@@ -203,8 +203,8 @@ ARCHITECTURES = {
     ),
     "Phi-2": llama_like("phi", intermediate_size=1024, num_key_value_heads=4, partial_rotary_factor=0.5),
     "Phi-3": llama_like("phi3", sliding_window=256, original_max_position_embeddings=1024, publish=vocabulary_model),
-    "GPT-2": Architecture("gpt2", GPT2, publish=(with_config(n_ctx=1024),), often=True),
-    "StarCoder": Architecture("gpt_bigcode", GPT2 | dict(n_inner=1024, multi_query=True), publish=(with_config(n_ctx=1024),)),
+    "GPT-2": Architecture("gpt2", GPT2, publish=(with_config(n_ctx=256),), often=True),
+    "StarCoder": Architecture("gpt_bigcode", GPT2 | dict(n_inner=1024, multi_query=True), publish=(with_config(n_ctx=256),)),
     "StarCoder2": llama_like("starcoder2", use_bias=True),
     "GPT-NeoX": llama_like(
         "gpt_neox", num_key_value_heads="left out", rotary_pct=0.25, publish=with_config(rotary_pct=0.25), often=True
@@ -217,7 +217,7 @@ ARCHITECTURES = {
     "OLMo 3": llama_like("olmo3", sliding_window=256),
     "Granite": llama_like("granite", tie_word_embeddings=True, **GRANITE_SCALES),
     "Granite 3 MoE": llama_like(
-        "granitemoe", num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=True, often=True
+        "granitemoe", num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=True, often=True, budget="5bpw"
     ),
     "Granite 4": llama_like("granitemoehybrid", num_local_experts=0, num_experts_per_tok=0, publish=renamed_layers, **GRANITE4),
     "Granite 4 MoE": llama_like(

@@ -39,7 +39,10 @@ def table_row(name: str) -> list[str]:
 
 def main(folder: Path) -> None:
     """Write the table from the rows that the test wrote into a folder."""
-    rows = [Row(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    rows = [
+        Row(**json.loads(path.read_text()))
+        for path in sorted(folder.glob("*.json"), key=lambda path: path.stem.lower())
+    ]
     lines = [HEADS, ["---"] * len(HEADS), *(row.cells() for row in rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     before, _, rest = PAGE.read_text().partition(START)
