@@ -181,7 +181,7 @@ HYBRID_LAYERS = ["sliding_attention", "full_attention"] * 2
 
 ARCHITECTURES = {
     "Llama": llama_like("llama", tie_word_embeddings=False),
-    "Llama 3": llama_like("llama", often=True, tie_word_embeddings=True, rope_scaling=LLAMA3),
+    "Llama 3": llama_like("llama", tie_word_embeddings=True, rope_scaling=LLAMA3),
     "Llama with biases": llama_like("llama", attention_bias=True, mlp_bias=True),
     "Llama, tied and stored twice": llama_like(
         "llama", often=True, tie_word_embeddings=True, publish=with_tensors(copied_output)
@@ -192,10 +192,10 @@ ARCHITECTURES = {
     "Qwen2": llama_like("qwen2"),
     "Qwen2.5, tied": llama_like("qwen2", tie_word_embeddings=True),
     "Qwen2, padded vocabulary": llama_like("qwen2", tie_word_embeddings=True, vocab_size=640),
-    "Qwen3": llama_like("qwen3", often=True, head_dim=64, tie_word_embeddings=True),
+    "Qwen3": llama_like("qwen3", head_dim=64, tie_word_embeddings=True),
     "Gemma": llama_like("gemma", tokenizer="sentencepiece", head_dim=64),
     "Gemma 2": llama_like("gemma2", tokenizer="sentencepiece", **GEMMA),
-    "Gemma 3": llama_like("gemma3_text", tokenizer="sentencepiece", often=True, **GEMMA),
+    "Gemma 3": llama_like("gemma3_text", tokenizer="sentencepiece", **GEMMA),
     "Gemma 4": llama_like(
         "gemma4_text", tokenizer="pieces", head_dim=64, global_head_dim=128, num_hidden_layers=4,
         hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY, sliding_window=256, num_kv_shared_layers=0,
@@ -240,7 +240,7 @@ ARCHITECTURES = {
     "Qwen3 MoE": llama_like("qwen3_moe", head_dim=64, norm_topk_prob=True, **MOE),
     "OLMoE": llama_like("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=2),
     "gpt-oss": llama_like(
-        "gpt_oss", num_local_experts=8, num_experts_per_tok=2, head_dim=64, sliding_window=128, intermediate_size=256, often=True
+        "gpt_oss", num_local_experts=8, num_experts_per_tok=2, head_dim=64, sliding_window=128, intermediate_size=256
     ),
     "DBRX": Architecture(
         "dbrx",

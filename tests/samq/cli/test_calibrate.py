@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from samq.cli.options import CALIBRATION_SAMPLES
 from samq.gguf.file import file_sha256, read_metadata
@@ -26,12 +25,6 @@ def edit_config(model, **fields):
 def give_unknown_tokenizer(model):
     byte_tokenizer().save_pretrained(model)
     edit_config(model, vocab_size=512)
-
-
-def become_an_older_architecture(model):
-    size = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64}
-    config = GPTNeoXConfig(**size, num_hidden_layers=1, num_attention_heads=2)
-    GPTNeoXForCausalLM(config).save_pretrained(model)
 
 
 def cut_short(model):
@@ -60,8 +53,8 @@ def cut_short(model):
             "the tokenizer of model has tokens that its embedding has no row for (vocab_size in config.json); resize",
         ),
         (
-            become_an_older_architecture,
-            "llama.cpp's converter does not find rotary_pct in the configuration of model; add it to config.json, or,",
+            lambda model: edit_config(model, architectures=["DbrxForCausalLM"]),
+            "llama.cpp's converter does not find ffn_config in the configuration of model; add it to config.json, or,",
         ),
         (cut_short, "model.safetensors has 74316 bytes where its header promises 74416"),
         (lambda model: None, "has no field 'text'; name some of its fields: body"),
@@ -72,7 +65,7 @@ def cut_short(model):
         "unknown to llama.cpp",
         "unknown tokenizer",
         "more tokens than rows",
-        "a key that only older configurations have",
+        "a key that the configuration lacks",
         "truncated safetensors",
         "no such field",
     ],
