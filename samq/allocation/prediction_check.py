@@ -118,9 +118,9 @@ class _RoundingErrors:
         self._cache: tuple[int, dict[int, torch.Tensor]] = -1, {}  # a weight's index, and its errors by first row
         in_gguf = read_tensors(candidate.original).keys()
         for name, kind in plan.types.items():
-            if name not in self._rounded and name in in_gguf:
-                continue  # it was not measured
             if name not in self._rounded:
+                if name in in_gguf:
+                    continue  # it was not measured
                 raise SamqError(f"plan {plan.name} names {name}, which the model in torch lacks; plan for this model")
             if self._rounded[name].tensor_type.name != kind:
                 raise SamqError(

@@ -6,14 +6,14 @@ the reader here finds where an array ends and parses its values when they are as
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderField
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 from numpy.typing import NDArray
 
@@ -128,6 +128,16 @@ class _UnparsedArray(ReaderField):
             at = start + _length_at(content, at)[0]
             values.append(bytes(content[start:at]))
         return [*before, *values]
+
+
+def copy_metadata(reader: GGUFReader, writer: GGUFWriter, without: Container[str] = ()) -> None:
+    """Give the writer all that a GGUF says of itself, but for the keys in `without`."""
+    for name, field in reader.fields.items():
+        # The writer has the architecture and the counts of its own.
+        if name.startswith("GGUF.") or name == "general.architecture" or name in without:
+            continue
+        kind = field.types[0]
+        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
 
 
 def _python_value(part: bytes | tuple[Any]) -> Any:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, open_gguf, read_metadata, read_tensors, read_weights
 from samq.gguf.formats import EMBEDDING
+from samq.gguf.header import copy_metadata
 
 VERSION = 1  # of what is written for the same GGUF
 SCALES = (0.8, 1.25)
@@ -57,7 +58,7 @@ def write_rescaled(gguf: Path, output: Path) -> None:
     """
     weights = rescaled_weights(gguf)
     writer = GGUFWriter(output, "llama")
-    _copy_metadata(gguf, writer)
+    copy_metadata(open_gguf(gguf), writer, without=["general.file_type"])  # the tensors have other types here
     writer.add_file_type(LlamaFileType.MOSTLY_F16)
     for name, tensor in weights:
         writer.add_tensor(name, tensor.astype(np.float16 if tensor.ndim > 1 else np.float32))
@@ -65,16 +66,6 @@ def write_rescaled(gguf: Path, output: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _copy_metadata(gguf: Path, writer: GGUFWriter) -> None:
-    """Give the writer all that a GGUF says of itself, but the type of its tensors."""
-    for field in open_gguf(gguf).fields.values():
-        # The writer has the architecture and the counts of its own.
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
-            continue
-        item_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], item_type)
 
 
 def rescaled_weights(gguf: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:

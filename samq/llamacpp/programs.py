@@ -46,8 +46,8 @@ def convert(
 
     llama.cpp's converter converts a Hugging Face folder; experts that are published in MXFP4 keep it bit for bit. A
     full-precision GGUF is linked or copied. A quantized GGUF is dequantized, which does not restore what its quantization
-    lost. Raises SamqError for a model that the converter does
-    not support or whose weights are not finite in that precision, and ToolError if a program is missing or fails.
+    lost. Raises SamqError for a model that the converter does not support or whose weights are not finite in that precision,
+    and ToolError if a program is missing or fails.
     """
     target, log = folder / GGUF_NAME, folder / "convert.log"
     if source.gguf is None:

@@ -22,11 +22,8 @@ from samq.sensitivity import gguf_tensors
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotary frequencies: Llama 3.1 and later
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"  # the same of LongRoPE: Phi-3
 
-gguf_tensors.register()
-KINDS = {
-    True: "sliding_attention",
-    False: "full_attention",
-}  # whether a layer attends to a window only -> transformers' name
+# Whether a layer attends to a window only -> transformers' name
+KINDS = {True: "sliding_attention", False: "full_attention"}
 
 # Attribute of transformers' configurations -> key of the GGUF's metadata, after the architecture.
 ATTRIBUTES = {
@@ -51,6 +48,8 @@ BIASES = {
     "attention_bias": re.compile(r"blk\.\d+\.attn_(q|k|v|output)\.bias"),
     "mlp_bias": re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.bias"),
 }
+
+gguf_tensors.register()
 
 
 def complete(config: PreTrainedConfig, path: Path) -> None:

@@ -109,17 +109,19 @@ def partly_rotary(config: Any, shape: tuple[int, ...]) -> View | None:
     rotated = int(width * rope.get("partial_rotary_factor", 1.0))
     if not width or shape[0] % width or rotated % 2:
         return None
-    rows = np.arange(shape[0]).reshape(-1, width)
-    first = rows[:, :rotated].reshape(len(rows), 2, -1).swapaxes(1, 2).reshape(len(rows), -1)
-    return View(rows=np.concatenate([first, rows[:, rotated:]], axis=1).ravel())
+    return View(rows=rotary_row_order(shape[0], shape[0] // width, rotated))
 
 
-def rotary_row_order(rows: int, heads: int) -> Order:
+def rotary_row_order(rows: int, heads: int, rotated: int | None = None) -> Order:
     """GGUF row -> torch row, where llama.cpp's converter interleaved the two halves of each rotary head.
 
-    Source: `LlamaModel.permute` in llama.cpp's conversion/llama.py.
+    With `rotated` only so many rows of each head are, and the others keep their places. Source: `LlamaModel.permute` in
+    llama.cpp's conversion/llama.py.
     """
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
+    by_head = np.arange(rows).reshape(heads, -1)
+    turned, rest = np.split(by_head, [by_head.shape[1] if rotated is None else rotated], axis=1)
+    interleaved = turned.reshape(heads, 2, -1).swapaxes(1, 2).reshape(turned.shape)
+    return np.concatenate([interleaved, rest], axis=1).ravel()
 
 
 def heads_of_qkv(config: Any, shape: tuple[int, ...]) -> View | None:

