@@ -28,6 +28,7 @@ from samq.records import SensitivityMap, TensorSensitivity
 from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.weight_gradients import Gradients
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,13 @@ class _Sums:
                 self._rows.append(torch.zeros(math.prod(experts) * rows, device=device))
                 self._columns.append(torch.zeros(*experts, columns, device=device))
 
-    def add(self, index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Add some rows of a sequence's gradient (all rows if experts are stacked), and overwrite them.
-
-        Returns the rows' sum of squares, in nats^2 per squared weight.
-        """
-        # The norm takes one pass over the gradient and no copy; its square is the sum of squares.
-        squares = torch.linalg.vector_norm(gradient, dim=1).square_()
+    def add(self, index: int, gradients: Gradients) -> torch.Tensor:
+        """Add the squares of a batch's gradients; returns each sequence's sum, (sequences, 1), in nats^2 per squared weight."""
+        by_row, by_column = gradients.squares()
         if self._rows:
-            self._rows[index][row : row + len(squares)] += squares
-            columns = self._columns[index]
-            columns += gradient.square_().view(*columns.shape[:-1], -1, columns.shape[-1]).sum(-2)
-        total: torch.Tensor = squares.sum(dtype=torch.float64)
+            self._rows[index] += by_row.sum(0)
+            self._columns[index] += by_column.sum(0)
+        total: torch.Tensor = by_row.sum(1, keepdim=True, dtype=torch.float64)
         return total
 
     def fisher(self, label_tokens: int) -> dict[str, Fisher]:
