@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch, batches
@@ -29,7 +30,7 @@ from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.gradients import PROBE_TOKENS, Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import Weight
-from samq.sensitivity.offloading import Residence, values_of
+from samq.sensitivity.offloading import Residence, is_offloaded, values_of
 from samq.sensitivity.weight_gradients import Gradients
 
 logger = logging.getLogger(__name__)
@@ -93,16 +94,18 @@ def backpropagate(
     sums = _Sums((len(weights), len(tokens), numbers), reduce)
     gradients = SampleGradients(model, weights, sums.receive)
     blocks = blocks_of(model, gradients)
-    if blocks is None or not any(parameter.is_meta for parameter in model.parameters()):
+    if blocks is None or not any(map(is_offloaded, model.parameters())):
         probe = torch.arange(PROBE_TOKENS, device=model.device)[None]
         gradients.require_calls(lambda: model(input_ids=probe, use_cache=False), model)
-    numbered = _numbered(tokens, 1 if gradients.one_sample_only else batch_size)
     loss = _Loss(tokens, weights, labelling)
     with gradients:
         if blocks is None:
-            _whole(model, gradients, numbered, loss, progress)
+            _whole(model, gradients, _numbered(tokens, gradients, batch_size), loss, progress)
         else:
-            _ByBlocks(blocks, gradients, numbered, loss, progress).run()
+            try:
+                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, batch_size), loss, progress).run()
+            except _OneByOneError:  # found out before the first gradient
+                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, 1), loss, progress).run()
     reduced = sums.numbers()
     _check_reduced(reduced, weights, labelling.first_sequence, labelling.purpose)
     return loss.summed, reduced
@@ -157,9 +160,13 @@ class _Sequences:
         )
 
 
-def _numbered(tokens: TokenBatch, batch_size: int) -> list[_Sequences]:
+class _OneByOneError(Exception):
+    """A weight turned out to need batches of one sequence."""
+
+
+def _numbered(tokens: TokenBatch, gradients: SampleGradients, batch_size: int) -> list[_Sequences]:
     numbered, first = [], 0
-    for ids, mask, _ in batches(tokens, batch_size):
+    for ids, mask, _ in batches(tokens, 1 if gradients.one_sample_only else batch_size):
         numbered.append(_Sequences(ids, mask, Batch(first, mask.sum(1).tolist())))
         first += len(ids)
     return numbered
@@ -210,6 +217,7 @@ class _ByBlocks:
     ) -> None:
         self.blocks, self.gradients, self.numbered, self.loss = blocks, gradients, numbered, loss
         self._progress, self._steps = progress, 0
+        self._offloaded = [list(layer.parameters()) for layer in blocks.layers]  # before copies stand for them
         self.device = main_device(blocks.model)
         self._calls: list[list[Call]] = []  # of each batch, for each block
         self._states = HiddenStates(self.device)
@@ -232,13 +240,22 @@ class _ByBlocks:
         self._states.close(0)
         last = len(self.blocks) - 1
         for block in range(len(self.blocks)):
-            with weights.block(block, min(block + 1, last)):
+            with weights.block(block, min(block + 1, last)) as layer:
+                self._require_calls(block, layer, weights.devices[block])
                 for number, sequences in enumerate(self.numbered):
                     hidden = self._states.get(block, number, weights.devices[block])
                     with sequences.memory():
                         self._states.put(block + 1, number, self.blocks.run(block, hidden, self._calls[number][block]))
                     self._tell()
             self._states.close(block + 1)
+
+    def _require_calls(self, block: int, layer: nn.Module, device: torch.device) -> None:
+        """Find out which weights of a block are used without their module, if it was not in memory before."""
+        if any(map(is_offloaded, self._offloaded[block])):
+            hidden = self._states.get(block, 0, device)
+            self.gradients.require_calls(lambda: self.blocks.run(block, hidden, self._calls[0][block]), layer)
+            if self.gradients.one_sample_only and len(self.numbered[0].batch.lengths) > 1:
+                raise _OneByOneError
 
     def _turn(self) -> None:
         """From the last hidden states to the loss and back, a sequence at a time: logits are large."""

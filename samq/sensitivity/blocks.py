@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from samq.errors import SamqError
 from samq.sensitivity.offloading import Residence
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-class _NotApart(Exception):
+class NotApart(SamqError):
     """Why a model does not come apart into blocks."""
 
 
@@ -80,7 +81,7 @@ class Blocks:
         """
         try:
             return _taken_apart(model)
-        except (_NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
+        except (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
             logger.info("%s is measured whole, and not a block at a time: %s", type(model).__name__, reason)
             return None
 
@@ -137,18 +138,18 @@ def _replaced(
 ) -> Iterator[None]:
     """Let calls of the blocks return what `replace(number, hidden, call)` gives.
 
-    Raises _NotApart if they are called in another order, or with something else than what the block before has returned.
+    Raises NotApart if they are called in another order, or with something else than what the block before has returned.
     """
     returned: list[torch.Tensor] = []
 
     def make(number: int) -> Callable[..., Any]:
         def forward(*positional: Any, **named: Any) -> Any:
             if len(returned) != number:
-                raise _NotApart("its blocks are not called in turn, once each")
+                raise NotApart("its blocks are not called in turn, once each")
             hidden = returned[-1] if returned else _first_hidden(positional, named)
             call, found = _without_hidden(positional, named, hidden)
             if not found:
-                raise _NotApart("a block gets something else than the hidden states of the one before")
+                raise NotApart("a block gets something else than the hidden states of the one before")
             output = replace(number, hidden, call)
             returned.append(output)
             return (output, *[None] * (outputs - 1)) if outputs else output
@@ -171,7 +172,7 @@ def _replaced(
 def _first_hidden(positional: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
     hidden = positional[0] if positional else named.get("hidden_states")
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
-        raise _NotApart("its first block is called without hidden states")
+        raise NotApart("its first block is called without hidden states")
     return hidden
 
 
@@ -184,7 +185,7 @@ def _without_hidden(positional: tuple[Any, ...], named: dict[str, Any], hidden: 
 
 
 def _taken_apart(model: PreTrainedModel) -> Blocks:
-    layers = _block_list(model)
+    layers = list(block_list(model))
     _require_own_parameters(model, layers)
     ids = torch.arange(PROBE_TOKENS, device=main_device(model))[None]
     blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
@@ -194,16 +195,19 @@ def _taken_apart(model: PreTrainedModel) -> Blocks:
     return blocks
 
 
-def _block_list(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's decoder blocks: the one outermost list of modules that has as many as the configuration says."""
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks: the one outermost list of modules in the text part that has as many as the configuration says.
+
+    Raises NotApart if there is not just one.
+    """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists: list[nn.ModuleList] = []
-    for module in model.modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             lists += [] if any(module in set(outer.modules()) for outer in lists) else [module]
     if len(lists) != 1:
-        raise _NotApart(f"it has {len(lists)} lists of {count} blocks")
-    return list(lists[0])
+        raise NotApart(f"it has {len(lists)} lists of {count} blocks")
+    return lists[0]
 
 
 def _require_own_parameters(model: PreTrainedModel, layers: list[nn.Module]) -> None:
@@ -211,26 +215,26 @@ def _require_own_parameters(model: PreTrainedModel, layers: list[nn.Module]) -> 
     for number, layer in enumerate(layers):
         for parameter in layer.parameters():
             if owner.setdefault(id(parameter), number) != number:
-                raise _NotApart("two blocks share weights")
+                raise NotApart("two blocks share weights")
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
         if module not in inside and any(id(parameter) in owner for parameter in module.parameters(recurse=False)):
-            raise _NotApart("a block shares weights with what is around the blocks")
+            raise NotApart("a block shares weights with what is around the blocks")
 
 
 def _with_outputs_as_the_model_takes_them(model: PreTrainedModel, layers: list[nn.Module], ids: torch.Tensor) -> Blocks:
     """The blocks, which return hidden states alone or first in a tuple: the model's forward function takes one of these."""
-    reason: Exception = _NotApart("")
+    reason: Exception = NotApart("")
     for outputs in (0, 3, 2, 1):
         blocks = Blocks(model, layers, outputs)
         try:
             with torch.no_grad():
                 blocks.logits(blocks.enter(ids, torch.ones_like(ids)).hidden, ids)
             return blocks
-        except _NotApart as error:
+        except NotApart as error:
             reason = error
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            reason = _NotApart(f"its forward function fails without its blocks ({type(error).__name__}: {error})")
+            reason = NotApart(f"its forward function fails without its blocks ({type(error).__name__}: {error})")
     raise reason
 
 
@@ -260,9 +264,9 @@ def _require_independent(name: str, value: Any) -> None:
             _require_independent(name, part)
     elif isinstance(value, torch.Tensor):
         if value.requires_grad:
-            raise _NotApart(f"the argument {name} of a block depends on weights")
+            raise NotApart(f"the argument {name} of a block depends on weights")
     elif not isinstance(value, (_Hidden, *_PLAIN)):
-        raise _NotApart(f"the argument {name} of a block is a {type(value).__name__}")
+        raise NotApart(f"the argument {name} of a block is a {type(value).__name__}")
 
 
 @torch.no_grad()
@@ -276,7 +280,7 @@ def _require_equal_logits(blocks: Blocks, ids: torch.Tensor) -> None:
     ours = blocks.logits(hidden, ids)
     theirs = blocks.model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()), equal_nan=True):
-        raise _NotApart("its blocks in turn compute something else than it does")
+        raise NotApart("its blocks in turn compute something else than it does")
 
 
 def main_device(model: PreTrainedModel) -> torch.device:

@@ -56,6 +56,7 @@ class Residence:
         """`device` is for the blocks that are on disk or in the host's memory; others run where they are."""
         self.blocks = blocks
         self.devices = [_device(block, device) for block in blocks]
+        self._elsewhere = [_elsewhere(block, device) for block, device in zip(blocks, self.devices, strict=True)]
         self._coming: dict[int, Future[_Copies]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch-block")
 
@@ -79,7 +80,7 @@ class Residence:
             yield self.blocks[number]
 
     def _fetch(self, number: int) -> "Future[_Copies]":
-        return self._thread.submit(_copies, self.blocks[number], self.devices[number])
+        return self._thread.submit(_copies, self._elsewhere[number], self.devices[number])
 
 
 _Place = tuple[nn.Module, str]
@@ -100,14 +101,18 @@ class _Copies:
                 parameter.record_stream(stream)
 
 
-def _copies(block: nn.Module, device: torch.device) -> _Copies:
-    """Copies on the device of those of a block's parameters that are elsewhere."""
-    places: list[tuple[_Place, nn.Parameter]] = [
+def _elsewhere(block: nn.Module, device: torch.device) -> list[tuple[_Place, nn.Parameter]]:
+    """Those of a block's parameters that are not on the device, by their places."""
+    return [
         ((module, name), parameter)
         for module in block.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.device != device
     ]
+
+
+def _copies(places: list[tuple[_Place, nn.Parameter]], device: torch.device) -> _Copies:
+    """Copies of parameters on the device."""
     if device.type != "cuda" or not places:
         return _Copies({place: _frozen(values_of(parameter).to(device)) for place, parameter in places})
     stream = torch.cuda.Stream(device)

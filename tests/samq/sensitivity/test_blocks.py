@@ -11,6 +11,7 @@ from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, Weight, weights_of
 from samq.sensitivity.measure import Origin, measure_sensitivity
+from samq.sensitivity.offloading import is_offloaded, values_of
 from samq.sensitivity.views import View
 from tests.architectures.models import write_model
 from tests.tiny_models import names_of, random_tokens, tiny_llama, tiny_mixtral
@@ -118,3 +119,26 @@ def test_the_model_is_left_as_it_was(make):
     assert torch.equal(model(input_ids=ids).logits, before)
     assert [parameter.requires_grad for parameter in model.parameters()] == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["Llama, tied and stored twice", "Mixtral", "Gemma 3, multimodal", "Mamba"])
+def test_blocks_that_stay_on_disk_give_the_same(name, tmp_path):
+    source = describe_source(write_model(name, tmp_path / "model"))
+    resident, _ = load_model(source, device="cpu")
+    on_disk, _ = load_model(source, device="cpu", memory_limit=1)
+    (layers,) = [list(layer.parameters()) for layer in [Blocks.of(on_disk).layers[0]]]
+    assert all(map(is_offloaded, layers))
+    assert not any(map(is_offloaded, on_disk.get_input_embeddings().parameters()))
+    for parameter, there in zip(on_disk.parameters(), resident.parameters(), strict=True):
+        assert torch.equal(values_of(parameter), there)
+    tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24)])
+    wanted = measure(resident, tokens, all_matrices(resident), batch_size=2)
+    require_equal(measure(on_disk, tokens, all_matrices(on_disk), batch_size=2), wanted)
+    assert all(map(is_offloaded, layers)), "nothing stays in memory"
+
+
+def test_a_model_that_fits_the_limit_is_in_memory(tmp_path):
+    source = describe_source(write_model("Llama", tmp_path / "model"))
+    size = sum(parameter.nbytes for parameter in load_model(source, device="cpu")[0].parameters())
+    fits, _ = load_model(source, device="cpu", memory_limit=2 * size)
+    assert not any(map(is_offloaded, fits.parameters()))
