@@ -22,11 +22,14 @@ class Workspace:
     toolchain: Toolchain  # llama.cpp's programs
     device: str = "auto"  # torch's: auto (all GPUs, else the CPU), cpu, or cuda:0
     timeout_s: float = PROGRAM_TIMEOUT_S  # limit of each program of llama.cpp
+    memory_limit: int | None = None  # bytes of the device's memory that torch may take; None: what is free
 
     @classmethod
-    def here(cls, *, device: str = "auto", timeout_s: float = PROGRAM_TIMEOUT_S) -> Self:
+    def here(
+        cls, *, device: str = "auto", timeout_s: float = PROGRAM_TIMEOUT_S, memory_limit: int | None = None
+    ) -> Self:
         """The store of the SAMQ folder, with the llama.cpp that is installed; raises ToolError if there is none."""
-        return cls(store_folder(), find_toolchain(), device, timeout_s)
+        return cls(store_folder(), find_toolchain(), device, timeout_s, memory_limit)
 
     @property
     def compute_device(self) -> str:

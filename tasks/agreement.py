@@ -41,7 +41,7 @@ def agreement(at: Workspace, folder: Path, model: TorchModel, tokens: Artifact) 
         gguf=full.path, sha256=full.sha256, tokens=folder / TOKENS_NAME, output=folder, settings=settings
     )
     measure_alone(request, folder, "llama.cpp's predictions", at.timeout_s)
-    torch_model, layout = model.load_with_layout(at.device)
+    torch_model, layout = model.load_with_layout(at)
     if layout.unknown:
         log.warning("%s", layout.unmeasured)
     with bar("compare torch and llama.cpp"):

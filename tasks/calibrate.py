@@ -11,6 +11,7 @@ from samq.records import CalibrationSet, Labels, SensitivityMap
 from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.fisher import load_fisher, routing, save_fisher
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
+from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
@@ -51,7 +52,7 @@ def calibrate(
     passes: Passes,
 ) -> None:
     """`sensitivity-map.json` and `fisher.safetensors` of the first sequences, going on from those of `before`."""
-    torch_model, layout = model.load_with_layout(at.device)
+    torch_model, layout = model.load_with_layout(at)
     earlier = (load_map(before), load_fisher(before.path(FISHER_NAME))) if before else None
     first = earlier[0].samples if earlier else 0
     tokens = sequences.tokens
@@ -63,9 +64,9 @@ def calibrate(
             Origin(model.source.digest(), CalibrationSet.load(tokens.path(CALIBRATION_SET_NAME)).digest()),
             labelling=Labelling(passes.labels, passes.seed, first),
             batch_size=passes.batch_size,
+            memory=Memory(at.memory_limit, folder),
             progress=progress,
         )
-    assert fisher is not None, "asked for"
     if earlier:
         sensitivity, fisher = merge(earlier, (sensitivity, fisher))
     if (experts := routing(fisher)).missed:

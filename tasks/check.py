@@ -9,6 +9,7 @@ from samq.data.tokens import TokenBatch
 from samq.files import CHECK_NAME, GGUF_NAME, TOKENS_NAME
 from samq.progress import bar
 from samq.records import PredictionCheck
+from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
@@ -47,16 +48,17 @@ def check(
 ) -> None:
     """`prediction-check.json`: the plan's second-order cost on the last sequences of the calibration set."""
     batch, plan = TokenBatch.load(sequences.tokens.path(TOKENS_NAME)), load_plan(candidate.plan)
-    torch_model, layout = model.load_with_layout(at.device)
+    predicted = plan_cost(load_prices(candidate.prices), plan.types)
+    torch_model, layout = model.load_with_layout(at)
     with bar(f"check {candidate.name}") as progress:
         prediction = check_prediction(
             torch_model,
             batch.part(len(batch) - sequences.last, len(batch)),
-            RoundedPlan(plan, model.full.path(GGUF_NAME), candidate.gguf.path(GGUF_NAME)),
-            plan_cost(load_prices(candidate.prices), plan.types),
+            RoundedPlan(plan, predicted, model.full.path(GGUF_NAME), candidate.gguf.path(GGUF_NAME)),
             layout,
             batch_size=batch_size,
             seed=seed,
+            memory=Memory(at.memory_limit, folder),
             progress=progress,
         )
     prediction.save(folder / CHECK_NAME)

@@ -36,7 +36,7 @@ def gram(
     """
     batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
     enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
-    torch_model, layout = model.load_with_layout(at.device)
+    torch_model, layout = model.load_with_layout(at)
     with bar(f"gram {model.source.name}") as progress:
         measure_gram(
             torch_model,

@@ -12,6 +12,7 @@ from samq.records import ModelSource
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, read_layout
 from samq.store import Artifact
+from samq.workspace import Workspace
 
 # Digests of a model and of its GGUF -> which view of the table each tensor has.
 _views: dict[tuple[str, str], Mapping[str, int | None]] = {}
@@ -25,17 +26,17 @@ class TorchModel:
     full: Artifact
     dtype: str = "float32"  # torch's: float32, bfloat16 or float16
 
-    def load(self, device: str) -> tuple[PreTrainedModel, Callable[[str], str | None]]:
-        """The model on its device, and the GGUF name of each parameter (None for those that a GGUF does not hold)."""
+    def load(self, at: Workspace) -> tuple[PreTrainedModel, Callable[[str], str | None]]:
+        """The model where the workspace says, and the GGUF name of each parameter (None for those that a GGUF does not hold)."""
         gguf = self.full.path(GGUF_NAME)
         weights = self.source.model_copy(update={"gguf": gguf}) if self.source.gguf else self.source
         with bar(f"load {self.source.name}") as progress:
-            model, _ = load_model(weights, dtype=self.dtype, device=device, progress=progress)
+            model, _ = load_model(weights, self.dtype, at.device, progress, at.memory_limit)
             return model, gguf_names(read_metadata(gguf))
 
-    def load_with_layout(self, device: str) -> tuple[PreTrainedModel, GgufLayout]:
-        """The model on its device, and how its GGUF stores the weights: compared once in a process."""
-        model, names = self.load(device)
+    def load_with_layout(self, at: Workspace) -> tuple[PreTrainedModel, GgufLayout]:
+        """The model where the workspace says, and how its GGUF stores the weights: compared once in a process."""
+        model, names = self.load(at)
         gguf, content = self.full.path(GGUF_NAME), (self.source.digest(), self.full.digest())
         with bar(f"compare {self.source.name} with its GGUF") as progress:
             layout = read_layout(model, names, gguf, progress, views=_views.get(content))

@@ -31,14 +31,16 @@ from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
 from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.weight_gradients import Gradients, Rows
 
 
 @dataclass(frozen=True)
 class RoundedPlan:
-    """A plan, and the GGUFs that its rounding errors are the difference of."""
+    """A plan, its predicted cost, and the GGUFs that its rounding errors are the difference of."""
 
     plan: Plan
+    predicted: Metric  # by the price table, nats per token
     original: Path  # the full-precision GGUF
     rounded: Path  # the plan's GGUF
 
@@ -47,11 +49,11 @@ def check_prediction(
     model: PreTrainedModel,
     tokens: TokenBatch,
     candidate: RoundedPlan,
-    predicted: Metric,
     layout: GgufLayout,
     *,
     batch_size: int = 1,
     seed: int = 0,
+    memory: Memory = UNLIMITED,
     progress: Progress = silent,
 ) -> PredictionCheck:
     """Estimate a plan's KL from gradients on the sequences of `tokens`, in the three ways of the module's docstring.
@@ -59,13 +61,13 @@ def check_prediction(
     Args:
         model: the full-precision model, in any floating-point type, on any device.
         tokens: at least two sequences, for a standard error, and none of the calibration's.
-        candidate: the plan and its GGUFs.
-        predicted: the plan's cost by the price table, nats per token, which the record keeps beside the others.
+        candidate: the plan and its GGUFs. The record keeps its predicted cost beside the others.
         layout: the model's weights as `candidate.original` has them.
         batch_size: sequences a pass, which changes the figures by rounding only. With a larger batch a weight is
             dequantized less often, and its rounding error stays in memory for the whole batch.
         seed: of the drawn labels, which differ from the calibration's with the same seed.
-        progress: told of the sequences that are done.
+        memory: what it may use.
+        progress: told of the batches that are done, through each block there and back.
 
     Raises:
         SamqError: too few sequences, a GGUF of another model or plan, NaN or Inf in it, in a loss or in a gradient, or
@@ -80,9 +82,9 @@ def check_prediction(
         tokens,
         layout.weights,
         errors.products,
-        numbers=2,
         labelling=Labelling("model", seed, purpose="check"),
         batch_size=batch_size,
+        memory=memory,
         progress=progress,
     )
     products, squares = sums[..., 0], sums[..., 1]
@@ -93,7 +95,7 @@ def check_prediction(
         rounding=plan.rounding,
         samples=len(tokens),
         tokens=int(label_tokens.sum()),
-        predicted=predicted,
+        predicted=candidate.predicted,
         additive=_per_token(squares.sum(axis=0) / 2, label_tokens),
         by_tensor=_per_token((products**2).sum(axis=0) / 2, label_tokens),
         joint=_per_token(products.sum(axis=0) ** 2 / 2, label_tokens),

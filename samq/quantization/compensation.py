@@ -23,8 +23,8 @@ from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
 from samq.gguf.file import open_gguf, read_metadata, read_rows, read_tensors, to_float
 from samq.progress import Progress, silent
 from samq.records import Compensation, OutputError, PriceTable
-from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.gram import GramMatrices
+from samq.sensitivity.memory import needs_gpu_memory
 
 _DAMPING = 0.01  # times the diagonal's mean, added to the diagonal as in GPTQ, since other texts differ from this one
 _BAND = 128  # columns that are rounded before their errors reach the columns after the band

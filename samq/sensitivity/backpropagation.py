@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,16 +26,17 @@ from samq.errors import SamqError
 from samq.progress import Progress, silent
 from samq.records import Labels
 from samq.sensitivity.blocks import Blocks, Call, main_device
-from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.gradients import PROBE_TOKENS, Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import Weight
+from samq.sensitivity.memory import UNLIMITED, Memory, needs_gpu_memory
 from samq.sensitivity.offloading import Residence, is_offloaded, values_of
 from samq.sensitivity.weight_gradients import Gradients
 
 logger = logging.getLogger(__name__)
 
-LOGITS_AT_ONCE = 2**22  # logits whose probabilities are in memory, in float32, beside all logits
+# Logits whose probabilities are in memory, in float32, beside all logits: few for the CPU's cache, more for a GPU's cores
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 
 # (the weight's index, gradients of the sequences of a batch, or of some rows of theirs) -> numbers of each sequence,
 # (sequences, numbers), in float64, on the gradients' device
@@ -67,22 +68,23 @@ def backpropagate(
     weights: list[Weight],
     reduce: Reduce,
     *,
-    numbers: int,
     labelling: Labelling,
     batch_size: int = 1,
+    memory: Memory = UNLIMITED,
     progress: Progress = silent,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce the gradient of each sequence's summed loss to `numbers` numbers a weight.
+    """Reduce the gradient of each sequence's summed loss to a few numbers a weight.
 
     Args:
         model: in any floating-point type, on any device; the function puts it in eval mode.
         tokens: sequences of at least two tokens.
         weights: the model's, from `samq.sensitivity.layout.weights_of`.
-        reduce: computes `numbers` numbers from some rows of a gradient. The numbers of all rows are added up.
-        numbers: how many numbers `reduce` returns.
+        reduce: computes those numbers. It may get a sequence's gradient in parts, of some rows each; what it gives for them
+            is added up.
         labelling: the labels of the loss.
         batch_size: sequences a pass. For models with weights outside linear layers (GPT-2, mixtures of experts) it is 1.
-        progress: told of the sequences that are done.
+        memory: what it may use.
+        progress: told of the batches that are done: through the whole model, or through each block there and back.
 
     Returns:
         The summed losses in nats, (N,), and the numbers, (weights, N, numbers), both in float64.
@@ -91,7 +93,7 @@ def backpropagate(
         SamqError: NaN or Inf in a loss or in the numbers (names the tensor and the sequence), or too little GPU memory.
     """
     model.eval()  # no dropout
-    sums = _Sums((len(weights), len(tokens), numbers), reduce)
+    sums = _Sums(len(weights), len(tokens), reduce)
     gradients = SampleGradients(model, weights, sums.receive)
     blocks = blocks_of(model, gradients)
     if blocks is None or not any(map(is_offloaded, model.parameters())):
@@ -103,12 +105,12 @@ def backpropagate(
             _whole(model, gradients, _numbered(tokens, gradients, batch_size), loss, progress)
         else:
             try:
-                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, batch_size), loss, progress).run()
+                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, batch_size), loss, memory, progress).run()
             except _OneByOneError:  # found out before the first gradient
-                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, 1), loss, progress).run()
+                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, 1), loss, memory, progress).run()
     reduced = sums.numbers()
     _check_reduced(reduced, weights, labelling.first_sequence, labelling.purpose)
-    return loss.summed, reduced
+    return loss.summed(), reduced
 
 
 def blocks_of(model: PreTrainedModel, gradients: SampleGradients) -> Blocks | None:
@@ -123,21 +125,22 @@ def blocks_of(model: PreTrainedModel, gradients: SampleGradients) -> Blocks | No
 class _Sums:
     """The numbers of all weights and sequences, added up where the gradients are: copies to the host would stall a GPU."""
 
-    def __init__(self, shape: tuple[int, int, int], reduce: Reduce) -> None:
-        self._shape, self._reduce = shape, reduce
+    def __init__(self, weights: int, sequences: int, reduce: Reduce) -> None:
+        self._weights, self._sequences, self._reduce = weights, sequences, reduce
         self._on_device: dict[torch.device, torch.Tensor] = {}
 
     def receive(self, index: int, first: int, gradients: Gradients) -> None:
         """Add what `reduce` makes of some gradients; `first` is the number of the first of their sequences."""
         numbers = self._reduce(index, gradients)
         if numbers.device not in self._on_device:
-            self._on_device[numbers.device] = torch.zeros(self._shape, dtype=torch.float64, device=numbers.device)
+            shape = self._weights, self._sequences, numbers.shape[1]
+            self._on_device[numbers.device] = torch.zeros(shape, dtype=torch.float64, device=numbers.device)
         self._on_device[numbers.device][index, first : first + len(numbers)] += numbers
 
     def numbers(self) -> np.ndarray:
         """(weights, sequences, numbers)."""
-        parts = [part.cpu().numpy() for part in self._on_device.values()]
-        return np.sum(parts, axis=0) if parts else np.zeros(self._shape)
+        numbers: np.ndarray = np.sum([part.cpu().numpy() for part in self._on_device.values()], axis=0)
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -176,20 +179,26 @@ class _Loss:
     """The loss of each sequence, and its gradient with respect to the logits."""
 
     def __init__(self, tokens: TokenBatch, weights: list[Weight], labelling: Labelling) -> None:
-        self.summed = np.zeros(len(tokens))  # in nats
         self._tokens, self._weights, self._labelling = tokens, weights, labelling
+        self._summed: dict[int, torch.Tensor] = {}  # on the device: to ask for each would stall it
 
     def gradient(self, number: int, logits: torch.Tensor) -> torch.Tensor:
-        """Gradient of one sequence's summed loss with respect to its logits (T, vocabulary); SamqError if it is not finite."""
+        """Gradient of one sequence's summed loss with respect to its logits (T, vocabulary)."""
         labelling = self._labelling
-        sequence = labelling.first_sequence + number
         ids = torch.from_numpy(self._tokens.sequence(number).astype(np.int64))
         labels = ids[1:].to(logits.device) if labelling.labels == "text" else None
         gradient = torch.zeros_like(logits)
         last = len(ids) - 1  # the last position has no next token
-        self.summed[number] = _loss_gradient(logits[:last], labels, labelling.stream(sequence), gradient[:last])
-        _check_loss(self.summed[number], self._weights, sequence, labelling.purpose)
+        stream = labelling.stream(labelling.first_sequence + number)
+        self._summed[number] = _loss_gradient(logits[:last], labels, stream, gradient[:last])
         return gradient
+
+    def summed(self) -> np.ndarray:
+        """Each sequence's so far, in nats; SamqError if one is not finite."""
+        losses = np.array([self._summed[number].item() for number in sorted(self._summed)])
+        for number, loss in enumerate(losses, start=self._labelling.first_sequence):
+            _check_loss(loss, self._weights, number, self._labelling.purpose)
+        return losses
 
 
 def _whole(
@@ -204,6 +213,7 @@ def _whole(
             gradient = torch.zeros_like(logits)
             for row, length in enumerate(batch.lengths):
                 gradient[row, :length] = loss.gradient(batch.first + row, logits[row, :length].detach())
+            loss.summed()
             backward(logits, gradient)
             del logits, gradient  # the graph, before the next forward pass
         progress(done + 1, len(numbered))
@@ -213,15 +223,28 @@ class _ByBlocks:
     """All sequences through one block after another, forward and backward."""
 
     def __init__(
-        self, blocks: Blocks, gradients: SampleGradients, numbered: list[_Sequences], loss: _Loss, progress: Progress
+        self,
+        blocks: Blocks,
+        gradients: SampleGradients,
+        numbered: list[_Sequences],
+        loss: _Loss,
+        memory: Memory,
+        progress: Progress,
     ) -> None:
         self.blocks, self.gradients, self.numbered, self.loss = blocks, gradients, numbered, loss
         self._progress, self._steps = progress, 0
         self._offloaded = [list(layer.parameters()) for layer in blocks.layers]  # before copies stand for them
         self.device = main_device(blocks.model)
         self._calls: list[list[Call]] = []  # of each batch, for each block
-        self._states = HiddenStates(self.device)
+        self._states = HiddenStates(memory.place(self._bytes_of_states(), self.device))
         self._slopes: dict[int, torch.Tensor] = {}  # batch -> gradient of the loss with respect to its hidden states
+
+    def _bytes_of_states(self) -> int:
+        """Of the hidden states of all sequences before every block and after the last."""
+        embedding: torch.Tensor = self.blocks.model.get_input_embeddings().weight  # type: ignore[assignment]
+        width: int = self.blocks.model.config.get_text_config().hidden_size
+        positions = sum(sequences.ids.numel() for sequences in self.numbered)
+        return (len(self.blocks) + 1) * positions * width * embedding.element_size()
 
     def run(self) -> None:
         """Hand over all gradients."""
@@ -272,6 +295,7 @@ class _ByBlocks:
                     del logits
                 slopes[row, :length] = _gradient(hidden)[0]
             self._slopes[number] = slopes
+        self.loss.summed()
         self._states.drop(last)
 
     def _backward(self, weights: Residence) -> None:
@@ -306,8 +330,8 @@ def _gradient(hidden: torch.Tensor) -> torch.Tensor:
 
 def _loss_gradient(
     logits: torch.Tensor, labels: torch.Tensor | None, stream: np.random.Generator, gradient: torch.Tensor
-) -> float:
-    """Return the summed negative log likelihood of one sequence in nats, and write its gradient to `gradient`.
+) -> torch.Tensor:
+    """Return the summed negative log likelihood of one sequence in nats, in float64, and write its gradient to `gradient`.
 
     `logits` and `gradient` are (T, vocabulary), `labels` (T,) or None, which draws them from the logits. The gradient with
     respect to the logits is softmax(logits) - onehot(label), computed a few positions at a time: autograd would keep
@@ -315,7 +339,7 @@ def _loss_gradient(
     """
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
     drawn = torch.from_numpy(stream.random(len(logits))).to(logits.device)
-    positions = max(1, LOGITS_AT_ONCE // logits.shape[1])
+    positions = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[1])
     for first in range(0, len(logits), positions):
         here = slice(first, first + positions)
         logs = torch.log_softmax(logits[here].float(), dim=-1)
@@ -330,7 +354,7 @@ def _loss_gradient(
         loss -= logs.gather(1, label).sum(dtype=torch.float64)
         probabilities[torch.arange(len(label)), label[:, 0]] -= 1
         gradient[here] = probabilities
-    return loss.item()
+    return loss
 
 
 def _check_loss(loss: float, weights: list[Weight], sequence: int, purpose: str) -> None:
@@ -363,8 +387,12 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic
+    filling = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False  # it is written before it is read
     torch.use_deterministic_algorithms(True)  # with warnings only, attention would not become deterministic
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        deterministic.fill_uninitialized_memory = filling

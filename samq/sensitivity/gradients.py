@@ -184,7 +184,7 @@ class SampleGradients:
 
     def _hand_over(self, index: int) -> None:
         parts = [self._by_sequence(index, *use) for use in self._uses.pop(index)]
-        inputs, outputs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        inputs, outputs = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
         if any(isinstance(module, nn.Embedding) for module, _ in self._uses_of[index]):
             outputs = self._without_rows_of_tokens(index, inputs, outputs)
         self.receive(index, self._batch.first, LinearGradients(inputs, outputs))

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
 from samq.progress import Progress, silent
-from samq.sensitivity.gpu_memory import needs_gpu_memory
 from samq.sensitivity.layout import Weight
+from samq.sensitivity.memory import needs_gpu_memory
 
 PASS_MEMORY_BYTES = 8 * 2**30  # of the matrices that one pass over the text adds up
 _SOURCE = "source"  # key of the file's metadata

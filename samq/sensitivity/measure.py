@@ -28,6 +28,7 @@ from samq.records import SensitivityMap, TensorSensitivity
 from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.weight_gradients import Gradients
 
 
@@ -47,9 +48,9 @@ def measure_sensitivity(
     *,
     labelling: Labelling,
     batch_size: int = 1,
-    second_moment: bool = True,
+    memory: Memory = UNLIMITED,
     progress: Progress = silent,
-) -> tuple[SensitivityMap, dict[str, Fisher] | None]:
+) -> tuple[SensitivityMap, dict[str, Fisher]]:
     """Measure every weight matrix of a causal LM on the sequences of `tokens`.
 
     Args:
@@ -60,11 +61,11 @@ def measure_sensitivity(
         labelling: the labels of the loss.
         batch_size: sequences a pass, which changes the figures by rounding only. For models with weights outside linear
             layers (GPT-2, mixtures of experts) it is 1.
-        second_moment: whether to measure the Fisher information too.
-        progress: told of the sequences that are done.
+        memory: what it may use.
+        progress: told of the batches that are done, through each block there and back.
 
     Returns:
-        The map, and GGUF name -> Fisher information, or None without `second_moment`.
+        The map, and GGUF name -> Fisher information.
 
     Raises:
         SamqError: too few sequences, NaN or Inf in a loss or gradient (names the tensor and the sequence), or too little
@@ -73,15 +74,15 @@ def measure_sensitivity(
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
     weights = layout.weights
-    sums = _Sums(weights, second_moment)
+    sums = _Sums(weights)
     losses, reduced = backpropagate(
         model,
         tokens,
         weights,
         sums.add,
-        numbers=1,
         labelling=labelling,
         batch_size=batch_size,
+        memory=memory,
         progress=progress,
     )
     label_tokens = tokens.lengths.astype(np.int64) - 1
@@ -96,9 +97,9 @@ def measure_sensitivity(
             sequence_tokens=tuple(label_tokens.tolist()),
             loss_nats=float(losses.sum() / label_tokens.sum()),
             tied_embeddings=not {"output.weight"} & (squares.keys() | layout.unknown),
-            tensors=_sensitivities(shapes, squares, label_tokens, second_moment),
+            tensors=_sensitivities(shapes, squares, label_tokens),
         ),
-        sums.fisher(int(label_tokens.sum())) if second_moment else None,
+        sums.fisher(int(label_tokens.sum())),
     )
 
 
@@ -118,7 +119,7 @@ def merge(
         update={
             "sequence_tokens": sequence_tokens,
             "loss_nats": (one.loss_nats * one.tokens + other.loss_nats * other.tokens) / tokens,
-            "tensors": _sensitivities(shapes, squares, np.array(sequence_tokens), True),
+            "tensors": _sensitivities(shapes, squares, np.array(sequence_tokens)),
         }
     )
     fisher = {
@@ -132,7 +133,6 @@ def _sensitivities(
     shapes: Mapping[str, tuple[int, ...]],
     squares: Mapping[str, np.ndarray],
     label_tokens: np.ndarray,
-    second_moment: bool,
 ) -> dict[str, TensorSensitivity]:
     """GGUF name -> record, from `squares` (sequences,), the squared gradient norms of the sequences' summed losses."""
     norms = {name: np.sqrt(values) / label_tokens for name, values in squares.items()}
@@ -145,7 +145,7 @@ def _sensitivities(
             gradient_norm=norms[name].mean(),
             gradient_norm_stderr=norms[name].std(ddof=1) / np.sqrt(len(label_tokens)),
             score=norms[name].mean() / largest,
-            fisher=squares[name].sum() / label_tokens.sum() / math.prod(shape) if second_moment else None,
+            fisher=squares[name].sum() / label_tokens.sum() / math.prod(shape),
             sequence_squares=tuple(squares[name].tolist()),
         )
         for name, shape in shapes.items()
@@ -155,21 +155,19 @@ def _sensitivities(
 class _Sums:
     """The sums of squared gradients over all sequences, for each row and each column of every weight."""
 
-    def __init__(self, weights: list[Weight], second_moment: bool) -> None:
+    def __init__(self, weights: list[Weight]) -> None:
         self.weights = weights
-        self._second_moment = second_moment
         self._rows: dict[int, torch.Tensor] = {}  # weight's index -> (rows of all experts,)
         self._columns: dict[int, torch.Tensor] = {}  # (row length,), experts first if stacked
 
     def add(self, index: int, gradients: Gradients) -> torch.Tensor:
         """Add the squares of a batch's gradients; returns each sequence's sum, (sequences, 1), in nats^2 per squared weight."""
         by_row, by_column = gradients.squares()
-        if self._second_moment:
-            for sums, squares in ((self._rows, by_row), (self._columns, by_column)):
-                if index in sums:
-                    sums[index] += squares.sum(0)
-                else:
-                    sums[index] = squares.sum(0)
+        for sums, squares in ((self._rows, by_row), (self._columns, by_column)):
+            if index in sums:
+                sums[index] += squares.sum(0)
+            else:
+                sums[index] = squares.sum(0)
         total: torch.Tensor = by_row.sum(1, keepdim=True, dtype=torch.float64)
         return total
 

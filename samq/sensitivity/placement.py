@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_submodules
 from torch import nn
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from samq.errors import SamqError
 from samq.sensitivity.blocks import block_list
+from samq.sensitivity.memory import free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
 
 WORKING_SHARE = (
@@ -19,12 +19,10 @@ WORKING_SHARE = (
 )
 
 
-def free_memory(device: str) -> int:
-    """Bytes that the device has free: of all GPUs for `auto`, or of the host."""
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    gpus = range(torch.cuda.device_count()) if device == "auto" else [torch.device(device).index or 0]
-    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+def _free(device: str) -> int:
+    """Bytes that the device has free: of all GPUs for `auto`."""
+    every = range(torch.cuda.device_count()) if device == "auto" else []
+    return sum(free_bytes(torch.device("cuda", gpu)) for gpu in every) if every else free_bytes(torch.device(device))
 
 
 def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int | None) -> str | dict[str, str]:
@@ -36,7 +34,7 @@ def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int
         elsewhere: where the blocks wait: disk, or cpu beside a GPU.
         limit: bytes of the device's memory that the model may take; None for what is free.
     """
-    room = free_memory(device) if limit is None else limit
+    room = _free(device) if limit is None else limit
     if bytes_of(skeleton.parameters()) * WORKING_SHARE <= room or device == elsewhere:
         return device
     layers = block_list(skeleton)

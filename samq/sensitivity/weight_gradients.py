@@ -60,11 +60,12 @@ class LinearGradients(Gradients):
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Gradients`."""
         tokens, columns, rows = *self.inputs.shape[1:], self.outputs.shape[2]
-        if 2 * tokens * (rows + columns) <= rows * columns:
+        # On a GPU, a gradient's way through the memory takes longer than its product.
+        if (1 if self.inputs.is_cuda else 2) * tokens * (rows + columns) <= rows * columns:
             with _tf32(self.inputs):
                 return (
-                    _squared_sums(self.outputs, _products_of_tokens(self.inputs)),
-                    _squared_sums(self.inputs, _products_of_tokens(self.outputs)),
+                    _squared_sums(self.outputs, _product(self.inputs, self.inputs.mT)),
+                    _squared_sums(self.inputs, _product(self.outputs, self.outputs.mT)),
                 )
         by_row = self.inputs.new_zeros(len(self.inputs), rows, dtype=torch.float32)
         by_column = self.inputs.new_zeros(len(self.inputs), columns, dtype=torch.float32)
@@ -78,10 +79,9 @@ class LinearGradients(Gradients):
         rows, columns = self.outputs.shape[2], self.inputs.shape[2]
         step = max(1, BAND_WEIGHTS // columns)
         for sample, (layer_input, gradient) in enumerate(zip(self.inputs, self.outputs, strict=True)):
-            layer_input = layer_input.float()
             for first in range(0, rows, step):
                 band = slice(first, min(first + step, rows))
-                yield sample, band, gradient[:, band].float().t() @ layer_input
+                yield sample, band, _product(gradient[None, :, band].mT, layer_input[None])[0]
 
 
 @dataclass(frozen=True)
@@ -143,19 +143,20 @@ def sum_of_rows(ids: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tenso
     return rows, sums.index_add_(0, places, gradients.float())
 
 
-def _products_of_tokens(vectors: torch.Tensor) -> torch.Tensor:
-    """V V^T of each sequence's vectors V (sequences, T, width), in float32."""
-    if vectors.is_cuda and vectors.dtype != torch.float32:
-        products: torch.Tensor = torch.bmm(vectors, vectors.mT, out_dtype=torch.float32)
+def _product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Matrix products (N, ., .) in float32; a GPU multiplies 16 bits as they are."""
+    if one.is_cuda and one.dtype != torch.float32:
+        products: torch.Tensor = torch.bmm(one, other, out_dtype=torch.float32)
         return products
-    vectors = vectors.float()
-    return vectors @ vectors.mT
+    return one.float() @ other.float()
 
 
 def _squared_sums(vectors: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     """Sum over t, s of V[t, j] P[t, s] V[s, j], for each sequence and each j; V is (sequences, T, width)."""
-    vectors = vectors.float()
-    return (products @ vectors).mul_(vectors).sum(1).clamp_(min=0)  # less than 0 by rounding alone
+    # float16 would not hold the products, which bfloat16 rounds as it has rounded the vectors
+    halves = vectors.is_cuda and vectors.dtype == torch.bfloat16
+    sums = _product(products.to(vectors.dtype) if halves else products, vectors if halves else vectors.float())
+    return sums.mul_(vectors).sum(1).clamp_(min=0)  # less than 0 by rounding alone
 
 
 @contextmanager

@@ -72,8 +72,8 @@ def quantized(model, folder, kinds, architecture="llama"):
 
 
 def check(model, tokens, *, plan, predicted, weights, original, rounded, **arguments):
-    rounded_plan, layout = RoundedPlan(plan, original, rounded), GgufLayout(weights)
-    return check_prediction(model, tokens, rounded_plan, predicted, layout, **arguments)
+    rounded_plan, layout = RoundedPlan(plan, predicted, original, rounded), GgufLayout(weights)
+    return check_prediction(model, tokens, rounded_plan, layout, **arguments)
 
 
 def changes(arguments):

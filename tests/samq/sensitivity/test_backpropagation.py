@@ -10,10 +10,10 @@ from samq.sensitivity.layout import weights_of
 from tests.tiny_models import names_of, random_tokens, tiny_llama
 
 
-def run(model, tokens, reduce, *, numbers=1, labels="text", seed=0, first_sequence=0, **arguments):
+def run(model, tokens, reduce, *, labels="text", seed=0, first_sequence=0, **arguments):
     labelling = Labelling(labels, seed, first_sequence, "check")
     weights = weights_of(model, names_of(model))
-    return backpropagate(model, tokens, weights, reduce, numbers=numbers, labelling=labelling, **arguments)
+    return backpropagate(model, tokens, weights, reduce, labelling=labelling, **arguments)
 
 
 def nothing(index, gradients):
@@ -34,7 +34,7 @@ def test_numbers_of_all_rows_are_added_up_for_each_weight_and_sequence(batch_siz
             sums[sample] += torch.stack([values.sum(dtype=torch.float64), torch.tensor(len(values))])
         return sums
 
-    losses, sums = run(model, tokens, reduce, numbers=2, batch_size=batch_size)
+    losses, sums = run(model, tokens, reduce, batch_size=batch_size)
     for number, (ids, _, labels) in enumerate(batches(tokens, 1)):
         model.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], labels[0, 1:], reduction="sum")

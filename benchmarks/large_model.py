@@ -1,0 +1,277 @@
+"""Claims: gradients of a model far larger than the memory; what they take of it and how fast they are.
+
+    python benchmarks/large_model.py --shape 2b [--blocks N] [--device cpu] [--memory-limit 4GiB] [--json OUT.json]
+
+A Llama with random weights of the shape is written to disk in bf16, a file a block (--work keeps it). Then the flow's
+measurement of sensitivities runs on random tokens, with the model's blocks on disk if they do not fit the limit. The figures:
+peak memory of the device and of the process, seconds, and the rates of arithmetic and of reading weights, against the ceilings
+of both, which are measured in the same run. --blocks takes fewer blocks than the shape has; the time of all is then a product.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPES = {  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
+    "tiny": (256, 704, 4, 2, 4, 512),
+    "0.5b": (1280, 3456, 20, 4, 24, 32000),
+    "2b": (2560, 6912, 20, 4, 24, 49152),
+    "8b": (4096, 14336, 32, 8, 32, 128256),
+    "70b": (8192, 28672, 64, 8, 80, 128256),
+}
+SEED = 1
+
+
+def write_model(folder: Path, shape: tuple[int, ...], blocks: int, device: str) -> int:
+    """Write config.json, tokenizer and weights of a random Llama; returns the bytes of its weights."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    width, inner, heads, kv_heads, _, vocabulary = shape
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=blocks,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in skeleton.named_parameters():
+        block = re.search(r"layers\.(\d+)\.", name)
+        files.setdefault(f"block-{int(block[1]):03}" if block else "ends", {})[name] = parameter.shape
+    generator = torch.Generator(device).manual_seed(SEED)
+    index, total = {}, 0
+    for file, shapes in files.items():
+        tensors = {}
+        for name, size in shapes.items():
+            scale = 0.5 / size[-1] ** 0.5 if len(size) > 1 else 0
+            values = torch.empty(size, dtype=torch.bfloat16, device=device).normal_(
+                0, max(scale, 1e-9), generator=generator
+            )
+            tensors[name] = (values if len(size) > 1 else torch.ones_like(values)).cpu()
+            index[name] = f"{file}.safetensors"
+            total += tensors[name].nbytes
+        save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+    )
+    return total
+
+
+def ceilings(device: str, dtype: str, file: Path) -> dict:
+    """FLOP/s of a matrix product, and bytes/s of a block's file to the device."""
+    import torch
+    from safetensors import safe_open
+
+    kind, size = getattr(torch, dtype), 8192 if device.startswith("cuda") else 2048
+    one, other = (torch.randn(size, size, device=device, dtype=torch.float32).to(kind) for _ in range(2))
+
+    def seconds(work) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def read() -> None:
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118
+                content.get_tensor(name).to(device, copy=True)
+
+    return {
+        "product_flops": 2 * size**3 / seconds(lambda: one @ other),
+        "read_bytes_per_s": file.stat().st_size / seconds(read),
+    }
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process, with mapped pages of files."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> dict:
+    """Load the model and measure its sensitivities; what that took."""
+    import numpy as np
+    import torch
+
+    from samq.data.tokens import TokenBatch
+    from samq.gguf.file import gguf_names
+    from samq.sensitivity.backpropagation import Labelling
+    from samq.sensitivity.checkpoint import describe_source
+    from samq.sensitivity.hf_model import load_model
+    from samq.sensitivity.layout import GgufLayout, weights_of
+    from samq.sensitivity.measure import Origin, measure_sensitivity
+    from samq.sensitivity.memory import Memory
+    from samq.sensitivity.offloading import is_offloaded
+
+    cuda = arguments.device.startswith("cuda")
+    before = peak_rss()
+    started = time.perf_counter()
+    model, _ = load_model(describe_source(folder), arguments.dtype, arguments.device, memory_limit=limit)
+    loaded = time.perf_counter() - started
+    blocks = model.config.num_hidden_layers
+    names = gguf_names({"general.architecture": "llama", "llama.block_count": blocks})
+    random = np.random.default_rng(SEED)
+    vocabulary = model.config.vocab_size
+    tokens = TokenBatch(
+        random.integers(0, vocabulary, (arguments.sequences, arguments.tokens), dtype=np.int32),
+        np.full(arguments.sequences, arguments.tokens, dtype=np.int32),
+    )
+    layout, steps = GgufLayout(weights_of(model, names)), list[float]()
+
+    def run(sequences: int) -> float:
+        """The loss; `steps` are the seconds at which each batch was through a block."""
+        steps.clear()
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
+            sensitivity, _ = measure_sensitivity(
+                model,
+                tokens.part(0, sequences),
+                layout,
+                Origin("", ""),
+                labelling=Labelling("model", SEED),
+                batch_size=arguments.batch_size,
+                memory=Memory(limit, Path(scratch)),
+                progress=lambda *_: steps.append(time.perf_counter() - started),
+            )
+            if cuda:
+                torch.cuda.synchronize()
+        steps.append(time.perf_counter() - started)
+        return sensitivity.loss_nats
+
+    if cuda and not any(map(is_offloaded, model.parameters())):
+        run(2)  # loads CUDA's libraries
+    loss, seconds = run(arguments.sequences), steps[-1]
+    in_blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
+    head = model.lm_head.weight.numel()
+    positions = arguments.sequences * arguments.tokens
+    half = (len(steps) - 1) // 2
+    return {
+        "loss_nats": loss,
+        "blocks": blocks,
+        "on_disk": any(map(is_offloaded, model.parameters())),
+        "weights": in_blocks + 2 * head,
+        "weights_in_blocks": in_blocks,
+        "load_s": loaded,
+        "seconds": seconds,
+        "forward_s": steps[half - 1],
+        "head_and_first_backward_s": steps[half] - steps[half - 1],
+        "backward_s": seconds - steps[half - 1],
+        "flop": 6 * (in_blocks + head) * positions,
+        "flops": 6 * (in_blocks + head) * positions / seconds,
+        "bytes_read": 2 * in_blocks * 2,
+        "bytes_per_s": 2 * in_blocks * 2 / seconds,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        "peak_rss_before_bytes": before,
+        "peak_rss_bytes": peak_rss(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="2b")
+    parser.add_argument("--blocks", type=int, help="fewer than the shape has")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-limit", help="of the device, as 22GiB; default: what is free")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the model")
+    parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    import torch
+    import transformers
+
+    from samq.allocation.budget_notation import read_budget
+
+    limit = read_budget(arguments.memory_limit).bytes if arguments.memory_limit else None
+    shape = SHAPES[arguments.shape]
+    blocks = arguments.blocks or shape[4]
+    folder = arguments.work / f"llama-{arguments.shape}-{blocks}"
+    started = time.perf_counter()
+    if not (folder / "model.safetensors.index.json").exists():
+        write_model(folder, shape, blocks, arguments.device)
+    written = time.perf_counter() - started
+    most = ceilings(arguments.device, arguments.dtype, folder / "block-000.safetensors")
+    if arguments.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    measured = measure(folder, arguments, limit)
+    if not arguments.keep:
+        shutil.rmtree(folder)
+    result = {
+        "shape": arguments.shape,
+        "blocks_of_shape": shape[4],
+        "sequences": arguments.sequences,
+        "tokens": arguments.tokens,
+        "batch_size": arguments.batch_size,
+        "dtype": arguments.dtype,
+        "memory_limit_bytes": limit,
+        "write_s": written,
+        "ceilings": most,
+        "measured": measured,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
+    }
+    compute_s = measured["flop"] / most["product_flops"]
+    read_s = measured["bytes_read"] / most["read_bytes_per_s"] if measured["on_disk"] else 0.0
+    result["bound_s"] = max(compute_s, read_s)
+    result["share_of_bound"] = result["bound_s"] / measured["seconds"]
+    result["share_of_products"] = measured["flops"] / most["product_flops"]
+    result["all_blocks_s"] = measured["seconds"] * shape[4] / blocks
+    for label, value in (
+        (
+            "weights",
+            f"{measured['weights'] / 1e9:.2f} billion, blocks {'on disk' if measured['on_disk'] else 'in memory'}",
+        ),
+        ("written in", f"{written:.1f} s, loaded in {measured['load_s']:.1f} s"),
+        (
+            "seconds",
+            f"{measured['seconds']:.1f} (forward {measured['forward_s']:.1f}, backward {measured['backward_s']:.1f})",
+        ),
+        ("rate", f"{measured['flops'] / 1e12:.2f} TFLOP/s of {most['product_flops'] / 1e12:.2f}"),
+        ("reading", f"{measured['bytes_per_s'] / 1e9:.2f} GB/s of {most['read_bytes_per_s'] / 1e9:.2f}"),
+        ("share of the bound", f"{result['share_of_bound']:.2f}"),
+        ("all blocks of the shape", f"{result['all_blocks_s']:.0f} s (a product)"),
+        ("peak of the GPU", f"{(measured['peak_gpu_bytes'] or 0) / 2**30:.2f} GiB"),
+        (
+            "peak of the process",
+            f"{measured['peak_rss_bytes'] / 2**30:.2f} GiB, {measured['peak_rss_before_bytes'] / 2**30:.2f} before",
+        ),
+    ):
+        print(f"{label:26} {value}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

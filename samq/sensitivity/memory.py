@@ -1,0 +1,51 @@
+"""Memory that measuring may take, and one sentence instead of torch's traceback where a GPU's does not suffice."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from samq.errors import SamqError
+
+_SHARE = 3  # hidden states get this part of what is free
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a measurement may use."""
+
+    limit_bytes: int | None = None  # of the device that computes; None: what is free there
+    folder: Path | None = None  # for what neither the device's nor the host's memory holds
+
+    def place(self, size: int, device: torch.device) -> torch.device | Path:
+        """Where `size` bytes of hidden states are kept: on the device, on the host, or else in the folder."""
+        for place in dict.fromkeys((device, torch.device("cpu"))):
+            limit = self.limit_bytes if place == device else None
+            if size * _SHARE <= free_bytes(place, limit) or (place.type == "cpu" and self.folder is None):
+                return place
+        assert self.folder is not None
+        return self.folder
+
+
+UNLIMITED = Memory()  # what is free
+
+
+def free_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Bytes that are free on the device, or of `limit`, with what torch has there already."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available) if limit is None else limit
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + reserved
+    return free if limit is None else min(free, limit - torch.cuda.memory_allocated(device))
+
+
+@contextmanager
+def needs_gpu_memory(what: str, advice: str) -> Iterator[None]:
+    """Raise SamqError if torch runs out of GPU memory: `what` does not fit, and `advice` says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SamqError(f"the GPU's memory does not hold {what}; {advice}") from error
