@@ -4,6 +4,8 @@ transformers looks its processors up by architecture. `register` puts these in t
 """
 
 import re
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,23 @@ class Qwen2Moe(reading.Qwen2MoeTensorProcessor):
     def process(self, weights: Weights, name: str, **options: Any) -> Any:
         """See transformers' TensorProcessor."""
         return super().process(weights.ravel() if "ffn_gate_inp_shexp" in name else weights, name, **options)
+
+
+class Llama(reading.LlamaTensorProcessor):
+    """Mixtral's file is a Llama's with stacked experts, which transformers puts in place for Qwen's mixtures only."""
+
+    def perform_fallback_tensor_mapping(
+        self, gguf_to_hf_name_map: dict[str, str], suffix: str, qual_name: str, hf_name: str
+    ) -> None:
+        """See transformers' TensorProcessor."""
+        experts = reading.Qwen2MoeTensorProcessor(self.config)
+        experts.perform_fallback_tensor_mapping(gguf_to_hf_name_map, suffix, qual_name, hf_name)
+
+    def process(self, weights: Weights, name: str, **options: Any) -> Any:
+        """See transformers' TensorProcessor."""
+        if "_exps." in name:
+            return reading.Qwen2MoeTensorProcessor(self.config).process(weights, name, **options)
+        return super().process(weights, name, **options)
 
 
 class Gemma4(reading.TensorProcessor):
@@ -68,6 +87,18 @@ class StableLm(reading.TensorProcessor):
         return reading.GGUFTensor(weights, "", {})  # all of it has its place already
 
 
+def _knowing_mixtral(weights_map: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
+    @wraps(weights_map)
+    def of_architecture(model: Any, processor: Any, model_type: str | None = None, *more: Any, **named: Any) -> Any:
+        if model_type is None and model.config.model_type == "mixtral":  # a module of it has no configuration
+            model_type = "llama"
+        return weights_map(model, processor, model_type, *more, **named)
+
+    return of_architecture
+
+
 def register() -> None:
-    """Let transformers use these processors."""
-    reading.TENSOR_PROCESSORS |= {"falcon": Falcon, "gemma4": Gemma4, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
+    """Let transformers use these processors, and Llama's names for Mixtral."""
+    processors = {"falcon": Falcon, "gemma4": Gemma4, "llama": Llama, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
+    reading.TENSOR_PROCESSORS |= processors
+    reading.get_gguf_hf_weights_map = _knowing_mixtral(reading.get_gguf_hf_weights_map)
