@@ -67,7 +67,8 @@ def _plain_phimoe(model: PreTrainedModel) -> None:
 
 def _sparse_by_sample_deviation(model: PreTrainedModel) -> None:
     """Gemma 3n's cutoff of sparse layers, with the deviation of a sample (`gaussian_topk` in models/gemma3n.cpp)."""
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if getattr(module, "activation_sparsity", 0) > 0:
             module._gaussian_topk = MethodType(_above_cutoff, module)
 

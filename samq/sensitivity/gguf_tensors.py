@@ -38,9 +38,9 @@ class Llama(reading.LlamaTensorProcessor):
 
     def process(self, weights: Weights, name: str, **options: Any) -> Any:
         """See transformers' TensorProcessor."""
-        if "_exps." in name:
-            return reading.Qwen2MoeTensorProcessor(self.config).process(weights, name, **options)
-        return super().process(weights, name, **options)
+        experts: Any = reading.Qwen2MoeTensorProcessor(self.config)
+        process = experts.process if "_exps." in name else super().process
+        return process(weights, name, **options)
 
 
 class Gemma4(reading.TensorProcessor):
