@@ -8,7 +8,7 @@ import numpy as np
 from samq.data.tokens import TokenBatch
 from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, GRAM_NAME, QUANTIZED_NAME, TOKENS_NAME
 from samq.gguf import audit
-from samq.gguf.file import read_metadata
+from samq.gguf.file import read_metadata, read_tensors
 from samq.progress import bar
 from samq.quantization import compensation
 from samq.sensitivity.gram import GramMatrices, measure_gram, without_layer
@@ -40,7 +40,9 @@ def gram(
     batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
     enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
     torch_model, layout = model.load_with_layout(at.device)
-    if rounded := without_layer(torch_model, layout.weights):
+    tensors = read_tensors(model.full.path(GGUF_NAME))
+    quantizable = [weight for weight in layout.weights if tensors[weight.name].type != "F32"]
+    if rounded := without_layer(torch_model, quantizable):
         more = f", and {len(rounded) - 8} more" if len(rounded) > 8 else ""
         names = ", ".join(rounded[:8])
         log.warning("%d tensors of no linear layer are rounded without compensation: %s%s", len(rounded), names, more)

@@ -4,6 +4,7 @@ transformers looks its processors up by architecture. `register` puts these in t
 """
 
 import re
+import struct
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import modeling_gguf_pytorch_utils as reading
+from transformers.integrations.gguf import reader
 
 Weights = NDArray[np.float32]
 
@@ -97,8 +99,16 @@ def _knowing_mixtral(weights_map: Callable[..., dict[str, str]]) -> Callable[...
     return of_architecture
 
 
+def _read_string(blob: NDArray[np.uint8], at: int) -> tuple[str, int]:
+    """transformers' own, but for bytes that are not UTF-8: they become U+FFFD, as in `samq.gguf.header`."""
+    (length,) = struct.unpack_from("<Q", blob, at)
+    end = at + 8 + length
+    return bytes(blob[at + 8 : end]).decode(errors="replace"), end
+
+
 def register() -> None:
-    """Let transformers use these processors, and Llama's names for Mixtral."""
+    """Let transformers use these processors, Llama's names for Mixtral, and a name of the model that is not UTF-8."""
     processors = {"falcon": Falcon, "gemma4": Gemma4, "llama": Llama, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
     reading.TENSOR_PROCESSORS |= processors
+    reader._read_string = _read_string
     reading.get_gguf_hf_weights_map = _knowing_mixtral(reading.get_gguf_hf_weights_map)

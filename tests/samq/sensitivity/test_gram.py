@@ -86,7 +86,9 @@ def test_stacked_experts_are_known_to_have_no_matrix():
     dense, experts = tiny_llama(), tiny_mixtral()
     assert without_layer(dense, weights_of(dense, names_of(dense))) == []
     assert without_layer(experts, weights_of(experts, names_of(experts))) == [
-        f"blk.{block}.ffn_{part}_exps.weight" for block in range(2) for part in ("gate", "up", "down")
+        f"blk.{block}.ffn_{part}.weight"
+        for block in range(2)
+        for part in ("gate_inp", "gate_exps", "up_exps", "down_exps")
     ]
 
 
