@@ -99,11 +99,11 @@ def _knowing_mixtral(weights_map: Callable[..., dict[str, str]]) -> Callable[...
     return of_architecture
 
 
-def _read_string(blob: NDArray[np.uint8], at: int) -> tuple[str, int]:
+def _read_string(blob: Any, pos: int) -> tuple[str, int]:
     """transformers' own, but for bytes that are not UTF-8: they become U+FFFD, as in `samq.gguf.header`."""
-    (length,) = struct.unpack_from("<Q", blob, at)
-    end = at + 8 + length
-    return bytes(blob[at + 8 : end]).decode(errors="replace"), end
+    (length,) = struct.unpack_from("<Q", blob, pos)
+    end = pos + 8 + length
+    return bytes(blob[pos + 8 : end]).decode(errors="replace"), end
 
 
 def register() -> None:
