@@ -5,6 +5,10 @@ class SamqError(Exception):
     """An error that the user can fix. The command line prints its message and exits with code 2."""
 
 
+class TextError(SamqError):
+    """A text that cannot be tokenized. Another text can."""
+
+
 class ToolError(SamqError):
     """A program of llama.cpp failed, timed out or is missing; the message names its log."""
 

@@ -1,5 +1,6 @@
 """Stages of compensated rounding (GPTQ): Gram matrices, a rung's tensors, and whole files of llama-quantize."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,16 +8,18 @@ import numpy as np
 from samq.data.tokens import TokenBatch
 from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, GRAM_NAME, QUANTIZED_NAME, TOKENS_NAME
 from samq.gguf import audit
-from samq.gguf.file import read_metadata
+from samq.gguf.file import read_metadata, read_tensors
 from samq.progress import bar
 from samq.quantization import compensation
-from samq.sensitivity.gram import GramMatrices, measure_gram
+from samq.sensitivity.gram import GramMatrices, measure_gram, without_layer
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
 from tasks.plan import load_plan
 from tasks.stage import stage
 from tasks.text import FirstSequences
+
+log = logging.getLogger("samq.compensate")
 
 
 @stage(
@@ -37,6 +40,12 @@ def gram(
     batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
     enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
     torch_model, layout = model.load_with_layout(at)
+    tensors = read_tensors(model.full.path(GGUF_NAME))
+    quantizable = [weight for weight in layout.weights if tensors[weight.name].type != "F32"]
+    if rounded := without_layer(torch_model, quantizable):
+        more = f", and {len(rounded) - 8} more" if len(rounded) > 8 else ""
+        names = ", ".join(rounded[:8])
+        log.warning("%d tensors of no linear layer are rounded without compensation: %s%s", len(rounded), names, more)
     with bar(f"gram {model.source.name}") as progress:
         measure_gram(
             torch_model,

@@ -53,7 +53,7 @@ def price_table(
     """
     measured = {name: tensor for name, tensor in quantizable.items() if name in sensitivity.tensors and name in fisher}
     if reason := mostly_unknown(quantizable, measured.keys()):
-        raise SamqError(f"{reason}; calibrate this model again")
+        raise SamqError(f"{reason}; give the sensitivities that `samq calibrate` measured on it")
     for tensor in measured.values():
         _check(tensor, fisher)
     prices = {name: {tensor.type: Price(bytes=tensor.bytes, kl_nats=0.0)} for name, tensor in quantizable.items()}

@@ -30,11 +30,11 @@ class OpenTarget:
 
         A file given as a path is hashed. Raises SamqError for an importance matrix that llama-quantize cannot use.
         """
-        tensors = read_tensors(gguf.path if isinstance(gguf, HashedFile) else gguf)  # before the file is hashed
+        tensors = read_tensors(_path(gguf))  # before the file is hashed
         full = HashedFile.of(gguf)
         quantizable = quantizable_tensors(full.path, toolchain)
         if imatrix:
-            usable_entries(imatrix.path if isinstance(imatrix, HashedFile) else imatrix, quantizable)
+            usable_entries(_path(imatrix), quantizable)
         return cls(
             full=full,
             tensors=tensors,
@@ -63,6 +63,10 @@ class OpenTarget:
     def tied(self) -> bool:
         """Whether the output projection shares the token embedding."""
         return OUTPUT not in self.tensors
+
+
+def _path(file: Path | HashedFile) -> Path:
+    return file.path if isinstance(file, HashedFile) else file
 
 
 def full_plan(target: OpenTarget) -> Plan:

@@ -73,7 +73,7 @@ def threshold_plan(
     """
     measured = sensitivity.tensors.keys() & target.quantizable.keys()
     if reason := mostly_unknown(target.quantizable, measured):
-        raise SamqError(f"{reason}; calibrate this model again")
+        raise SamqError(f"{reason}; give the sensitivities that `samq calibrate` measured on it")
     scores = group_scores(sensitivity, target.quantizable, policy.grouping)
     cut = resolve_threshold(threshold, scores)
     types, substitutions = _base_types(target.full, policy.base, target.toolchain, target.imatrix)

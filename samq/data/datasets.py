@@ -15,6 +15,7 @@ import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError, UnreachableError
+from samq.text import encode
 
 Row = Mapping[str, Any]
 
@@ -160,13 +161,7 @@ def _text(row: Row, fields: tuple[str, ...], where: str) -> str:
         text += part if not text or text[-1].isspace() else f"\n{part}"
     if not text.strip():
         raise SamqError(f"the text of {where} is empty; remove that row or name other fields")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can hold half of a pair of surrogates, as in a text cut inside an emoji
-        raise SamqError(
-            f"character {error.start + 1} of the text of {where} is half a character ({text[error.start]!a}), a lone "
-            "surrogate; remove it there"
-        ) from error
+    encode(text, f"the text of {where}")
     return text
 
 

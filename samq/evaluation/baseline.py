@@ -19,6 +19,7 @@ from pydantic import Field
 
 from samq.errors import SamqError
 from samq.evaluation.settings import EvaluationSettings
+from samq.gguf.values import logits_not_finite
 from samq.llamacpp.runtime import Model
 from samq.progress import Progress, silent
 from samq.records import Record
@@ -90,7 +91,7 @@ def scored_logits(
             context.clear()
             logits = context.decode(chunk, positions, 0, scored)
             if not np.isfinite(logits).all():
-                raise SamqError(f"{model.path} gives logits that are not finite in chunk {index}; quantize it again")
+                raise SamqError(logits_not_finite(model.path, f" in chunk {index}"))
             yield logits
             progress(index + 1, len(chunks))
 

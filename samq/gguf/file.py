@@ -104,7 +104,7 @@ def read_metadata(path: Path, *, is_part: bool = False) -> dict[str, Any]:
     """
     fields = open_gguf(path, is_part=is_part).fields
     return {
-        key: bytes(field.parts[-1]).decode(errors="replace") if field.types[0].name == "STRING" else field.contents()
+        key: field.contents()
         for key, field in fields.items()
         if not key.startswith("GGUF.") and field.types and field.types[0].name != "ARRAY"
     }

@@ -45,7 +45,10 @@ class UnknownTypeError(ValueError):
 
 
 class LazyReader(GGUFReader):
-    """gguf's reader, with arrays of scalars and of strings left unparsed until their values are asked for."""
+    """gguf's reader, with arrays of scalars and of strings left unparsed until their values are asked for.
+
+    Bytes of a string that are not UTF-8 become U+FFFD, but for those in arrays: tokens are bytes.
+    """
 
     _is_nested = False  # while the arrays in an array are parsed
 
@@ -63,6 +66,9 @@ class LazyReader(GGUFReader):
         self, orig_offs: int, raw_type: int
     ) -> tuple[int, list[NDArray[Any]], list[int], list[GGUFValueType]]:
         """Size, parts, places of the values in the parts, and types of the value at an offset; no values of an array."""
+        if raw_type == GGUFValueType.STRING and not self._is_nested:
+            size, parts, places, types = super()._get_field_parts(orig_offs, raw_type)
+            return size, [*parts[:-1], _as_utf8(parts[-1])], places, types
         if raw_type != GGUFValueType.ARRAY or self.byte_order == "S" or self._is_nested:
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = struct.unpack_from("<IQ", self._bytes, orig_offs)
@@ -138,6 +144,11 @@ def copy_metadata(reader: GGUFReader, writer: GGUFWriter, without: Container[str
             continue
         kind = field.types[0]
         writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+
+
+def _as_utf8(text: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    content = text.tobytes()
+    return np.frombuffer(content.decode(errors="replace").encode(), np.uint8)
 
 
 def _python_value(part: bytes | tuple[Any]) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 from gguf import ReaderTensor
 from numpy.typing import NDArray
 
-from samq.gguf.file import open_gguf, read_rows, without_ones
+from samq.gguf.file import open_gguf, read_rows, read_tensors, without_ones
+from samq.gguf.formats import FULL_PRECISION
 
 _ROWS = 64  # compared of a tensor, spread evenly: seconds for 70 billion weights
 _ROWS_OF_AN_EXPERT = 4  # at least
@@ -78,6 +79,13 @@ def first_not_finite(gguf: Path) -> tuple[str, bool] | None:
                 mantissa = (exponent & (~exponent + 1)) - 1  # the bits below the exponent
                 return tensor.name, not (odd & mantissa).any()
     return None
+
+
+def logits_not_finite(gguf: Path, where: str = "") -> str:
+    """What to say of a file whose logits are not finite: no quantization mends a full-precision one."""
+    types = {tensor.type for tensor in read_tensors(gguf, is_part=True).values()}
+    advice = "get the model again, or choose another one" if types <= FULL_PRECISION else "quantize it again"
+    return f"{gguf} gives logits that are not finite{where}; {advice}"
 
 
 def _fault(original: ReaderTensor, tensor: ReaderTensor) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
+from samq.gguf.values import logits_not_finite
 from samq.llamacpp.prefixes import Tokens, common_length
 from samq.llamacpp.runtime import Context, Model
 from samq.llamacpp.sampling import Sampling, choose_token
@@ -159,7 +160,7 @@ class _Generation:
         """Choose the next token of a sequence, and free its place if that ends the answer."""
         model = self._context.model
         if not np.isfinite(logits.max()):  # NaN if one of them is
-            self._give_up(place, f"{model.path} gives logits that are not finite; quantize it again")
+            self._give_up(place, logits_not_finite(model.path))
             self._spoilt.append(place)
             return
         token = choose_token(logits, self._decoding.sampling, sequence.random)

@@ -181,6 +181,18 @@ def _with_completed_file(initialize: Callable[..., None]) -> Callable[..., None]
     return initialize_completed
 
 
+def _with_tokenizer_json(set_vocab: Callable[..., None]) -> Callable[..., None]:
+    """Read tokenizer.json, as for the dense Hunyuan: the converter knows only the published folder's own code."""
+
+    @wraps(set_vocab)
+    def set_vocab_of_file(self: Any) -> None:
+        dense = _class("hunyuan", "HunYuanModel")
+        read = dense.set_vocab if dense and (self.dir_model / "tokenizer.json").is_file() else set_vocab
+        read(self)
+
+    return set_vocab_of_file
+
+
 def mend(converter: Path) -> None:
     """Change the converter's modules in this process. Those that a llama.cpp of another time does not have are left out."""
     sys.path.insert(0, str(converter.parent))
@@ -194,6 +206,7 @@ def mend(converter: Path) -> None:
         ("stablelm", "StableLMModel", "modify_tensors", _yielding_what_it_returns),
         ("granite", "GraniteHybridModel", "modify_tensors", _with_partial_rotary),
         ("mamba", "Mamba2Model", "__init__", _with_completed_file),
+        ("hunyuan", "HunYuanMoEModel", "set_vocab", _with_tokenizer_json),
     ):
         if model := _class(module, name):
             setattr(model, method, wrap(getattr(model, method)))

@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +21,9 @@ import numpy as np
 import psutil
 from numpy.typing import ArrayLike, NDArray
 
-from samq.errors import SamqError
-from samq.llamacpp.tokenizing import TextError, encode, stack_bytes, with_stack
+from samq.errors import SamqError, TextError
+from samq.llamacpp.tokenizing import stack_bytes, with_stack
+from samq.text import encode
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Model:
         # a recurrent model keeps one state, which cannot be cut back to a part of the text
         self.is_recurrent = bool(api.llama_model_is_recurrent(handle) or api.llama_model_is_hybrid(handle))
         template = api.llama_model_chat_template(handle, None)
-        self.chat_template = template.decode() if template else None
+        self.chat_template = template.decode(errors="replace") if template else None
         self._tokenizer = [self._metadata(f"tokenizer.ggml.{key}") or "" for key in ("model", "pre")]
 
     def _names(self, token: str) -> bool:
@@ -205,9 +206,13 @@ class Model:
         model answers there as if the conversation were over. transformers' chat templates never add it.
         """
         tokens = self.tokenize(text, add_special=True, parse_special=parse_special)
+        return tokens[: len(tokens) - self._tokens_after_text]
+
+    @cached_property
+    def _tokens_after_text(self) -> int:
+        """How many special tokens the model expects after a text."""
         around = self.tokenize("", add_special=True).tolist()
-        after = len(around) - (self.adds_bos and around[:1] == [self.bos])
-        return tokens[: len(tokens) - after]
+        return len(around) - (self.adds_bos and around[:1] == [self.bos])
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token, which need not be whole UTF-8 characters; empty for control tokens."""

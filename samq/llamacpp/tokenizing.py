@@ -13,23 +13,19 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from samq.errors import SamqError
+from samq.errors import SamqError, TextError
 
 Result = TypeVar("Result")
 
 LONGEST_MATCH = 2**20  # characters; the stack for it is 1 GiB of addresses, of which llama.cpp touches 0.4 GiB
 _BYTES_A_CHARACTER = 1024  # measured: up to 370 bytes of stack for each character of a match (GCC 12, -O3)
 _SMALL_MATCH = 1024  # characters for which the stack of any thread suffices
-_LONGEST_SHOWN = 40  # characters of a text in a message
 # `tokenizer.ggml.model` of vocabularies without patterns, and `tokenizer.ggml.pre` of those that have code of their own
 _NO_PATTERNS = frozenset({"llama", "bert", "t5", "rwkv", "plamo2"})
 _OWN_CODE = frozenset({"gpt-2", "llama-bpe", "qwen2", "qwen35", "kimi-k2", "gemma4"})
+_MOST_DIGITS = {"superbpe": 4096}  # in a run: those that take a time of its square, a second for 4096
 _SPANS_SPACES = frozenset({"exaone-moe"})  # pre-tokenizers with matches of several words
 _one_large_stack = threading.Lock()  # at a time: they share memory, and `threading.stack_size` is the whole process's
-
-
-class TextError(SamqError):
-    """A text that cannot be tokenized. Another text can."""
 
 
 def _table(characters: str) -> NDArray[np.bool_]:
@@ -44,28 +40,33 @@ def _table(characters: str) -> NDArray[np.bool_]:
 _SURE_SPACES = _table(" \t\n\v\f\r")
 _POSSIBLE_SPACES = _table("".join(chr(code) for code in range(0x3001) if chr(code).isspace()))
 _LINE_ENDS = _table("\r\n/")  # some patterns count slashes among them
+_DIGITS = _table("0123456789")
 _CLAUSE_ENDS = _table("".join(chr(code) for code in range(128) if not (chr(code).isalpha() or chr(code) == " ")))
-
-
-def encode(text: str) -> bytes:
-    """The text as UTF-8; raises TextError for half a character (a lone surrogate), which JSON can hold."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - _LONGEST_SHOWN // 2) : error.start + _LONGEST_SHOWN // 2]
-        raise TextError(
-            f"character {error.start + 1} of a text is half a character ({near!a}), a lone surrogate; remove it"
-        ) from error
 
 
 def stack_bytes(text: str, tokenizer: str, pretokenizer: str) -> int:
     """Bytes of stack that llama.cpp needs to tokenize this text; 0: any thread's suffices.
 
     The vocabulary is named as in the file's `tokenizer.ggml.model` and `tokenizer.ggml.pre`. Raises TextError if the text
-    needs more than 1 GiB.
+    needs more than 1 GiB, or too long a time, and SamqError for a vocabulary that llama.cpp cannot tokenize with.
     """
+    if (tokenizer, pretokenizer) == (
+        "gpt2",
+        "whitespace",
+    ):  # two spaces end the process (`find_bpe_rank` in llama-vocab.cpp)
+        raise SamqError(
+            "llama.cpp cannot tokenize with tokenizer.ggml.pre whitespace in a vocabulary of kind gpt2; convert the "
+            "model again with this llama.cpp"
+        )
     if len(text) <= _SMALL_MATCH or tokenizer in _NO_PATTERNS or pretokenizer in _OWN_CODE:
         return 0
+    if most := _MOST_DIGITS.get(pretokenizer):
+        digits = _longest_run(_is_in(_codes(text), _DIGITS))
+        if digits > most:
+            raise TextError(
+                f"a text has {digits} digits in a row, and the tokenizer {pretokenizer} takes {most} in a fair time; break it "
+                "with white space, or shorten it"
+            )
     longest = _longest_match(text, pretokenizer)
     if longest > LONGEST_MATCH:
         raise TextError(
@@ -110,11 +111,15 @@ def with_stack(function: Callable[[], Result], stack: int) -> Result:
 
 def _longest_match(text: str, pretokenizer: str) -> int:
     """A bound on the characters of one match: of white space, then a word, then line ends, whatever the pattern."""
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    codes = _codes(text)
     words = _longest_run(~_is_in(codes, _SURE_SPACES))
     if pretokenizer in _SPANS_SPACES:
         words = max(words, _longest_run(~_is_in(codes, _CLAUSE_ENDS)))
     return words + _longest_run(_is_in(codes, _POSSIBLE_SPACES)) + _longest_run(_is_in(codes, _LINE_ENDS))
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def _is_in(codes: NDArray[np.uint32], table: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -29,6 +29,8 @@ def compute_as_llama_cpp(model: PreTrainedModel) -> None:
             _round_yarn(module)
     if kind == "phimoe":
         _plain_phimoe(model)
+    elif kind == "gemma3n_text":
+        _sparse_by_sample_deviation(model)
 
 
 def _without_windows(model: PreTrainedModel) -> None:
@@ -61,6 +63,20 @@ def _plain_phimoe(model: PreTrainedModel) -> None:
             _replace_forward(module, _rms_norm)
         elif type(module).__name__ == "PhimoeTopKRouter":
             _replace_forward(module, _route)
+
+
+def _sparse_by_sample_deviation(model: PreTrainedModel) -> None:
+    """Gemma 3n's cutoff of sparse layers, with the deviation of a sample (`gaussian_topk` in models/gemma3n.cpp)."""
+    modules: Any = model.modules()
+    for module in modules:
+        if getattr(module, "activation_sparsity", 0) > 0:
+            module._gaussian_topk = MethodType(_above_cutoff, module)
+
+
+def _above_cutoff(layer: Any, values: torch.Tensor) -> torch.Tensor:
+    deviations = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(layer.activation_sparsity)).item()
+    cutoff = values.mean(-1, keepdim=True) + values.std(-1, keepdim=True) * deviations
+    return nn.functional.relu(values - cutoff)
 
 
 def _replace_forward(module: nn.Module, forward: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from samq.errors import SamqError
@@ -52,15 +52,17 @@ BIASES = {
 gguf_tensors.register()
 
 
-def complete(config: PreTrainedConfig, path: Path) -> None:
-    """Set what the file says and transformers left out of a configuration that it made of the file, in place.
+def completed(config: PreTrainedConfig, path: Path) -> PreTrainedConfig:
+    """The configuration that transformers made of the file, with what the file says and transformers left out.
 
     Attributes that the configuration's class does not have stay unknown.
     """
     known, tensors = _known(path), read_tensors(path)
     if config.model_type == "gemma4_text":
         _gemma4(config, known, tensors)
-        return
+        return config
+    if config.model_type == "llama" and "expert_count" in known:
+        config = _mixtral(config, known)
     read: Any = GGUF_CONFIG_MAPPING.get(config.model_type, {})
     for attribute, key in ATTRIBUTES.items():
         if key in known and key not in read and hasattr(config, attribute):
@@ -78,6 +80,7 @@ def complete(config: PreTrainedConfig, path: Path) -> None:
     elif isinstance(rope, dict) and "full_attention" in rope:  # two kinds of layers, of which one has windows
         rope["full_attention"] |= _rope_parameters(config, known, factors)
         rope["sliding_attention"]["rope_theta"] = known.get("rope.freq_base_swa", 10_000.0)
+    return config
 
 
 def _known(path: Path) -> dict[str, Any]:
@@ -89,6 +92,13 @@ def _known(path: Path) -> dict[str, Any]:
         for key, field in fields.items()
         if key.startswith(f"{architecture}.")
     }
+
+
+def _mixtral(config: PreTrainedConfig, known: Mapping[str, Any]) -> MixtralConfig:
+    """A Llama of experts, which llama.cpp has no name of its own for."""
+    shared = {name: value for name, value in config.to_dict().items() if hasattr(MixtralConfig, name)}
+    own = {"num_local_experts": known["expert_count"], "num_experts_per_tok": known["expert_used_count"]}
+    return MixtralConfig(**(shared | own | {"model_type": "mixtral"}))
 
 
 def _attention_scale(config: Any, largest: int) -> int:

@@ -4,12 +4,16 @@ transformers looks its processors up by architecture. `register` puts these in t
 """
 
 import re
+import struct
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import modeling_gguf_pytorch_utils as reading
+from transformers.integrations.gguf import reader
 
 Weights = NDArray[np.float32]
 
@@ -22,6 +26,23 @@ class Qwen2Moe(reading.Qwen2MoeTensorProcessor):
     def process(self, weights: Weights, name: str, **options: Any) -> Any:
         """See transformers' TensorProcessor."""
         return super().process(weights.ravel() if "ffn_gate_inp_shexp" in name else weights, name, **options)
+
+
+class Llama(reading.LlamaTensorProcessor):
+    """Mixtral's file is a Llama's with stacked experts, which transformers puts in place for Qwen's mixtures only."""
+
+    def perform_fallback_tensor_mapping(
+        self, gguf_to_hf_name_map: dict[str, str], suffix: str, qual_name: str, hf_name: str
+    ) -> None:
+        """See transformers' TensorProcessor."""
+        experts = reading.Qwen2MoeTensorProcessor(self.config)
+        experts.perform_fallback_tensor_mapping(gguf_to_hf_name_map, suffix, qual_name, hf_name)
+
+    def process(self, weights: Weights, name: str, **options: Any) -> Any:
+        """See transformers' TensorProcessor."""
+        experts: Any = reading.Qwen2MoeTensorProcessor(self.config)
+        process = experts.process if "_exps." in name else super().process
+        return process(weights, name, **options)
 
 
 class Gemma4(reading.TensorProcessor):
@@ -68,6 +89,26 @@ class StableLm(reading.TensorProcessor):
         return reading.GGUFTensor(weights, "", {})  # all of it has its place already
 
 
+def _knowing_mixtral(weights_map: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
+    @wraps(weights_map)
+    def of_architecture(model: Any, processor: Any, model_type: str | None = None, *more: Any, **named: Any) -> Any:
+        if model_type is None and model.config.model_type == "mixtral":  # a module of it has no configuration
+            model_type = "llama"
+        return weights_map(model, processor, model_type, *more, **named)
+
+    return of_architecture
+
+
+def _read_string(blob: Any, pos: int) -> tuple[str, int]:
+    """transformers' own, but for bytes that are not UTF-8: they become U+FFFD, as in `samq.gguf.header`."""
+    (length,) = struct.unpack_from("<Q", blob, pos)
+    end = pos + 8 + length
+    return bytes(blob[pos + 8 : end]).decode(errors="replace"), end
+
+
 def register() -> None:
-    """Let transformers use these processors."""
-    reading.TENSOR_PROCESSORS |= {"falcon": Falcon, "gemma4": Gemma4, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
+    """Let transformers use these processors, Llama's names for Mixtral, and a name of the model that is not UTF-8."""
+    processors = {"falcon": Falcon, "gemma4": Gemma4, "llama": Llama, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
+    reading.TENSOR_PROCESSORS |= processors
+    reader._read_string = _read_string
+    reading.get_gguf_hf_weights_map = _knowing_mixtral(reading.get_gguf_hf_weights_map)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
+from samq.gguf.formats import EMBEDDING
 from samq.progress import Progress, silent
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import needs_gpu_memory
@@ -113,6 +114,15 @@ def measure_gram(
         save_file(dict(sorted(matrices.items())), path, metadata={_SOURCE: json.dumps(source)})
     except (OSError, SafetensorError) as error:
         raise SamqError(f"cannot write {path}: {error}; choose a folder that can be written to") from error
+
+
+def without_layer(model: PreTrainedModel, weights: list[Weight]) -> list[str]:
+    """The weights that get no Gram matrix whatever the text: no linear layer has them as the GGUF stores them.
+
+    The embedding is not among them, since it has no input.
+    """
+    with_layer = {weight.name for _, weight in _layers(model, weights)}
+    return [weight.name for weight in weights if weight.name not in {*with_layer, EMBEDDING}]
 
 
 class _Inputs:

@@ -94,7 +94,7 @@ def load_model(
                 folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
             )
             if gguf_alone:
-                gguf_config.complete(config, gguf_alone)
+                config = gguf_config.completed(config, gguf_alone)
             elif source.gguf:
                 config = config.get_text_config()  # a GGUF holds the text part alone
             else:

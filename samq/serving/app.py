@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from samq import __version__
+from samq.errors import TextError
 from samq.llamacpp.chat import ChatError
-from samq.llamacpp.tokenizing import TextError
 from samq.serving.answers import ChatShape, CompletionShape
 from samq.serving.engine import Engine, Work
 from samq.serving.metrics import Metrics

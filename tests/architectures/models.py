@@ -150,6 +150,21 @@ def glm_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     )
 
 
+def gemma_3n(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gemma 3n's scales as trained, and what transformers leaves out: keys and values of layers that use those of others."""
+    scales = {name: torch.ones_like(scale) for name, scale in weights.items() if name.endswith("correct_output_scale")}
+    norms = {  # which divide by the root of the head's width, since attention does not
+        name: torch.full_like(norm, len(norm) ** -0.25)
+        for name, norm in weights.items()
+        if re.search(r"[qk]_norm", name)
+    }
+    whole = weights | scales | norms
+    unused = layer_as(whole, 18, "model.layers.20.") | layer_as(whole, 19, "model.layers.21.")
+    return (
+        scales | norms | {name: weight for name, weight in unused.items() if re.search(r"\.[kv]_(proj|norm)\.", name)}
+    )
+
+
 def vocabulary_model(folder: Path) -> None:
     """SentencePiece's file, which some converters ask for beside tokenizer.json."""
     (folder / "tokenizer.model").write_bytes(_sentencepiece_model())
@@ -177,6 +192,8 @@ GRANITE4 = dict(
 GRANITE_SCALES = dict(
     embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.015625
 )
+# llama.cpp takes the first 10 layers as sparse, and the first 20 as those with keys and values of their own
+GEMMA3N_LAYERS = ["full_attention" if layer in (4, 9, 14, 19, 21) else "sliding_attention" for layer in range(22)]
 HYBRID_LAYERS = ["sliding_attention", "full_attention"] * 2
 
 ARCHITECTURES = {
@@ -200,6 +217,13 @@ ARCHITECTURES = {
         "gemma4_text", tokenizer="pieces", head_dim=64, global_head_dim=128, num_hidden_layers=4,
         hidden_size_per_layer_input=64, vocab_size_per_layer_input=VOCABULARY, sliding_window=256, num_kv_shared_layers=0,
         layer_types=HYBRID_LAYERS, agreement_nats=1e-4,  # this random one amplifies F16's roundings; 4e-6 in F32
+    ),
+    "Gemma 3n": llama_like(
+        "gemma3n_text", tokenizer="sentencepiece", hidden_size=128, intermediate_size=128, head_dim=32,
+        sliding_window=256, num_hidden_layers=22,
+        num_kv_shared_layers=2, layer_types=GEMMA3N_LAYERS, activation_sparsity_pattern=[0.95] * 10 + [0.0] * 12,
+        vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=256, laurel_rank=64, altup_num_inputs=4,
+        pad_token_id=0, publish=with_tensors(gemma_3n),
     ),
     "Phi-2": llama_like("phi", intermediate_size=1024, num_key_value_heads=4, partial_rotary_factor=0.5),
     "Phi-3": llama_like("phi3", sliding_window=256, original_max_position_embeddings=1024, publish=vocabulary_model),
@@ -290,6 +314,10 @@ ARCHITECTURES = {
         publish=vocabulary_model,
     ),
     "Hunyuan": llama_like("hunyuan_v1_dense", head_dim=64),
+    "Hunyuan MoE": llama_like(
+        "hunyuan_v1_moe", head_dim=64, num_experts=8, moe_topk=[2, 2], moe_intermediate_size=[512, 512],
+        num_shared_expert=[1, 1],
+    ),
     "Seed-OSS": llama_like("seed_oss", head_dim=64, attention_bias=True, attention_out_bias=False),
     "Arcee": llama_like("arcee", head_dim=64),
     "Apertus": llama_like("apertus", head_dim=64, max_position_embeddings=16384),

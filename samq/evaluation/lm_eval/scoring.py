@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
+from samq.gguf.values import logits_not_finite
 from samq.llamacpp.prefixes import Tokens, Tree, trees
 from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Context, Model
 
@@ -90,7 +91,7 @@ def score(
                     scores, reasons = [], dict.fromkeys(_requests(tree, inputs), str(error))
                 for result in scores:
                     if math.isnan(result.log_probability):
-                        reasons[result.index] = f"{model.path} gives logits that are not finite; quantize it again"
+                        reasons[result.index] = logits_not_finite(model.path)
                     else:
                         yield result
                 for request, reason in reasons.items():

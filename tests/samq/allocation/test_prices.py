@@ -155,7 +155,10 @@ def test_fisher_of_another_shape_is_an_error(ladder):
     fisher = {name: Fisher(np.ones(1, np.float32), np.ones(1, np.float32)) for name in target.quantizable}
     with pytest.raises(SamqError, match=r"is of \(1, 1\) weights, not .*; calibrate the model of this GGUF"):
         price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.full.sha256)
-    with pytest.raises(SamqError, match=r"100 % of the GGUF's weights cannot be told .*; calibrate this model again"):
+    with pytest.raises(
+        SamqError,
+        match=r"100 % of the GGUF's weights cannot be told .*; give the sensitivities that `samq calibrate` measured",
+    ):
         price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.full.sha256)
 
 

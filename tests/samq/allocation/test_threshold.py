@@ -189,7 +189,7 @@ def test_a_map_of_another_model_is_one_sentence(target, sensitivity):
         update={"tensors": {"blk.0.attn_q.weight": sensitivity.tensors["blk.0.attn_q.weight"]}}
     )
     with pytest.raises(
-        SamqError, match=r"of the GGUF's weights cannot be told from this model; calibrate this model again"
+        SamqError, match=r"of the GGUF's weights cannot be told from this model; give the sensitivities that"
     ):
         threshold_plan(target, other, 0.5, ThresholdPolicy())
 

@@ -120,7 +120,7 @@ def test_an_unnamed_split_is_train():
         (
             "a.jsonl",
             b'{"text": "an \\ud83d"}',
-            r"character 4 of the text of row 1 of .*a.jsonl is half .*'.ud83d'.*; remove it",
+            r"character 4 of the text of row 1 of .*a.jsonl is half .*'an .ud83d'.*; remove it",
         ),
         (
             "a.json",

@@ -9,7 +9,7 @@ from samq.errors import ToolError
 from samq.gguf.audit import accept
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.formats import TYPES
-from samq.gguf.values import LIMITS, first_not_finite, value_fault
+from samq.gguf.values import LIMITS, first_not_finite, logits_not_finite, value_fault
 from samq.llamacpp.programs import quantize
 from tests.conftest import write_tiny_gguf
 
@@ -160,3 +160,11 @@ def test_the_largest_number_of_a_type_is_one(weights, tmp_path, kind):
     path = write(tmp_path / "large.gguf", changed(weights, MATRIX, largest, 5, 7), kind)
     assert np.isfinite(read_weights(path, MATRIX)).all() and read_weights(path, MATRIX).max() > 0.9 * largest
     assert first_not_finite(path) is None
+
+
+def test_only_a_quantized_file_can_be_quantized_again(full, weights, tmp_path):
+    assert logits_not_finite(full).endswith(
+        "full.gguf gives logits that are not finite; get the model again, or choose another one"
+    )
+    quantized = write(tmp_path / "q.gguf", weights, "Q8_0")
+    assert logits_not_finite(quantized, " in chunk 2").endswith("not finite in chunk 2; quantize it again")

@@ -64,6 +64,12 @@ MODELS = {
     "gpt_neox": (SHAPE | dict(intermediate_size=96), {}),
     "granitemoehybrid": (WIDE | MAMBA | HYBRID | dict(position_embedding_type="nope"), {}),
     "mistral": (WIDE | dict(sliding_window=16), {}),
+    "hunyuan_v1_moe": (
+        WIDE
+        | dict(num_experts=4, moe_topk=[2, 2], moe_intermediate_size=[96, 96], num_shared_expert=[1, 1], head_dim=16),
+        {},
+    ),
+    "mixtral": (WIDE | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=32, rope_theta=5e4), {}),
     "mpt": (dict(vocab_size=272, d_model=64, n_layers=2, n_heads=4, max_seq_len=256), {}),
     "nemotron_h": (WIDE | NEMOTRON | dict(num_hidden_layers=3, hybrid_override_pattern="M*-"), {}),
     "phimoe": (WIDE | PHI | dict(num_local_experts=4, num_experts_per_tok=2), {}),
@@ -75,7 +81,7 @@ MODELS = {
 
 
 # Those that transformers reads from a GGUF and that need help there; `test_gguf_config.py` has more
-FROM_GGUF = ("falcon", "falcon_groups", "gemma2", "gemma3_text", "gemma4_text", "qwen2_moe", "stablelm")
+FROM_GGUF = ("falcon", "falcon_groups", "gemma2", "gemma3_text", "gemma4_text", "mixtral", "qwen2_moe", "stablelm")
 
 # One process for all, since gguf's package of the converter and of these tests are two.
 CONVERT_ALL = """

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from samq.errors import SamqError
+from samq.errors import SamqError, TextError
 from samq.llamacpp.runtime import Model
-from samq.llamacpp.tokenizing import LONGEST_MATCH, TextError, stack_bytes, with_stack
+from samq.llamacpp.tokenizing import LONGEST_MATCH, stack_bytes, with_stack
 from tests.conftest import write_tiny_gguf
 from tests.tiny_models import add_byte_tokenizer, byte_tokenizer
 
@@ -89,6 +89,24 @@ def test_a_run_beyond_the_largest_stack_is_refused(model_with):
     message = f"a text has {LONGEST_MATCH + 1} characters without a break, .* shorten it"
     with pytest.raises(TextError, match=message):
         model_with("tekken").tokenize("A" * (LONGEST_MATCH + 1))
+
+
+def test_digits_that_take_a_time_of_their_square_are_refused_beyond_a_few_thousand(model_with):
+    model = model_with("superbpe")
+    digits = "12" * 2048
+    assert b"".join(map(model.piece, model.tokenize(f"it {digits} end").tolist())).decode() == f"it {digits} end"
+    with pytest.raises(
+        TextError, match=r"a text has 4097 digits in a row, and the tokenizer superbpe takes 4096 .* shorten"
+    ):
+        model.tokenize(f"it {digits}3 end")
+    assert stack_bytes(f"it {digits}3 end", "gpt2", "tekken") > 0
+
+
+def test_a_vocabulary_that_two_spaces_would_end_the_process_with_is_refused(model_with):
+    with pytest.raises(
+        SamqError, match=r"cannot tokenize with tokenizer\.ggml\.pre whitespace in a vocabulary of kind gpt2"
+    ):
+        model_with("whitespace").tokenize("two  spaces")
 
 
 def test_half_a_character_is_named(model_with):

@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.data.tokens import batches
 from samq.errors import SamqError
-from samq.sensitivity.gram import GramMatrices, measure_gram
+from samq.sensitivity.gram import GramMatrices, measure_gram, without_layer
 from samq.sensitivity.layout import Weight, weights_of
 from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
@@ -80,6 +80,16 @@ def test_layers_of_one_input_share_its_matrix(tmp_path):
     assert source["attn_k.weight"] == source["attn_v.weight"] == query == "blk.1.attn_q.weight"
     assert source["ffn_up.weight"] == source["ffn_gate.weight"] not in (query, source["ffn_down.weight"])
     assert "output.weight" in grams and "token_embd.weight" not in grams
+
+
+def test_stacked_experts_are_known_to_have_no_matrix():
+    dense, experts = tiny_llama(), tiny_mixtral()
+    assert without_layer(dense, weights_of(dense, names_of(dense))) == []
+    assert without_layer(experts, weights_of(experts, names_of(experts))) == [
+        f"blk.{block}.ffn_{part}.weight"
+        for block in range(2)
+        for part in ("gate_inp", "gate_exps", "up_exps", "down_exps")
+    ]
 
 
 def test_the_same_matrices_are_the_same_bytes(tmp_path):

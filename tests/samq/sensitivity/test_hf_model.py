@@ -96,6 +96,20 @@ def test_a_gguf_is_opened_once_for_its_model_and_its_tokenizer(tmp_path, monkeyp
     assert tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
 
 
+def test_a_gguf_whose_name_is_not_utf_8_is_loaded(tmp_path):
+    path = write_llama_gguf(
+        tiny_llama(),
+        tmp_path / "tiny.gguf",
+        tokenizer=byte_tokenizer(),
+        more=lambda writer: writer.add_description("Café model"),
+    )
+    path.write_bytes(path.read_bytes().replace("Café model".encode(), b"Caf\xe9 model!"))
+    model, tokenizer = load_model(describe_source(path), device="cpu")
+    expected = {name: weight.half().float() for name, weight in tiny_llama().named_parameters() if weight.ndim > 1}
+    assert all(torch.equal(dict(model.named_parameters())[name], weight) for name, weight in expected.items())
+    assert tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
 def test_loading_tells_of_its_progress_and_draws_nothing_itself(folder, tmp_path, capfd):
     path = write_llama_gguf(tiny_llama(), tmp_path / "tiny-f16.gguf")
     for source in (describe_source(path, hf_folder=folder), describe_source(folder)):

@@ -125,7 +125,7 @@ def test_a_task_of_which_a_request_failed_has_no_figure(tmp_path):
     with nonsense_after(None, tmp_path, max_position_embeddings=2048) as model:
         results = measure_benchmarks(model, settings)
     assert not results.metrics and results.items.empty and set(results.missing) == {f"eval/{task}" for task in tasks}
-    reason = f"{tmp_path}/nonsense.gguf gives logits that are not finite; quantize it again"
+    reason = f"{tmp_path}/nonsense.gguf gives logits that are not finite; get the model again, or choose another one"
     assert results.missing["eval/samq_hellaswag"] == f"{reason} (8 requests)"
     assert results.missing["eval/samq_gsm8k"] == results.missing["eval/picky"] == f"{reason} (2 requests)"
 
