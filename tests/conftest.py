@@ -46,6 +46,16 @@ def strays() -> dict[Path, int]:
 known_strays = strays()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile` keeps more than a file's tests together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.scheduling import BySharedFixtures
+
+    return BySharedFixtures(config, log)
+
+
 @pytest.fixture(autouse=True)
 def no_strays():
     """Fail a test that uses Prefect's, MLflow's or SAMQ's default place instead of one of its own."""
