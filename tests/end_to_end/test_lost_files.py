@@ -5,22 +5,9 @@ import os
 import pytest
 
 from samq.store import MANIFEST, Store
-from tests.end_to_end.conftest import SMALL, artifacts, measure, rebuilt
+from tests.end_to_end.conftest import GROUPS, SMALL, STAGES, artifacts, measure, rebuilt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
-
-# No stage of a group takes what another of the group makes, so each that is made again has lost a file itself.
-GROUPS = [
-    ("convert",),
-    ("tokenize", "heldout", "imatrix"),
-    ("agreement", "baseline", "gram", "calibrate", "rung"),
-    ("price", "compensate_rung"),
-    ("price_compensated",),
-    ("plan",),
-    ("assemble",),
-    ("evaluate", "check", "benchmark"),
-]
-STAGES = [stage for group in GROUPS for stage in group]
 
 
 @pytest.fixture
