@@ -30,8 +30,8 @@ from samq.gguf.file import open_gguf, read_tensors
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
 from samq.sensitivity.backpropagation import Labelling, backpropagate
-from samq.sensitivity.gradients import BAND_WEIGHTS
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.weight_gradients import Gradients, Rows
 
 
 @dataclass(frozen=True)
@@ -128,31 +128,32 @@ class _RoundingErrors:
                     "give the GGUF that was made from the plan"
                 )
 
-    def products(self, index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
-        """(<g, dW>, sum of g^2 dW^2) over some rows of one weight."""
+    def products(self, index: int, gradients: Gradients) -> torch.Tensor:
+        """(<g, dW>, sum of g^2 dW^2) of each sequence, over the rows of one weight that the gradients have."""
         name = self.weights[index].name
-        sums = torch.zeros(2, dtype=torch.float64, device=gradient.device)
-        if self._rounded[name].tensor_type == self._originals[name].tensor_type:
-            return sums
-        step = max(1, BAND_WEIGHTS // gradient.shape[1])
-        for first in range(0, len(gradient), step):
-            part = gradient[first : first + step]
-            products = part.double() * self._errors(index, row + first, len(part), gradient.device)
-            sums += torch.stack([products.sum(), products.square_().sum()])
+        changed = self._rounded[name].tensor_type != self._originals[name].tensor_type
+        sums = gradients.zeros(2)
+        for sample, rows, gradient in gradients.bands() if changed else ():
+            products = gradient.double() * self._errors(index, rows, gradient.device)
+            sums[sample] += torch.stack([products.sum(), products.square_().sum()])
         return sums
 
-    def _errors(self, index: int, row: int, count: int, device: torch.device) -> torch.Tensor:
-        """dW of some rows; cached for the batch's other sequences until another weight's are read."""
+    def _errors(self, index: int, rows: Rows, device: torch.device) -> torch.Tensor:
+        """dW of some rows; a band's is cached for the batch's other sequences until another weight's are read."""
         if self._cache[0] != index:
             self._cache = index, {}
-        errors_by_row = self._cache[1]
-        if row not in errors_by_row:
-            name = self.weights[index].name
-            errors = rounding_error(self._originals[name], self._rounded[name], slice(row, row + count))
-            if not np.isfinite(errors).all():
-                raise SamqError(f"{name} in {self.rounded} holds NaN or Inf; quantize the model again")
-            errors_by_row[row] = torch.from_numpy(errors).to(device)
-        return errors_by_row[row]
+        first = rows.start if isinstance(rows, slice) else None
+        if first is not None and first in self._cache[1]:
+            return self._cache[1][first]
+        name = self.weights[index].name
+        some = rows if isinstance(rows, slice) else rows.cpu().numpy()
+        errors = rounding_error(self._originals[name], self._rounded[name], some)
+        if not np.isfinite(errors).all():
+            raise SamqError(f"{name} in {self.rounded} holds NaN or Inf; quantize the model again")
+        on_device = torch.from_numpy(errors).to(device)
+        if first is not None:
+            self._cache[1][first] = on_device
+        return on_device
 
 
 def _stored_tensors(weights: list[Weight], gguf: Path) -> dict[str, ReaderTensor]:

@@ -3,31 +3,43 @@
 The labels of the loss are the text's next tokens, or tokens drawn from the model's distribution. The mean of the squared
 gradients of the second kind is the true Fisher information. Memory does not hold the gradients of all sequences, so a
 function reduces each gradient as soon as it is computed.
+
+All sequences go through one decoder block after another, forward and then backward, so that no more than a block's weights
+need to be in memory. The hidden states before each block are kept, and what lies between is computed again on the way back
+(Chen et al. 2016, arXiv:1604.06174). Models that do not come apart into blocks go through whole, a batch after another.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
 from samq.progress import Progress, silent
 from samq.records import Labels
+from samq.sensitivity.blocks import Blocks, Call, main_device
 from samq.sensitivity.gpu_memory import needs_gpu_memory
-from samq.sensitivity.gradients import SampleGradients
+from samq.sensitivity.gradients import PROBE_TOKENS, Batch, SampleGradients
+from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import Weight
+from samq.sensitivity.offloading import Residence, is_offloaded, values_of
+from samq.sensitivity.weight_gradients import Gradients
+
+logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 2**22  # logits whose probabilities are in memory, in float32, beside all logits
 
-# (the weight's index, first row, those rows of one sequence's gradient in float32) -> numbers in float64, on the
-# gradient's device. The rows of stacked experts are numbered through. The function may overwrite the gradient.
-Reduce = Callable[[int, int, torch.Tensor], torch.Tensor]
+# (the weight's index, gradients of the sequences of a batch, or of some rows of theirs) -> numbers of each sequence,
+# (sequences, numbers), in float64, on the gradients' device
+Reduce = Callable[[int, Gradients], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,68 +90,218 @@ def backpropagate(
     Raises:
         SamqError: NaN or Inf in a loss or in the numbers (names the tensor and the sequence), or too little GPU memory.
     """
-    losses = np.zeros(len(tokens))
-    reduced = np.zeros((len(weights), len(tokens), numbers))
-    devices = {weight.parameter.device for weight in weights}  # several if the model is spread over GPUs
-
-    def receive(index: int, sample: int, row: int, gradient: torch.Tensor) -> None:
-        batch[gradient.device][index, sample] += reduce(index, row, gradient)
-
     model.eval()  # no dropout
-    gradients = SampleGradients(model, weights, receive)
-    if gradients.one_sample_only:
-        batch_size = 1
-    done = 0
+    sums = _Sums((len(weights), len(tokens), numbers), reduce)
+    gradients = SampleGradients(model, weights, sums.receive)
+    blocks = blocks_of(model, gradients)
+    if blocks is None or not any(map(is_offloaded, model.parameters())):
+        probe = torch.arange(PROBE_TOKENS, device=model.device)[None]
+        gradients.require_calls(lambda: model(input_ids=probe, use_cache=False), model)
+    loss = _Loss(tokens, weights, labelling)
     with gradients:
-        for ids, mask, targets in batches(tokens, batch_size):
-            lengths = mask.sum(1).tolist()
-            here = slice(done, done + len(lengths))
-            first = labelling.first_sequence + done
-            streams = [labelling.stream(first + row) for row in range(len(lengths))]
-            # On the devices until the batch ends: to copy each gradient's numbers to the host would stall a GPU.
-            batch = {
-                device: torch.zeros(len(weights), len(lengths), numbers, dtype=torch.float64, device=device)
-                for device in devices
-            }
-            with needs_gpu_memory(
-                f"a pass over {len(lengths)} sequences of up to {max(lengths)} tokens",
-                "use a smaller batch size or shorter sequences",
-            ):
-                text_labels = targets if labelling.labels == "text" else None
-                losses[here] = _backward(model, gradients, ids, mask, text_labels, streams)
-            _check_losses(losses[here], weights, first, labelling.purpose)
-            reduced[:, here] = np.sum([part.cpu().numpy() for part in batch.values()], axis=0)
-            _check_reduced(reduced[:, here], weights, first, labelling.purpose)
-            done = here.stop
-            progress(done, len(tokens))
-    return losses, reduced
+        if blocks is None:
+            _whole(model, gradients, _numbered(tokens, gradients, batch_size), loss, progress)
+        else:
+            try:
+                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, batch_size), loss, progress).run()
+            except _OneByOneError:  # found out before the first gradient
+                _ByBlocks(blocks, gradients, _numbered(tokens, gradients, 1), loss, progress).run()
+    reduced = sums.numbers()
+    _check_reduced(reduced, weights, labelling.first_sequence, labelling.purpose)
+    return loss.summed, reduced
 
 
-def _backward(
-    model: PreTrainedModel,
-    gradients: SampleGradients,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    targets: torch.Tensor | None,
-    streams: list[np.random.Generator],
-) -> list[float]:
-    """Run one batch forward, and backward if all losses are finite; returns each sequence's summed loss in nats.
+def blocks_of(model: PreTrainedModel, gradients: SampleGradients) -> Blocks | None:
+    """The blocks that the model is measured by, or None."""
+    blocks = Blocks.of(model)
+    if blocks is not None and (name := gradients.not_hooked_outside(blocks.layers)):
+        logger.info("%s is measured whole: the gradient of %s is autograd's own", type(model).__name__, name)
+        return None
+    return blocks
 
-    The graph, with all that the hooks keep, is freed when this function returns, before the next forward pass.
-    """
-    lengths = mask.sum(1).tolist()
-    with _deterministic(model.device):
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    gradient = torch.zeros_like(logits)
-    losses = []
-    for row, (length, stream) in enumerate(zip(lengths, streams, strict=True)):
-        label = None if targets is None else targets[row, 1:length].to(logits.device)
-        here = row, slice(length - 1)  # the last position has no next token
-        losses.append(_loss_gradient(logits.detach()[here], label, stream, gradient[here]))
-    if np.isfinite(losses).all():
-        with _deterministic(model.device):
-            gradients.backward(logits, gradient, lengths)
-    return losses
+
+class _Sums:
+    """The numbers of all weights and sequences, added up where the gradients are: copies to the host would stall a GPU."""
+
+    def __init__(self, shape: tuple[int, int, int], reduce: Reduce) -> None:
+        self._shape, self._reduce = shape, reduce
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+
+    def receive(self, index: int, first: int, gradients: Gradients) -> None:
+        """Add what `reduce` makes of some gradients; `first` is the number of the first of their sequences."""
+        numbers = self._reduce(index, gradients)
+        if numbers.device not in self._on_device:
+            self._on_device[numbers.device] = torch.zeros(self._shape, dtype=torch.float64, device=numbers.device)
+        self._on_device[numbers.device][index, first : first + len(numbers)] += numbers
+
+    def numbers(self) -> np.ndarray:
+        """(weights, sequences, numbers)."""
+        parts = [part.cpu().numpy() for part in self._on_device.values()]
+        return np.sum(parts, axis=0) if parts else np.zeros(self._shape)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Some sequences in one batch, padded to the longest: token ids and mask (sequences, T)."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor  # 0 at padding
+    batch: Batch
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask."""
+        return self.ids.to(device), self.mask.to(device)
+
+    def memory(self) -> AbstractContextManager[None]:
+        """Says what does not fit if a GPU runs out of memory."""
+        return needs_gpu_memory(
+            f"a pass over {len(self.batch.lengths)} sequences of up to {self.batch.longest} tokens",
+            "use a smaller batch size or shorter sequences",
+        )
+
+
+class _OneByOneError(Exception):
+    """A weight turned out to need batches of one sequence."""
+
+
+def _numbered(tokens: TokenBatch, gradients: SampleGradients, batch_size: int) -> list[_Sequences]:
+    numbered, first = [], 0
+    for ids, mask, _ in batches(tokens, 1 if gradients.one_sample_only else batch_size):
+        numbered.append(_Sequences(ids, mask, Batch(first, mask.sum(1).tolist())))
+        first += len(ids)
+    return numbered
+
+
+class _Loss:
+    """The loss of each sequence, and its gradient with respect to the logits."""
+
+    def __init__(self, tokens: TokenBatch, weights: list[Weight], labelling: Labelling) -> None:
+        self.summed = np.zeros(len(tokens))  # in nats
+        self._tokens, self._weights, self._labelling = tokens, weights, labelling
+
+    def gradient(self, number: int, logits: torch.Tensor) -> torch.Tensor:
+        """Gradient of one sequence's summed loss with respect to its logits (T, vocabulary); SamqError if it is not finite."""
+        labelling = self._labelling
+        sequence = labelling.first_sequence + number
+        ids = torch.from_numpy(self._tokens.sequence(number).astype(np.int64))
+        labels = ids[1:].to(logits.device) if labelling.labels == "text" else None
+        gradient = torch.zeros_like(logits)
+        last = len(ids) - 1  # the last position has no next token
+        self.summed[number] = _loss_gradient(logits[:last], labels, labelling.stream(sequence), gradient[:last])
+        _check_loss(self.summed[number], self._weights, sequence, labelling.purpose)
+        return gradient
+
+
+def _whole(
+    model: PreTrainedModel, gradients: SampleGradients, numbered: list[_Sequences], loss: _Loss, progress: Progress
+) -> None:
+    """Batch after batch through the whole model."""
+    for done, sequences in enumerate(numbered):
+        batch = sequences.batch
+        with sequences.memory(), _deterministic(model.device), gradients.within(model, batch) as backward:
+            ids, mask = sequences.on(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            gradient = torch.zeros_like(logits)
+            for row, length in enumerate(batch.lengths):
+                gradient[row, :length] = loss.gradient(batch.first + row, logits[row, :length].detach())
+            backward(logits, gradient)
+            del logits, gradient  # the graph, before the next forward pass
+        progress(done + 1, len(numbered))
+
+
+class _ByBlocks:
+    """All sequences through one block after another, forward and backward."""
+
+    def __init__(
+        self, blocks: Blocks, gradients: SampleGradients, numbered: list[_Sequences], loss: _Loss, progress: Progress
+    ) -> None:
+        self.blocks, self.gradients, self.numbered, self.loss = blocks, gradients, numbered, loss
+        self._progress, self._steps = progress, 0
+        self._offloaded = [list(layer.parameters()) for layer in blocks.layers]  # before copies stand for them
+        self.device = main_device(blocks.model)
+        self._calls: list[list[Call]] = []  # of each batch, for each block
+        self._states = HiddenStates(self.device)
+        self._slopes: dict[int, torch.Tensor] = {}  # batch -> gradient of the loss with respect to its hidden states
+
+    def run(self) -> None:
+        """Hand over all gradients."""
+        with self.blocks.resident() as weights, _deterministic(self.device):
+            with torch.no_grad():
+                self._forward(weights)
+            self._turn()
+            self._backward(weights)
+            self._embed()
+
+    def _forward(self, weights: Residence) -> None:
+        for number, sequences in enumerate(self.numbered):
+            entered = self.blocks.enter(*sequences.on(self.device))
+            self._states.put(0, number, entered.hidden)
+            self._calls.append(entered.calls)
+        self._states.close(0)
+        last = len(self.blocks) - 1
+        for block in range(len(self.blocks)):
+            with weights.block(block, min(block + 1, last)) as layer:
+                self._require_calls(block, layer, weights.devices[block])
+                for number, sequences in enumerate(self.numbered):
+                    hidden = self._states.get(block, number, weights.devices[block])
+                    with sequences.memory():
+                        self._states.put(block + 1, number, self.blocks.run(block, hidden, self._calls[number][block]))
+                    self._tell()
+            self._states.close(block + 1)
+
+    def _require_calls(self, block: int, layer: nn.Module, device: torch.device) -> None:
+        """Find out which weights of a block are used without their module, if it was not in memory before."""
+        if any(map(is_offloaded, self._offloaded[block])):
+            hidden = self._states.get(block, 0, device)
+            self.gradients.require_calls(lambda: self.blocks.run(block, hidden, self._calls[0][block]), layer)
+            if self.gradients.one_sample_only and len(self.numbered[0].batch.lengths) > 1:
+                raise _OneByOneError
+
+    def _turn(self) -> None:
+        """From the last hidden states to the loss and back, a sequence at a time: logits are large."""
+        last = len(self.blocks)
+        for number, sequences in enumerate(self.numbered):
+            states = self._states.get(last, number, self.device)
+            slopes = torch.zeros_like(states)
+            for row, length in enumerate(sequences.batch.lengths):
+                hidden = states[row : row + 1, :length].requires_grad_()
+                batch = Batch(sequences.batch.first + row, [length])
+                with sequences.memory(), self.gradients.within(None, batch) as backward:
+                    logits = self.blocks.logits(hidden, sequences.ids[row : row + 1, :length].to(self.device))
+                    backward(logits, self.loss.gradient(batch.first, logits[0].detach())[None])
+                    del logits
+                slopes[row, :length] = _gradient(hidden)[0]
+            self._slopes[number] = slopes
+        self._states.drop(last)
+
+    def _backward(self, weights: Residence) -> None:
+        for block in reversed(range(len(self.blocks))):
+            with weights.block(block, block - 1) as layer:
+                for number, sequences in enumerate(self.numbered):
+                    hidden = self._states.get(block, number, weights.devices[block]).requires_grad_()
+                    with sequences.memory(), self.gradients.within(layer, sequences.batch) as backward:
+                        output = self.blocks.run(block, hidden, self._calls[number][block])
+                        backward(output, self._slopes[number].to(output.device))
+                        del output
+                    self._slopes[number] = _gradient(hidden)
+                    self._tell()
+            self._states.drop(block)
+
+    def _embed(self) -> None:
+        for number, sequences in enumerate(self.numbered):
+            with self.gradients.within(None, sequences.batch) as backward:
+                hidden = self.blocks.enter(*sequences.on(self.device)).hidden
+                backward(hidden, self._slopes.pop(number).to(hidden.device))
+
+    def _tell(self) -> None:
+        self._steps += 1
+        self._progress(self._steps, 2 * len(self.blocks) * len(self.numbered))
+
+
+def _gradient(hidden: torch.Tensor) -> torch.Tensor:
+    """What backward has left in a leaf."""
+    assert hidden.grad is not None
+    return hidden.grad
 
 
 def _loss_gradient(
@@ -171,16 +333,15 @@ def _loss_gradient(
     return loss.item()
 
 
-def _check_losses(losses: np.ndarray, weights: list[Weight], first: int, purpose: str) -> None:
-    for sequence, loss in enumerate(losses, start=first):
-        if not np.isfinite(loss):
-            broken = [weight.name for weight in weights if not torch.isfinite(weight.parameter).all()]
-            cause = (
-                f"{broken[0]} holds NaN or Inf; use undamaged weights"
-                if broken
-                else "no weight matrix holds NaN or Inf; load the model in float32, or leave that text out"
-            )
-            raise SamqError(f"the loss of {purpose} sequence {sequence} is {loss}: {cause}")
+def _check_loss(loss: float, weights: list[Weight], sequence: int, purpose: str) -> None:
+    if not np.isfinite(loss):
+        broken = [weight.name for weight in weights if not torch.isfinite(values_of(weight.parameter)).all()]
+        cause = (
+            f"{broken[0]} holds NaN or Inf; use undamaged weights"
+            if broken
+            else "no weight matrix holds NaN or Inf; load the model in float32, or leave that text out"
+        )
+        raise SamqError(f"the loss of {purpose} sequence {sequence} is {loss}: {cause}")
 
 
 def _check_reduced(reduced: np.ndarray, weights: list[Weight], first: int, purpose: str) -> None:

@@ -1,15 +1,16 @@
-"""Gradients of the single samples of a batch, computed for one weight at a time and freed before the next.
+"""Gradients of the single sequences of a batch, handed over for one weight at a time and freed before the next.
 
-Autograd would add up the samples of a batch and keep a gradient for every weight. Here the weights are frozen. Hooks keep
-the input X (B, T, in) and the output's gradient dY (B, T, out) of every linear layer, and the gradient of sample b is
-dY[b]^T X[b], computed in bands of rows. For an embedding the rows of dY are added up by token. If a weight is used several
-times (a tied embedding and output), the gradients of its uses are added first. Weights in other kinds of modules (GPT-2's
-Conv1D, stacked experts), and those that a model uses without calling their module (Mamba's dt_proj), take autograd's
-gradient, which limits a batch to one sample.
+Autograd would add up the sequences of a batch and keep a gradient for every weight. Here the weights are frozen. Hooks keep
+the input and the output's gradient of every linear layer and every embedding until all its uses in a backward pass are
+known, and hand them over (`samq.sensitivity.weight_gradients`). Weights in other kinds of modules (GPT-2's Conv1D, stacked
+experts), and those that a model uses without calling their module (Mamba's dt_proj), take autograd's gradient, which limits
+a batch to one sequence.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -20,54 +21,81 @@ from transformers import PreTrainedModel
 
 from samq.errors import SamqError
 from samq.sensitivity.layout import Weight
+from samq.sensitivity.weight_gradients import Gradients, LinearGradients, RowGradients, WholeGradient, sum_of_rows
 
 PROBE_TOKENS = 8  # of the forward pass that shows how weights are used
-BAND_WEIGHTS = 2**22  # weights of one band of a gradient: 16 MiB in float32
 
-# (the weight's index, sample of the batch, first row, gradient of those rows in float32). The rows of stacked experts are
-# numbered through and come all at once. The call may overwrite the gradient, and so may whatever follows it.
-Receive = Callable[[int, int, int, torch.Tensor], None]
+# (the weight's index, number of the batch's first sequence, gradients of the batch's sequences, or of some rows of theirs)
+Receive = Callable[[int, int, Gradients], None]
+Use = tuple[nn.Module, str]  # a module, and the name that a parameter has in it
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences that a backward pass is over."""
+
+    first: int  # number of the first
+    lengths: list[int]  # in tokens
+
+    @property
+    def longest(self) -> int:
+        """What all are padded to."""
+        return max(self.lengths)
 
 
 class SampleGradients:
-    """Hooks on a model during a `with` block, in which `backward` passes each sample's gradients to `receive`."""
+    """Hooks on a model during a `with` block, in which backward passes hand each weight's gradients to `receive`.
+
+    A pass may be over the whole model or over a part of it, with all uses of the part's weights but one: of an embedding that
+    is the output as well, the two uses may come in two passes, the output's first.
+    """
 
     def __init__(self, model: PreTrainedModel, weights: list[Weight], receive: Receive) -> None:
         self.model = model
         self.weights = weights
         self.receive = receive
-        self.lengths: list[int] = []
-        # For each hooked weight: the number of its uses without an output gradient so far, and the uses that have one.
+        self._batch = Batch(0, [])
+        # For each weight of linear layers: number of its uses without an output gradient so far, and the uses that have one.
         self._open: dict[int, int] = defaultdict(int)
         self._uses: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        self._hooked = self._hookable()
+        # (weight, sequence) of a weight that is embedding and output -> input and gradient of the output at that sequence's
+        # tokens, until the embedding's gradient comes
+        self._tied: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._ids: dict[int, torch.Tensor] = {}  # weight -> token ids that the embedding saw last
+        self._uses_of = _uses_of(model, weights)
+        self._hooked = {
+            index
+            for index, (weight, uses) in enumerate(zip(weights, self._uses_of, strict=True))
+            if weight.view.matrix is None and all(_is_hookable(weight, module) for module, _ in uses)
+        }
+
+    def require_calls(self, run: Callable[[], object], within: nn.Module) -> None:
+        """Take autograd's gradient of those weights of `within` that `run`, a forward pass, uses without their module."""
+        inside = set(within.modules())
+        uses = {index: self._uses_of[index] for index in self._hooked}
+        self._hooked -= _used_without_a_call(
+            {index: uses for index, uses in uses.items() if all(module in inside for module, _ in uses)}, run
+        )
 
     @property
     def one_sample_only(self) -> bool:
-        """Whether some weight needs autograd's own gradient, which is a sum over the samples."""
-        return len(self._hooked) < len(self.weights)
-
-    def _hookable(self) -> dict[int, list[nn.Module]]:
-        """Index of a weight -> the modules that use it, if they all are linear layers or the token embedding."""
-        users: dict[int, list[nn.Module]] = defaultdict(list)
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                users[id(parameter)].append(module)
+        """Whether some weight needs autograd's own gradient, or is of an embedding of positions: both sum over sequences."""
         embedding = self.model.get_input_embeddings()
-        linear = {
-            index: [weight.user] if weight.user is not None else users[id(weight.parameter)]
-            for index, weight in enumerate(self.weights)
-            if weight.view.matrix is None
-            and all(
-                type(module) is nn.Linear
-                or (module is embedding and type(module) is nn.Embedding and weight.view.rows is None)
-                for module in users[id(weight.parameter)]
-            )
-        }
-        bypassed = _used_without_a_call(self.model, [self.weights[index].parameter for index in linear], users)
-        return {
-            index: modules for index, modules in linear.items() if id(self.weights[index].parameter) not in bypassed
-        }
+        return len(self._hooked) < len(self.weights) or any(
+            isinstance(module, nn.Embedding) and module is not embedding
+            for index in self._hooked
+            for module, _ in self._uses_of[index]
+        )
+
+    def not_hooked_outside(self, blocks: list[nn.Module]) -> str | None:
+        """The name of a weight outside these blocks that takes autograd's gradient, if there is one."""
+        inside = {module for block in blocks for module in block.modules()}
+        names = (
+            self.weights[index].name
+            for index, uses in enumerate(self._uses_of)
+            if index not in self._hooked and not all(module in inside for module, _ in uses)
+        )
+        return next(names, None)
 
     def __enter__(self) -> Self:
         """Freeze the model and hook its modules."""
@@ -77,16 +105,9 @@ class SampleGradients:
         self._handles: list[Any] = [self.model.get_input_embeddings().register_forward_hook(_start_graph)]
         self._handles += [
             module.register_forward_hook(partial(self._after_forward, index))
-            for index, modules in self._hooked.items()
-            for module in modules
+            for index in self._hooked
+            for module, _ in self._uses_of[index]
         ]
-        sharing: dict[nn.Parameter, list[int]] = defaultdict(list)
-        for index, weight in enumerate(self.weights):
-            if index not in self._hooked:
-                sharing[weight.parameter].append(index)
-        for parameter, indices in sharing.items():
-            parameter.requires_grad_(True)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._after_accumulate, indices)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,15 +117,46 @@ class SampleGradients:
         for parameter, trainable in self._trainable:
             parameter.requires_grad_(trainable)
             parameter.grad = None
-        self._open.clear()
-        self._uses.clear()
+        for kept in (self._open, self._uses, self._tied, self._ids):
+            kept.clear()
 
-    def backward(self, logits: torch.Tensor, gradient: torch.Tensor, lengths: list[int]) -> None:
-        """Run the backward pass from the logits' gradient (B, T, vocabulary), which is zero past each sample's length."""
-        if self.one_sample_only and len(lengths) > 1:
-            raise ValueError("this model's gradients are taken one sample at a time")
-        self.lengths = lengths
-        logits.backward(gradient)
+    @contextmanager
+    def within(self, part: nn.Module | None, batch: Batch) -> Iterator[Callable[[torch.Tensor, torch.Tensor], None]]:
+        """Run forward and backward through a part of the model, or all of it; gives the function that runs backward.
+
+        `part` has the weights that take autograd's gradient; None if there are none. The function takes the output of the
+        forward pass and its gradient, which is zero past each sequence's length.
+        """
+        if self.one_sample_only and len(batch.lengths) > 1:
+            raise ValueError("this model's gradients are taken one sequence at a time")
+        self._batch = batch
+        watched = [] if part is None else self._watch(part)
+        try:
+            yield self._backward
+        finally:
+            for parameter, handle in watched:
+                handle.remove()
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _watch(self, part: nn.Module) -> list[tuple[nn.Parameter, Any]]:
+        """Let autograd take the gradient of those of the part's weights that are not hooked."""
+        inside = set(part.modules())
+        sharing: dict[Any, list[int]] = defaultdict(list)
+        for index, uses in enumerate(self._uses_of):
+            if index not in self._hooked:
+                # not the weight's own parameter, but what stands in its place: perhaps a copy on another device
+                for parameter in {getattr(module, name) for module, name in uses if module in inside}:
+                    sharing[parameter].append(index)
+        handles = []
+        for parameter, indices in sharing.items():
+            parameter.requires_grad_(True)
+            hook = partial(self._after_accumulate, indices)
+            handles.append((parameter, parameter.register_post_accumulate_grad_hook(hook)))
+        return handles
+
+    def _backward(self, output: torch.Tensor, gradient: torch.Tensor) -> None:
+        output.backward(gradient)
         for index in list(self._uses):  # the loss does not depend on one of the weight's uses
             self._hand_over(index)
         self._open.clear()
@@ -112,53 +164,114 @@ class SampleGradients:
     def _after_forward(
         self, index: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
+        if index not in self._hooked:  # found out after the hooks were put on
+            return
+        layer_input = inputs[0].detach()
+        if isinstance(module, nn.Embedding):
+            self._ids[index] = layer_input
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_(True)
         if output.requires_grad:
-            self._open[index] += 1
-            output.register_hook(partial(self._after_backward, index, inputs[0].detach().to(output.device)))
+            after = self._after_embedding if isinstance(module, nn.Embedding) else self._after_linear
+            self._open[index] += after == self._after_linear
+            output.register_hook(partial(after, index, module, layer_input.to(output.device)))
 
-    def _after_backward(self, index: int, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _after_linear(self, index: int, module: nn.Module, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
         self._uses[index].append((layer_input, gradient.detach()))
         self._open[index] -= 1
         if self._open[index] == 0:
             self._hand_over(index)
 
     def _hand_over(self, index: int) -> None:
-        uses = self._uses.pop(index)
-        rows, columns = self.weights[index].shape
-        band = max(1, BAND_WEIGHTS // columns)
-        for sample in range(len(self.lengths)):
-            parts = [self._of_sample(index, sample, *use) for use in uses]
-            for first in range(0, rows, band):
-                self.receive(index, sample, first, _band(parts, first, min(first + band, rows), columns))
+        parts = [self._by_sequence(index, *use) for use in self._uses.pop(index)]
+        inputs, outputs = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        if any(isinstance(module, nn.Embedding) for module, _ in self._uses_of[index]):
+            outputs = self._without_rows_of_tokens(index, inputs, outputs)
+        self.receive(index, self._batch.first, LinearGradients(inputs, outputs))
 
-    def _of_sample(
-        self, index: int, sample: int, layer_input: torch.Tensor, gradient: torch.Tensor
+    def _by_sequence(
+        self, index: int, layer_input: torch.Tensor, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One sample's part of a use: the input, token ids (T,) or (T, in), and the output's gradient (T, out)."""
-        batch, longest = len(self.lengths), max(self.lengths)
-        if gradient.shape[: 2 if gradient.ndim > 2 else 1] not in ((batch, longest), (batch * longest,)):
+        """A use's input (sequences, T, in) and output's gradient (sequences, T, out)."""
+        batch, longest = len(self._batch.lengths), self._batch.longest
+        if gradient.shape[:-1] not in ((batch, longest), (batch * longest,)):
             if batch > 1:
-                raise SamqError(
-                    f"{self.weights[index].name} mixes the tokens of several samples, so SAMQ cannot separate their "
-                    "gradients; measure with a batch size of 1"
-                )
-            here = slice(None)
-        else:  # past a sample's length the gradient is zero, so the padding is cut off
-            here = slice(sample * longest, sample * longest + self.lengths[sample])
+                raise self._mixed(index)
+            longest = gradient[..., 0].numel()
         view = self.weights[index].view
-        layer_input, gradient = layer_input.flatten(0, gradient.ndim - 2)[here], gradient.flatten(0, -2)[here].float()
+        layer_input = layer_input.reshape(batch, longest, -1)
+        gradient = gradient.reshape(batch, longest, -1)
+        if not gradient.is_cuda:
+            layer_input, gradient = layer_input.float(), gradient.float()
         if view.columns is not None:
-            layer_input = layer_input[:, torch.from_numpy(view.columns).to(layer_input.device)]
+            layer_input = layer_input[..., torch.from_numpy(view.columns).to(layer_input.device)]
         if view.rows is not None:
-            gradient = gradient[:, torch.from_numpy(view.rows).to(gradient.device)]
+            gradient = gradient[..., torch.from_numpy(view.rows).to(gradient.device)]
         return layer_input, gradient
+
+    def _without_rows_of_tokens(self, index: int, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """Keep for the embedding the output's gradient in those rows that it will have one for, and zero it here."""
+        outputs = outputs.clone()
+        for sample, (length, ids) in enumerate(zip(self._batch.lengths, self._ids[index], strict=True)):
+            rows = ids[:length].unique().to(outputs.device)
+            self._tied[index, self._batch.first + sample] = inputs[sample], outputs[sample, :, rows]
+            outputs[sample, :, rows] = 0
+        return outputs
+
+    def _after_embedding(self, index: int, module: nn.Module, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        lengths = self._batch.lengths
+        if len(ids) != len(lengths):
+            raise self._mixed(index)
+        if (scale := getattr(module, "embed_scale", None)) is not None:
+            gradient = gradient * torch.as_tensor(scale).to(gradient)
+        for sample, length in enumerate(lengths):
+            rows, sums = sum_of_rows(ids[sample, :length], gradient[sample, :length].detach())
+            if (kept := self._tied.pop((index, self._batch.first + sample), None)) is not None:
+                layer_input, of_output = (part.to(sums.device).float() for part in kept)
+                sums.addmm_(of_output.t(), layer_input)
+            rows_of_weight, columns = self.weights[index].shape
+            gradients = RowGradients((rows_of_weight, columns), (sample, len(lengths)), rows, sums)
+            self.receive(index, self._batch.first, gradients)
+
+    def _mixed(self, index: int) -> SamqError:
+        return SamqError(
+            f"{self.weights[index].name} mixes the tokens of several samples, so SAMQ cannot separate their gradients; "
+            "measure with a batch size of 1"
+        )
 
     def _after_accumulate(self, indices: list[int], parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         for index in indices:
-            view = self.weights[index].view(gradient)
-            self.receive(index, 0, 0, view.reshape(-1, view.shape[-1]).float())
+            self.receive(index, self._batch.first, WholeGradient(self.weights[index].view(gradient)))
+
+
+def _uses_of(model: PreTrainedModel, weights: list[Weight]) -> list[list[Use]]:
+    """For each weight, the modules that have its parameter, or the one that has this copy."""
+    uses: dict[int, list[Use]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            uses[id(parameter)].append((module, name))
+    return [
+        [(module, name) for module, name in uses[id(weight.parameter)] if weight.user in (None, module)]
+        for weight in weights
+    ]
+
+
+def _is_hookable(weight: Weight, module: nn.Module) -> bool:
+    """Whether the gradient of the module's weight follows from the module's input and its output's gradient."""
+    if not isinstance(module, nn.Embedding):
+        return type(module) is nn.Linear
+    if weight.view.rows is not None:
+        return False
+    if type(module) is nn.Embedding:
+        return True
+    if module.weight.is_meta:
+        return False
+    with torch.no_grad():  # one that multiplies by a number, as Gemma's does?
+        ids = torch.arange(2, device=module.weight.device)
+        scale = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight)
+        return torch.equal(module(ids), nn.functional.embedding(ids, module.weight) * scale)
 
 
 class _Uses(TorchFunctionMode):
@@ -179,45 +292,33 @@ class _Uses(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _used_without_a_call(
-    model: PreTrainedModel, parameters: list[nn.Parameter], users: Mapping[int, list[nn.Module]]
-) -> set[int]:
-    """Ids of the parameters that a forward pass uses more often than it calls their modules, which hooks would not see."""
-    calls = {id(parameter): 0 for parameter in parameters}
+def _used_without_a_call(uses_of: Mapping[int, list[Use]], run: Callable[[], object]) -> set[int]:
+    """The weights that `run` uses more often than it calls their modules, which hooks would not see."""
+    parameters = {index: getattr(*uses[0]) for index, uses in uses_of.items()}
+    calling: dict[int, set[nn.Module]] = defaultdict(set)  # a parameter's id -> its modules
+    for index, uses in uses_of.items():
+        calling[id(parameters[index])] |= {module for module, _ in uses}
+    calls = dict.fromkeys(calling, 0)
 
     def count(parameter: int, *_: object) -> None:
         calls[parameter] += 1
 
     handles = [
         module.register_forward_pre_hook(partial(count, parameter))
-        for parameter in calls
-        for module in users[parameter]
+        for parameter, modules in calling.items()
+        for module in modules
     ]
     try:
-        with torch.no_grad(), _Uses(parameters) as uses:
-            model(input_ids=torch.arange(PROBE_TOKENS, device=model.device)[None], use_cache=False)
+        with torch.no_grad(), _Uses(parameters.values()) as seen:
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    return {parameter for parameter, count in uses.counts.items() if count > calls[parameter]}
+    more = {parameter for parameter, count in seen.counts.items() if count > calls[parameter]}
+    return {index for index, parameter in parameters.items() if id(parameter) in more}
 
 
 def _start_graph(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     """The weights are frozen, so autograd's graph starts with the embedding's output."""
-    output.requires_grad_(True)
-
-
-def _band(parts: list[tuple[torch.Tensor, torch.Tensor]], first: int, last: int, columns: int) -> torch.Tensor:
-    """Rows `first` to `last` (exclusive) of one sample's gradient, float32 (last - first, columns)."""
-    total = None
-    for layer_input, gradient in parts:
-        if layer_input.is_floating_point():
-            transposed, layer_input = gradient[:, first:last].t(), layer_input.float()
-            total = transposed @ layer_input if total is None else total.addmm_(transposed, layer_input)
-        else:
-            if total is None:
-                total = gradient.new_zeros(last - first, columns)
-            inside = (layer_input >= first) & (layer_input < last)
-            total.index_add_(0, layer_input[inside] - first, gradient[inside])
-    assert total is not None
-    return total
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)

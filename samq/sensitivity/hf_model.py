@@ -31,6 +31,8 @@ from samq.records import ModelSource
 from samq.sensitivity import gguf_config
 from samq.sensitivity.as_llama_cpp import compute_as_llama_cpp
 from samq.sensitivity.checkpoint import describe_source, weight_files
+from samq.sensitivity.offloading import is_offloaded
+from samq.sensitivity.placement import offload_folder, placement, take_over
 from samq.sensitivity.published_types import dequantize_at_load
 
 # `set_tqdm_hook` does not reach transformers' bar over a GGUF's tensors, so that bar is made like the others.
@@ -54,7 +56,11 @@ def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: ModelSource, dtype: str = "float32", device: str = "auto", progress: Progress = silent
+    source: ModelSource,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Progress = silent,
+    memory_limit: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model, in eval mode, and its tokenizer, without downloading anything.
 
@@ -64,6 +70,8 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         device: a torch device, or auto: all GPUs if there are any, else cpu.
         progress: told of the tensors that are read from a GGUF, and then of those that the model has.
+        memory_limit: bytes of the device's memory that the model may take; None for what is free. The blocks of a model
+            that does not fit stay on disk, or a GGUF's in the host's memory (`samq.sensitivity.offloading`).
 
     Raises:
         SamqError: the dtype is unknown, or the model cannot be loaded on the device.
@@ -91,16 +99,23 @@ def load_model(
                 config = config.get_text_config()  # a GGUF holds the text part alone
             else:
                 dequantize_at_load(config)
-            loaded: Any = _model_class(config).from_pretrained(
+            model_class = _model_class(config)
+            with torch.device("meta"):
+                skeleton = model_class.from_config(config, dtype=DTYPES[dtype])
+            places = placement(skeleton, place, "cpu" if from_gguf else "disk", memory_limit)
+            loaded: Any = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=DTYPES[dtype],
-                device_map=place,
+                device_map=places,
+                offload_folder=offload_folder() if isinstance(places, dict) else None,
                 local_files_only=True,
                 output_loading_info=True,
                 **from_gguf,
             )
             model, info = loaded[0].eval(), loaded[1]
+            if isinstance(places, dict):
+                take_over(model)
             if gguf_alone:
                 gguf_config.scale_frequencies(model, gguf_alone)
             _keep_text_part(model)
@@ -110,9 +125,7 @@ def load_model(
     if missing := [name for name in info["missing_keys"] if name in kept]:  # only warned of, and left random
         advice = "give the model's Hugging Face folder" if source.gguf else "download it again"
         raise SamqError(f"{source.name} has no weights for {min(missing)}; {advice}")
-    if any(
-        parameter.is_meta for parameter in model.parameters()
-    ):  # left on the host or on disk, out of autograd's reach
+    if any(parameter.is_meta and not is_offloaded(parameter) for parameter in model.parameters()):
         raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
     return model, tokenizer
 

@@ -18,6 +18,7 @@ from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, mostly_unknown, open_gguf, read_tensors
 from samq.gguf.formats import EMBEDDING, OUTPUT
 from samq.progress import Progress, silent
+from samq.sensitivity.offloading import values_of
 from samq.sensitivity.views import MakeView, View, storages, turned
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def _compare(candidates: list[_Stored], gguf: Path, progress: Progress) -> dict[
 
 def _view(stored: _Stored, tensor: ReaderTensor, gguf: Path) -> int | None:
     """The number of the view that the tensor has of the parameter; None if it has none of those that are possible."""
-    parameter = stored.parameter.detach()
+    parameter = values_of(stored.parameter)
     in_gguf = _read(gguf, tensor)
     for number, view in enumerate(stored.views):
         in_torch = view(parameter)

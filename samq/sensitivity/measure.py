@@ -28,6 +28,7 @@ from samq.records import SensitivityMap, TensorSensitivity
 from samq.sensitivity.backpropagation import Labelling, backpropagate
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.weight_gradients import Gradients
 
 
 @dataclass(frozen=True)
@@ -156,35 +157,31 @@ class _Sums:
 
     def __init__(self, weights: list[Weight], second_moment: bool) -> None:
         self.weights = weights
-        self._rows: list[torch.Tensor] = []  # (rows of all experts,)
-        self._columns: list[torch.Tensor] = []  # (row length,), experts first if stacked
-        if second_moment:
-            for weight in weights:
-                *experts, rows, columns = weight.shape
-                device = weight.parameter.device
-                self._rows.append(torch.zeros(math.prod(experts) * rows, device=device))
-                self._columns.append(torch.zeros(*experts, columns, device=device))
+        self._second_moment = second_moment
+        self._rows: dict[int, torch.Tensor] = {}  # weight's index -> (rows of all experts,)
+        self._columns: dict[int, torch.Tensor] = {}  # (row length,), experts first if stacked
 
-    def add(self, index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Add some rows of a sequence's gradient (all rows if experts are stacked), and overwrite them.
-
-        Returns the rows' sum of squares, in nats^2 per squared weight.
-        """
-        # The norm takes one pass over the gradient and no copy; its square is the sum of squares.
-        squares = torch.linalg.vector_norm(gradient, dim=1).square_()
-        if self._rows:
-            self._rows[index][row : row + len(squares)] += squares
-            columns = self._columns[index]
-            columns += gradient.square_().view(*columns.shape[:-1], -1, columns.shape[-1]).sum(-2)
-        total: torch.Tensor = squares.sum(dtype=torch.float64)
+    def add(self, index: int, gradients: Gradients) -> torch.Tensor:
+        """Add the squares of a batch's gradients; returns each sequence's sum, (sequences, 1), in nats^2 per squared weight."""
+        by_row, by_column = gradients.squares()
+        if self._second_moment:
+            for sums, squares in ((self._rows, by_row), (self._columns, by_column)):
+                if index in sums:
+                    sums[index] += squares.sum(0)
+                else:
+                    sums[index] = squares.sum(0)
+        total: torch.Tensor = by_row.sum(1, keepdim=True, dtype=torch.float64)
         return total
 
     def fisher(self, label_tokens: int) -> dict[str, Fisher]:
-        """GGUF name -> Fisher information."""
+        """GGUF name -> Fisher information; zero for a weight that no gradient came for."""
         result = {}
-        for weight, row_sums, column_sums in zip(self.weights, self._rows, self._columns, strict=True):
+        for index, weight in enumerate(self.weights):
             *experts, rows, columns = weight.shape
-            means = (row_sums / (columns * label_tokens)).cpu().numpy()
-            by_column = (column_sums / (rows * label_tokens)).cpu().numpy()
-            result[weight.name] = Fisher(means.reshape(*experts, rows), by_column)
+            by_row = self._rows.get(index, torch.zeros(math.prod(experts) * rows))
+            by_column = self._columns.get(index, torch.zeros(*experts, columns))
+            result[weight.name] = Fisher(
+                (by_row / (columns * label_tokens)).cpu().numpy().reshape(*experts, rows),
+                (by_column / (rows * label_tokens)).cpu().numpy(),
+            )
         return result

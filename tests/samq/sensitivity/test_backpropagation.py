@@ -16,18 +16,23 @@ def run(model, tokens, reduce, *, numbers=1, labels="text", seed=0, first_sequen
     return backpropagate(model, tokens, weights, reduce, numbers=numbers, labelling=labelling, **arguments)
 
 
-def nothing(index, row, gradient):
-    return torch.zeros(1, dtype=torch.float64)
+def nothing(index, gradients):
+    return gradients.zeros(1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_numbers_of_all_rows_are_added_up_for_each_weight_and_sequence(batch_size, monkeypatch):
-    monkeypatch.setattr("samq.sensitivity.gradients.BAND_WEIGHTS", 200)  # several bands even for these small weights
+    monkeypatch.setattr(
+        "samq.sensitivity.weight_gradients.BAND_WEIGHTS", 200
+    )  # several bands even for these small weights
     model, tokens = tiny_llama(), random_tokens()
     weights = weights_of(model, names_of(model))
 
-    def reduce(index, row, gradient):
-        return torch.stack([gradient.sum(dtype=torch.float64), torch.tensor(len(gradient), dtype=torch.float64)])
+    def reduce(index, gradients):
+        sums = gradients.zeros(2)
+        for sample, _, values in gradients.bands():
+            sums[sample] += torch.stack([values.sum(dtype=torch.float64), torch.tensor(len(values))])
+        return sums
 
     losses, sums = run(model, tokens, reduce, numbers=2, batch_size=batch_size)
     for number, (ids, _, labels) in enumerate(batches(tokens, 1)):
@@ -38,7 +43,8 @@ def test_numbers_of_all_rows_are_added_up_for_each_weight_and_sequence(batch_siz
         assert sums[:, number, 0] == pytest.approx(
             [weight.parameter.grad.double().sum().item() for weight in weights], rel=1e-3, abs=1e-4
         )
-        assert sums[:, number, 1].tolist() == [weight.shape[0] for weight in weights]
+        with_gradient = [len(ids.unique()), *(weight.shape[0] for weight in weights[1:])]  # the embedding is the first
+        assert sums[:, number, 1].tolist() == with_gradient
 
 
 def test_labels_come_from_the_sequences_own_stream():
@@ -80,9 +86,12 @@ def test_a_damaged_weight_is_named_with_the_sequence(labels):
 def test_numbers_that_are_not_finite_are_named_with_the_tensor_and_the_sequence():
     calls = []
 
-    def reduce(index, row, gradient):
+    def reduce(index, gradients):
         calls.append(index)
-        return torch.tensor([math.inf if calls.count(2) == 4 and index == 2 else 0.0])
+        numbers = gradients.zeros(1)
+        if index == 2 and calls.count(2) == 2:
+            numbers[1] = math.inf
+        return numbers
 
     with pytest.raises(SamqError, match=r"gradient of blk\.0\.attn_k\.weight on check sequence 3 is NaN or Inf"):
         run(tiny_llama(), random_tokens(), reduce, batch_size=2)

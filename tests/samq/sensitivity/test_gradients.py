@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from samq.data.tokens import batches
 from samq.errors import SamqError
-from samq.sensitivity.gradients import SampleGradients
+from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.layout import Weight, weights_of
 from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
@@ -49,21 +51,37 @@ def by_autograd(model, weights, tokens):
 
 
 def by_hooks(model, weights, tokens, batch_size):
-    received = {}
+    """(weight's name, sequence) -> gradient, put together from its bands; and the sums of its squares, (rows, columns)."""
+    received, squares = {}, {}
 
-    def receive(index, sample, row, gradient):
-        assert gradient.dtype == torch.float32
-        received.setdefault((weights[index].name, first + sample), {})[row] = gradient.clone()
+    def receive(index, first, gradients):
+        weight = weights[index]
+        for sample, (by_row, by_column) in enumerate(zip(*gradients.squares(), strict=True)):
+            sums = squares.setdefault((weight.name, first + sample), [0, 0])
+            sums[0], sums[1] = sums[0] + by_row, sums[1] + by_column
+        for sample, rows, values in gradients.bands():
+            assert values.dtype == torch.float32
+            empty = torch.zeros(math.prod(weight.shape[:-1]), weight.shape[-1])
+            whole = received.setdefault((weight.name, first + sample), empty)
+            assert not whole[rows].any(), "a row comes once"
+            whole[rows] = values
 
     first = 0
     with SampleGradients(model, weights, receive) as gradients:
+        probe = torch.arange(8)[None]
+        gradients.require_calls(lambda: model(input_ids=probe), model)
         for ids, mask, labels in batches(tokens, batch_size):
-            logits = model(input_ids=ids, attention_mask=mask).logits
-            leaf = logits.detach().requires_grad_(True)
-            summed_loss(leaf, labels).backward()
-            gradients.backward(logits, leaf.grad, mask.sum(1).tolist())
+            with gradients.within(model, Batch(first, mask.sum(1).tolist())) as backward:
+                logits = model(input_ids=ids, attention_mask=mask).logits
+                leaf = logits.detach().requires_grad_(True)
+                summed_loss(leaf, labels).backward()
+                backward(logits, leaf.grad)
             first += len(ids)
-    return {key: torch.cat([bands[row] for row in sorted(bands)]) for key, bands in received.items()}
+    for key, (by_row, by_column) in squares.items():
+        torch.testing.assert_close(by_row, received[key].square().sum(1), rtol=1e-4, atol=1e-6)
+        by_expert = received[key].view(*by_column.shape[:-1], -1, by_column.shape[-1])
+        torch.testing.assert_close(by_column, by_expert.square().sum(-2), rtol=1e-4, atol=1e-6)
+    return received
 
 
 @pytest.mark.parametrize(
@@ -71,7 +89,9 @@ def by_hooks(model, weights, tokens, batch_size):
     [*((kind, 1) for kind in MODELS), ("untied llama", 4), ("tied llama", 4)],
 )
 def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
-    monkeypatch.setattr("samq.sensitivity.gradients.BAND_WEIGHTS", 200)  # several bands even for these small weights
+    monkeypatch.setattr(
+        "samq.sensitivity.weight_gradients.BAND_WEIGHTS", 200
+    )  # several bands even for these small weights
     make, architecture = MODELS[kind]
     model, tokens = make(), random_tokens()
     weights = weights_of(model, names_of(model, architecture))
@@ -84,7 +104,7 @@ def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_parts_and_orders_of_a_weight_have_those_of_its_gradient(batch_size, monkeypatch):
-    monkeypatch.setattr("samq.sensitivity.gradients.BAND_WEIGHTS", 200)
+    monkeypatch.setattr("samq.sensitivity.weight_gradients.BAND_WEIGHTS", 200)
     model, tokens = tiny_llama(), random_tokens()
     attention = model.model.layers[0].self_attn
     rows, columns = torch.randperm(32).numpy(), torch.randperm(32).numpy()
@@ -138,7 +158,9 @@ def test_two_copies_of_a_tied_weight_share_its_gradient_by_their_use():
 def test_models_whose_samples_cannot_be_told_apart_are_known(kind, one):
     make, architecture = MODELS[kind]
     model = make()
-    assert SampleGradients(model, weights_of(model, names_of(model, architecture)), print).one_sample_only is one
+    gradients = SampleGradients(model, weights_of(model, names_of(model, architecture)), print)
+    gradients.require_calls(lambda: model(input_ids=torch.arange(8)[None]), model)
+    assert gradients.one_sample_only is one
 
 
 def test_a_layer_that_sees_samples_mixed_is_refused():

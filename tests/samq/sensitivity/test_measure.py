@@ -183,10 +183,10 @@ def test_half_precision_models_accumulate_in_float32():
         assert rough.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=0.1)
 
 
-def test_progress_counts_sequences():
+def test_progress_counts_batches_through_blocks():
     seen = []
     measure(tiny_llama(), random_tokens(), batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert seen == [(step, 12) for step in range(1, 13)]  # 3 batches, 2 blocks, there and back
 
 
 def test_a_damaged_weight_is_named_with_the_sequence():

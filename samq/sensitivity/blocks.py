@@ -1,0 +1,298 @@
+"""A causal LM taken apart into its decoder blocks, which then run one at a time over all sequences.
+
+What comes before the blocks and after them, and the arguments of each block, are what the model's own forward function makes
+of them: it runs with the blocks replaced. So no architecture has code of its own here. A model whose blocks exchange more
+than hidden states does not come apart like this, and `Blocks.of` says why.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from samq.errors import SamqError
+from samq.sensitivity.offloading import Residence
+
+logger = logging.getLogger(__name__)
+PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class NotApart(SamqError):
+    """Why a model does not come apart into blocks."""
+
+
+class _AllEntered(Exception):
+    """Ends a forward pass of the model after its last block was called."""
+
+
+class _Hidden:
+    """Stands for the hidden states among a block's arguments."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A block's arguments but for its hidden states, as the model's own forward function gives them."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def filled(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with these hidden states, on their device."""
+
+        def fill(value: Any) -> Any:
+            return hidden if isinstance(value, _Hidden) else _moved(value, hidden.device)
+
+        return tuple(map(fill, self.positional)), {name: fill(value) for name, value in self.named.items()}
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What a batch is at the first block: hidden states (sequences, T, width), and each block's other arguments."""
+
+    hidden: torch.Tensor
+    calls: list[Call]
+
+
+class Blocks:
+    """The decoder blocks of a model, in order."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], outputs: int) -> None:
+        """`outputs`: how many things a block returns in a tuple, hidden states first; 0 if it returns hidden states alone."""
+        self.model = model
+        self.layers = list(layers)
+        self._outputs = outputs
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Blocks | None":
+        """Take a model apart; None, with the reason in the log, if it does not come apart.
+
+        If all its weights are in memory, the blocks one after the other must give the logits of the model on a few tokens.
+        """
+        try:
+            return _taken_apart(model)
+        except (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
+            logger.info("%s is measured whole, and not a block at a time: %s", type(model).__name__, reason)
+            return None
+
+    def enter(self, ids: torch.Tensor, mask: torch.Tensor) -> Entered:
+        """Run what comes before the first block on token ids and mask (sequences, T)."""
+        calls: list[Call] = []
+        first: list[torch.Tensor] = []
+
+        def replace(number: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+            if number == 0:
+                first.append(hidden)
+            calls.append(call)
+            if number == len(self.layers) - 1:
+                raise _AllEntered
+            return hidden
+
+        try:
+            self._forward(replace, ids, mask)
+        except _AllEntered:
+            return Entered(first[0], calls)
+        raise AssertionError("the model's forward function calls its last block")
+
+    def resident(self) -> Residence:
+        """What brings the blocks' weights to where the model's other weights are, if they are on disk or on the host."""
+        return Residence(self.layers, main_device(self.model))
+
+    def run(self, number: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Run one block, whose weights are on the device of its hidden states."""
+        positional, named = call.filled(hidden)
+        output = self.layers[number](*positional, **named)
+        result: torch.Tensor = output[0] if self._outputs else output
+        return result
+
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Run what comes after the last block on its output; the token ids (sequences, T) are without padding."""
+
+        def replace(number: int, entering: torch.Tensor, call: Call) -> torch.Tensor:
+            return hidden if number == len(self.layers) - 1 else entering
+
+        result: torch.Tensor = self._forward(replace, ids, torch.ones_like(ids)).logits
+        return result
+
+    def _forward(
+        self, replace: Callable[[int, torch.Tensor, Call], torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
+    ) -> Any:
+        """The model's own forward function with every block replaced."""
+        with _replaced(self.layers, replace, self._outputs):
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+@contextmanager
+def _replaced(
+    layers: list[nn.Module], replace: Callable[[int, torch.Tensor, Call], torch.Tensor], outputs: int
+) -> Iterator[None]:
+    """Let calls of the blocks return what `replace(number, hidden, call)` gives.
+
+    Raises NotApart if they are called in another order, or with something else than what the block before has returned.
+    """
+    returned: list[torch.Tensor] = []
+
+    def make(number: int) -> Callable[..., Any]:
+        def forward(*positional: Any, **named: Any) -> Any:
+            if len(returned) != number:
+                raise NotApart("its blocks are not called in turn, once each")
+            hidden = returned[-1] if returned else _first_hidden(positional, named)
+            call, found = _without_hidden(positional, named, hidden)
+            if not found:
+                raise NotApart("a block gets something else than the hidden states of the one before")
+            output = replace(number, hidden, call)
+            returned.append(output)
+            return (output, *[None] * (outputs - 1)) if outputs else output
+
+        return forward
+
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for number, layer in enumerate(layers):
+            layer.__dict__["forward"] = make(number)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = forward
+
+
+def _first_hidden(positional: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+    hidden = positional[0] if positional else named.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
+        raise NotApart("its first block is called without hidden states")
+    return hidden
+
+
+def _without_hidden(positional: tuple[Any, ...], named: dict[str, Any], hidden: torch.Tensor) -> tuple[Call, bool]:
+    """The call without its hidden states, and whether it has them once."""
+    marked = [_Hidden() if value is hidden else value for value in positional]
+    marked_named = {name: _Hidden() if value is hidden else value for name, value in named.items()}
+    count = sum(isinstance(value, _Hidden) for value in (*marked, *marked_named.values()))
+    return Call(tuple(marked), marked_named), count == 1
+
+
+def _taken_apart(model: PreTrainedModel) -> Blocks:
+    layers = list(block_list(model))
+    _require_own_parameters(model, layers)
+    ids = torch.arange(PROBE_TOKENS, device=main_device(model))[None]
+    blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
+    _require_independent_arguments(blocks, ids)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        _require_equal_logits(blocks, ids)
+    return blocks
+
+
+def block_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks: the one outermost list of modules in the text part that has as many as the configuration says.
+
+    Raises NotApart if there is not just one.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists: list[nn.ModuleList] = []
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            lists += [] if any(module in set(outer.modules()) for outer in lists) else [module]
+    if len(lists) != 1:
+        raise NotApart(f"it has {len(lists)} lists of {count} blocks")
+    return lists[0]
+
+
+def _require_own_parameters(model: PreTrainedModel, layers: list[nn.Module]) -> None:
+    owner: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if owner.setdefault(id(parameter), number) != number:
+                raise NotApart("two blocks share weights")
+    inside = {module for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if module not in inside and any(id(parameter) in owner for parameter in module.parameters(recurse=False)):
+            raise NotApart("a block shares weights with what is around the blocks")
+
+
+def _with_outputs_as_the_model_takes_them(model: PreTrainedModel, layers: list[nn.Module], ids: torch.Tensor) -> Blocks:
+    """The blocks, which return hidden states alone or first in a tuple: the model's forward function takes one of these."""
+    reason: Exception = NotApart("")
+    for outputs in (0, 3, 2, 1):
+        blocks = Blocks(model, layers, outputs)
+        try:
+            with torch.no_grad():
+                blocks.logits(blocks.enter(ids, torch.ones_like(ids)).hidden, ids)
+            return blocks
+        except NotApart as error:
+            reason = error
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            reason = NotApart(f"its forward function fails without its blocks ({type(error).__name__}: {error})")
+    raise reason
+
+
+def _require_independent_arguments(blocks: Blocks, ids: torch.Tensor) -> None:
+    """Only through the hidden states may a block's arguments depend on weights, and none may be an object that blocks alter."""
+    inside = {id(parameter) for layer in blocks.layers for parameter in layer.parameters()}
+    outside = [parameter for parameter in blocks.model.parameters() if id(parameter) not in inside]
+    before = [parameter.requires_grad for parameter in outside]
+    try:
+        for parameter in outside:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            calls = blocks.enter(ids, torch.ones_like(ids)).calls
+    finally:
+        for parameter, trainable in zip(outside, before, strict=True):
+            parameter.requires_grad_(trainable)
+    for call in calls:
+        for place, value in enumerate(call.positional):
+            _require_independent(str(place), value)
+        for name, value in call.named.items():
+            _require_independent(name, value)
+
+
+def _require_independent(name: str, value: Any) -> None:
+    if isinstance(value, tuple):
+        for part in value:
+            _require_independent(name, part)
+    elif isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise NotApart(f"the argument {name} of a block depends on weights")
+    elif not isinstance(value, (_Hidden, *_PLAIN)):
+        raise NotApart(f"the argument {name} of a block is a {type(value).__name__}")
+
+
+@torch.no_grad()
+def _require_equal_logits(blocks: Blocks, ids: torch.Tensor) -> None:
+    entered = blocks.enter(ids, torch.ones_like(ids))
+    hidden = entered.hidden
+    with blocks.resident() as weights:
+        for number, call in enumerate(entered.calls):
+            with weights.block(number, number + 1):
+                hidden = blocks.run(number, hidden.to(weights.devices[number]), call)
+    ours = blocks.logits(hidden, ids)
+    theirs = blocks.model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()), equal_nan=True):
+        raise NotApart("its blocks in turn compute something else than it does")
+
+
+def main_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's embedding is, and so what is around the blocks."""
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight.device
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The value with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value

@@ -1,0 +1,99 @@
+"""Where a model's weights are while it is measured: on the device that computes, or elsewhere until their block runs."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_submodules
+from torch import nn
+from transformers import PreTrainedModel
+
+from samq.errors import SamqError
+from samq.sensitivity.blocks import block_list
+from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
+
+WORKING_SHARE = (
+    1.25  # what a model that is measured takes at least, beside what a batch takes: in shares of its weights
+)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that the device has free: of all GPUs for `auto`, or of the host."""
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    gpus = range(torch.cuda.device_count()) if device == "auto" else [torch.device(device).index or 0]
+    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+
+
+def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int | None) -> str | dict[str, str]:
+    """Transformers' device map: `device` if the model fits there, or else its blocks `elsewhere` (disk or cpu).
+
+    Args:
+        skeleton: the model on the meta device, in the type that it is computed with.
+        device: a torch device, or auto for all GPUs.
+        elsewhere: where the blocks wait: disk, or cpu beside a GPU.
+        limit: bytes of the device's memory that the model may take; None for what is free.
+    """
+    room = free_memory(device) if limit is None else limit
+    if bytes_of(skeleton.parameters()) * WORKING_SHARE <= room or device == elsewhere:
+        return device
+    layers = block_list(skeleton)
+    names = {module: name for name, module in skeleton.named_modules()}
+    return _beside(skeleton, names[layers], {"auto": "cuda:0"}.get(device, device), elsewhere)
+
+
+def _beside(module: nn.Module, blocks: str, device: str, elsewhere: str, prefix: str = "") -> dict[str, str]:
+    """The device map that has the module list `blocks` elsewhere, and all that is not around it on the device."""
+    places: dict[str, str] = {}
+    for name, child in module.named_children():
+        full = f"{prefix}{name}"
+        if full == blocks:
+            places[full] = elsewhere
+        elif blocks.startswith(f"{full}."):
+            places |= _beside(child, blocks, device, elsewhere, f"{full}.")
+        else:
+            places[full] = device
+    return places
+
+
+def offload_folder() -> str:
+    """A folder for weights that transformers has to write anew, since their file has them otherwise; deleted at exit."""
+    folder = tempfile.TemporaryDirectory(prefix="samq-weights-", ignore_cleanup_errors=True)
+    _kept.append(folder)
+    return folder.name
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def take_over(model: PreTrainedModel) -> None:
+    """Note in each parameter that accelerate keeps elsewhere where it is, and remove accelerate's hooks.
+
+    They would read a block's weights again for every batch.
+    """
+    for module in model.modules():
+        for hook in _hooks(module):
+            if hook.offload and hook.weights_map is not None:
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    _note(module, name, parameter, hook.weights_map)
+    remove_hook_from_submodules(model)
+
+
+def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
+
+
+def _note(module: nn.Module, name: str, parameter: nn.Parameter, weights: Any) -> None:
+    key, loader = f"{weights.prefix}{name}", weights.dataset
+    if key in loader.state_dict:
+        values = loader.state_dict[key]
+        module._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    elif "safetensors_file" in (entry := loader.index[key]):
+        file = Path(entry["safetensors_file"])
+        keep_on_disk(parameter, StoredTensor(file, entry.get("weight_name", key), parameter.dtype))
+    else:
+        raise SamqError(f"{key} is kept in a way that SAMQ does not read; give the model as safetensors")

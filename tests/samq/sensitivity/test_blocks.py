@@ -1,0 +1,144 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from samq.data.tokens import TokenBatch
+from samq.sensitivity.backpropagation import Labelling
+from samq.sensitivity.blocks import Blocks
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
+from samq.sensitivity.layout import GgufLayout, Weight, weights_of
+from samq.sensitivity.measure import Origin, measure_sensitivity
+from samq.sensitivity.offloading import is_offloaded, values_of
+from samq.sensitivity.views import View
+from tests.architectures.models import write_model
+from tests.tiny_models import names_of, random_tokens, tiny_llama, tiny_mixtral
+
+# Hidden states alone and in tuples, masks of several kinds, tied embeddings, experts, weights used without their module
+APART = [
+    "Llama",
+    "Qwen2.5, tied",
+    "Gemma 3",
+    "Mixtral",
+    "Falcon 7B",
+    "Mamba",
+    "Bamba",
+    "Qwen3-Next",
+    "DeepSeek-V2",
+    "GPT-2",
+    "Llama 4, multimodal",
+]
+
+
+def load(name, folder):
+    return load_model(describe_source(write_model(name, folder)), device="cpu")[0]
+
+
+def all_matrices(model):
+    return [
+        Weight(name, parameter, View())
+        for name, parameter in model.named_parameters()
+        if parameter.ndim in (2, 3) and parameter.shape[0] > 1
+    ]
+
+
+def measure(model, tokens, weights, **arguments):
+    labelling = Labelling("model", seed=1)
+    return measure_sensitivity(
+        model, tokens, GgufLayout(weights), Origin("model", "text"), labelling=labelling, **arguments
+    )
+
+
+def require_equal(one, other):
+    (one_map, one_fisher), (other_map, other_fisher) = one, other
+    assert one_map.loss_nats == pytest.approx(other_map.loss_nats, rel=1e-6)
+    for name, tensor in other_map.tensors.items():
+        assert one_map.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=1e-4, abs=1e-9), name
+        for part in ("rows", "columns"):
+            wanted = getattr(other_fisher[name], part)
+            np.testing.assert_allclose(getattr(one_fisher[name], part), wanted, rtol=1e-4, atol=1e-6 * wanted.max())
+
+
+@pytest.mark.parametrize("name", APART)
+def test_blocks_in_turn_give_the_sensitivities_of_the_whole_model(name, tmp_path, monkeypatch):
+    model = load(name, tmp_path / "model")
+    weights = all_matrices(model)
+    tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24)])
+    by_blocks = [measure(model, tokens, weights, batch_size=2) for _ in range(2)]
+    assert Blocks.of(model) is not None
+    monkeypatch.setattr(Blocks, "of", lambda _: None)
+    require_equal(by_blocks[0], measure(model, tokens, weights, batch_size=2))
+    assert by_blocks[0][0] == by_blocks[1][0], "bit for bit from run to run"
+
+
+def test_a_model_whose_blocks_exchange_more_is_measured_whole_and_says_so(tmp_path, caplog):
+    model = load("Gemma 4", tmp_path / "model")
+    caplog.set_level(logging.INFO, "samq")
+    assert Blocks.of(model) is None
+    assert caplog.messages == [
+        "Gemma4ForCausalLM is measured whole, and not a block at a time: the argument 1 of a block depends on weights"
+    ]
+
+
+def test_a_model_that_computes_between_its_blocks_is_measured_whole(caplog):
+    model = tiny_llama()
+    decoder = model.model
+    plain = decoder.forward
+
+    def forward(*arguments, **more):
+        second = decoder.layers[1]
+        handle = second.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2, *inputs[1:]))
+        try:
+            return plain(*arguments, **more)
+        finally:
+            handle.remove()
+
+    decoder.forward = forward
+    caplog.set_level(logging.INFO, "samq")
+    assert Blocks.of(model) is None
+    assert "a block gets something else than the hidden states of the one before" in caplog.text
+
+
+def test_blocks_that_share_weights_are_measured_whole(caplog):
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    caplog.set_level(logging.INFO, "samq")
+    assert Blocks.of(model) is None
+    assert "two blocks share weights" in caplog.text
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
+def test_the_model_is_left_as_it_was(make):
+    model, tokens = make(), random_tokens()
+    ids = torch.arange(8)[None]
+    before = model(input_ids=ids).logits
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    measure(model, tokens, weights_of(model, names_of(model)))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["Llama, tied and stored twice", "Mixtral", "Gemma 3, multimodal", "Mamba"])
+def test_blocks_that_stay_on_disk_give_the_same(name, tmp_path):
+    source = describe_source(write_model(name, tmp_path / "model"))
+    resident, _ = load_model(source, device="cpu")
+    on_disk, _ = load_model(source, device="cpu", memory_limit=1)
+    (layers,) = [list(layer.parameters()) for layer in [Blocks.of(on_disk).layers[0]]]
+    assert all(map(is_offloaded, layers))
+    assert not any(map(is_offloaded, on_disk.get_input_embeddings().parameters()))
+    for parameter, there in zip(on_disk.parameters(), resident.parameters(), strict=True):
+        assert torch.equal(values_of(parameter), there)
+    tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24)])
+    wanted = measure(resident, tokens, all_matrices(resident), batch_size=2)
+    require_equal(measure(on_disk, tokens, all_matrices(on_disk), batch_size=2), wanted)
+    assert all(map(is_offloaded, layers)), "nothing stays in memory"
+
+
+def test_a_model_that_fits_the_limit_is_in_memory(tmp_path):
+    source = describe_source(write_model("Llama", tmp_path / "model"))
+    size = sum(parameter.nbytes for parameter in load_model(source, device="cpu")[0].parameters())
+    fits, _ = load_model(source, device="cpu", memory_limit=2 * size)
+    assert not any(map(is_offloaded, fits.parameters()))
