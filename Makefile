@@ -2,8 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup ready demo test test-fast test-architectures check docs format ui up clean
 BIN := .venv/bin
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile # a file's tests share what its fixtures make
-APART := -n auto --maxprocesses 4 --dist load
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile # tests/scheduling.py says which tests stay together
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,15 +17,14 @@ demo: ready ## re-quantize SmolLM2-135M on HumanEval, measure and track everythi
 	@$(BIN)/samq demo
 
 test: ready ## all tests, the fast ones first
-	$(BIN)/pytest -m "not e2e" --ignore tests/architectures $(PARALLEL)
-	$(BIN)/pytest -m "not architectures" tests/architectures $(APART)
-	$(BIN)/pytest -m e2e
+	$(BIN)/pytest -m "not e2e" $(PARALLEL)
+	$(BIN)/pytest -m "e2e and not architectures" $(PARALLEL)
 
 test-fast: ready ## the fast tests only
-	$(BIN)/pytest -m "not e2e" --ignore tests/architectures $(PARALLEL)
+	$(BIN)/pytest -m "not e2e" $(PARALLEL)
 
 test-architectures: ready ## every architecture that SAMQ takes, and the table of them in docs/
-	rows=$$(mktemp -d) && SAMQ_ARCHITECTURES=$$rows $(BIN)/pytest tests/architectures $(APART) && $(BIN)/python -m tests.architectures.table $$rows
+	rows=$$(mktemp -d) && SAMQ_ARCHITECTURES=$$rows $(BIN)/pytest tests/architectures $(PARALLEL) && $(BIN)/python -m tests.architectures.table $$rows
 
 check: ready ## lint, format, types, layers, documentation
 	$(BIN)/ruff check .

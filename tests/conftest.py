@@ -8,6 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import processors  # noqa: F401  # before what starts a thread for each processor
+
+# isort: split
 import gguf
 import numpy as np
 import pytest
@@ -17,14 +20,6 @@ from samq.llamacpp.toolchain import find_toolchain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-
-# Each of pytest-xdist's workers has a processor of its own, and so have its children: else the threads of torch and llama.cpp
-# would wait for each other. Before either is imported.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")).isdigit() and hasattr(
-    os, "sched_setaffinity"
-):
-    processors = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {processors[int(worker) % len(processors)]})
 
 # Before anything imports Prefect, which makes its home and reads the user's profile there: tests, and the programs that
 # they start, see neither the user's home nor the user's servers and SAMQ folder.
@@ -44,6 +39,16 @@ def strays() -> dict[Path, int]:
 
 
 known_strays = strays()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile` keeps more than a file's tests together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.scheduling import BySharedFixtures
+
+    return BySharedFixtures(config, log)
 
 
 @pytest.fixture(autouse=True)

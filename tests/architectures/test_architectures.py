@@ -40,7 +40,7 @@ from tasks.text import FirstSequences, heldout, load_text, tokenize
 from tests.architectures.models import ARCHITECTURES, REFUSED, write_model
 from tests.architectures.table import Row, table_row
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SETTINGS = EvaluationSettings(context_tokens=64, chunks=2, json_prompts=0, speed_requests=0)
 NAMES = [

@@ -30,6 +30,19 @@ SMALL = {
     "tracking": {"experiment": "small", "registered_model": "small"},
 }
 
+# The stages of a sweep. None takes what another of its group makes.
+GROUPS = [
+    ("convert",),
+    ("tokenize", "heldout", "imatrix"),
+    ("agreement", "baseline", "gram", "calibrate", "rung"),
+    ("price", "compensate_rung"),
+    ("price_compensated",),
+    ("plan",),
+    ("assemble",),
+    ("evaluate", "check", "benchmark"),
+]
+STAGES = [stage for group in GROUPS for stage in group]
+
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):

@@ -20,11 +20,11 @@ import yaml
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.settings import PREFECT_API_URL
 from safetensors.torch import load_file, save_file
 
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
-from samq.data.datasets import DatasetSpec, load_texts, packaged_rows
 from samq.errors import SamqError
 from samq.evaluation.metrics import KLD
 from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, ITEMS_NAME, MAP_NAME
@@ -159,29 +159,6 @@ def test_nothing_new_rebuilds_nothing_and_registers_nothing(finished, made_by_sw
     assert {run.name: run.state_name for run in stages if run.state_name != "Cached"} == {}
 
 
-def test_one_changed_calibration_sample_makes_all_again_but_what_no_calibration_text_shapes(
-    sweep, made_by_sweep, home, tmp_path
-):
-    rows, file = packaged_rows("humaneval"), tmp_path / "rows.jsonl"
-    dataset = {"name": str(file), "fields": ["prompt", "canonical_solution"], "samples": 5}
-    parameters = {**SMALL, "calibration": {**SMALL["calibration"], "dataset": dataset}}
-
-    def run():
-        """Measure a sweep on the rows as they are now; returns it, and the stages whose artifacts are new."""
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        before = artifacts(home)
-        measured = measure(parameters)
-        return measured, rebuilt(before, artifacts(home))
-
-    assert run()[1] == []  # the same text by another name
-    text = load_texts(DatasetSpec(**dataset))[0]
-    (number,) = [number for number, row in enumerate(rows) if text.startswith(row["prompt"])]
-    rows[number] = {**rows[number], "prompt": f"# Another first line.\n{rows[number]['prompt']}"}
-    measured, stages = run()
-    assert set(stages) == {stage for stage, _ in made_by_sweep} - {"convert", "heldout", "baseline"}
-    assert stages.count("evaluate") == len(measured.results) - 1  # full precision is what it was
-
-
 @pytest.fixture
 def hf_folder(sweep, tmp_path):
     """The sweep's model as a folder in Hugging Face's layout, without all but its first blocks: a tenth of the work."""
@@ -226,8 +203,9 @@ def test_a_folder_from_hugging_face_is_requantized_in_the_precision_asked_for(sw
 
 def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
     # IQ1_S needs an importance matrix, and there is none.
-    wrong = {**SMALL, "calibration": {**SMALL["calibration"], "imatrix": False}}
-    wrong["candidates"] = {"stock": ["Q4_K_M", "IQ1_S"], "budgets": [], "proposed_thresholds": 0}
+    wrong = {**SMALL, "calibration": {**SMALL["calibration"], "imatrix": False}, "benchmarks": {}}
+    few = {"budgets": [], "proposed_thresholds": 0, "ladder": ["Q8_0"]}
+    wrong["candidates"] = {"stock": ["Q4_K_M", "IQ1_S"], **few}
     other = requantize(RequantizeParameters.model_validate(wrong))
     (failure,) = other.sweep.failures
     assert (failure.name, failure.stage) == ("IQ1_S", "quantize")
@@ -306,13 +284,16 @@ def check_whole(store):
 def killed_and_finished(home, tmp_path):
     """Run the flow in a copy of the store that lacks some stages, killed in the midst of one after another, to its end.
 
-    Each run goes on where the one before was killed. Returns the copy's SAMQ folder.
+    Each run goes on where the one before was killed. Returns the copy's SAMQ folder. With `own_server`, each starts its own
+    Prefect server, as a person's does, which is killed with it; otherwise all use that of the tests.
     """
     folder, log = tmp_path / "samq", tmp_path / "log"
     environment = {**os.environ, "SAMQ_HOME": str(folder), "PREFECT_HOME": str(tmp_path / "prefect")}
-    environment.pop("PREFECT_API_URL", None)
 
-    def run(candidates, lost, stages):
+    def run(candidates, lost, stages, own_server):
+        environment.pop("PREFECT_API_URL", None)
+        if not own_server:
+            environment["PREFECT_API_URL"] = PREFECT_API_URL.value()
         shutil.copytree(home / "store", folder / "store", symlinks=True, ignore=shutil.ignore_patterns(*lost))
         store, config = Store(folder / "store"), tmp_path / "compensated.yaml"
         config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": {**COMPENSATED["candidates"], **candidates}}))
@@ -351,7 +332,7 @@ def test_a_flow_killed_in_one_stage_after_another_leaves_no_half_artifact_and_en
     compensated, home, killed_and_finished
 ):
     stages = ("rung", "compensate_rung", "evaluate")
-    finished = killed_and_finished({}, lost=(*stages, "assemble"), stages=stages)
+    finished = killed_and_finished({}, lost=(*stages, "assemble"), stages=stages, own_server=False)
     assert compensated_ggufs(compensated) <= built(finished)
     assert built(finished) <= built(home)
 
@@ -359,7 +340,7 @@ def test_a_flow_killed_in_one_stage_after_another_leaves_no_half_artifact_and_en
 def test_a_flow_killed_while_llama_quantize_works_ends_with_the_ggufs_that_are_assembled_otherwise(
     compensated, home, killed_and_finished
 ):
-    finished = killed_and_finished({"requantize": True}, lost=("assemble",), stages=("quantize",))
+    finished = killed_and_finished({"requantize": True}, lost=("assemble",), stages=("quantize",), own_server=True)
     assert compensated_ggufs(compensated) <= built(finished)
     # A budget's plan as llama-quantize rounds it, before it is compensated, is nothing that is assembled.
     assert len(built(finished) - built(home)) == 1

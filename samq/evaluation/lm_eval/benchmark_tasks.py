@@ -132,6 +132,10 @@ class TaskLibrary:
             raise SamqError(f"the task {name!r} does not exist; {_nearest(name, manager.all_tasks)}")
         return manager, config if is_file else _config(manager, name)
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether all these tasks and groups are SAMQ's or the user's, so that nobody need search lm-eval's own."""
+        return self._are_near(names)
+
     def _are_near(self, members: Sequence[Any]) -> bool:
         """Whether all members of a group are SAMQ's tasks or the user's."""
         for member in members:

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import logging
 import sys
+from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from samq.errors import SamqError
+from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary
 from samq.evaluation.lm_eval.float32 import load_float32
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
@@ -361,10 +363,11 @@ def run_command_line(arguments: Sequence[str]) -> None:
     Raises SamqError at the end if requests failed, since lm-eval counts them as wrong answers.
     """
     original_init = TaskManager.__init__
+    more = {"include_defaults": False} if _needs_no_others(arguments) else {}
 
     def init_with_our_tasks(manager: TaskManager, *args: Any, include_path: Any = None, **settings: Any) -> None:
         theirs = [include_path] if isinstance(include_path, str | Path) else include_path or []
-        original_init(manager, *args, include_path=[FOLDER, *theirs], **settings)
+        original_init(manager, *args, include_path=[FOLDER, *theirs], **settings | more)
 
     TaskManager.__init__ = init_with_our_tasks  # lm-eval has no other way to add tasks to its own
     sys.argv = ["lm-eval", *arguments]  # lm-eval reads its arguments there
@@ -372,6 +375,19 @@ def run_command_line(arguments: Sequence[str]) -> None:
     failures: Counter[str] = sum(GgufLM._all_failures, Counter())
     if failures:
         raise SamqError(f"the results above are wrong, since requests failed: {explain(failures)}")
+
+
+def _needs_no_others(arguments: Sequence[str]) -> bool:
+    """Whether all tasks that lm-eval's arguments name are SAMQ's or the user's: to search the others takes six seconds."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--tasks", "-t", nargs="*", default=[])
+    parser.add_argument("--include_path", type=Path, nargs="?")
+    asked, _ = parser.parse_known_args(arguments)
+    names = [name for part in asked.tasks for name in part.split(",")]
+    try:
+        return bool(names) and TaskLibrary([asked.include_path] if asked.include_path else []).has(names)
+    except SamqError:  # lm-eval will say what is wrong with the folder
+        return False
 
 
 def explain(failures: Mapping[str, int]) -> str:

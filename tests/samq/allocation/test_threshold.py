@@ -121,12 +121,12 @@ def test_types_that_lack_an_importance_are_replaced_visibly(toolchain, tmp_path,
         tmp_path / "imatrix.gguf", gguf, without=["token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_q.weight"]
     )
     target = OpenTarget.open(gguf, toolchain, matrix)
-    policy = ThresholdPolicy(keep="IQ2_XS", base=base, output_guard=None, embedding_guard="IQ2_XS")
+    policy = ThresholdPolicy(keep="IQ2_XXS", base=base, output_guard=None, embedding_guard="IQ2_XXS")
     plan = threshold_plan(target, sensitivity_of(target), 0.4, policy)
     swap = plan.substitutions["blk.0.attn_q.weight"]
-    assert (swap.requested, swap.used, swap.reason) == ("IQ2_XS", "Q2_K", "the importance matrix has no entry for it")
+    assert (swap.requested, swap.used, swap.reason) == ("IQ2_XXS", "Q2_K", "the importance matrix has no entry for it")
     assert plan.types["token_embd.weight"] == "Q2_K"
-    assert plan.types["blk.0.attn_v.weight"] == "IQ2_XS"
+    assert plan.types["blk.0.attn_v.weight"] == "IQ2_XXS"
     (out := tmp_path / "out").mkdir()
     written = quantize(gguf, plan, out, toolchain, provenance={}, imatrix=target.imatrix)
     assert written.types.items() >= plan.types.items()

@@ -4,9 +4,11 @@ import dataclasses
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -301,16 +303,28 @@ def test_of_two_promotions_at_once_in_sqlite_one_wins_and_the_other_is_told(clie
     assert "samq.errors.SamqError: somebody else moved production of llama from nothing to version" in told
 
 
-@pytest.fixture
-def server(database, samq_home):
-    """MLflow's server over a copy of the three nights."""
-    samq_home.mkdir()
-    shutil.copy(database, samq_home / "mlflow.db")
+@pytest.fixture(scope="module")
+def running_server(tmp_path_factory, empty_database):
+    """(address, database) of MLflow's server."""
+    home = tmp_path_factory.mktemp("server")
+    path = shutil.copy(empty_database, home / "mlflow.db")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with mlflow_page(port) as address:
-        yield address
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAMQ_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with mlflow_page(port) as address:
+            yield address, path
+
+
+@pytest.fixture
+def server(running_server, database):
+    """MLflow's server over the three nights as they were."""
+    address, path = running_server
+    with closing(sqlite3.connect(database)) as nights, closing(sqlite3.connect(path)) as served:
+        nights.backup(served)
+    return address
 
 
 @pytest.mark.e2e

@@ -25,6 +25,7 @@ from tests.samq.sweeps import check_of, make_sweep
 RULE = SelectionRule(max_size_ratio=1.6)
 BEST = "budget-size-of-Q5_K_M"
 ORDER = ["F16", "threshold-0.2", "threshold-0.4", "Q5_K_M", BEST, "Q4_K_M", "budget-size-of-Q4_K_M"]
+FEW = ["F16", "threshold-0.4", BEST, "Q4_K_M"]  # one of each policy
 AXES = {
     *("plan/budget_bytes", "plan/bits_per_weight", "plan/predicted_kl_nats", "memory/file_bytes"),
     *("comparison/kld_reduction_percent", "comparison/kld_reduction_low_percent"),
@@ -56,6 +57,12 @@ def track(sweep, where):
 def of_results(sweep, results):
     """The sweep with these results only, compared with each other."""
     return dataclasses.replace(sweep, results=tuple(results), comparisons=tuple(compare_sweep(results)))
+
+
+@pytest.fixture
+def few(sweep):
+    """A candidate of each policy, for tests that every candidate would tell the same."""
+    return of_results(sweep, map(sweep.result, FEW))
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +141,15 @@ def test_a_failed_candidate_is_a_failed_run_that_says_why(tracked_sweep):
     assert "threshold-0.9 in quantize" in client.get_run(tracked.parent_run_id).data.tags["samq.failures"]
 
 
-def test_a_rung_or_a_check_that_failed_is_said_and_is_no_candidate(sweep, mlflow_uri):
+def test_a_rung_or_a_check_that_failed_is_said_and_is_no_candidate(few, mlflow_uri):
     others = [Failure("Q2_K", "ladder", "it hung"), Failure(BEST, "check", "out of memory")]
-    tracked = track(dataclasses.replace(sweep, failures=(*sweep.failures, *others)), settings(mlflow_uri))
+    tracked = track(dataclasses.replace(few, failures=(*few.failures, *others)), settings(mlflow_uri))
     client = connect(mlflow_uri)
     runs = client.search_runs([tracked.experiment_id], f"tags.mlflow.parentRunId = '{tracked.parent_run_id}'")
-    assert sorted(run.info.run_name for run in runs) == sorted([*ORDER, "threshold-0.9"])
+    assert sorted(run.info.run_name for run in runs) == sorted([*FEW, "threshold-0.9"])
     table = json.loads(Path(client.download_artifacts(tracked.parent_run_id, "candidates.json")).read_text())
     candidates = [row[table["columns"].index("candidate")] for row in table["data"]]
-    assert candidates == [*ORDER, "threshold-0.9"]
+    assert candidates == [*FEW, "threshold-0.9"]
     said = client.get_run(tracked.parent_run_id).data.tags["samq.failures"]
     assert all(f"{one.name} in {one.stage}: {one.reason}" in said for one in others)
 
@@ -155,10 +162,10 @@ def test_plans_and_the_sensitivity_map_are_files_that_samqs_own_commands_read(tr
     assert SensitivityMap.load(Path(sensitivity)) == sweep.sensitivity
 
 
-def test_the_saved_view_shows_this_sweep(sweep, mlflow_uri):
+def test_the_saved_view_shows_this_sweep(few, mlflow_uri):
     client = connect(mlflow_uri)
     for _ in range(2):
-        tracked = track(sweep, settings(mlflow_uri))
+        tracked = track(few, settings(mlflow_uri))
         tags = client.get_experiment(tracked.experiment_id).tags
         state = json.loads(tags[mlflow_view.TAG])["state"].removeprefix("deflate;")
         view = json.loads(zlib.decompress(base64.b64decode(state)))
@@ -201,10 +208,10 @@ def test_thresholds_have_a_chart_of_their_own():
     assert "metrics.`plan/predicted_kl_nats`" not in state["selectedColumns"]
 
 
-def test_nothing_global_is_touched(sweep, mlflow_uri, tmp_path):
+def test_nothing_global_is_touched(few, mlflow_uri, tmp_path):
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     files, environment = set(tmp_path.iterdir()), dict(os.environ)
-    track(sweep, settings(mlflow_uri, registered_model="model"))
+    track(few, settings(mlflow_uri, registered_model="model"))
     assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) == before
     assert mlflow.active_run() is None
     assert set(tmp_path.iterdir()) == files, "all files are in the database's folder"
@@ -218,14 +225,14 @@ def test_what_was_not_measured_is_left_out_and_said(tracked_sweep):
     assert "memory/measured_vram_bytes" not in data.metrics
 
 
-def test_a_sweep_that_breaks_off_looks_finished_nowhere(sweep, mlflow_uri):
-    shutil.rmtree(sweep.result("threshold-0.2").folder)
+def test_a_sweep_that_breaks_off_looks_finished_nowhere(few, mlflow_uri):
+    shutil.rmtree(few.result("threshold-0.4").folder)
     with pytest.raises(SamqError, match="cannot log the sweep"):
-        track(sweep, settings(mlflow_uri, registered_model="model"))
+        track(few, settings(mlflow_uri, registered_model="model"))
     client = connect(mlflow_uri)
     experiment = client.get_experiment_by_name("sweeps")
     statuses = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
-    assert statuses["nightly"] == statuses["threshold-0.2"] == "FAILED"
+    assert statuses["nightly"] == statuses["threshold-0.4"] == "FAILED"
     assert statuses["Q4_K_M"] == "FINISHED", "it was logged whole"
     assert "RUNNING" not in statuses.values()
     assert client.search_registered_models() == []
@@ -262,30 +269,29 @@ def test_sweeps_are_tracked_from_several_threads(sweep, mlflow_uri):
         assert sorted(run.info.run_name for run in children) == ["F16", "threshold-0.4", "threshold-0.9"]
 
 
-def test_the_best_is_registered_once_however_many_nights_bring_it(sweep, mlflow_uri):
-    first = track(sweep, settings(mlflow_uri, registered_model="model"))
-    second = track(sweep, settings(mlflow_uri, registered_model="model"))
+def test_the_best_is_registered_once_however_many_nights_bring_it(few, mlflow_uri):
+    first = track(few, settings(mlflow_uri, registered_model="model"))
+    second = track(few, settings(mlflow_uri, registered_model="model"))
     assert first.model_version == second.model_version == "1"
     assert "model version 1" in connect(mlflow_uri).get_run(second.parent_run_id).data.tags["samq.registered"]
     assert second.summary()[-1] == "registered: model version 1, alias candidate"
     assert second.links("http://host")["registered model"].startswith("http://host/#/models/model/versions/1")
 
 
-def test_the_registered_version_of_a_multimodal_model_names_its_vision_part(sweep, mlflow_uri, tmp_path):
-    made_from = replace(sweep.made_from, mmproj=tmp_path / "mmproj.gguf")
-    track(replace(sweep, made_from=made_from), settings(mlflow_uri, registered_model="model"))
+def test_the_registered_version_of_a_multimodal_model_names_its_vision_part(few, mlflow_uri, tmp_path):
+    made_from = replace(few.made_from, mmproj=tmp_path / "mmproj.gguf")
+    track(replace(few, made_from=made_from), settings(mlflow_uri, registered_model="model"))
     version = connect(mlflow_uri).get_model_version("model", "1")
     assert version.tags["mmproj_uri"] == (tmp_path / "mmproj.gguf").as_uri()
 
 
-def test_a_registration_that_fails_costs_nothing_else(sweep, mlflow_uri):
-    tracked = track(sweep, settings(mlflow_uri, registered_model="org/model"))
+def test_a_registration_that_fails_costs_nothing_else(few, mlflow_uri):
+    tracked = track(few, settings(mlflow_uri, registered_model="org/model"))
     client = connect(mlflow_uri)
     parent = client.get_run(tracked.parent_run_id)
     assert parent.info.status == "FINISHED"
-    assert [client.get_run(run_id).info.status for run_id in tracked.child_run_ids.values()] == ["FINISHED"] * len(
-        ORDER
-    )
+    statuses = [client.get_run(run_id).info.status for run_id in tracked.child_run_ids.values()]
+    assert statuses == ["FINISHED"] * len(FEW)
     assert parent.data.tags["samq.registered"] == f"failed: {tracked.not_registered}"
     assert tracked.summary()[-1].startswith("not registered: cannot register")
     assert "org/model" in tracked.summary()[-1] and "registered model" not in tracked.links("")

@@ -30,6 +30,13 @@ def test_lm_evals_own_tasks_are_known_but_need_the_hub(tmp_path, monkeypatch):
             open_task(name, settings=CODE)
 
 
+def test_what_is_samqs_or_the_users_is_known_without_lm_evals_own_tasks(tmp_path):
+    (tmp_path / "colours.yaml").write_text("task: colours\ndataset_path: json\n")
+    library = TaskLibrary([tmp_path])
+    assert library.has(["samq_hellaswag", "colours"])
+    assert not library.has(["samq_hellaswag", "mmlu"])
+
+
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(SamqError, match=r"^the task 'samq_helaswag' does not exist; similar names are samq_hellaswag"):
         open_task("samq_helaswag")

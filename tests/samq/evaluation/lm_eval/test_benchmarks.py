@@ -244,13 +244,13 @@ def test_a_real_model_is_measured_on_all_that_come_with_samq(smollm2_q4_k_m):
     with Model(smollm2_q4_k_m) as model:
         results = measure_benchmarks(
             model,
-            BenchmarkSettings(tasks=tasks, limit=3, run_code=True),
+            BenchmarkSettings(tasks=tasks, limit=2, run_code=True),
             progress=lambda done, total: seen.append((done, total)),
         )
     assert not results.missing
     assert {name.split("/")[1] for name in results.metrics} == set(tasks)
-    assert all(metric.n == 3 and 0 <= metric.value <= 1 for metric in results.metrics.values())
-    assert (12, 12) in seen and (3, 3) in seen, "four endings each of three items, three questions"
+    assert all(metric.n == 2 and 0 <= metric.value <= 1 for metric in results.metrics.values())
+    assert (8, 8) in seen and (2, 2) in seen, "four endings each of two items, two questions"
     answers = results.items.set_index(["task", "metric"])["answer"]
     assert all(len(json.loads(answer)) == 4 for answer in answers["samq_hellaswag", "acc"])
     assert any(answer.strip() for answer in answers["samq_gsm8k", "exact_match"])
@@ -258,14 +258,14 @@ def test_a_real_model_is_measured_on_all_that_come_with_samq(smollm2_q4_k_m):
 
 @pytest.mark.e2e
 def test_json_as_a_task_is_json_compliance(smollm2_q4_k_m):
-    prompts = load_prompts()[:8]
+    prompts = load_prompts()[:5]
     with Model(smollm2_q4_k_m) as model:
         _, expected = measure_json(model, prompts, EvaluationSettings())
-        results = measure_benchmarks(model, BenchmarkSettings(tasks=("samq_json",), limit=8, chat_template=True))
+        results = measure_benchmarks(model, BenchmarkSettings(tasks=("samq_json",), limit=5, chat_template=True))
     valid = results.items[results.items["metric"] == "valid"]
     assert valid["value"].tolist() == expected["valid"].astype(float).tolist()
     same = [ours.startswith(theirs) for ours, theirs in zip(valid["answer"], expected["output"], strict=True)]
-    assert sum(same) >= 7, "compliance stops where nothing can help an answer any more; rounding may change one"
+    assert sum(same) >= 4, "compliance stops where nothing can help an answer any more; rounding may change one"
 
 
 @pytest.mark.e2e

@@ -4,9 +4,7 @@ import os
 import re
 import string
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +26,7 @@ from samq.llamacpp.runtime import Model
 from samq.llamacpp.toolchain import environment, program
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.hf_model import load_model
-from tests.command_line import forked_samq, refused, run
+from tests.command_line import forked_samq, refused
 from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
@@ -380,9 +378,9 @@ doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
     )
-    command = [Path(sys.executable).parent / "samq", "lm-eval", "--model", "samq-gguf", "--include_path", tmp_path]
+    command = ["lm-eval", "--model", "samq-gguf", "--include_path", tmp_path]
     command += ["--tasks", "tiny,samq_hellaswag", "--limit", "20", "--model_args"]
-    done = run([*command, f"gguf={pair.path}"], home=tmp_path, HF_HOME=str(tmp_path / "hf"))
+    done = forked_samq(*command, f"gguf={pair.path}", home=tmp_path)
     assert "|samq_hellaswag|" in done.stdout  # some of its endings do not fit the context
     assert refused(
         done, "the results above are wrong, since requests failed: a continuation is longer than the context"
@@ -391,7 +389,7 @@ metric_list: [{{metric: acc}}]
     scores = np.array([score for score, _ in pair.ours.loglikelihood(made)]).reshape(-1, 2)
     (accuracy,) = re.findall(r"\|tiny .*acc +\|↑ +\| *([\d.]+)\|", done.stdout)
     assert float(accuracy) == (scores.argmax(axis=1) == 0).mean()
-    done = forked_samq(*command[1:], f"gguf={tmp_path}/none.gguf", home=tmp_path)
+    done = forked_samq(*command, f"gguf={tmp_path}/none.gguf", home=tmp_path)
     assert refused(done, "none.gguf")
 
 

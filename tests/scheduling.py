@@ -1,0 +1,14 @@
+"""Which tests stay together on one of pytest-xdist's workers: those that share what takes long to make."""
+
+from xdist.scheduler import LoadFileScheduling
+
+END_TO_END, ARCHITECTURES = "tests/end_to_end/", "tests/architectures/"
+
+
+class BySharedFixtures(LoadFileScheduling):
+    """A file's tests stay together. So do all of tests/end_to_end, which share a sweep; each architecture is by itself."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(ARCHITECTURES):
+            return nodeid
+        return END_TO_END if nodeid.startswith(END_TO_END) else super()._split_scope(nodeid)
