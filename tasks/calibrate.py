@@ -37,7 +37,7 @@ def load_map(sensitivities: Artifact) -> SensitivityMap:
 
 @stage(
     "calibrate",
-    version=5,
+    version=6,
     run_name="calibrate {model.source.name} on {sequences.count}",
     keyed_by=("device",),
     packages=("torch", "transformers"),

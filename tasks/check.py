@@ -31,7 +31,7 @@ class BuiltPlan:
 
 @stage(
     "check",
-    version=3,
+    version=4,
     run_name="check {candidate.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),

@@ -20,6 +20,8 @@ from samq.evaluation.divergence import compare_logits
 from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.file import read_tensors
 from samq.records import ModelSource, Record
+from samq.sensitivity.blocks import logits_of
+from samq.sensitivity.offloading import is_offloaded
 
 CHUNK_TOKENS, CHUNKS = 256, 2
 # Of the median, since rounding sends a few tokens of a mixture of experts to other experts. Trained models of 46M to 135M
@@ -69,7 +71,8 @@ def measure_agreement(
     """Compare the torch model with llama.cpp's logits in the folder `baseline`, on `chunks` of token ids (N, T).
 
     The logits are of the file `gguf`. A vocabulary that torch pads is compared as far as llama.cpp's goes. If the two lie apart,
-    the model's weights are changed to see how much roundings do. Raises SamqError if torch's vocabulary is smaller.
+    the model's weights are changed to see how much roundings do, unless they are on disk. Raises SamqError if torch's vocabulary
+    is smaller.
     """
     vocabulary = Baseline.load(baseline / BASELINE_NAME).shape[1]
     expected = open_baseline(baseline, chunks, settings, vocabulary)
@@ -80,12 +83,9 @@ def measure_agreement(
         )
 
     def predictions() -> Iterator[NDArray[np.float32]]:
-        for ids in chunks:
-            with torch.no_grad():
-                output = model(
-                    input_ids=torch.tensor(ids[None], dtype=torch.long, device=model.device), use_cache=False
-                )
-            yield output.logits[0, settings.first_scored : -1, :vocabulary].float().cpu().numpy()
+        tokens = torch.from_numpy(chunks.astype(np.int64))
+        for logits in logits_of(model, [(ids[None], torch.ones_like(ids[None])) for ids in tokens]):
+            yield logits[0, settings.first_scored : -1, :vocabulary].float().cpu().numpy()
 
     def divergence(base: Iterable[NDArray[np.float32]], other: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:
         tables = [
@@ -96,7 +96,7 @@ def measure_agreement(
 
     kld = divergence(expected, predictions())
     median, limit, rounding = float(np.median(kld)), LIMIT_NATS[dtype], None
-    if median > limit and dtype == "float32":
+    if median > limit and dtype == "float32" and not any(map(is_offloaded, model.parameters())):
         before = list(predictions())
         roundoff = max(UNIT_ROUNDOFF.get(tensor.type, 0.0) for tensor in read_tensors(gguf).values())
         _shake(model, roundoff)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
-from samq.sensitivity.offloading import Residence
+from samq.sensitivity.offloading import Residence, is_offloaded
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart
@@ -78,10 +78,16 @@ class Blocks:
         """Take a model apart; None, with the reason in the log, if it does not come apart.
 
         If all its weights are in memory, the blocks one after the other must give the logits of the model on a few tokens.
+        Raises SamqError if its blocks are on disk and it does not come apart: then it cannot run at all.
         """
         try:
             return _taken_apart(model)
         except (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
+            if any(map(is_offloaded, model.parameters())):
+                raise SamqError(
+                    f"{type(model).__name__} does not fit the memory, and does not run a block at a time: {reason}; allow more "
+                    "memory (memory_limit), or use bfloat16 or more GPUs"
+                ) from reason
             logger.info("%s is measured whole, and not a block at a time: %s", type(model).__name__, reason)
             return None
 
@@ -115,13 +121,13 @@ class Blocks:
         result: torch.Tensor = output[0] if self._outputs else output
         return result
 
-    def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Run what comes after the last block on its output; the token ids (sequences, T) are without padding."""
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Run what comes after the last block on its output, of these token ids and, if there is padding, mask (sequences, T)."""
 
         def replace(number: int, entering: torch.Tensor, call: Call) -> torch.Tensor:
             return hidden if number == len(self.layers) - 1 else entering
 
-        result: torch.Tensor = self._forward(replace, ids, torch.ones_like(ids)).logits
+        result: torch.Tensor = self._forward(replace, ids, torch.ones_like(ids) if mask is None else mask).logits
         return result
 
     def _forward(
@@ -130,6 +136,40 @@ class Blocks:
         """The model's own forward function with every block replaced."""
         with _replaced(self.layers, replace, self._outputs):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+@torch.no_grad()
+def logits_of(
+    model: PreTrainedModel,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    about: Callable[[int], None] = lambda _: None,
+) -> Iterator[torch.Tensor]:
+    """The logits of each batch of token ids and mask (sequences, T); a block at a time if the model's blocks are on disk.
+
+    `about` is told a batch's number before any part of the model runs on it.
+    """
+    device = main_device(model)
+    if not any(map(is_offloaded, model.parameters())):
+        for number, (ids, mask) in enumerate(batches):
+            about(number)
+            yield model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        return
+    blocks = Blocks.of(model)
+    assert blocks is not None, "it raises"
+    entered = []
+    for number, (ids, mask) in enumerate(batches):
+        about(number)
+        entered.append(blocks.enter(ids.to(device), mask.to(device)))
+    states = [batch.hidden for batch in entered]
+    with blocks.resident() as weights:
+        for block in range(len(blocks)):
+            with weights.block(block, block + 1):
+                for number, batch in enumerate(entered):
+                    about(number)
+                    states[number] = blocks.run(block, states[number].to(weights.devices[block]), batch.calls[block])
+    for number, (ids, mask) in enumerate(batches):
+        about(number)
+        yield blocks.logits(states[number].to(device), ids.to(device), mask.to(device))
 
 
 @contextmanager
@@ -190,7 +230,7 @@ def _taken_apart(model: PreTrainedModel) -> Blocks:
     ids = torch.arange(PROBE_TOKENS, device=main_device(model))[None]
     blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
     _require_independent_arguments(blocks, ids)
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    if not any(map(is_offloaded, model.parameters())):
         _require_equal_logits(blocks, ids)
     return blocks
 

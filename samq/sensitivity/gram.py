@@ -23,6 +23,7 @@ from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
 from samq.gguf.formats import EMBEDDING
 from samq.progress import Progress, silent
+from samq.sensitivity.blocks import logits_of
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import needs_gpu_memory
 
@@ -146,14 +147,16 @@ class _Inputs:
         for handle in self._handles:
             handle.remove()
 
-    @torch.no_grad()
     def forward(self, model: PreTrainedModel, tokens: TokenBatch, batch_size: int, progress: Progress = silent) -> None:
         """Run the sequences through the model."""
-        done = 0
-        for ids, mask, _ in batches(tokens, batch_size):
-            self._is_token = mask.bool().flatten()
-            model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+        batched = [(ids, mask) for ids, mask, _ in batches(tokens, batch_size)]
+
+        def about(number: int) -> None:
+            self._is_token = batched[number][1].bool().flatten()
             self._last = None
+
+        done = 0
+        for (ids, _), _ in zip(batched, logits_of(model, batched, about), strict=True):
             done += len(ids)
             progress(done, len(tokens))
 

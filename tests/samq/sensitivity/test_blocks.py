@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from samq.data.tokens import TokenBatch
+from samq.errors import SamqError
 from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.blocks import Blocks
 from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.gram import measure_gram
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, Weight, weights_of
 from samq.sensitivity.measure import Origin, measure_sensitivity
@@ -134,7 +136,21 @@ def test_blocks_that_stay_on_disk_give_the_same(name, tmp_path):
     tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24)])
     wanted = measure(resident, tokens, all_matrices(resident), batch_size=2)
     require_equal(measure(on_disk, tokens, all_matrices(on_disk), batch_size=2), wanted)
+    files = []
+    for number, model in enumerate((resident, on_disk)):
+        files.append(tmp_path / f"gram-{number}.safetensors")
+        measure_gram(model, tokens, files[-1], all_matrices(model), batch_size=2)
+    assert files[0].read_bytes() == files[1].read_bytes()
     assert all(map(is_offloaded, layers)), "nothing stays in memory"
+
+
+def test_a_model_on_disk_that_does_not_come_apart_is_refused(tmp_path):
+    source = describe_source(write_model("Gemma 4", tmp_path / "model"))
+    on_disk, _ = load_model(source, device="cpu", memory_limit=1)
+    with pytest.raises(
+        SamqError, match=r"Gemma4ForCausalLM does not fit the memory, and does not run a block at a time: "
+    ):
+        measure(on_disk, random_tokens(), all_matrices(on_disk))
 
 
 def test_a_model_that_fits_the_limit_is_in_memory(tmp_path):
