@@ -4,6 +4,7 @@ A parameter on disk is on torch's meta device, and `keep_on_disk` notes in it wh
 brought to the device for as long as it runs, and those of the next one meanwhile, by another thread.
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from samq.sensitivity.transfer import Transfer, now
+
+READERS = 4  # threads that read a block's weights
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
 
 
@@ -26,11 +30,12 @@ class StoredTensor:
     name: str
     dtype: torch.dtype
 
-    def read(self) -> torch.Tensor:
-        """Its values, in the host's memory."""
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Its values, in the host's memory: in `into`, if that is given, which has its shape and type."""
         with safe_open(self.file, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(self.name)
-            return tensor.to(self.dtype, copy=True)  # a copy: the tensor itself keeps the file's pages in memory
+            # a copy: the tensor itself keeps the file's pages in memory
+            return tensor.to(self.dtype, copy=True) if into is None else into.copy_(tensor)
 
 
 def keep_on_disk(parameter: nn.Parameter, stored: StoredTensor) -> None:
@@ -57,48 +62,62 @@ class Residence:
         self.blocks = blocks
         self.devices = [_device(block, device) for block in blocks]
         self._elsewhere = [_elsewhere(block, device) for block, device in zip(blocks, self.devices, strict=True)]
-        self._coming: dict[int, Future[_Copies]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch-block")
+        self._coming: dict[int, list[tuple[_Place, Future[nn.Parameter]]]] = {}
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="fetch-block")
+        self._local = threading.local()  # a thread's stream, and memory that is fast to copy from
 
     def __enter__(self) -> Self:
         """Nothing is fetched yet."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
         self._coming.clear()
 
     @contextmanager
     def block(self, number: int, then: int | None) -> Iterator[nn.Module]:
         """The block with its weights on its device; meanwhile those of block number `then` are fetched."""
-        copies = (self._coming.pop(number, None) or self._fetch(number)).result()
+        coming = self._coming.pop(number, None) or self._fetch(number)
+        copies = {place: future.result() for place, future in coming}
         if then is not None and 0 <= then < len(self.blocks) and then not in self._coming:
             self._coming[then] = self._fetch(then)
-        copies.wait()
-        with _in_place(copies.parameters):
+        with _in_place(copies):
             yield self.blocks[number]
 
-    def _fetch(self, number: int) -> "Future[_Copies]":
-        return self._thread.submit(_copies, self._elsewhere[number], self.devices[number])
+    def _fetch(self, number: int) -> "list[tuple[_Place, Future[nn.Parameter]]]":
+        device = self.devices[number]
+        parameters = self._elsewhere[number]
+        # Memory for all, from what the computing stream has freed: a thread's own stream would have a pool of its own.
+        into = [torch.empty(parameter.shape, dtype=parameter.dtype, device=device) for _, parameter in parameters]
+        free = now(device)
+        return [
+            (place, self._threads.submit(self._copy, parameter, copy, free))
+            for (place, parameter), copy in zip(parameters, into, strict=True)
+        ]
+
+    def _copy(self, parameter: nn.Parameter, into: torch.Tensor, free: Any) -> nn.Parameter:
+        """The parameter's values in `into`, which nothing uses after the event `free`."""
+        stored: StoredTensor | None = getattr(parameter, _STORED, None)
+        if not into.is_cuda:
+            values = into.copy_(parameter.detach()) if stored is None else stored.read(into)
+            return nn.Parameter(values, requires_grad=False)
+        here = self._local.__dict__
+        if here.get("device") != into.device:
+            here |= {
+                "device": into.device,
+                "transfer": Transfer(into.device),
+                "pinned": torch.empty(0, dtype=torch.uint8),
+            }
+        if here["pinned"].numel() < into.nbytes:
+            here["pinned"] = torch.empty(into.nbytes, dtype=torch.uint8, pin_memory=True)
+        pinned = here["pinned"][: into.nbytes].view(into.dtype).view(into.shape)
+        pinned = pinned.copy_(parameter.detach()) if stored is None else stored.read(pinned)
+        return nn.Parameter(here["transfer"].to_gpu(pinned, into, free), requires_grad=False)
 
 
 _Place = tuple[nn.Module, str]
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """Copies of parameters, by their places, and the event after which a GPU has them."""
-
-    parameters: Mapping[_Place, nn.Parameter]
-    event: Any = None
-
-    def wait(self) -> None:
-        if self.event is not None:
-            stream = torch.cuda.current_stream(next(iter(self.parameters.values())).device)
-            stream.wait_event(self.event)
-            for parameter in self.parameters.values():
-                parameter.record_stream(stream)
+_Copies = dict[_Place, nn.Parameter]
 
 
 def _elsewhere(block: nn.Module, device: torch.device) -> list[tuple[_Place, nn.Parameter]]:
@@ -109,27 +128,6 @@ def _elsewhere(block: nn.Module, device: torch.device) -> list[tuple[_Place, nn.
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.device != device
     ]
-
-
-def _copies(places: list[tuple[_Place, nn.Parameter]], device: torch.device) -> _Copies:
-    """Copies of parameters on the device."""
-    if device.type != "cuda" or not places:
-        return _Copies({place: _frozen(values_of(parameter).to(device)) for place, parameter in places})
-    stream = torch.cuda.Stream(device)
-    pinned: list[torch.Tensor] = []
-    copies: dict[_Place, nn.Parameter] = {}
-    with torch.cuda.stream(stream):
-        for place, parameter in places:
-            pinned.append(values_of(parameter).pin_memory())
-            copies[place] = _frozen(pinned[-1].to(device, non_blocking=True))
-    event = torch.cuda.Event()
-    event.record(stream)
-    event.synchronize()  # in this thread; until then the pinned memory is in use
-    return _Copies(copies, event)
-
-
-def _frozen(values: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)
 
 
 @contextmanager
