@@ -18,7 +18,7 @@ class HiddenStates:
         self._folder = place if isinstance(place, Path) else None
         self._device = torch.device("cpu") if isinstance(place, Path) else place
         self._kept: dict[int, dict[int, Future[torch.Tensor]]] = {}
-        self._transfers: dict[torch.device, Transfer] = {}
+        self._transfers: dict[tuple[torch.device, str], Transfer] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hidden-states")
 
     def put(self, block: int, batch: int, states: torch.Tensor) -> None:
@@ -26,7 +26,7 @@ class HiddenStates:
         states = states.detach()
         kept: Future[torch.Tensor] = Future()
         if states.is_cuda and self._device.type == "cpu":  # by a thread, which waits until they are computed
-            transfer = self._transfer(states.device)
+            transfer = self._transfer(states.device, "out")
             kept = self._thread.submit(transfer.to_host, states, now(states.device))
         else:
             kept.set_result(states.to(self._device))
@@ -52,7 +52,7 @@ class HiddenStates:
         if device.type != "cuda" or states.is_cuda:
             return states.to(device)
         into = torch.empty(states.shape, dtype=states.dtype, device=device)
-        return self._transfer(device).to_gpu(states, into, now(device))
+        return self._transfer(device, "in").to_gpu(states, into, now(device))
 
     def drop(self, block: int) -> None:
         """Forget the states before a block."""
@@ -60,10 +60,10 @@ class HiddenStates:
         if self._folder is not None:
             self._file(block).unlink(missing_ok=True)
 
-    def _transfer(self, device: torch.device) -> Transfer:
-        if device not in self._transfers:
-            self._transfers[device] = Transfer(device)
-        return self._transfers[device]
+    def _transfer(self, device: torch.device, way: str) -> Transfer:
+        if (device, way) not in self._transfers:
+            self._transfers[device, way] = Transfer(device)
+        return self._transfers[device, way]
 
     def _file(self, block: int) -> Path:
         assert self._folder is not None

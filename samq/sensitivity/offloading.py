@@ -30,12 +30,16 @@ class StoredTensor:
     name: str
     dtype: torch.dtype
 
-    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Its values, in the host's memory: in `into`, if that is given, which has its shape and type."""
+    @contextmanager
+    def opened(self) -> Iterator[torch.Tensor]:
+        """Its values as the file has them, whose pages are in memory as long as the tensor."""
         with safe_open(self.file, "pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-            # a copy: the tensor itself keeps the file's pages in memory
-            return tensor.to(self.dtype, copy=True) if into is None else into.copy_(tensor)
+            yield file.get_tensor(self.name)
+
+    def read(self) -> torch.Tensor:
+        """Its values, in the host's memory."""
+        with self.opened() as values:
+            return values.to(self.dtype, copy=True)
 
 
 def keep_on_disk(parameter: nn.Parameter, stored: StoredTensor) -> None:
@@ -64,7 +68,7 @@ class Residence:
         self._elsewhere = [_elsewhere(block, device) for block, device in zip(blocks, self.devices, strict=True)]
         self._coming: dict[int, list[tuple[_Place, Future[nn.Parameter]]]] = {}
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="fetch-block")
-        self._local = threading.local()  # a thread's stream, and memory that is fast to copy from
+        self._local = threading.local()  # a thread's way to each GPU
 
     def __enter__(self) -> Self:
         """Nothing is fetched yet."""
@@ -100,20 +104,15 @@ class Residence:
         """The parameter's values in `into`, which nothing uses after the event `free`."""
         stored: StoredTensor | None = getattr(parameter, _STORED, None)
         if not into.is_cuda:
-            values = into.copy_(parameter.detach()) if stored is None else stored.read(into)
-            return nn.Parameter(values, requires_grad=False)
-        here = self._local.__dict__
-        if here.get("device") != into.device:
-            here |= {
-                "device": into.device,
-                "transfer": Transfer(into.device),
-                "pinned": torch.empty(0, dtype=torch.uint8),
-            }
-        if here["pinned"].numel() < into.nbytes:
-            here["pinned"] = torch.empty(into.nbytes, dtype=torch.uint8, pin_memory=True)
-        pinned = here["pinned"][: into.nbytes].view(into.dtype).view(into.shape)
-        pinned = pinned.copy_(parameter.detach()) if stored is None else stored.read(pinned)
-        return nn.Parameter(here["transfer"].to_gpu(pinned, into, free), requires_grad=False)
+            return nn.Parameter(into.copy_(values_of(parameter)), requires_grad=False)
+        transfers: dict[torch.device, Transfer] = self._local.__dict__.setdefault("transfers", {})
+        if into.device not in transfers:
+            transfers[into.device] = Transfer(into.device)
+        transfer = transfers[into.device]
+        if stored is None:
+            return nn.Parameter(transfer.to_gpu(parameter.detach(), into, free), requires_grad=False)
+        with stored.opened() as values:
+            return nn.Parameter(transfer.to_gpu(values, into, free), requires_grad=False)
 
 
 _Place = tuple[nn.Module, str]
