@@ -33,10 +33,10 @@ def calibrate(gguf: Path, samples: int, sequence_tokens: int, rounds: int, batch
     from samq.data.datasets import DatasetSpec, load_texts
     from samq.data.tokens import tokenize
     from samq.gguf.file import gguf_names, read_metadata
-    from samq.sensitivity.backpropagation import Labelling
     from samq.sensitivity.checkpoint import describe_source
     from samq.sensitivity.hf_model import load_model
     from samq.sensitivity.layout import GgufLayout, row_orders, weights_of
+    from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
 
     result: dict = {"seconds": {name: [] for name in VARIANTS}}

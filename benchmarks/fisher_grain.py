@@ -32,8 +32,9 @@ from samq.allocation.target import stock_plan
 from samq.gguf.file import TensorInfo, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, digest_of
-from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.backpropagation import backpropagate
 from samq.sensitivity.layout import row_orders, weights_of
+from samq.sensitivity.loss import Labelling
 from samq.sweep.comparison import compare
 
 MIXTURES = ("Q4_K_M", "Q3_K_M")

@@ -134,10 +134,10 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
 
     from samq.data.tokens import TokenBatch
     from samq.gguf.file import gguf_names
-    from samq.sensitivity.backpropagation import Labelling
     from samq.sensitivity.checkpoint import describe_source
     from samq.sensitivity.hf_model import load_model
     from samq.sensitivity.layout import GgufLayout, weights_of
+    from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
     from samq.sensitivity.memory import Memory
     from samq.sensitivity.offloading import is_offloaded

@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from samq.allocation.budget import BudgetPolicy
-from samq.allocation.budget_notation import read_budget
+from samq.allocation.budget_notation import read_budget, read_size
 from samq.allocation.ladder import DEFAULT_TYPES
 from samq.allocation.threshold import ThresholdPolicy, resolve_threshold
 from samq.data.datasets import DatasetSpec
@@ -47,6 +47,24 @@ class ModelParameters(Parameters):
     )
     dtype: str = Field(default="float32", pattern="^(float32|bfloat16|float16)$", description="torch's, for gradients")
     device: str = Field(default="auto", description="auto (all GPUs, else the CPU), cpu, or cuda:0")
+    memory_limit: str | None = Field(
+        default=None,
+        description="memory of the device that the model may take for gradients, such as 20GiB; blocks of a model that does not "
+        "fit stay on disk until they run; default: what is free",
+    )
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _is_a_size(cls, text: str | None) -> str | None:
+        try:
+            return text if text is None or read_size(text) else None
+        except SamqError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """The limit in bytes."""
+        return read_size(self.memory_limit) if self.memory_limit else None
 
 
 class CalibrationParameters(Parameters):

@@ -39,6 +39,12 @@ from tasks.track import track
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
 
 
+def workspace_of(parameters: RequantizeParameters) -> Workspace:
+    """The store here and the installed llama.cpp, with the parameters' device and limits."""
+    model = parameters.model
+    return Workspace.here(device=model.device, timeout_s=parameters.timeout_s, memory_limit=model.memory_limit_bytes)
+
+
 def measure_sweep(at: Workspace, parameters: RequantizeParameters) -> Sweep:
     """Build, measure and compare every candidate; one that fails is among the failures and does not stop the others."""
     candidates, evaluation, gather = parameters.candidates, parameters.evaluation, Gather()
@@ -101,7 +107,7 @@ def run_name() -> str:
 )
 def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     """Measure a sweep, compare it with what is in production, report and track it, and register the best candidate."""
-    at = Workspace.here(device=parameters.model.device, timeout_s=parameters.timeout_s)
+    at = workspace_of(parameters)
     sweep = measure_sweep(at, parameters)
     tracking = tracking_settings(parameters, sweep.made_from.source.name)
     sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)

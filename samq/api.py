@@ -14,6 +14,7 @@ from typing import Any
 
 from flows.parameters import RequantizeParameters, load_parameters
 from flows.requantize import measure_sweep as _measure_sweep
+from flows.requantize import workspace_of
 from samq.errors import SamqError
 from samq.records import Plan, SensitivityMap
 from samq.report.figures import pareto_figure
@@ -48,5 +49,4 @@ def measure_sweep(parameters: RequantizeParameters | Mapping[str, Any] | str | P
             parameters = load_parameters(Path(parameters))
         case Mapping():
             parameters = RequantizeParameters.model_validate(parameters)
-    at = Workspace.here(device=parameters.model.device, timeout_s=parameters.timeout_s)
-    return _measure_sweep(at, parameters)
+    return _measure_sweep(workspace_of(parameters), parameters)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
@@ -136,6 +136,26 @@ class Store:
             finally:
                 remove_all_but_logs(work)
                 Path(lock.lock_file).unlink(missing_ok=True)
+
+    @contextmanager
+    def scratch(self, stage: str, key: str) -> Iterator[Path | None]:
+        """Yield a folder, which need not exist, in which a process that is killed leaves what the next one goes on from.
+
+        It is gone when the block ends well. None if another process works on the same artifact just now.
+        """
+        folder = self._temporary / f"going-on-{stage}-{key}"
+        lock = FileLock(folder.with_suffix(".held"), blocking=False, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except (OSError, Timeout):
+            yield None
+            return
+        try:
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     def _unwritable(self, error: OSError) -> SamqError:
         return SamqError(

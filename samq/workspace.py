@@ -23,6 +23,7 @@ class Workspace:
     device: str = "auto"  # torch's: auto (all GPUs, else the CPU), cpu, or cuda:0
     timeout_s: float = PROGRAM_TIMEOUT_S  # limit of each program of llama.cpp
     memory_limit: int | None = None  # bytes of the device's memory that torch may take; None: what is free
+    scratch: Path | None = None  # where a stage that was killed finds what it had done; only for stages that can go on
 
     @classmethod
     def here(

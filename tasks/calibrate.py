@@ -8,8 +8,8 @@ from samq.data.tokens import TokenBatch
 from samq.files import CALIBRATION_SET_NAME, FISHER_NAME, MAP_NAME, TOKENS_NAME
 from samq.progress import bar
 from samq.records import CalibrationSet, Labels, SensitivityMap
-from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.fisher import load_fisher, routing, save_fisher
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from samq.sensitivity.memory import Memory
 from samq.store import Artifact
@@ -42,6 +42,7 @@ def load_map(sensitivities: Artifact) -> SensitivityMap:
     keyed_by=("device",),
     packages=("torch", "transformers"),
     retries=1,
+    goes_on=True,
 )
 def calibrate(
     at: Workspace,
@@ -64,7 +65,7 @@ def calibrate(
             Origin(model.source.digest(), CalibrationSet.load(tokens.path(CALIBRATION_SET_NAME)).digest()),
             labelling=Labelling(passes.labels, passes.seed, first),
             batch_size=passes.batch_size,
-            memory=Memory(at.memory_limit, folder),
+            memory=Memory(at.memory_limit, at.scratch),
             progress=progress,
         )
     if earlier:

@@ -36,6 +36,7 @@ class BuiltPlan:
     keyed_by=("device",),
     packages=("torch", "transformers"),
     retries=1,
+    goes_on=True,
 )
 def check(
     at: Workspace,
@@ -58,7 +59,7 @@ def check(
             layout,
             batch_size=batch_size,
             seed=seed,
-            memory=Memory(at.memory_limit, folder),
+            memory=Memory(at.memory_limit, at.scratch),
             progress=progress,
         )
     prediction.save(folder / CHECK_NAME)

@@ -11,8 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -193,10 +193,12 @@ def stage(
     keyed_by: tuple[str, ...] = (),
     packages: tuple[str, ...] = (),
     retries: int = 2,
+    goes_on: bool = False,
 ) -> Callable[[Callable[Concatenate[Workspace, Path, P], None]], LocalTask[Concatenate[Workspace, P], Artifact]]:
     """Decorate `make(at, folder, *inputs)` into a task `(at, *inputs) -> Artifact`.
 
-    `keyed_by` names what of the workspace the output depends on (see `Workspace.contents`), `packages` the Python packages.
+    `keyed_by` names what of the workspace the output depends on (see `Workspace.contents`), `packages` the Python packages. A
+    stage that `goes_on` where a killed one was has a folder for that, `at.scratch`.
     """
     policy = ContentCache(stage=name, version=version, keyed_by=keyed_by, packages=packages)
 
@@ -216,8 +218,12 @@ def stage(
             artifact = store.find(name, key)
             if artifact is None:  # also when Prefect has forgotten what the store still has
                 started = time.monotonic()
-                with ExitStack() as publishing, store.publish(name, key, policy.made_by(at, inputs)) as folder:
-                    make(at, folder, *args, **kwargs)
+                with (
+                    store.scratch(name, key) if goes_on else nullcontext() as scratch,
+                    ExitStack() as publishing,
+                    store.publish(name, key, policy.made_by(at, inputs)) as folder,
+                ):
+                    make(replace(at, scratch=scratch), folder, *args, **kwargs)
                     publishing.enter_context(bar(f"keep what {name} made"))  # it is read once more, for its hashes
                 artifact = store.find(name, key)
                 log.debug("%s %s took %.1f s", name, key[:12], time.monotonic() - started)

@@ -86,6 +86,13 @@ def read_budget(text: str) -> WrittenBudget:
     raise SamqError(f"{text!r} is not a budget; give {_EXAMPLES}")
 
 
+def read_size(text: str) -> int:
+    """Bytes of a size such as 20GiB; raises SamqError if `text` is not a size."""
+    if not re.fullmatch(_SIZE, text) or not (size := read_budget(text).bytes):
+        raise SamqError(f"{text!r} is not a size; give a number of bytes, or one such as 20GiB or 1500MB")
+    return size
+
+
 def plan_name(text: str) -> str:
     """The name of a budget's plan: `samq-Q4_K_M` for size-of:Q4_K_M, `samq-4.5bpw` for 4.5bpw."""
     return "samq-" + re.sub(r"[^\w.]+", "-", text.removeprefix("size-of:"))

@@ -29,9 +29,11 @@ from samq.errors import SamqError
 from samq.gguf.file import open_gguf, read_tensors
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, PredictionCheck
-from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.backpropagation import backpropagate
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.memory import UNLIMITED, Memory
+from samq.sensitivity.reduction import Reduced
 from samq.sensitivity.weight_gradients import Gradients, Rows
 
 
@@ -67,7 +69,7 @@ def check_prediction(
             dequantized less often, and its rounding error stays in memory for the whole batch.
         seed: of the drawn labels, which differ from the calibration's with the same seed.
         memory: what it may use.
-        progress: told of the batches that are done, through each block there and back.
+        progress: told of the blocks that are done, there and back.
 
     Raises:
         SamqError: too few sequences, a GGUF of another model or plan, NaN or Inf in it, in a loss or in a gradient, or
@@ -87,7 +89,7 @@ def check_prediction(
         memory=memory,
         progress=progress,
     )
-    products, squares = sums[..., 0], sums[..., 1]
+    products, squares = np.moveaxis(sums.numbers(), -1, 0)
     label_tokens = tokens.lengths.astype(np.int64) - 1
     return PredictionCheck(
         plan=plan.name,
@@ -130,7 +132,7 @@ class _RoundingErrors:
                     "give the GGUF that was made from the plan"
                 )
 
-    def products(self, index: int, gradients: Gradients) -> torch.Tensor:
+    def products(self, index: int, gradients: Gradients) -> Reduced:
         """(<g, dW>, sum of g^2 dW^2) of each sequence, over the rows of one weight that the gradients have."""
         name = self.weights[index].name
         changed = self._rounded[name].tensor_type != self._originals[name].tensor_type
@@ -138,7 +140,7 @@ class _RoundingErrors:
         for sample, rows, gradient in gradients.bands() if changed else ():
             products = gradient.double() * self._errors(index, rows, gradient.device)
             sums[sample] += torch.stack([products.sum(), products.square_().sum()])
-        return sums
+        return Reduced(sums)
 
     def _errors(self, index: int, rows: Rows, device: torch.device) -> torch.Tensor:
         """dW of some rows; a band's is cached for the batch's other sequences until another weight's are read."""

@@ -21,6 +21,7 @@ from samq.cli.options import (
     GgufOut,
     HfFolder,
     Imatrix,
+    MemoryLimit,
     Packing,
     Revision,
     Seed,
@@ -87,6 +88,7 @@ def compensate(
     batch_size: BatchSize = 1,
     dtype: DtypeOption = "float32",
     device: Device = "auto",
+    memory_limit: MemoryLimit = None,
     packing: Packing = None,
     seed: Seed = 0,
     model: Annotated[
@@ -106,7 +108,7 @@ def compensate(
         _check_pair(gguf, quantized)
     text = read_calibration(dataset_spec(dataset, field, split=split, seed=seed), samples, None, packing)
     source = find_model(model or gguf, revision, hf_folder)
-    at, full = stages.workspace(device), adopt({GGUF_NAME: gguf})
+    at, full = stages.workspace(device, memory_limit), adopt({GGUF_NAME: gguf})
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():
         from tasks.model import TorchModel

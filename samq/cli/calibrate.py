@@ -19,6 +19,7 @@ from samq.cli.options import (
     FullGguf,
     HfFolder,
     LabelsOption,
+    MemoryLimit,
     ModelArgument,
     Packing,
     Revision,
@@ -47,6 +48,7 @@ def calibrate(
     batch_size: BatchSize = 1,
     dtype: DtypeOption = "float32",
     device: Device = "auto",
+    memory_limit: MemoryLimit = None,
     labels: Annotated[
         LabelsOption,
         typer.Option(help="Labels of the loss: drawn from the model (predicts KL divergence), or the text's own."),
@@ -65,7 +67,7 @@ def calibrate(
     spec = dataset_spec(dataset, field, split=split, seed=seed)
     text = read_calibration(spec, samples, CALIBRATION_SAMPLES, packing)
     source = find_model(model, revision, hf_folder)
-    at = stages.workspace(device)
+    at = stages.workspace(device, memory_limit)
     full, mmproj = stages.convert(at, source), stages.convert_mmproj(at, source)
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():

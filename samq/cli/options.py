@@ -59,6 +59,13 @@ SequenceTokens = Annotated[int, typer.Option(min=2, help="Longest sequence, in t
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per batch.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the model in torch.")]
 Device = Annotated[str, typer.Option(help="Torch device, such as cuda:0. auto: all GPUs, or else the CPU.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of the device that the model may take, such as 20GiB. What does not fit stays on disk until it is needed. "
+        "[default: what is free]"
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sample order and, in `samq calibrate`, of the labels.")]
 Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of `samq imatrix` or llama-imatrix.")]
 NoImatrix = Annotated[bool, typer.Option("--no-imatrix", help="Work without an importance matrix, at lower quality.")]

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from tasks.text import FirstSequences
 
 
-def workspace(device: str = "auto") -> "Workspace":
+def workspace(device: str = "auto", memory_limit: str | None = None) -> "Workspace":
     """The store of the SAMQ folder and the installed llama.cpp."""
+    from samq.allocation.budget_notation import read_size
     from samq.workspace import Workspace
 
-    return Workspace.here(device=device)
+    return Workspace.here(device=device, memory_limit=read_size(memory_limit) if memory_limit else None)
 
 
 def convert(at: "Workspace", source: "ModelSource") -> "Artifact":

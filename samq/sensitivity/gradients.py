@@ -139,6 +139,21 @@ class SampleGradients:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
+    def pending(self) -> dict[str, torch.Tensor]:
+        """What is kept of outputs tied to an embedding until the embedding's own pass."""
+        return {
+            f"tied.{index}.{sequence}.{place}": tensor
+            for (index, sequence), parts in self._tied.items()
+            for place, tensor in enumerate(parts)
+        }
+
+    def restore_pending(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Have what `pending` gave, in another process perhaps."""
+        for name in state:
+            if name.startswith("tied.") and name.endswith(".0"):
+                index, sequence = map(int, name.split(".")[1:3])
+                self._tied[index, sequence] = state[name], state[f"{name[:-1]}1"]
+
     def _watch(self, part: nn.Module) -> list[tuple[nn.Parameter, Any]]:
         """Let autograd take the gradient of those of the part's weights that are not hooked."""
         inside = set(part.modules())

@@ -25,10 +25,12 @@ from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.progress import Progress, silent
 from samq.records import SensitivityMap, TensorSensitivity
-from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.backpropagation import backpropagate
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.layout import GgufLayout, Weight
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.memory import UNLIMITED, Memory
+from samq.sensitivity.reduction import Reduced
 from samq.sensitivity.weight_gradients import Gradients
 
 
@@ -62,7 +64,7 @@ def measure_sensitivity(
         batch_size: sequences a pass, which changes the figures by rounding only. For models with weights outside linear
             layers (GPT-2, mixtures of experts) it is 1.
         memory: what it may use.
-        progress: told of the batches that are done, through each block there and back.
+        progress: told of the blocks that are done, there and back.
 
     Returns:
         The map, and GGUF name -> Fisher information.
@@ -74,19 +76,18 @@ def measure_sensitivity(
     if len(tokens) < 2:
         raise SamqError(f"sensitivity needs at least 2 calibration sequences, not {len(tokens)}; give more text")
     weights = layout.weights
-    sums = _Sums(weights)
-    losses, reduced = backpropagate(
+    losses, sums = backpropagate(
         model,
         tokens,
         weights,
-        sums.add,
+        _squares,
         labelling=labelling,
         batch_size=batch_size,
         memory=memory,
         progress=progress,
     )
     label_tokens = tokens.lengths.astype(np.int64) - 1
-    squares = dict(zip((weight.name for weight in weights), reduced[..., 0], strict=True))
+    squares = dict(zip((weight.name for weight in weights), sums.numbers()[..., 0], strict=True))
     shapes = {weight.name: weight.shape for weight in weights}
     return (
         SensitivityMap(
@@ -99,7 +100,10 @@ def measure_sensitivity(
             tied_embeddings=not {"output.weight"} & (squares.keys() | layout.unknown),
             tensors=_sensitivities(shapes, squares, label_tokens),
         ),
-        sums.fisher(int(label_tokens.sum())),
+        {
+            weight.name: _fisher(weight, sums.totals(index), int(label_tokens.sum()))
+            for index, weight in enumerate(weights)
+        },
     )
 
 
@@ -152,34 +156,16 @@ def _sensitivities(
     }
 
 
-class _Sums:
-    """The sums of squared gradients over all sequences, for each row and each column of every weight."""
+def _squares(index: int, gradients: Gradients) -> Reduced:
+    """Squares of gradients: each sequence's sum, in nats^2 per squared weight; of each row and of each column, over sequences."""
+    by_row, by_column = gradients.squares()
+    return Reduced(by_row.sum(1, keepdim=True, dtype=torch.float64), (by_row.sum(0), by_column.sum(0)))
 
-    def __init__(self, weights: list[Weight]) -> None:
-        self.weights = weights
-        self._rows: dict[int, torch.Tensor] = {}  # weight's index -> (rows of all experts,)
-        self._columns: dict[int, torch.Tensor] = {}  # (row length,), experts first if stacked
 
-    def add(self, index: int, gradients: Gradients) -> torch.Tensor:
-        """Add the squares of a batch's gradients; returns each sequence's sum, (sequences, 1), in nats^2 per squared weight."""
-        by_row, by_column = gradients.squares()
-        for sums, squares in ((self._rows, by_row), (self._columns, by_column)):
-            if index in sums:
-                sums[index] += squares.sum(0)
-            else:
-                sums[index] = squares.sum(0)
-        total: torch.Tensor = by_row.sum(1, keepdim=True, dtype=torch.float64)
-        return total
-
-    def fisher(self, label_tokens: int) -> dict[str, Fisher]:
-        """GGUF name -> Fisher information; zero for a weight that no gradient came for."""
-        result = {}
-        for index, weight in enumerate(self.weights):
-            *experts, rows, columns = weight.shape
-            by_row = self._rows.get(index, torch.zeros(math.prod(experts) * rows))
-            by_column = self._columns.get(index, torch.zeros(*experts, columns))
-            result[weight.name] = Fisher(
-                (by_row / (columns * label_tokens)).cpu().numpy().reshape(*experts, rows),
-                (by_column / (rows * label_tokens)).cpu().numpy(),
-            )
-        return result
+def _fisher(weight: Weight, totals: tuple[torch.Tensor, ...], label_tokens: int) -> Fisher:
+    """The Fisher information of a weight, from the squares of each row and each column; zero if no gradient came for it."""
+    *experts, rows, columns = weight.shape
+    by_row, by_column = totals or (torch.zeros(math.prod(experts) * rows), torch.zeros(*experts, columns))
+    return Fisher(
+        (by_row / (columns * label_tokens)).numpy().reshape(*experts, rows), (by_column / (rows * label_tokens)).numpy()
+    )

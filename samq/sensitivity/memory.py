@@ -18,16 +18,16 @@ class Memory:
     """What a measurement may use."""
 
     limit_bytes: int | None = None  # of the device that computes; None: what is free there
-    folder: Path | None = None  # for what neither the device's nor the host's memory holds
+    folder: Path | None = None  # for what memory does not hold, and what a killed run goes on from
 
-    def place(self, size: int, device: torch.device) -> torch.device | Path:
-        """Where `size` bytes of hidden states are kept: on the device, on the host, or else in the folder."""
-        for place in dict.fromkeys((device, torch.device("cpu"))):
-            limit = self.limit_bytes if place == device else None
-            if size * _SHARE <= free_bytes(place, limit) or (place.type == "cpu" and self.folder is None):
-                return place
-        assert self.folder is not None
-        return self.folder
+    def place(self, size: int, device: torch.device, *, offloaded: bool) -> torch.device | None:
+        """Where `size` bytes of hidden states are kept: on a device, or, if None, in the folder.
+
+        They are on the GPU if the whole model is and they fit. What takes longer than that can go on from the folder.
+        """
+        if device.type == "cuda" and not offloaded and size * _SHARE <= free_bytes(device, self.limit_bytes):
+            return device
+        return torch.device("cpu") if self.folder is None else None
 
 
 UNLIMITED = Memory()  # what is free

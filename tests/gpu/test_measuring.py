@@ -6,11 +6,11 @@ import torch
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.gram import GramMatrices, measure_gram
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, weights_of
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from tests.samq.allocation.test_prediction_check import MODELS, check, quantized
 from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama

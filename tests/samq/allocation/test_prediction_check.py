@@ -13,8 +13,8 @@ from samq.errors import SamqError
 from samq.gguf.file import read_tensors, read_weights
 from samq.gguf.formats import fits
 from samq.records import Metric, Plan
-from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.layout import GgufLayout, Weight, weights_of
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.sensitivity.views import View, rotary_row_order
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
@@ -129,7 +129,7 @@ def test_the_check_says_what_it_was_made_on(tmp_path):
     assert (figures.plan, figures.plan_digest) == ("mixed", arguments["plan"].digest())
     assert (figures.samples, figures.tokens, figures.predicted) == (5, 35, PREDICTED)
     assert figures.additive.n == figures.by_tensor.n == figures.joint.n == 5
-    assert seen == [(step, 12) for step in range(1, 13)]  # 3 batches, 2 blocks, there and back
+    assert seen == [(step, 4) for step in range(5)]  # 2 blocks, there and back
 
 
 def test_standard_errors_of_sequences_of_one_length_are_those_of_a_mean(tmp_path):

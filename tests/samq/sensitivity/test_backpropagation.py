@@ -5,19 +5,22 @@ import torch
 
 from samq.data.tokens import batches
 from samq.errors import SamqError
-from samq.sensitivity.backpropagation import Labelling, backpropagate
+from samq.sensitivity.backpropagation import backpropagate
 from samq.sensitivity.layout import weights_of
+from samq.sensitivity.loss import Labelling
+from samq.sensitivity.reduction import Reduced
 from tests.tiny_models import names_of, random_tokens, tiny_llama
 
 
 def run(model, tokens, reduce, *, labels="text", seed=0, first_sequence=0, **arguments):
     labelling = Labelling(labels, seed, first_sequence, "check")
     weights = weights_of(model, names_of(model))
-    return backpropagate(model, tokens, weights, reduce, labelling=labelling, **arguments)
+    losses, sums = backpropagate(model, tokens, weights, reduce, labelling=labelling, **arguments)
+    return losses, sums.numbers()
 
 
 def nothing(index, gradients):
-    return gradients.zeros(1)
+    return Reduced(gradients.zeros(1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -32,7 +35,7 @@ def test_numbers_of_all_rows_are_added_up_for_each_weight_and_sequence(batch_siz
         sums = gradients.zeros(2)
         for sample, _, values in gradients.bands():
             sums[sample] += torch.stack([values.sum(dtype=torch.float64), torch.tensor(len(values))])
-        return sums
+        return Reduced(sums)
 
     losses, sums = run(model, tokens, reduce, batch_size=batch_size)
     for number, (ids, _, labels) in enumerate(batches(tokens, 1)):
@@ -91,7 +94,7 @@ def test_numbers_that_are_not_finite_are_named_with_the_tensor_and_the_sequence(
         numbers = gradients.zeros(1)
         if index == 2 and calls.count(2) == 2:
             numbers[1] = math.inf
-        return numbers
+        return Reduced(numbers)
 
     with pytest.raises(SamqError, match=r"gradient of blk\.0\.attn_k\.weight on check sequence 3 is NaN or Inf"):
         run(tiny_llama(), random_tokens(), reduce, batch_size=2)

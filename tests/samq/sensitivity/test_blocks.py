@@ -6,12 +6,12 @@ import torch
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
-from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.blocks import Blocks
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.gram import measure_gram
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, Weight, weights_of
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.sensitivity.offloading import is_offloaded, values_of
 from samq.sensitivity.views import View

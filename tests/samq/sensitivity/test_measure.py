@@ -7,8 +7,8 @@ import torch
 
 from samq.data.tokens import TokenBatch, batches
 from samq.errors import SamqError
-from samq.sensitivity.backpropagation import Labelling
 from samq.sensitivity.layout import GgufLayout, read_layout, weights_of
+from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral, write_llama_gguf
 
@@ -179,10 +179,10 @@ def test_half_precision_models_accumulate_in_float32():
         assert rough.tensors[name].gradient_norm == pytest.approx(tensor.gradient_norm, rel=0.1)
 
 
-def test_progress_counts_batches_through_blocks():
+def test_progress_counts_blocks_there_and_back():
     seen = []
     measure(tiny_llama(), random_tokens(), batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(step, 12) for step in range(1, 13)]  # 3 batches, 2 blocks, there and back
+    assert seen == [(step, 4) for step in range(5)]  # 2 blocks, there and back
 
 
 def test_a_damaged_weight_is_named_with_the_sequence():

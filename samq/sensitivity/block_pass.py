@@ -1,0 +1,255 @@
+"""All sequences through one decoder block after another, forward and then backward.
+
+The hidden states before each block are kept, and what lies between is computed again on the way back (Chen et al. 2016,
+arXiv:1604.06174). A block's weights are needed twice, for all sequences at once. With a folder, a pass that was killed goes
+on at the block where it was.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from samq.data.tokens import TokenBatch, batches
+from samq.progress import Progress
+from samq.sensitivity.blocks import Blocks, Call, main_device
+from samq.sensitivity.checkpoints import Checkpoints
+from samq.sensitivity.gradients import Batch, SampleGradients
+from samq.sensitivity.hidden_states import HiddenStates
+from samq.sensitivity.loss import Loss
+from samq.sensitivity.memory import Memory, needs_gpu_memory
+from samq.sensitivity.offloading import Residence, is_offloaded
+from samq.sensitivity.reduction import Sums
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Some sequences in one batch, padded to the longest: token ids and mask (sequences, T)."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor  # 0 at padding
+    batch: Batch
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask."""
+        return self.ids.to(device), self.mask.to(device)
+
+    def memory(self) -> AbstractContextManager[None]:
+        """Says what does not fit if a GPU runs out of memory."""
+        return needs_gpu_memory(
+            f"a pass over {len(self.batch.lengths)} sequences of up to {self.batch.longest} tokens",
+            "use a smaller batch size or shorter sequences",
+        )
+
+
+def batched(tokens: TokenBatch, batch_size: int) -> list[Sequences]:
+    """The sequences, so many a batch."""
+    numbered, first = [], 0
+    for ids, mask, _ in batches(tokens, batch_size):
+        numbered.append(Sequences(ids, mask, Batch(first, mask.sum(1).tolist())))
+        first += len(ids)
+    return numbered
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a backward pass is for."""
+
+    gradients: SampleGradients
+    sums: Sums
+    loss: Loss
+    batches: list[Sequences]
+    progress: Progress
+
+
+class _OneByOneError(Exception):
+    """A weight turned out to need batches of one sequence."""
+
+
+class BlockPass:
+    """A pass over all sequences, which hands over all gradients."""
+
+    def __init__(self, blocks: Blocks, work: Work, memory: Memory) -> None:
+        self.blocks, self.work, self.memory = blocks, work, memory
+        self.batches = work.batches
+        self.device = main_device(blocks.model)
+        self.checkpoints = Checkpoints(memory.folder)
+        self._steps = 0
+        self._calls: list[list[Call]] = []  # of each batch, for each block
+        self._slopes: dict[int, torch.Tensor] = {}  # batch -> gradient of the loss with respect to its hidden states
+        # The blocks whose weights may be used without their module: not known before they are in memory.
+        self._not_looked_at = {
+            number for number, layer in enumerate(blocks.layers) if any(map(is_offloaded, layer.parameters()))
+        }
+
+    def run(self) -> None:
+        """Run the pass, from where a killed one was."""
+        with self.blocks.resident() as weights, deterministic(self.device):
+            try:
+                if self.checkpoints.has("one-by-one"):
+                    raise _OneByOneError
+                self._pass(weights)
+            except _OneByOneError:  # found out before the first gradient
+                self.batches = [one for sequences in self.batches for one in _singles(sequences)]
+                if not self.checkpoints.has("one-by-one"):
+                    self.checkpoints.clear()
+                    self.checkpoints.save("one-by-one", {})
+                self._pass(weights)
+        self.checkpoints.clear()
+
+    def _pass(self, weights: Residence) -> None:
+        place = self.memory.place(self._bytes_of_states(), self.device, offloaded=bool(self._not_looked_at))
+        self._states, self._calls, self._steps = HiddenStates(place, self.checkpoints), [], 0
+        with torch.no_grad():
+            self._enter()
+            if not self._turned():
+                self._forward(weights)
+        if not self._turned():
+            self._turn()
+        self._backward(weights)
+        self._embed()
+
+    def _bytes_of_states(self) -> int:
+        """Of the hidden states of all sequences before every block and after the last."""
+        embedding: torch.Tensor = self.blocks.model.get_input_embeddings().weight  # type: ignore[assignment]
+        width: int = self.blocks.model.config.get_text_config().hidden_size
+        positions = sum(sequences.ids.numel() for sequences in self.batches)
+        return (len(self.blocks) + 1) * positions * width * embedding.element_size()
+
+    def _enter(self) -> None:
+        for number, sequences in enumerate(self.batches):
+            entered = self.blocks.enter(*sequences.on(self.device))
+            self._states.put(0, number, entered.hidden)
+            self._calls.append(entered.calls)
+        self._states.close(0)
+
+    def _forward(self, weights: Residence) -> None:
+        last = len(self.blocks) - 1
+        done = max((block for block in range(last + 2) if self._states.has(block)), default=0)
+        self._tell(done)
+        for block in range(done, last + 1):
+            with weights.block(block, min(block + 1, last)) as layer:
+                self._look_at(block, layer, weights.devices[block])
+                for number, sequences in enumerate(self.batches):
+                    hidden = self._states.get(block, number, weights.devices[block])
+                    with sequences.memory():
+                        self._states.put(block + 1, number, self.blocks.run(block, hidden, self._calls[number][block]))
+            self._states.close(block + 1)
+            self._tell(1)
+
+    def _look_at(self, block: int, layer: nn.Module, device: torch.device) -> None:
+        """Find out which weights of a block are used without their module, if it was not in memory before."""
+        if block in self._not_looked_at:
+            self._not_looked_at.remove(block)
+            hidden, gradients = self._states.get(block, 0, device), self.work.gradients
+            gradients.require_calls(lambda: self.blocks.run(block, hidden, self._calls[0][block]), layer)
+            if gradients.one_sample_only and any(len(sequences.batch.lengths) > 1 for sequences in self.batches):
+                raise _OneByOneError
+
+    def _turned(self) -> bool:
+        """Whether the losses, and their gradients with respect to the last hidden states, are known."""
+        return self.checkpoints.has("turned")
+
+    def _turn(self) -> None:
+        """From the last hidden states to the loss and back, a sequence at a time: logits are large."""
+        last = len(self.blocks)
+        for number, sequences in enumerate(self.batches):
+            states = self._states.get(last, number, self.device)
+            slopes = torch.zeros_like(states)
+            for row, length in enumerate(sequences.batch.lengths):
+                hidden = states[row : row + 1, :length].requires_grad_()
+                batch = Batch(sequences.batch.first + row, [length])
+                with sequences.memory(), self.work.gradients.within(None, batch) as backward:
+                    logits = self.blocks.logits(hidden, sequences.ids[row : row + 1, :length].to(self.device))
+                    backward(logits, self.work.loss.gradient(batch.first, logits[0].detach())[None])
+                    del logits
+                slopes[row, :length] = _gradient(hidden)[0]
+            self._slopes[number] = slopes
+        self.work.loss.summed()
+        self._save(last)
+        self.checkpoints.save("turned", self.work.loss.state() | self.work.gradients.pending())
+        self._states.drop(last)
+
+    def _backward(self, weights: Residence) -> None:
+        for block in reversed(range(self._restore())):
+            with weights.block(block, block - 1) as layer:
+                self._look_at(block, layer, weights.devices[block])
+                for number, sequences in enumerate(self.batches):
+                    hidden = self._states.get(block, number, weights.devices[block]).requires_grad_()
+                    with sequences.memory(), self.work.gradients.within(layer, sequences.batch) as backward:
+                        output = self.blocks.run(block, hidden, self._calls[number][block])
+                        backward(output, self._slopes[number].to(output.device))
+                        del output
+                    self._slopes[number] = _gradient(hidden)
+            self._save(block)
+            self._states.drop(block)
+            self._tell(1)
+
+    def _save(self, block: int) -> None:
+        """Keep what a pass that goes on here needs: the sums of this block's weights, and the slopes before it."""
+        if self.checkpoints.folder is None:
+            return
+        self.checkpoints.save(f"sums-{block:04}", self.work.sums.changes())
+        self.checkpoints.save(f"slopes-{block:04}", {str(number): slopes for number, slopes in self._slopes.items()})
+        self.checkpoints.drop(f"slopes-{block + 1:04}")
+
+    def _restore(self) -> int:
+        """Have what a killed pass had, if that got to its turn; returns the number of blocks whose backward is to come."""
+        if self._slopes:  # this pass has made its turn itself
+            return len(self.blocks)
+        there = next(block for block in range(len(self.blocks) + 1) if self.checkpoints.has(f"slopes-{block:04}"))
+        for block in reversed(range(there, len(self.blocks) + 1)):
+            self.work.sums.restore(self.checkpoints.load(f"sums-{block:04}"))
+        slopes = self.checkpoints.load(f"slopes-{there:04}")
+        self._slopes = {int(number): tensor.to(self.device) for number, tensor in slopes.items()}
+        turned = self.checkpoints.load("turned")
+        self.work.loss.restore(turned)
+        self.work.gradients.restore_pending(turned)
+        self._tell(2 * len(self.blocks) - there)
+        return there
+
+    def _embed(self) -> None:
+        for number, sequences in enumerate(self.batches):
+            with self.work.gradients.within(None, sequences.batch) as backward:
+                hidden = self.blocks.enter(*sequences.on(self.device)).hidden
+                backward(hidden, self._slopes.pop(number).to(hidden.device))
+
+    def _tell(self, blocks: int) -> None:
+        self._steps += blocks
+        self.work.progress(self._steps, 2 * len(self.blocks))
+
+
+def _singles(sequences: Sequences) -> Iterator[Sequences]:
+    """A batch's sequences, each a batch without padding."""
+    for row, length in enumerate(sequences.batch.lengths):
+        some = slice(row, row + 1), slice(length)
+        yield Sequences(sequences.ids[some], sequences.mask[some], Batch(sequences.batch.first + row, [length]))
+
+
+def _gradient(hidden: torch.Tensor) -> torch.Tensor:
+    """What backward has left in a leaf."""
+    assert hidden.grad is not None
+    return hidden.grad
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let CUDA add up in a fixed order, as the CPU always does."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filling = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # it is written before it is read
+    torch.use_deterministic_algorithms(True)  # with warnings only, attention would not become deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filling

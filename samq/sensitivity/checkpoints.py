@@ -1,0 +1,54 @@
+"""Tensors in the files of a folder, from which a computation that was killed goes on."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+class Checkpoints:
+    """Named sets of tensors, each whole or not there; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a set."""
+        return self.folder is not None and self._file(name).exists()
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a set."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self._file(name).with_suffix(".partial")
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
+        partial.replace(self._file(name))
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        """A set that was kept."""
+        tensors: dict[str, torch.Tensor] = load_file(self._file(name))
+        return tensors
+
+    def one(self, name: str, key: str) -> torch.Tensor:
+        """A tensor of a set; the file's pages stay in memory as long as it."""
+        with safe_open(self._file(name), "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor
+
+    def drop(self, name: str) -> None:
+        """Forget a set, if it is there."""
+        if self.folder is not None:
+            self._file(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget all."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"

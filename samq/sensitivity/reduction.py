@@ -1,0 +1,74 @@
+"""What a measurement keeps of gradients: a few numbers for each weight and sequence, and sums over all sequences."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from samq.sensitivity.weight_gradients import Gradients
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What is kept of one weight's gradients on the sequences of a batch."""
+
+    numbers: torch.Tensor  # (sequences, numbers), in float64
+    totals: tuple[torch.Tensor, ...] = ()  # summed over the batch's sequences already
+
+
+# (the weight's index, gradients of the sequences of a batch, or of some rows of theirs) -> what is kept of them. What it gives
+# for several parts of a sequence's gradient is added up.
+Reduce = Callable[[int, Gradients], Reduced]
+
+
+class Sums:
+    """What is kept of all weights and sequences, where the gradients are: copies to the host would stall a GPU."""
+
+    def __init__(self, weights: int, sequences: int, reduce: Reduce) -> None:
+        self._weights, self._sequences, self._reduce = weights, sequences, reduce
+        self._numbers: dict[int, torch.Tensor] = {}  # weight's index -> (sequences, numbers)
+        self._totals: dict[int, list[torch.Tensor]] = {}
+        self._changed: set[int] = set()
+
+    def receive(self, index: int, first: int, gradients: Gradients) -> None:
+        """Add what is kept of some gradients; `first` is the number of the first of their sequences."""
+        reduced = self._reduce(index, gradients)
+        numbers = reduced.numbers
+        if index not in self._numbers:
+            self._numbers[index] = numbers.new_zeros(self._sequences, numbers.shape[1])
+            self._totals[index] = [torch.zeros_like(total) for total in reduced.totals]
+        self._numbers[index][first : first + len(numbers)] += numbers.to(self._numbers[index].device)
+        for sums, total in zip(self._totals[index], reduced.totals, strict=True):
+            sums += total.to(sums.device)
+        self._changed.add(index)
+
+    def numbers(self) -> np.ndarray:
+        """(weights, sequences, numbers); zero for a weight that no gradient came for."""
+        width = max((numbers.shape[1] for numbers in self._numbers.values()), default=0)
+        none = torch.zeros(self._sequences, width, dtype=torch.float64)
+        return np.stack([self._numbers.get(index, none).cpu().numpy() for index in range(self._weights)])
+
+    def totals(self, index: int) -> tuple[torch.Tensor, ...]:
+        """The sums over all sequences; empty if no gradient came."""
+        return tuple(total.cpu() for total in self._totals.get(index, ()))
+
+    def changes(self) -> dict[str, torch.Tensor]:
+        """What `restore` takes, of the weights that gradients came for since this was asked last."""
+        state = {}
+        for index in sorted(self._changed):
+            state[f"numbers.{index}"] = self._numbers[index].cpu()
+            state |= {f"total.{index}.{place}": total.cpu() for place, total in enumerate(self._totals[index])}
+        self._changed.clear()
+        return state
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Have what `changes` gave, in another process perhaps."""
+        for name in sorted(state):
+            kind, index = name.split(".")[0], int(name.split(".")[1])
+            if kind == "numbers":
+                self._numbers[index] = state[name].clone()
+                self._totals[index] = []
+        for name in sorted(state, key=lambda name: (len(name), name)):
+            if name.startswith("total."):
+                self._totals[int(name.split(".")[1])].append(state[name].clone())
