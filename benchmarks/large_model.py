@@ -158,7 +158,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
     layout, steps = GgufLayout(weights_of(model, names)), list[float]()
 
     def run(sequences: int) -> float:
-        """The loss; `steps` are the seconds at which each batch was through a block."""
+        """The loss; `steps` are the seconds at the start, after each block there and back, and at the end."""
         steps.clear()
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
@@ -169,7 +169,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
                 Origin("", ""),
                 labelling=Labelling("model", SEED),
                 batch_size=arguments.batch_size,
-                memory=Memory(limit, Path(scratch)),
+                memory=Memory(limit, Path(scratch) / "going-on"),
                 progress=lambda *_: steps.append(time.perf_counter() - started),
             )
             if cuda:
@@ -185,7 +185,6 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
     in_blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
     head = model.lm_head.weight.numel()
     positions = arguments.sequences * arguments.tokens
-    half = (len(steps) - 1) // 2
     return {
         "loss_nats": loss,
         "blocks": blocks,
@@ -194,9 +193,11 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         "weights_in_blocks": in_blocks,
         "load_s": loaded,
         "seconds": seconds,
-        "forward_s": steps[half - 1],
-        "head_and_first_backward_s": steps[half] - steps[half - 1],
-        "backward_s": seconds - steps[half - 1],
+        "forward_s": steps[blocks],
+        "turn_and_last_block_s": steps[blocks + 1] - steps[blocks],
+        "backward_s": seconds - steps[blocks],
+        "forward_block_s": statistics.median(np.diff(steps[: blocks + 1])),
+        "backward_block_s": statistics.median(np.diff(steps[blocks + 1 : -1])),
         "flop": 6 * (in_blocks + head) * positions,
         "flops": 6 * (in_blocks + head) * positions / seconds,
         "bytes_read": 2 * in_blocks * 2,

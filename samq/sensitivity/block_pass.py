@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch, batches
 from samq.progress import Progress
@@ -74,10 +75,11 @@ class BlockPass:
     """A pass over all sequences, which hands over all gradients."""
 
     def __init__(self, blocks: Blocks, work: Work, memory: Memory) -> None:
-        self.blocks, self.work, self.memory = blocks, work, memory
+        self.blocks, self.work = blocks, work
         self.batches = work.batches
         self.device = main_device(blocks.model)
-        self.checkpoints = Checkpoints(memory.folder)
+        self._place = memory.place(self._bytes_of_states(), self.device, offloaded=_is_offloaded(blocks.model))
+        self.checkpoints = Checkpoints(memory.folder if self._place is None else None)
         self._steps = 0
         self._calls: list[list[Call]] = []  # of each batch, for each block
         self._slopes: dict[int, torch.Tensor] = {}  # batch -> gradient of the loss with respect to its hidden states
@@ -102,8 +104,8 @@ class BlockPass:
         self.checkpoints.clear()
 
     def _pass(self, weights: Residence) -> None:
-        place = self.memory.place(self._bytes_of_states(), self.device, offloaded=bool(self._not_looked_at))
-        self._states, self._calls, self._steps = HiddenStates(place, self.checkpoints), [], 0
+        self._states, self._calls, self._steps = HiddenStates(self._place, self.checkpoints), [], 0
+        self._kept_slopes = HiddenStates(self._place, self.checkpoints, "slopes")
         with torch.no_grad():
             self._enter()
             if not self._turned():
@@ -171,8 +173,8 @@ class BlockPass:
             self._slopes[number] = slopes
         self.work.loss.summed()
         self._save(last)
+        self._kept_slopes.wait()
         self.checkpoints.save("turned", self.work.loss.state() | self.work.gradients.pending())
-        self._states.drop(last)
 
     def _backward(self, weights: Residence) -> None:
         for block in reversed(range(self._restore())):
@@ -186,26 +188,28 @@ class BlockPass:
                         del output
                     self._slopes[number] = _gradient(hidden)
             self._save(block)
-            self._states.drop(block)
+            self._states.drop(block + 1)  # those before this block are needed until its slopes are on disk
             self._tell(1)
 
     def _save(self, block: int) -> None:
         """Keep what a pass that goes on here needs: the sums of this block's weights, and the slopes before it."""
-        if self.checkpoints.folder is None:
-            return
-        self.checkpoints.save(f"sums-{block:04}", self.work.sums.changes())
-        self.checkpoints.save(f"slopes-{block:04}", {str(number): slopes for number, slopes in self._slopes.items()})
-        self.checkpoints.drop(f"slopes-{block + 1:04}")
+        if self._place is None:
+            self.checkpoints.save(f"sums-{block:04}", self.work.sums.changes())
+            for number, slopes in self._slopes.items():
+                self._kept_slopes.put(block, number, slopes)
+            self._kept_slopes.close(block)  # by a thread; those after the next block are there now
+            self._kept_slopes.drop(block + 2)
 
     def _restore(self) -> int:
         """Have what a killed pass had, if that got to its turn; returns the number of blocks whose backward is to come."""
         if self._slopes:  # this pass has made its turn itself
             return len(self.blocks)
-        there = next(block for block in range(len(self.blocks) + 1) if self.checkpoints.has(f"slopes-{block:04}"))
+        there = next(block for block in range(len(self.blocks) + 1) if self._kept_slopes.has(block))
         for block in reversed(range(there, len(self.blocks) + 1)):
             self.work.sums.restore(self.checkpoints.load(f"sums-{block:04}"))
-        slopes = self.checkpoints.load(f"slopes-{there:04}")
-        self._slopes = {int(number): tensor.to(self.device) for number, tensor in slopes.items()}
+        self._slopes = {
+            number: self._kept_slopes.get(there, number, self.device) for number in range(len(self.batches))
+        }
         turned = self.checkpoints.load("turned")
         self.work.loss.restore(turned)
         self.work.gradients.restore_pending(turned)
@@ -221,6 +225,10 @@ class BlockPass:
     def _tell(self, blocks: int) -> None:
         self._steps += blocks
         self.work.progress(self._steps, 2 * len(self.blocks))
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    return any(map(is_offloaded, model.parameters()))
 
 
 def _singles(sequences: Sequences) -> Iterator[Sequences]:

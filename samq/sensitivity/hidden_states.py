@@ -1,4 +1,4 @@
-"""The hidden states of all sequences between the blocks of a model: what a backward pass needs of the forward pass."""
+"""What all sequences have between the blocks of a model: hidden states, or gradients with respect to them."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,8 +11,9 @@ from samq.sensitivity.transfer import Transfer, now
 class HiddenStates:
     """`put` and `get` the states before a block, of a batch: kept on a device, on the host, or on disk."""
 
-    def __init__(self, device: torch.device | None, checkpoints: Checkpoints) -> None:
-        """`device` is where they are kept; None: among the checkpoints, a set for each block."""
+    def __init__(self, device: torch.device | None, checkpoints: Checkpoints, name: str = "states") -> None:
+        """`device` is where they are kept; None: among the checkpoints, a set for each block by the name."""
+        self._name = name
         self._checkpoints = checkpoints if device is None else None
         self._device = torch.device("cpu") if device is None else device
         self._kept: dict[int, dict[int, Future[torch.Tensor]]] = {}
@@ -41,17 +42,22 @@ class HiddenStates:
             del self._kept[block]
             return
         self._written[block] = self._writing.submit(self._write, block, dict(self._kept[block]))
-        for before in [before for before in self._written if before < block]:
+        for before in [before for before in self._written if before != block]:
             self._written.pop(before).result()
             del self._kept[before]
 
     def _write(self, block: int, kept: dict[int, "Future[torch.Tensor]"]) -> None:
         assert self._checkpoints is not None
-        self._checkpoints.save(_name(block), {str(batch): states.result() for batch, states in kept.items()})
+        self._checkpoints.save(self._set(block), {str(batch): states.result() for batch, states in kept.items()})
+
+    def wait(self) -> None:
+        """Return when all that was closed is on disk."""
+        for written in self._written.values():
+            written.result()
 
     def has(self, block: int) -> bool:
         """Whether the states of all batches before a block are on disk."""
-        return self._checkpoints is not None and self._checkpoints.has(_name(block))
+        return self._checkpoints is not None and self._checkpoints.has(self._set(block))
 
     def get(self, block: int, batch: int, device: torch.device) -> torch.Tensor:
         """The states of a batch before a block, on the device."""
@@ -59,7 +65,7 @@ class HiddenStates:
             states = self._kept[block][batch].result()
         else:
             assert self._checkpoints is not None
-            states = self._checkpoints.one(_name(block), str(batch))
+            states = self._checkpoints.one(self._set(block), str(batch))
             states = states if device.type == "cuda" else states.clone()  # else the file's pages stay in memory
         if device.type != "cuda" or states.is_cuda:
             return states.to(device)
@@ -72,13 +78,12 @@ class HiddenStates:
             self._written.pop(block).result()
         self._kept.pop(block, None)
         if self._checkpoints is not None:
-            self._checkpoints.drop(_name(block))
+            self._checkpoints.drop(self._set(block))
 
     def _transfer(self, device: torch.device, way: str) -> Transfer:
         if (device, way) not in self._transfers:
             self._transfers[device, way] = Transfer(device)
         return self._transfers[device, way]
 
-
-def _name(block: int) -> str:
-    return f"states-{block:04}"
+    def _set(self, block: int) -> str:
+        return f"{self._name}-{block:04}"
