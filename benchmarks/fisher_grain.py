@@ -16,6 +16,7 @@ Weights are rounded to the nearest value, so that plans differ by allocation alo
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,8 +34,9 @@ from samq.gguf.file import TensorInfo, open_gguf
 from samq.progress import bar
 from samq.records import Plan, PriceTable, digest_of
 from samq.sensitivity.backpropagation import backpropagate
-from samq.sensitivity.layout import row_orders, weights_of
 from samq.sensitivity.loss import Labelling
+from samq.sensitivity.reduction import Reduced
+from samq.sensitivity.weight_gradients import Gradients
 from samq.sweep.comparison import compare
 
 MIXTURES = ("Q4_K_M", "Q3_K_M")
@@ -96,29 +98,28 @@ def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.
     target, tokens = bench.target, bench.tokens
 
     def measure(folder: Path) -> None:
-        model, names = bench.inputs.model.load("cpu")
-        weights = weights_of(model, names)
-        sums = [torch.zeros(weight.shape) for weight in weights]
+        model, layout = bench.inputs.model.load_with_layout(bench.at)
+        sums = [torch.zeros(math.prod(weight.shape[:-1]), weight.shape[-1]) for weight in layout.weights]
 
-        def add(index: int, row: int, gradient: torch.Tensor) -> torch.Tensor:
-            sums[index][row : row + len(gradient)] += gradient.square_()
-            return gradient.sum(dtype=torch.float64)
+        def add(index: int, gradients: Gradients) -> Reduced:
+            for _, rows, gradient in gradients.bands():
+                sums[index][rows] += gradient.square_()
+            return Reduced(gradients.zeros(1))
 
         with bar("fisher of single weights") as progress:
             backpropagate(
                 model,
                 tokens,
-                weights,
+                layout.weights,
                 add,
-                numbers=1,
                 labelling=Labelling("model", arguments.seed),
                 batch_size=4,
                 progress=progress,
             )
-        orders = row_orders(weights, arguments.gguf)
         scale = 1 / float((tokens.lengths.astype(np.int64) - 1).sum())
-        fisher = {weight.name: part.numpy() * np.float32(scale) for weight, part in zip(weights, sums, strict=True)}
-        fisher |= {name: fisher[name][order] for name, order in orders.items() if name in fisher}
+        fisher = {
+            weight.name: part.numpy() * np.float32(scale) for weight, part in zip(layout.weights, sums, strict=True)
+        }
         save_file(fisher, folder / "single-weights.safetensors")
 
     key = digest_of([target.full.sha256, tokens.digest(), arguments.seed])
