@@ -141,7 +141,7 @@ class Store:
     def scratch(self, stage: str, key: str) -> Iterator[Path | None]:
         """Yield a folder, which need not exist, in which a process that is killed leaves what the next one goes on from.
 
-        It is gone when the block ends well. None if another process works on the same artifact just now.
+        It is gone when the block ends well, or by a SamqError. None if another process works on the same artifact just now.
         """
         folder = self._temporary / f"going-on-{stage}-{key}"
         lock = FileLock(folder.with_suffix(".held"), blocking=False, fallback_to_soft=False)
@@ -153,6 +153,9 @@ class Store:
         try:
             yield folder
             shutil.rmtree(folder, ignore_errors=True)
+        except SamqError:  # the next process would fail in the same way
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()

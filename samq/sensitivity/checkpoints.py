@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+from samq.errors import SamqError
 
 
 class Checkpoints:
@@ -20,13 +22,19 @@ class Checkpoints:
         return self.folder is not None and self._file(name).exists()
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep a set."""
+        """Keep a set; raises SamqError if it cannot be written."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self._file(name).with_suffix(".partial")
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
-        partial.replace(self._file(name))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial)
+            partial.replace(self._file(name))
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise SamqError(
+                f"cannot write {partial}: {error}; free some space, or set SAMQ_HOME to another folder"
+            ) from error
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """A set that was kept."""

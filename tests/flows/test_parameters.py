@@ -4,7 +4,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_model_name
 
-from flows.parameters import CalibrationParameters, CandidateParameters, TrackingParameters, load_parameters
+from flows.parameters import (
+    CalibrationParameters,
+    CandidateParameters,
+    ModelParameters,
+    TrackingParameters,
+    load_parameters,
+)
 from samq.errors import SamqError
 
 CONFIG = """
@@ -59,3 +65,11 @@ def test_a_registered_model_may_have_an_ordinary_name_and_no_quotation_mark():
     assert TrackingParameters().registered_model is None
     with pytest.raises(ValueError, match="cannot name a registered model"):
         TrackingParameters(registered_model="the team's")
+
+
+def test_a_memory_limit_is_a_size():
+    assert ModelParameters(source="model", memory_limit="20GiB").memory_limit_bytes == 20 * 2**30
+    assert ModelParameters(source="model").memory_limit_bytes is None
+    for wrong in ("4.5bpw", "lots", "0", ""):
+        with pytest.raises(ValueError, match=f"'{wrong}' is not a size; give a number of bytes, or one such as 20GiB"):
+            ModelParameters(source="model", memory_limit=wrong)

@@ -131,6 +131,25 @@ with Store(Path({str(store.root)!r})).publish("stage", "k") as folder:
     assert store.find("stage", "k") is None
 
 
+def test_what_a_killed_process_leaves_to_go_on_from_is_there_for_the_next_alone(store):
+    with pytest.raises(KeyboardInterrupt), store.scratch("stage", "k") as folder:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    Store(store.root)
+    with store.scratch("stage", "k") as again:
+        assert again == folder and (again / "half").exists()
+        with Store(store.root).scratch("stage", "k") as other:
+            assert other is None, "in use"
+        with store.scratch("stage", "another") as another:
+            assert not another.exists()
+    assert not any((store.root / ".tmp").iterdir())
+    with pytest.raises(SamqError), store.scratch("stage", "k") as folder:
+        folder.mkdir()
+        raise SamqError("the text is wrong")
+    assert not folder.exists(), "the next process would fail in the same way"
+
+
 def test_prune_removes_what_was_not_used(store):
     artifact = publish(store)
     assert store.prune(older_than_days=1) == 0
