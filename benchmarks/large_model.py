@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 SHAPES = {  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
@@ -122,6 +123,18 @@ def ceilings(device: str, dtype: str, files: list[Path], cold: bool) -> dict:
     }
 
 
+def by_part(steps: list[float], blocks: int) -> dict[str, float]:
+    """Seconds of the parts of a pass, from the times at its start, after each block there and back, and at its end."""
+    each = [after - before for before, after in pairwise(steps)]
+    return {
+        "forward_s": steps[blocks],
+        "turn_and_last_block_s": each[blocks],
+        "backward_s": steps[-1] - steps[blocks],
+        "forward_block_s": statistics.median(each[:blocks]),
+        "backward_block_s": statistics.median(each[blocks + 1 : 2 * blocks]),
+    }
+
+
 def peak_rss() -> int:
     """Peak resident memory of this process, with mapped pages of files."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -134,6 +147,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
 
     from samq.data.tokens import TokenBatch
     from samq.gguf.file import gguf_names
+    from samq.sensitivity.blocks import Blocks
     from samq.sensitivity.checkpoint import describe_source
     from samq.sensitivity.hf_model import load_model
     from samq.sensitivity.layout import GgufLayout, weights_of
@@ -142,6 +156,8 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
     from samq.sensitivity.memory import Memory
     from samq.sensitivity.offloading import is_offloaded
 
+    if arguments.whole:
+        Blocks.of = lambda _: None  # type: ignore[method-assign,assignment]
     cuda = arguments.device.startswith("cuda")
     before = peak_rss()
     started = time.perf_counter()
@@ -193,11 +209,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         "weights_in_blocks": in_blocks,
         "load_s": loaded,
         "seconds": seconds,
-        "forward_s": steps[blocks],
-        "turn_and_last_block_s": steps[blocks + 1] - steps[blocks],
-        "backward_s": seconds - steps[blocks],
-        "forward_block_s": statistics.median(np.diff(steps[: blocks + 1])),
-        "backward_block_s": statistics.median(np.diff(steps[blocks + 1 : -1])),
+        **({} if arguments.whole else by_part(steps, blocks)),
         "flop": 6 * (in_blocks + head) * positions,
         "flops": 6 * (in_blocks + head) * positions / seconds,
         "bytes_read": 2 * in_blocks * 2,
@@ -222,6 +234,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the model")
     parser.add_argument(
         "--cold", action="store_true", help="read from the disk and not from the page cache (needs root)"
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="take the model whole, as one that does not come apart, to compare"
     )
     parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
     parser.add_argument("--json", type=Path)
@@ -278,9 +293,11 @@ def main() -> None:
             f"{measured['weights'] / 1e9:.2f} billion, blocks {'on disk' if measured['on_disk'] else 'in memory'}",
         ),
         ("written in", f"{written:.1f} s, loaded in {measured['load_s']:.1f} s"),
-        (
-            "seconds",
-            f"{measured['seconds']:.1f} (forward {measured['forward_s']:.1f}, backward {measured['backward_s']:.1f})",
+        ("seconds", f"{measured['seconds']:.1f}"),
+        *(
+            (f"... {name.removesuffix('_s')}", f"{value:.2f}")
+            for name, value in measured.items()
+            if "block_s" in name or name in ("forward_s", "backward_s")
         ),
         ("rate", f"{measured['flops'] / 1e12:.2f} TFLOP/s of {most['product_flops'] / 1e12:.2f}"),
         ("reading", f"{measured['bytes_per_s'] / 1e9:.2f} GB/s of {most['read_bytes_per_s'] / 1e9:.2f}"),

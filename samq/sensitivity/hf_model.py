@@ -37,6 +37,7 @@ from samq.sensitivity.published_types import dequantize_at_load
 
 # `set_tqdm_hook` does not reach transformers' bar over a GGUF's tensors, so that bar is made like the others.
 modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm  # type: ignore[attr-defined]
+log = logging.getLogger("samq.model")
 _loading = threading.Lock()  # loading changes transformers and gguf, which is visible to all threads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,7 +89,7 @@ def load_model(
         with (
             _transformers_errors(what, source.gguf is not None),
             _bars_told_to(progress),
-            _without_list_of_unused_weights(),
+            _without_known_warnings(),
         ):
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
@@ -116,6 +117,9 @@ def load_model(
             model, info = loaded[0].eval(), loaded[1]
             if isinstance(places, dict):
                 take_over(model)
+                log.info(
+                    "%s does not fit the memory of %s; its blocks wait elsewhere until they run", source.name, place
+                )
             if gguf_alone:
                 gguf_config.scale_frequencies(model, gguf_alone)
             _keep_text_part(model)
@@ -181,19 +185,24 @@ def _bars_told_to(progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _without_list_of_unused_weights() -> Iterator[None]:
-    """Leave transformers' table of the file's weights that the model has no use for out of the log: a vision part's, or MTP's."""
+def _without_known_warnings() -> Iterator[None]:
+    """Leave out of the log that the file has weights that the model has no use for (a vision part's, MTP's), or that some wait."""
 
     def is_of_use(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         return "LOAD REPORT" not in message or any(word in message for word in ("MISSING", "MISMATCH", "CONVERSION"))
 
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_of_use)
+    def is_not_of_offloading(record: logging.LogRecord) -> bool:
+        return "on the meta device because they were offloaded" not in record.getMessage()
+
+    filters = {"transformers.modeling_utils": is_of_use, "accelerate.big_modeling": is_not_of_offloading}
+    for name, decide in filters.items():
+        logging.getLogger(name).addFilter(decide)
     try:
         yield
     finally:
-        logger.removeFilter(is_of_use)
+        for name, decide in filters.items():
+            logging.getLogger(name).removeFilter(decide)
 
 
 @contextmanager

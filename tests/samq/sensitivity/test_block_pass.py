@@ -39,6 +39,12 @@ class Killed(BaseException):
 
 
 @pytest.fixture
+def by_blocks(monkeypatch):
+    """Let a model on the CPU that is in memory go through a block at a time, as on a GPU."""
+    monkeypatch.setattr("samq.sensitivity.backpropagation._goes_by_blocks", lambda _: True)
+
+
+@pytest.fixture
 def killing(monkeypatch):
     """Give a number of the parts of a model that run before the next of them is the last; counts them by their work."""
     run, logits = Blocks.run, Blocks.logits
@@ -71,7 +77,7 @@ def killing(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_pass_that_is_killed_anywhere_goes_on_at_its_block_and_gives_the_same(name, killing, tmp_path):
+def test_a_pass_that_is_killed_anywhere_goes_on_at_its_block_and_gives_the_same(name, killing, by_blocks, tmp_path):
     model, tokens = MODELS[name](), random_tokens()
     batches = 3 if name != "Mixtral" else 5
     killing(-1)
@@ -92,7 +98,7 @@ def test_a_pass_that_is_killed_anywhere_goes_on_at_its_block_and_gives_the_same(
         assert not folder.exists()
 
 
-def test_a_pass_that_is_killed_again_and_again_ends(killing, tmp_path):
+def test_a_pass_that_is_killed_again_and_again_ends(killing, by_blocks, tmp_path):
     model, tokens, folder = tiny_llama(num_hidden_layers=4), random_tokens(), tmp_path / "killed"
     killing(-1)
     whole = measure(model, tokens, tmp_path / "undisturbed")
@@ -128,3 +134,24 @@ def test_a_model_on_disk_goes_on_too(name, killing, tmp_path):
             run(folder)
     killing(-1)
     require_identical(run(folder), whole)
+
+
+def test_a_pass_of_the_whole_model_goes_on_at_its_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("samq.sensitivity.backpropagation.SAVE_EVERY_S", 0)
+    model, tokens, folder = tiny_llama(tied=True), random_tokens(), tmp_path / "killed"
+    whole = measure(model, tokens, tmp_path / "undisturbed")
+    forward, left = model.forward, [0]
+
+    def kill(*arguments, **more):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return forward(*arguments, **more)
+
+    monkeypatch.setattr(model, "forward", kill)
+    left[0] = 4  # the first shows how weights are used; then batch 1, 2 and half of 3
+    with pytest.raises(Killed):
+        measure(model, tokens, folder)
+    left[0] = 3  # the same, and batch 3 alone
+    require_identical(measure(model, tokens, folder), whole)
+    assert left[0] == 1 and not folder.exists()

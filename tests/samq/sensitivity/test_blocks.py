@@ -34,6 +34,12 @@ APART = [
 ]
 
 
+@pytest.fixture
+def by_blocks(monkeypatch):
+    """Let a model on the CPU that is in memory go through a block at a time, as on a GPU."""
+    monkeypatch.setattr("samq.sensitivity.backpropagation._goes_by_blocks", lambda _: True)
+
+
 def load(name, folder):
     return load_model(describe_source(write_model(name, folder)), device="cpu")[0]
 
@@ -64,15 +70,16 @@ def require_equal(one, other):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_blocks_in_turn_give_the_sensitivities_of_the_whole_model(name, tmp_path, monkeypatch):
+def test_blocks_in_turn_give_the_sensitivities_of_the_whole_model(name, tmp_path, request):
     model = load(name, tmp_path / "model")
     weights = all_matrices(model)
     tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24)])
-    by_blocks = [measure(model, tokens, weights, batch_size=2) for _ in range(2)]
+    whole = measure(model, tokens, weights, batch_size=2)
     assert Blocks.of(model) is not None
-    monkeypatch.setattr(Blocks, "of", lambda _: None)
-    require_equal(by_blocks[0], measure(model, tokens, weights, batch_size=2))
-    assert by_blocks[0][0] == by_blocks[1][0], "bit for bit from run to run"
+    request.getfixturevalue("by_blocks")
+    one, again = (measure(model, tokens, weights, batch_size=2) for _ in range(2))
+    require_equal(one, whole)
+    assert one[0] == again[0], "bit for bit from run to run"
 
 
 def test_a_model_whose_blocks_exchange_more_is_measured_whole_and_says_so(tmp_path, caplog):
@@ -112,7 +119,7 @@ def test_blocks_that_share_weights_are_measured_whole(caplog):
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
-def test_the_model_is_left_as_it_was(make):
+def test_the_model_is_left_as_it_was(make, by_blocks):
     model, tokens = make(), random_tokens()
     ids = torch.arange(8)[None]
     before = model(input_ids=ids).logits
