@@ -186,7 +186,7 @@ def _bars_told_to(progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def _without_known_warnings() -> Iterator[None]:
-    """Leave out of the log that the file has weights that the model has no use for (a vision part's, MTP's), or that some wait."""
+    """Leave out of the log that the file has weights of no use to the model (a vision part's, MTP's), or that some wait."""
 
     def is_of_use(record: logging.LogRecord) -> bool:
         message = record.getMessage()
