@@ -12,6 +12,7 @@ from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
+from samq.sensitivity.memory import Memory
 from tests.samq.allocation.test_prediction_check import MODELS, check, quantized
 from tests.tiny_models import VOCABULARY, names_of, random_tokens, save_folder, tiny_llama
 
@@ -117,6 +118,19 @@ def test_a_model_is_loaded_onto_the_gpu(device, dtype, tmp_path):
     one, _ = measure(model, random_tokens())
     two, _ = measure(load_model(source, dtype, "cpu")[0], random_tokens())
     assert one.loss_nats == pytest.approx(two.loss_nats, rel=1e-5 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_blocks_that_stay_on_disk_give_the_same(tied, dtype, tmp_path):
+    source = describe_source(save_folder(tiny_llama(tied, **WIDE), tmp_path / "tiny"))
+    resident, on_disk = (load_model(source, dtype, "cuda:0", memory_limit=limit)[0] for limit in (None, 1))
+    assert any(parameter.is_meta for parameter in on_disk.parameters())
+    memory = Memory(folder=tmp_path / "states")
+    one, two = measure(resident, text()), measure(on_disk, text(), memory=memory)
+    assert one[0] == two[0]
+    for name, fisher in one[1].items():
+        assert np.array_equal(fisher.rows, two[1][name].rows) and np.array_equal(fisher.columns, two[1][name].columns)
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda:0"])
