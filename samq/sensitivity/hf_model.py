@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from samq.sensitivity import gguf_config
 from samq.sensitivity.as_llama_cpp import compute_as_llama_cpp
 from samq.sensitivity.checkpoint import describe_source, weight_files
 from samq.sensitivity.offloading import is_offloaded
-from samq.sensitivity.placement import offload_folder, placement, take_over
+from samq.sensitivity.placement import not_read, offload_folder, placement, take_over
 from samq.sensitivity.published_types import dequantize_at_load
 
 # `set_tqdm_hook` does not reach transformers' bar over a GGUF's tensors, so that bar is made like the others.
@@ -104,16 +104,18 @@ def load_model(
             with torch.device("meta"):
                 skeleton = model_class.from_config(config, dtype=DTYPES[dtype])
             places = placement(skeleton, place, "cpu" if from_gguf else "disk", memory_limit)
-            loaded: Any = model_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=DTYPES[dtype],
-                device_map=places,
-                offload_folder=offload_folder() if isinstance(places, dict) else None,
-                local_files_only=True,
-                output_loading_info=True,
-                **from_gguf,
-            )
+            safetensors = not from_gguf and all(file.suffix == ".safetensors" for file in weight_files(folder))
+            with not_read(skeleton, places) if safetensors else nullcontext():
+                loaded: Any = model_class.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=DTYPES[dtype],
+                    device_map=places,
+                    offload_folder=offload_folder() if isinstance(places, dict) else None,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **from_gguf,
+                )
             model, info = loaded[0].eval(), loaded[1]
             if isinstance(places, dict):
                 take_over(model)

@@ -7,7 +7,7 @@ brought to the device for as long as it runs, and those of the next one meanwhil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -103,16 +103,16 @@ class Residence:
     def _copy(self, parameter: nn.Parameter, into: torch.Tensor, free: Any) -> nn.Parameter:
         """The parameter's values in `into`, which nothing uses after the event `free`."""
         stored: StoredTensor | None = getattr(parameter, _STORED, None)
-        if not into.is_cuda:
-            return nn.Parameter(into.copy_(values_of(parameter)), requires_grad=False)
+        with stored.opened() if stored is not None else nullcontext(parameter.detach()) as values:
+            copy = self._transfer(into.device).to_gpu(values, into, free) if into.is_cuda else into.copy_(values)
+        return nn.Parameter(copy, requires_grad=False)
+
+    def _transfer(self, device: torch.device) -> Transfer:
+        """This thread's way to a GPU."""
         transfers: dict[torch.device, Transfer] = self._local.__dict__.setdefault("transfers", {})
-        if into.device not in transfers:
-            transfers[into.device] = Transfer(into.device)
-        transfer = transfers[into.device]
-        if stored is None:
-            return nn.Parameter(transfer.to_gpu(parameter.detach(), into, free), requires_grad=False)
-        with stored.opened() as values:
-            return nn.Parameter(transfer.to_gpu(values, into, free), requires_grad=False)
+        if device not in transfers:
+            transfers[device] = Transfer(device)
+        return transfers[device]
 
 
 _Place = tuple[nn.Module, str]

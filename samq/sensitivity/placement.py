@@ -1,6 +1,8 @@
 """Where a model's weights are while it is measured: on the device that computes, or elsewhere until their block runs."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_submodules
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
 from samq.errors import SamqError
 from samq.sensitivity.blocks import block_list
@@ -64,6 +67,26 @@ def offload_folder() -> str:
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@contextmanager
+def not_read(skeleton: PreTrainedModel, places: str | dict[str, str]) -> Iterator[None]:
+    """Let transformers leave on disk, unread, what stays there as it is: it would read each tensor and forget it."""
+    on_disk = [name for name, place in places.items() if place == "disk"] if isinstance(places, dict) else []
+    names = {name for name, _ in skeleton.named_parameters() if any(name.startswith(f"{part}.") for part in on_disk)}
+    convert: Any = WeightRenaming.convert
+
+    def skip(renaming: Any, layer_name: str, *arguments: Any, hf_quantizer: Any = None, **more: Any) -> Any:
+        if layer_name not in names or hf_quantizer is not None:
+            return convert(renaming, layer_name, *arguments, hf_quantizer=hf_quantizer, **more)
+        renaming.collected_tensors.clear()
+        return {layer_name: torch.empty(0, device="meta")}
+
+    setattr(WeightRenaming, "convert", skip)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(WeightRenaming, "convert", convert)  # noqa: B010
 
 
 def take_over(model: PreTrainedModel) -> None:
