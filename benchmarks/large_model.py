@@ -154,7 +154,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
     from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
     from samq.sensitivity.memory import Memory
-    from samq.sensitivity.offloading import is_offloaded
+    from samq.sensitivity.offloading import has_offloaded
 
     if arguments.whole:
         Blocks.of = lambda _: None  # type: ignore[method-assign,assignment]
@@ -193,7 +193,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         steps.append(time.perf_counter() - started)
         return sensitivity.loss_nats
 
-    if cuda and not any(map(is_offloaded, model.parameters())):
+    if cuda and not has_offloaded(model):
         run(2)  # loads CUDA's libraries
     if arguments.cold:
         drop_page_cache()
@@ -204,7 +204,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
     return {
         "loss_nats": loss,
         "blocks": blocks,
-        "on_disk": any(map(is_offloaded, model.parameters())),
+        "on_disk": has_offloaded(model),
         "weights": in_blocks + 2 * head,
         "weights_in_blocks": in_blocks,
         "load_s": loaded,

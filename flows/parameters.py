@@ -56,15 +56,17 @@ class ModelParameters(Parameters):
     @field_validator("memory_limit")
     @classmethod
     def _is_a_size(cls, text: str | None) -> str | None:
-        try:
-            return text if text is None or read_size(text) else None
-        except SamqError as error:
-            raise ValueError(str(error)) from error
+        if text is not None:
+            try:
+                read_size(text)
+            except SamqError as error:
+                raise ValueError(str(error)) from error
+        return text
 
     @property
     def memory_limit_bytes(self) -> int | None:
         """The limit in bytes."""
-        return read_size(self.memory_limit) if self.memory_limit else None
+        return None if self.memory_limit is None else read_size(self.memory_limit)
 
 
 class CalibrationParameters(Parameters):

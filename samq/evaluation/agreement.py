@@ -21,7 +21,7 @@ from samq.evaluation.settings import EvaluationSettings
 from samq.gguf.file import read_tensors
 from samq.records import ModelSource, Record
 from samq.sensitivity.blocks import logits_of
-from samq.sensitivity.offloading import is_offloaded
+from samq.sensitivity.offloading import has_offloaded
 
 CHUNK_TOKENS, CHUNKS = 256, 2
 # Of the median, since rounding sends a few tokens of a mixture of experts to other experts. Trained models of 46M to 135M
@@ -96,7 +96,7 @@ def measure_agreement(
 
     kld = divergence(expected, predictions())
     median, limit, rounding = float(np.median(kld)), LIMIT_NATS[dtype], None
-    if median > limit and dtype == "float32" and not any(map(is_offloaded, model.parameters())):
+    if median > limit and dtype == "float32" and not has_offloaded(model):
         before = list(predictions())
         roundoff = max(UNIT_ROUNDOFF.get(tensor.type, 0.0) for tensor in read_tensors(gguf).values())
         _shake(model, roundoff)

@@ -50,10 +50,8 @@ def stack_bytes(text: str, tokenizer: str, pretokenizer: str) -> int:
     The vocabulary is named as in the file's `tokenizer.ggml.model` and `tokenizer.ggml.pre`. Raises TextError if the text
     needs more than 1 GiB, or too long a time, and SamqError for a vocabulary that llama.cpp cannot tokenize with.
     """
-    if (tokenizer, pretokenizer) == (
-        "gpt2",
-        "whitespace",
-    ):  # two spaces end the process (`find_bpe_rank` in llama-vocab.cpp)
+    # two spaces would end the process (`find_bpe_rank` in llama-vocab.cpp)
+    if (tokenizer, pretokenizer) == ("gpt2", "whitespace"):
         raise SamqError(
             "llama.cpp cannot tokenize with tokenizer.ggml.pre whitespace in a vocabulary of kind gpt2; convert the "
             "model again with this llama.cpp"

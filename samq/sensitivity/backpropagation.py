@@ -21,13 +21,13 @@ from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.progress import Progress, silent
 from samq.sensitivity.block_pass import BlockPass, Work, batched, deterministic
-from samq.sensitivity.blocks import Blocks, main_device
+from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
 from samq.sensitivity.checkpoints import Checkpoints
-from samq.sensitivity.gradients import PROBE_TOKENS, SampleGradients
+from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.loss import Labelling, Loss
 from samq.sensitivity.memory import UNLIMITED, Memory
-from samq.sensitivity.offloading import is_offloaded
+from samq.sensitivity.offloading import has_offloaded
 from samq.sensitivity.reduction import Reduce, Sums
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,8 @@ def backpropagate(
     model.eval()  # no dropout
     sums = Sums(len(weights), len(tokens), reduce)
     gradients = SampleGradients(model, weights, sums.receive)
-    offloaded = any(map(is_offloaded, model.parameters()))
     blocks = _blocks_of(model, gradients) if _goes_by_blocks(model) else None
-    if not offloaded:
+    if not has_offloaded(model):
         probe = torch.arange(PROBE_TOKENS, device=model.device)[None]
         gradients.require_calls(lambda: model(input_ids=probe, use_cache=False), model)
     loss = Loss(tokens, weights, labelling)
@@ -84,7 +83,7 @@ def backpropagate(
 
 def _goes_by_blocks(model: PreTrainedModel) -> bool:
     """Whether all sequences go through one block after another."""
-    return main_device(model).type == "cuda" or any(map(is_offloaded, model.parameters()))
+    return main_device(model).type == "cuda" or has_offloaded(model)
 
 
 def _blocks_of(model: PreTrainedModel, gradients: SampleGradients) -> Blocks | None:
@@ -102,7 +101,7 @@ def _whole(model: PreTrainedModel, work: Work, checkpoints: Checkpoints) -> None
     if checkpoints.has("whole"):
         state = checkpoints.load("whole")
         done = int(state.pop("done"))
-        work.sums.restore({name: tensor for name, tensor in state.items() if not name.startswith("loss.")})
+        work.sums.restore(state)
         work.loss.restore(state)
     for number, sequences in enumerate(work.batches[done:], start=done):
         batch = sequences.batch
@@ -112,7 +111,7 @@ def _whole(model: PreTrainedModel, work: Work, checkpoints: Checkpoints) -> None
             gradient = torch.zeros_like(logits)
             for row, length in enumerate(batch.lengths):
                 gradient[row, :length] = work.loss.gradient(batch.first + row, logits[row, :length].detach())
-            work.loss.summed()
+            work.loss.require_finite(range(batch.first, batch.first + len(batch.lengths)))
             backward(logits, gradient)
             del logits, gradient  # the graph, before the next forward pass
         work.progress(number + 1, len(work.batches))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch, batches
 from samq.progress import Progress
@@ -23,7 +22,7 @@ from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.loss import Loss
 from samq.sensitivity.memory import Memory, needs_gpu_memory
-from samq.sensitivity.offloading import Residence, is_offloaded
+from samq.sensitivity.offloading import Residence, has_offloaded
 from samq.sensitivity.reduction import Sums
 
 
@@ -78,15 +77,13 @@ class BlockPass:
         self.blocks, self.work = blocks, work
         self.batches = work.batches
         self.device = main_device(blocks.model)
-        self._place = memory.place(self._bytes_of_states(), self.device, offloaded=_is_offloaded(blocks.model))
+        self._place = memory.place(self._bytes_of_states(), self.device, offloaded=has_offloaded(blocks.model))
         self.checkpoints = Checkpoints(memory.folder if self._place is None else None)
         self._steps = 0
         self._calls: list[list[Call]] = []  # of each batch, for each block
         self._slopes: dict[int, torch.Tensor] = {}  # batch -> gradient of the loss with respect to its hidden states
         # The blocks whose weights may be used without their module: not known before they are in memory.
-        self._not_looked_at = {
-            number for number, layer in enumerate(blocks.layers) if any(map(is_offloaded, layer.parameters()))
-        }
+        self._not_looked_at = {number for number, layer in enumerate(blocks.layers) if has_offloaded(layer)}
 
     def run(self) -> None:
         """Run the pass, from where a killed one was."""
@@ -171,7 +168,7 @@ class BlockPass:
                     del logits
                 slopes[row, :length] = _gradient(hidden)[0]
             self._slopes[number] = slopes
-        self.work.loss.summed()
+        self.work.loss.summed()  # before the way back, which a loss that is not finite would spoil
         self._save(last)
         self._kept_slopes.wait()
         self.checkpoints.save("turned", self.work.loss.state() | self.work.gradients.pending())
@@ -225,10 +222,6 @@ class BlockPass:
     def _tell(self, blocks: int) -> None:
         self._steps += blocks
         self.work.progress(self._steps, 2 * len(self.blocks))
-
-
-def _is_offloaded(model: PreTrainedModel) -> bool:
-    return any(map(is_offloaded, model.parameters()))
 
 
 def _singles(sequences: Sequences) -> Iterator[Sequences]:

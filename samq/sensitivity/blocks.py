@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
-from samq.sensitivity.offloading import Residence, is_offloaded
+from samq.sensitivity.offloading import Residence, has_offloaded
 
 logger = logging.getLogger(__name__)
-PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart
+PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart, and how its weights are used
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -83,7 +83,7 @@ class Blocks:
         try:
             return _taken_apart(model)
         except (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
-            if any(map(is_offloaded, model.parameters())):
+            if has_offloaded(model):
                 raise SamqError(
                     f"{type(model).__name__} does not fit the memory, and does not run a block at a time: {reason}; allow more "
                     "memory (memory_limit), or use bfloat16 or more GPUs"
@@ -149,13 +149,23 @@ def logits_of(
     `about` is told a batch's number before any part of the model runs on it.
     """
     device = main_device(model)
-    if not any(map(is_offloaded, model.parameters())):
+    if not has_offloaded(model):
         for number, (ids, mask) in enumerate(batches):
             about(number)
             yield model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
         return
     blocks = Blocks.of(model)
     assert blocks is not None, "it raises"
+    yield from _logits_by_blocks(blocks, batches, about)
+
+
+def _logits_by_blocks(
+    blocks: Blocks,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    about: Callable[[int], None] = lambda _: None,
+) -> Iterator[torch.Tensor]:
+    """The logits of each batch, all batches through one block after another."""
+    device = main_device(blocks.model)
     entered = []
     for number, (ids, mask) in enumerate(batches):
         about(number)
@@ -230,7 +240,7 @@ def _taken_apart(model: PreTrainedModel) -> Blocks:
     ids = torch.arange(PROBE_TOKENS, device=main_device(model))[None]
     blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
     _require_independent_arguments(blocks, ids)
-    if not any(map(is_offloaded, model.parameters())):
+    if not has_offloaded(model):
         _require_equal_logits(blocks, ids)
     return blocks
 
@@ -311,13 +321,7 @@ def _require_independent(name: str, value: Any) -> None:
 
 @torch.no_grad()
 def _require_equal_logits(blocks: Blocks, ids: torch.Tensor) -> None:
-    entered = blocks.enter(ids, torch.ones_like(ids))
-    hidden = entered.hidden
-    with blocks.resident() as weights:
-        for number, call in enumerate(entered.calls):
-            with weights.block(number, number + 1):
-                hidden = blocks.run(number, hidden.to(weights.devices[number]), call)
-    ours = blocks.logits(hidden, ids)
+    (ours,) = _logits_by_blocks(blocks, [(ids, torch.ones_like(ids))])
     theirs = blocks.model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()), equal_nan=True):
         raise NotApart("its blocks in turn compute something else than it does")

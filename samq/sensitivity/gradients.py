@@ -23,8 +23,6 @@ from samq.errors import SamqError
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.weight_gradients import Gradients, LinearGradients, RowGradients, WholeGradient, sum_of_rows
 
-PROBE_TOKENS = 8  # of the forward pass that shows how weights are used
-
 # (the weight's index, number of the batch's first sequence, gradients of the batch's sequences, or of some rows of theirs)
 Receive = Callable[[int, int, Gradients], None]
 Use = tuple[nn.Module, str]  # a module, and the name that a parameter has in it
@@ -72,10 +70,8 @@ class SampleGradients:
     def require_calls(self, run: Callable[[], object], within: nn.Module) -> None:
         """Take autograd's gradient of those weights of `within` that `run`, a forward pass, uses without their module."""
         inside = set(within.modules())
-        uses = {index: self._uses_of[index] for index in self._hooked}
-        self._hooked -= _used_without_a_call(
-            {index: uses for index, uses in uses.items() if all(module in inside for module, _ in uses)}, run
-        )
+        indices = [index for index in self._hooked if all(module in inside for module, _ in self._uses_of[index])]
+        self._hooked -= _used_without_a_call({index: self._uses_of[index] for index in indices}, run)
 
     @property
     def one_sample_only(self) -> bool:
@@ -186,12 +182,13 @@ class SampleGradients:
             self._ids[index] = layer_input
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_(True)
-        if output.requires_grad:
-            after = self._after_embedding if isinstance(module, nn.Embedding) else self._after_linear
-            self._open[index] += after == self._after_linear
-            output.register_hook(partial(after, index, module, layer_input.to(output.device)))
+            if output.requires_grad:
+                output.register_hook(partial(self._after_embedding, index, module, layer_input.to(output.device)))
+        elif output.requires_grad:
+            self._open[index] += 1
+            output.register_hook(partial(self._after_linear, index, layer_input.to(output.device)))
 
-    def _after_linear(self, index: int, module: nn.Module, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _after_linear(self, index: int, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
         self._uses[index].append((layer_input, gradient.detach()))
         self._open[index] -= 1
         if self._open[index] == 0:

@@ -1,6 +1,6 @@
 """The loss that gradients are taken of: labels from the text, or drawn from the model's distribution."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,10 +65,15 @@ class Loss:
 
     def summed(self) -> np.ndarray:
         """Each sequence's so far, in nats; SamqError if one is not finite."""
-        losses = np.array([self._summed[number].item() for number in sorted(self._summed)])
-        for number, loss in enumerate(losses, start=self._labelling.first_sequence):
-            _check_loss(loss, self._weights, number, self._labelling.purpose)
-        return losses
+        numbers = sorted(self._summed)
+        self.require_finite(numbers)
+        return np.array([self._summed[number].item() for number in numbers])
+
+    def require_finite(self, numbers: Iterable[int]) -> None:
+        """Raise SamqError if the loss of one of these sequences is not finite."""
+        for number in numbers:
+            sequence = self._labelling.first_sequence + number
+            _check_loss(self._summed[number].item(), self._weights, sequence, self._labelling.purpose)
 
 
 def _loss_gradient(

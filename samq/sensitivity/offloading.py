@@ -52,6 +52,11 @@ def is_offloaded(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, _STORED)
 
 
+def has_offloaded(module: nn.Module) -> bool:
+    """Whether some of the module's weights are on disk."""
+    return any(map(is_offloaded, module.parameters()))
+
+
 def values_of(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's values: read into the host's memory if they are on disk, or else where they are."""
     stored: StoredTensor | None = getattr(parameter, _STORED, None)
@@ -116,7 +121,6 @@ class Residence:
 
 
 _Place = tuple[nn.Module, str]
-_Copies = dict[_Place, nn.Parameter]
 
 
 def _elsewhere(block: nn.Module, device: torch.device) -> list[tuple[_Place, nn.Parameter]]:

@@ -17,9 +17,8 @@ from samq.sensitivity.blocks import block_list
 from samq.sensitivity.memory import free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
 
-WORKING_SHARE = (
-    1.25  # what a model that is measured takes at least, beside what a batch takes: in shares of its weights
-)
+# What a model that is measured takes at least, beside what a batch takes: in shares of its weights
+WORKING_SHARE = 1.25
 
 
 def _free(device: str) -> int:

@@ -64,11 +64,7 @@ class Sums:
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Have what `changes` gave, in another process perhaps."""
-        for name in sorted(state):
-            kind, index = name.split(".")[0], int(name.split(".")[1])
-            if kind == "numbers":
-                self._numbers[index] = state[name].clone()
-                self._totals[index] = []
-        for name in sorted(state, key=lambda name: (len(name), name)):
-            if name.startswith("total."):
-                self._totals[int(name.split(".")[1])].append(state[name].clone())
+        for index in [int(name.removeprefix("numbers.")) for name in state if name.startswith("numbers.")]:
+            self._numbers[index] = state[f"numbers.{index}"].clone()
+            totals = sum(name.startswith(f"total.{index}.") for name in state)
+            self._totals[index] = [state[f"total.{index}.{place}"].clone() for place in range(totals)]

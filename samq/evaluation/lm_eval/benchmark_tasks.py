@@ -125,26 +125,22 @@ class TaskLibrary:
         else:
             entry = self._near.task_index.get(name)
             config = (entry.cfg if entry else None) or {"group": name, "task": [name]}  # a tag, or an unknown name
-        if "group" not in config or self._are_near(config.get("task") or []):
+        if "group" not in config or self.are_near(config.get("task") or []):
             return self._near, config
         manager = _lm_evals() if self._folders == [FOLDER] else TaskManager(include_path=self._folders)
         if not is_file and name not in manager.task_index:
             raise SamqError(f"the task {name!r} does not exist; {_nearest(name, manager.all_tasks)}")
         return manager, config if is_file else _config(manager, name)
 
-    def has(self, names: Sequence[str]) -> bool:
-        """Whether all these tasks and groups are SAMQ's or the user's, so that nobody need search lm-eval's own."""
-        return self._are_near(names)
-
-    def _are_near(self, members: Sequence[Any]) -> bool:
-        """Whether all members of a group are SAMQ's tasks or the user's."""
+    def are_near(self, members: Sequence[Any]) -> bool:
+        """Whether all these tasks, or members of a group, are SAMQ's or the user's: then nobody need search lm-eval's own."""
         for member in members:
             name = member.get("group", member.get("task")) if isinstance(member, Mapping) else member
             entry = self._near.task_index.get(name)
             if (
                 entry is None
                 or entry.cfg is None
-                or ("group" in entry.cfg and not self._are_near(entry.cfg.get("task") or []))
+                or ("group" in entry.cfg and not self.are_near(entry.cfg.get("task") or []))
             ):
                 return False
         return True

@@ -385,7 +385,7 @@ def _needs_no_others(arguments: Sequence[str]) -> bool:
     asked, _ = parser.parse_known_args(arguments)
     names = [name for part in asked.tasks for name in part.split(",")]
     try:
-        return bool(names) and TaskLibrary([asked.include_path] if asked.include_path else []).has(names)
+        return bool(names) and TaskLibrary([asked.include_path] if asked.include_path else []).are_near(names)
     except SamqError:  # lm-eval will say what is wrong with the folder
         return False
 

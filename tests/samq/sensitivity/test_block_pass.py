@@ -39,12 +39,6 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def by_blocks(monkeypatch):
-    """Let a model on the CPU that is in memory go through a block at a time, as on a GPU."""
-    monkeypatch.setattr("samq.sensitivity.backpropagation._goes_by_blocks", lambda _: True)
-
-
-@pytest.fixture
 def killing(monkeypatch):
     """Give a number of the parts of a model that run before the next of them is the last; counts them by their work."""
     run, logits = Blocks.run, Blocks.logits

@@ -34,12 +34,6 @@ APART = [
 ]
 
 
-@pytest.fixture
-def by_blocks(monkeypatch):
-    """Let a model on the CPU that is in memory go through a block at a time, as on a GPU."""
-    monkeypatch.setattr("samq.sensitivity.backpropagation._goes_by_blocks", lambda _: True)
-
-
 def load(name, folder):
     return load_model(describe_source(write_model(name, folder)), device="cpu")[0]
 

@@ -33,8 +33,8 @@ def test_lm_evals_own_tasks_are_known_but_need_the_hub(tmp_path, monkeypatch):
 def test_what_is_samqs_or_the_users_is_known_without_lm_evals_own_tasks(tmp_path):
     (tmp_path / "colours.yaml").write_text("task: colours\ndataset_path: json\n")
     library = TaskLibrary([tmp_path])
-    assert library.has(["samq_hellaswag", "colours"])
-    assert not library.has(["samq_hellaswag", "mmlu"])
+    assert library.are_near(["samq_hellaswag", "colours"])
+    assert not library.are_near(["samq_hellaswag", "mmlu"])
 
 
 def test_an_unknown_task_names_the_nearest():
