@@ -24,7 +24,7 @@ PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart, and 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-class NotApart(SamqError):
+class NotApart(Exception):
     """Why a model does not come apart into blocks."""
 
 
@@ -84,10 +84,7 @@ class Blocks:
             return _taken_apart(model)
         except (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
             if has_offloaded(model):
-                raise SamqError(
-                    f"{type(model).__name__} does not fit the memory, and does not run a block at a time: {reason}; allow more "
-                    "memory (memory_limit), or use bfloat16 or more GPUs"
-                ) from reason
+                raise cannot_run(model, reason) from reason
             logger.info("%s is measured whole, and not a block at a time: %s", type(model).__name__, reason)
             return None
 
@@ -325,6 +322,14 @@ def _require_equal_logits(blocks: Blocks, ids: torch.Tensor) -> None:
     theirs = blocks.model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()), equal_nan=True):
         raise NotApart("its blocks in turn compute something else than it does")
+
+
+def cannot_run(model: PreTrainedModel, reason: Exception) -> SamqError:
+    """What to say of a model that neither fits the memory nor comes apart."""
+    return SamqError(
+        f"{type(model).__name__} does not fit the memory, and does not run a block at a time: {reason}; allow more memory "
+        "(memory_limit), or use bfloat16 or more GPUs"
+    )
 
 
 def main_device(model: PreTrainedModel) -> torch.device:

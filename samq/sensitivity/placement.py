@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
 from samq.errors import SamqError
-from samq.sensitivity.blocks import block_list
+from samq.sensitivity.blocks import NotApart, block_list, cannot_run
 from samq.sensitivity.memory import free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
 
@@ -39,7 +39,10 @@ def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int
     room = _free(device) if limit is None else limit
     if bytes_of(skeleton.parameters()) * WORKING_SHARE <= room or device == elsewhere:
         return device
-    layers = block_list(skeleton)
+    try:
+        layers = block_list(skeleton)
+    except NotApart as reason:
+        raise cannot_run(skeleton, reason) from reason
     names = {module: name for name, module in skeleton.named_modules()}
     return _beside(skeleton, names[layers], {"auto": "cuda:0"}.get(device, device), elsewhere)
 

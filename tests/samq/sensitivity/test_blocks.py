@@ -14,6 +14,7 @@ from samq.sensitivity.layout import GgufLayout, Weight, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.sensitivity.offloading import is_offloaded, values_of
+from samq.sensitivity.placement import placement
 from samq.sensitivity.views import View
 from tests.architectures.models import write_model
 from tests.tiny_models import names_of, random_tokens, tiny_llama, tiny_mixtral
@@ -159,3 +160,13 @@ def test_a_model_that_fits_the_limit_is_in_memory(tmp_path):
     size = sum(parameter.nbytes for parameter in load_model(source, device="cpu")[0].parameters())
     fits, _ = load_model(source, device="cpu", memory_limit=2 * size)
     assert not any(map(is_offloaded, fits.parameters()))
+
+
+def test_a_model_without_a_list_of_blocks_that_does_not_fit_is_refused():
+    model = tiny_llama()
+    model.config.num_hidden_layers = 3  # of which it has two
+    message = (
+        r"^LlamaForCausalLM does not fit the memory, .*: it has 0 lists of 3 blocks; allow more memory \(memory_limit\)"
+    )
+    with pytest.raises(SamqError, match=message):
+        placement(model, "cpu", "disk", 1)
