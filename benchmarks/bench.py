@@ -4,7 +4,7 @@ Everything is kept in the store under --work, as a run of the flow keeps it, and
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,8 @@ from flows.ggufs import build
 from flows.inputs import Inputs, prepare
 from flows.parameters import CalibrationParameters, CandidateParameters, ModelParameters, RequantizeParameters
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
-from samq.allocation.ladder import DEFAULT_TYPES, Ladder
 from samq.allocation.target import OpenTarget
+from samq.allocation.types import DEFAULT_TYPES
 from samq.data.datasets import DatasetSpec
 from samq.data.tokens import TokenBatch
 from samq.evaluation.baseline import cut_chunks, read_tokens
@@ -32,7 +32,7 @@ from samq.records import Plan, PriceTable
 from samq.store import Artifact, Store
 from samq.workspace import Workspace
 from tasks.evaluate import evaluate
-from tasks.ladder import choose_rungs, open_ladder, rung
+from tasks.price import choose_types
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,13 @@ class Bench:
     at: Workspace
     parameters: RequantizeParameters
     inputs: Inputs
-    rungs: Mapping[str, Artifact]
+    types: list[str]  # that tensors are priced in
     costs: Costs
 
     @cached_property
     def target(self) -> OpenTarget:
         """What plans are made for."""
         return self.inputs.target.open(self.at.toolchain)
-
-    @property
-    def ladder(self) -> Ladder:
-        """The rungs as files."""
-        return open_ladder(self.inputs.target.full, dict(self.rungs))
 
     @property
     def nearest(self) -> PriceTable:
@@ -90,8 +85,8 @@ class Bench:
 
     def build(self, plan: Plan) -> Artifact:
         """The plan's GGUF."""
-        gather = Gather()
-        ggufs = build(self.at, self.inputs, {plan.name: self._publish(plan)}, self.rungs, self.costs, gather)
+        gather, plans = Gather(), {plan.name: self._publish(plan)}
+        ggufs = build(self.at, self.inputs, plans, self.costs, self.parameters.calibration, gather)
         if gather.failures:
             raise SystemExit(f"{plan.name} failed: {gather.failures[0].reason}")
         return ggufs[plan.name]
@@ -131,15 +126,12 @@ def open_bench(
     types: Sequence[str] | None = None,
     store: Path | None = None,
 ) -> Bench:
-    """Prepare, calibrate and price by the flow's phases; another seed, ladder or store than the arguments' if given."""
+    """Prepare, calibrate and price by the flow's phases; another seed, types or store than the arguments' if given."""
     at = Workspace(store or arguments.work.absolute() / "store", find_toolchain())
     parameters = parameters_of(arguments, arguments.seed if seed is None else seed, types or arguments.types)
-    inputs, gather = prepare(at, parameters), Gather()
-    names = choose_rungs(at, inputs.target, parameters.candidates.ladder)
-    rungs = gather("ladder", {name: rung.submit(at, name, inputs.target) for name in names})
-    if gather.failures:
-        raise SystemExit(f"rung {gather.failures[0].name} failed: {gather.failures[0].reason}")
-    return Bench(at, parameters, inputs, rungs, measure_costs(at, inputs, rungs, parameters))
+    inputs = prepare(at, parameters)
+    chosen = choose_types(at, inputs.target, parameters.candidates.ladder)
+    return Bench(at, parameters, inputs, chosen, measure_costs(at, inputs, chosen, parameters))
 
 
 def again(arguments: argparse.Namespace, number: int) -> Bench:
@@ -185,7 +177,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--heldout", type=Path, default=model / "valid.txt", help="text to measure on")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--work", type=Path, default=Path(".samq/quality"), help="folder that keeps everything heavy")
-    parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="the ladder's rungs")
+    parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="types that budgets choose from")
     parser.add_argument("--samples", type=int, default=192, help="calibration sequences")
     parser.add_argument("--sequence-tokens", type=int, default=256, help="longest sequence")
     parser.add_argument(

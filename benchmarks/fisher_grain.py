@@ -24,13 +24,16 @@ import numpy as np
 import pandas as pd
 import torch
 from bench import Bench, keep, open_bench, parser
+from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 from setting import machine, versions
 
-from samq.allocation.ladder import uniform_plan
-from samq.allocation.prices import plan_cost, rounding_error
+from samq.allocation.prices import plan_cost
 from samq.allocation.target import stock_plan
-from samq.gguf.file import TensorInfo, open_gguf
+from samq.allocation.types import legal_types, uniform_plan
+from samq.gguf.file import TensorInfo
+from samq.gguf.ggml import to_float
+from samq.gguf.nearest import NearestRounding
 from samq.progress import bar
 from samq.records import Plan, PriceTable, digest_of
 from samq.sensitivity.backpropagation import backpropagate
@@ -48,7 +51,7 @@ def main() -> None:
     """Measure, print the table and write it as JSON."""
     arguments = parser(__doc__ or "").parse_args()
     bench = open_bench(arguments)
-    target, ladder = bench.target, bench.ladder
+    target = bench.target
     sensitivity = bench.costs.sensitivity
     tables = price(bench, single_weights(arguments, bench))
 
@@ -58,7 +61,7 @@ def main() -> None:
         for grain, table in tables.items()
         for mixture in MIXTURES
     }
-    shared = [*stocks.values(), *(uniform_plan(target, name) for name in ladder.rungs), *plans.values()]
+    shared = [*stocks.values(), *(uniform_plan(target, name) for name in bench.types), *plans.values()]
     distinct = list({tuple(plan.types.items()): plan for plan in shared}.values())
     measured = pd.Series([float(bench.measure(plan)["kld"].mean()) for plan in distinct])
     rows = []
@@ -128,17 +131,18 @@ def single_weights(arguments: argparse.Namespace, bench: Bench) -> dict[str, np.
 
 
 def price(bench: Bench, singles: Mapping[str, np.ndarray]) -> dict[str, PriceTable]:
-    """Grain -> price table; reads the ladder's rounding errors once for all grains except the product's."""
-    target, ladder, product = bench.target, bench.ladder, bench.nearest
+    """Grain -> price table; rounds once for all grains except the product's."""
+    target, product = bench.target, bench.nearest
     costs: dict[str, dict[tuple[str, str], float]] = {grain: {} for grain in GRAINS if grain != DEFAULT}
-    originals = {tensor.name: tensor for tensor in open_gguf(target.full.path).tensors}
-    rungs = [{tensor.name: tensor for tensor in open_gguf(rung).tensors} for rung in ladder.rungs.values()]
-    for name in target.quantizable:
+    rounding = NearestRounding(target.full.path, target.imatrix.path if target.imatrix else None)
+    for name, kinds in legal_types(target, bench.types).items():
         averages = {grain: averaged(singles[name], grain) for grain in costs}
-        for rung in rungs:
-            squares = np.square(rounding_error(originals[name], rung[name], slice(None)), dtype=np.float64)
+        weights = rounding.weights(name, slice(None))
+        for kind in kinds:
+            rounded = to_float(GGMLQuantizationType[kind], rounding.blocks(name, kind, slice(None)), weights.shape[1])
+            squares = np.square(rounded - weights, dtype=np.float64)
             for grain, average in averages.items():
-                costs[grain][name, rung[name].tensor_type.name] = float(np.vdot(average, squares)) / 2
+                costs[grain][name, kind] = float(np.vdot(average, squares)) / 2
     return {grain: with_costs(product, costs[grain]) if grain in costs else product for grain in GRAINS}
 
 

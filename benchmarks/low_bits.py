@@ -2,7 +2,7 @@
 
 For each type the script measures how much it changes the length of weights: the part of the rounding error along the
 weights themselves, over the weights. It also compares predicted and measured KL of all tensors at that type. Then it makes
-the budget plan at the bytes of Q3_K_M from the default ladder, and from that ladder with each further type. A type whose
+the budget plan at the bytes of Q3_K_M from the default types, and from these with each further type. A type whose
 errors all have one sign costs more in a mixture than prices without terms between weights say. Last, the script adds budget
 plans from all types at fewer and fewer bits, and sorts all plans by predicted KL: measured over predicted KL shows where
 second order fails. Takes the arguments of quality.py except --bits, --seeds and --repeats, and shares its --work folder.
@@ -14,9 +14,9 @@ from collections import Counter
 from bench import open_bench, parser
 from setting import machine, versions
 
-from samq.allocation.ladder import DEFAULT_TYPES, uniform_plan
 from samq.allocation.prices import plan_cost
 from samq.allocation.target import stock_plan
+from samq.allocation.types import DEFAULT_TYPES, uniform_plan
 from samq.records import Plan, PriceTable
 
 MIXTURE = "Q3_K_M"
@@ -62,7 +62,7 @@ def main() -> None:
             }
         )
         print(
-            f"at the bytes of {MIXTURE}, default ladder{''.join(f' and {name}' for name in further)}: predicted "
+            f"at the bytes of {MIXTURE}, default types{''.join(f' and {name}' for name in further)}: predicted "
             f"{plan.predicted_kl_nats:.6f}  measured {measured:.6f} ({measured / reference - 1:+.1%})",
             flush=True,
         )
@@ -102,7 +102,7 @@ def most_common(plan: Plan) -> str:
 
 
 def only(prices: PriceTable, types: set[str]) -> PriceTable:
-    """The price table of a ladder with these types only."""
+    """The price table with these types only."""
     tensors = {
         name: tensor.model_copy(update={"types": {kind: tensor.types[kind] for kind in tensor.types if kind in types}})
         for name, tensor in prices.tensors.items()

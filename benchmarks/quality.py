@@ -23,10 +23,10 @@ import pandas as pd
 from bench import Bench, again, open_bench, parser
 from setting import conclude
 
-from samq.allocation.ladder import uniform_plan
 from samq.allocation.prices import plan_cost
 from samq.allocation.target import stock_plan
 from samq.allocation.threshold import ThresholdPolicy, change_points, threshold_plan
+from samq.allocation.types import uniform_plan
 from samq.records import Plan, PriceTable
 from samq.sweep.comparison import compare
 
@@ -131,7 +131,7 @@ def best_threshold_plan(bench: Bench, limit: int) -> Plan | None:
 def further_plans(bench: Bench, bits: Sequence[float]) -> list[tuple[Plan, PriceTable]]:
     """Uniform plans, and budget plans of so many bits a weight, with the prices that predict them."""
     weights = sum(tensor.weights for tensor in bench.target.tensors.values())
-    uniform = [(uniform_plan(bench.target, name), bench.nearest) for name in bench.rungs]
+    uniform = [(uniform_plan(bench.target, name), bench.nearest) for name in bench.types]
     sizes = {f"{number}bpw": int(number * weights / 8) for number in bits}
     return uniform + [
         (bench.at_bytes(size, bench.compensated, name), bench.compensated) for name, size in sizes.items()

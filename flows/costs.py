@@ -1,6 +1,5 @@
 """What tensors cost in each type: calibrate and price, on as many sequences as it takes to know the budgets' plans."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +13,6 @@ from samq.sensitivity.fisher import Routing, load_fisher, routing
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.calibrate import Passes, calibrate, load_map
-from tasks.compensate import gram
 from tasks.plan import load_plan, plan_budget
 from tasks.price import load_prices, price, price_compensated
 from tasks.text import FirstSequences
@@ -27,7 +25,6 @@ class Costs:
     sensitivities: Artifact
     prices: Artifact
     budget_prices: Artifact
-    grams: Artifact | None  # None: no plan is compensated
 
     @property
     def sensitivity(self) -> SensitivityMap:
@@ -45,24 +42,17 @@ class Costs:
         return {table.rounding: table for table in map(load_prices, (self.prices, self.budget_prices))}
 
 
-def measure_costs(
-    at: Workspace, inputs: Inputs, rungs: Mapping[str, Artifact], parameters: RequantizeParameters
-) -> Costs:
+def measure_costs(at: Workspace, inputs: Inputs, types: list[str], parameters: RequantizeParameters) -> Costs:
     """Calibrate on more and more sequences, until every budget plan's predicted KL is known precisely enough."""
     calibration, candidates = parameters.calibration, parameters.candidates
     passes = Passes(calibration.batch_size, calibration.labels, calibration.seed)
-    everything = FirstSequences(inputs.tokens, inputs.available)
-    grams = (
-        gram(at, inputs.model, everything, calibration.gram_tokens, calibration.batch_size)
-        if candidates.compensated
-        else None
-    )
     count = min(calibration.first_sequences, inputs.available) if candidates.budgets else inputs.available
     sensitivities: Artifact | None = None
     while True:
         sensitivities = calibrate(at, inputs.model, FirstSequences(inputs.tokens, count), sensitivities, passes)
-        prices = price(at, inputs.target, dict(rungs), sensitivities, candidates.unmeasured_type)
-        budget_prices = price_compensated(at, prices, grams) if grams else prices
+        prices = price(at, inputs.target, types, sensitivities, candidates.unmeasured_type)
+        compensable = inputs.layer_inputs if candidates.compensated else None
+        budget_prices = price_compensated(at, prices, compensable) if compensable else prices
         plans = Gather()(
             "plan",
             {
@@ -74,5 +64,5 @@ def measure_costs(
         predictions = [plan_cost(table, load_plan(plan).types) for plan in plans.values()]
         enough = sequences_wanted(predictions, calibration.precision, measured=count, available=inputs.available)
         if enough == count:
-            return Costs(sensitivities, prices, budget_prices, grams)
+            return Costs(sensitivities, prices, budget_prices)
         count = enough

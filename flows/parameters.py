@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from samq.allocation.budget import BudgetPolicy
 from samq.allocation.budget_notation import read_budget, read_size
-from samq.allocation.ladder import DEFAULT_TYPES
 from samq.allocation.threshold import ThresholdPolicy, resolve_threshold
+from samq.allocation.types import DEFAULT_TYPES
 from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
@@ -97,7 +97,8 @@ class CalibrationParameters(Parameters):
     gram_tokens: int = Field(
         default=GRAM_TOKENS,
         ge=1,
-        description="tokens that Gram matrices, for compensated rounding, are measured on; more bring little",
+        description="tokens that the layers' inputs are measured on, for the importance matrix and compensated rounding; more "
+        "bring little",
     )
     imatrix: bool = Field(default=True, description="make an importance matrix of this text and quantize with it")
 
@@ -160,9 +161,6 @@ class CandidateParameters(Parameters):
         description="type of tensors that are not measured, such as layers for multi-token prediction, which transformers does "
         "not load; a tensor that is smaller already keeps its type",
     )
-    requantize: bool = Field(
-        default=False, description="build every candidate by llama-quantize instead of assembling it from the ladder"
-    )
 
     @field_validator("stock")
     @classmethod
@@ -200,7 +198,7 @@ class CandidateParameters(Parameters):
 
     @property
     def ladder_types(self) -> tuple[str, ...]:
-        """The types that the ladder holds for budgets; none without a budget."""
+        """The types that budgets choose from; none without a budget."""
         return self.ladder if self.budgets else ()
 
     @property

@@ -1,6 +1,6 @@
 """Re-quantize a model: from full-precision weights and calibration text to measured, tracked, registered GGUFs.
 
-model + text -> convert -> agreement -> imatrix -> ladder -> calibrate -> price -> plan x N -> build x N -> evaluate x N
+model + text -> convert -> agreement -> inputs -> calibrate -> price -> plan x N -> build x N -> evaluate x N
              -> compare -> choose -> benchmark the finalists -> check -> report -> track -> register
 
 `measure_sweep` goes as far as the checks and needs no server: commands, notebooks and benchmarks call it. The flow
@@ -31,8 +31,8 @@ from samq.workspace import Workspace
 from tasks.benchmark import compare_with_references, find_benchmarks
 from tasks.compare import compare
 from tasks.evaluate import evaluate
-from tasks.ladder import choose_rungs, rung
 from tasks.plan import FULL, plan_stock
+from tasks.price import choose_types
 from tasks.report import report
 from tasks.track import track
 
@@ -53,16 +53,15 @@ def measure_sweep(at: Workspace, parameters: RequantizeParameters) -> Sweep:
     inputs = prepare(at, parameters)
     tasks = find_benchmarks(parameters.benchmarks.settings)
 
-    # One GGUF for each type, and what each tensor costs in it.
+    # What each tensor costs in each type.
     mixtures = {name: plan_stock.submit(at, inputs.target, name) for name in (FULL, *candidates.mixtures)}
     stock = gather("plan", mixtures)
-    types = choose_rungs(at, inputs.target, candidates.ladder_types, list(stock.values()), candidates.threshold_policy)
-    rungs = gather("ladder", {kind: rung.submit(at, kind, inputs.target) for kind in types})
-    costs = measure_costs(at, inputs, rungs, parameters)
+    types = choose_types(at, inputs.target, candidates.ladder_types, list(stock.values()), candidates.threshold_policy)
+    costs = measure_costs(at, inputs, types, parameters)
 
     # The candidates: a plan each, built and measured.
     plans = stock | plan_candidates(at, inputs, costs, candidates, gather)
-    ggufs = build(at, inputs, plans, {} if candidates.requantize else rungs, costs, gather)
+    ggufs = build(at, inputs, plans, costs, parameters.calibration, gather)
     evaluations = gather(
         "evaluate",
         {

@@ -1,6 +1,6 @@
 """Names of the files that artifacts hold: stages write them, and whatever comes after finds them by these names."""
 
-GGUF_NAME = "model.gguf"  # full precision, a rung of the ladder, or a candidate
+GGUF_NAME = "model.gguf"  # full precision, or a candidate
 QUANTIZED_NAME = "quantized-model.json"  # the QuantizedModel record beside a candidate
 MMPROJ_NAME = "mmproj.gguf"  # the vision or audio part, as llama.cpp calls it
 IMATRIX_NAME = "imatrix.gguf"
@@ -9,10 +9,9 @@ CALIBRATION_SET_NAME = "calibration-set.json"
 HELDOUT_NAME = "heldout.npz"  # held-out token ids
 MAP_NAME = "sensitivity-map.json"
 FISHER_NAME = "fisher.safetensors"
-GRAM_NAME = "gram.safetensors"
+SHARES_NAME = "compensation-shares.json"  # of the output errors, that compensated rounding leaves
 PRICES_NAME = "prices.json"
 PLAN_NAME = "plan.json"
-COMPENSATED_NAME = "compensated.gguf"  # single tensors of a rung, with compensated rounding
 COMPENSATION_NAME = "compensation.json"
 CHECK_NAME = "prediction-check.json"
 AGREEMENT_NAME = "agreement.json"  # of torch and llama.cpp on the full-precision model

@@ -251,6 +251,10 @@ class OutputError(BaseModel):
         """The share of the error that is left; 1 if there was none."""
         return self.compensated / self.nearest if self.nearest else 1.0
 
+    def __add__(self, other: "OutputError") -> "OutputError":
+        """Of the rows of both."""
+        return OutputError(nearest=self.nearest + other.nearest, compensated=self.compensated + other.compensated)
+
 
 class Compensation(Record):
     """Output errors before and after compensated rounding; tensors that are not listed keep llama-quantize's bytes."""
@@ -258,6 +262,14 @@ class Compensation(Record):
     SCHEMA: ClassVar[str] = "samq.compensation/1"
 
     tensors: dict[str, OutputError]
+
+
+class CompensationShares(Record):
+    """The share of each tensor's output error that compensated rounding leaves, as its layer's inputs tell."""
+
+    SCHEMA: ClassVar[str] = "samq.compensation-shares/1"
+
+    shares: dict[str, float]
 
 
 class Price(BaseModel):
@@ -279,7 +291,7 @@ class TensorPrices(BaseModel):
 
 
 class PriceTable(Record):
-    """Bytes and predicted KL of every quantizable tensor in every type of a ladder."""
+    """Bytes and predicted KL of every quantizable tensor in every type that was priced."""
 
     SCHEMA: ClassVar[str] = "samq.price-table/2"
 

@@ -1,116 +1,163 @@
-"""Stages of compensated rounding (GPTQ): Gram matrices, a rung's tensors, and whole files of llama-quantize."""
+"""Stages of compensated rounding (GPTQ): all plans of a sweep together, or a file that another program quantized."""
 
-import logging
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-
-from samq.data.tokens import TokenBatch
-from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, GRAM_NAME, QUANTIZED_NAME, TOKENS_NAME
+from samq.errors import SamqError
+from samq.files import COMPENSATION_NAME, GGUF_NAME, IMATRIX_NAME, QUANTIZED_NAME
 from samq.gguf import audit
-from samq.gguf.file import read_metadata, read_tensors
+from samq.gguf.file import read_tensors
+from samq.gguf.nearest import NearestRounding
+from samq.llamacpp.programs import link_or_copy
 from samq.progress import bar
-from samq.quantization import compensation
-from samq.sensitivity.gram import GramMatrices, measure_gram, without_layer
+from samq.quantization.compensation import Rounded, StoredRounding, write_compensated
+from samq.quantization.planned_file import PlannedFile
+from samq.records import Compensation
+from samq.sensitivity.gram import input_moments
+from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
+from tasks.layer_inputs import sequences_of
 from tasks.model import TorchModel
 from tasks.plan import load_plan
 from tasks.stage import stage
 from tasks.text import FirstSequences
 
-log = logging.getLogger("samq.compensate")
+_ERRORS_NAME = "errors.jsonl"  # in the scratch folder
 
 
-@stage(
-    "gram",
-    version=3,
-    run_name="gram {model.source.name}",
-    keyed_by=("device",),
-    packages=("torch", "transformers"),
-    retries=1,
-)
-def gram(
-    at: Workspace, folder: Path, model: TorchModel, sequences: FirstSequences, most_tokens: int, batch_size: int
-) -> None:
-    """`gram.safetensors`: the Gram matrix of every linear layer's inputs, on the first sequences.
-
-    Of the sequences it takes as many as `most_tokens` come from.
-    """
-    batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
-    enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
-    torch_model, layout = model.load_with_layout(at)
-    tensors = read_tensors(model.full.path(GGUF_NAME))
-    quantizable = [weight for weight in layout.weights if tensors[weight.name].type != "F32"]
-    if rounded := without_layer(torch_model, quantizable):
-        more = f", and {len(rounded) - 8} more" if len(rounded) > 8 else ""
-        names = ", ".join(rounded[:8])
-        log.warning("%d tensors of no linear layer are rounded without compensation: %s%s", len(rounded), names, more)
-    with bar(f"gram {model.source.name}") as progress:
-        measure_gram(
-            torch_model,
-            batch.part(0, min(sequences.count, enough)),
-            folder / GRAM_NAME,
-            layout.weights,
-            batch_size=batch_size,
-            progress=progress,
-        )
+def _rounded_name(name: str) -> str:
+    return f"{name}.gguf"
 
 
-@stage(
-    "compensate_rung",
-    version=1,
-    run_name="compensate ladder {name}",
-    keyed_by=("device",),
-    packages=("torch", "llama-cpp-python"),
-)
-def compensate_rung(
-    at: Workspace, folder: Path, name: str, full: Artifact, rung: Artifact, tensors: list[str], grams: Artifact
-) -> None:
-    """`compensated.gguf`: those of `tensors` that can be compensated, in the rung's type; and `compensation.json`.
-
-    All plans that have a tensor in this type take it from here, so that one more candidate is one more copy.
-    """
-    with bar(f"compensate ladder {name}") as progress:
-        report = compensation.compensate_rung(
-            full.path(GGUF_NAME),
-            rung.path(GGUF_NAME),
-            tensors,
-            GramMatrices(grams.path(GRAM_NAME)),
-            folder / COMPENSATED_NAME,
-            device=at.compute_device,
-            progress=progress,
-        )
-    report.save(folder / COMPENSATION_NAME)
+def _errors_name(name: str) -> str:
+    return f"{name}.json"
 
 
 @stage(
     "compensate",
-    version=1,
-    run_name="compensate {name}",
+    version=2,
+    run_name="compensate {model.source.name}",
     keyed_by=("device",),
-    packages=("torch", "llama-cpp-python"),
+    packages=("torch", "transformers", "llama-cpp-python"),
+    retries=1,
+    goes_on=True,
 )
 def compensate(
-    at: Workspace, folder: Path, name: str, full: Artifact, plan: Artifact, rounded: Artifact, grams: Artifact
+    at: Workspace,
+    folder: Path,
+    model: TorchModel,
+    sequences: FirstSequences,
+    most_tokens: int,
+    batch_size: int,
+    imatrix: Artifact | None,
+    plans: dict[str, Artifact],
+    provenance: dict[str, str],
 ) -> None:
-    """The files of `quantize`, with every tensor compensated that can be, and `compensation.json`.
+    """`NAME.gguf` and `NAME.json` of each plan: its file, not audited yet, and the errors of its layers' outputs.
 
-    For what llama-quantize itself wrote; what is assembled takes its tensors from `compensate_rung`.
+    The model goes through once for all plans.
     """
-    loaded, nearest = load_plan(plan), rounded.path(GGUF_NAME)
-    audit.require_space(folder, loaded, nearest.stat().st_size)
-    partial = folder / f"{GGUF_NAME}.partial"
-    with bar(f"compensate {name}") as progress:
-        report = compensation.compensate(
-            full.path(GGUF_NAME),
-            nearest,
-            GramMatrices(grams.path(GRAM_NAME)),
-            partial,
-            device=at.compute_device,
+    full, matrix = model.full.path(GGUF_NAME), imatrix.path(IMATRIX_NAME) if imatrix else None
+    loaded = {name: load_plan(plan) for name, plan in plans.items()}
+    audit.require_space(folder, ", ".join(loaded), sum(plan.tensor_bytes for plan in loaded.values()))
+
+    def create(work: Path) -> dict[str, PlannedFile]:
+        return {
+            name: PlannedFile.create(
+                work / _rounded_name(name), full, plan, audit.provenance_metadata(plan, provenance), matrix
+            )
+            for name, plan in loaded.items()
+        }
+
+    rounding = NearestRounding(full, matrix)
+    errors = _compensate(at, folder, model, (sequences, most_tokens, batch_size), create, rounding, everything=True)
+    for name, of_one in errors.items():
+        of_one.save(folder / _errors_name(name))
+
+
+@stage("candidate", version=1, run_name="audit {name}")
+def candidate(
+    at: Workspace,
+    folder: Path,
+    name: str,
+    full: Artifact,
+    plan: Artifact,
+    built: Artifact,
+    provenance: dict[str, str],
+) -> None:
+    """The files of `quantize` and `compensation.json`: one of the files in an artifact of `compensate`, audited."""
+    partial, loaded = folder / f"{GGUF_NAME}.partial", load_plan(plan)
+    link_or_copy(built.path(_rounded_name(name)), partial)
+    with bar(f"audit {name}"):
+        metadata = audit.provenance_metadata(loaded, provenance)
+        audit.accept(partial, loaded, metadata, full.path(GGUF_NAME)).save(folder / QUANTIZED_NAME)
+    Compensation.load(built.path(_errors_name(name))).save(folder / COMPENSATION_NAME)
+
+
+@stage(
+    "compensate_file",
+    version=1,
+    run_name="compensate a file of {model.source.name}",
+    keyed_by=("device",),
+    packages=("torch", "transformers", "llama-cpp-python"),
+    retries=1,
+    goes_on=True,
+)
+def compensate_file(
+    at: Workspace,
+    folder: Path,
+    model: TorchModel,
+    sequences: FirstSequences,
+    most_tokens: int,
+    batch_size: int,
+    quantized: Artifact,
+) -> None:
+    """`model.gguf` and `compensation.json`: a quantized GGUF, with every tensor compensated that can be."""
+    full, nearest = model.full.path(GGUF_NAME), quantized.path(GGUF_NAME)
+    shapes = [{tensor.name: tensor.extents for tensor in read_tensors(path).values()} for path in (full, nearest)]
+    if shapes[0] != shapes[1]:
+        raise SamqError(f"{nearest} and {full} do not hold the same tensors; give the GGUF that it was made from")
+    audit.require_space(folder, nearest.name, nearest.stat().st_size)
+
+    def create(work: Path) -> dict[str, PlannedFile]:
+        return {"": PlannedFile.copy(work / GGUF_NAME, nearest)}
+
+    rounding = StoredRounding(nearest)
+    errors = _compensate(at, folder, model, (sequences, most_tokens, batch_size), create, rounding, everything=False)
+    errors[""].save(folder / COMPENSATION_NAME)
+
+
+def _compensate(
+    at: Workspace,
+    folder: Path,
+    model: TorchModel,
+    sequences: tuple[FirstSequences, int, int],  # of the first, as many as so many tokens come from, so many a batch
+    create: Callable[[Path], Mapping[str, PlannedFile]],
+    rounded: Rounded,
+    *,
+    everything: bool,
+) -> dict[str, Compensation]:
+    """Write the files that `create` gives, first where a killed process goes on with them, then into the folder."""
+    first, most_tokens, batch_size = sequences
+    tokens = sequences_of(first, most_tokens)
+    torch_model, layout = model.load_with_layout(at)
+    work = at.scratch or folder
+    work.mkdir(parents=True, exist_ok=True)
+    files = create(work)
+    with bar(f"compensate {model.source.name}") as progress:
+        pieces = input_moments(
+            torch_model,
+            tokens,
+            layout.weights,
+            batch_size=batch_size,
+            memory=Memory(at.memory_limit, at.scratch),
             progress=progress,
         )
-    report.save(folder / COMPENSATION_NAME)
-    with bar(f"audit {name}"):
-        metadata = {key: str(value) for key, value in read_metadata(nearest).items() if key.startswith("samq.")}
-        audit.accept(partial, loaded, metadata, full.path(GGUF_NAME)).save(folder / QUANTIZED_NAME)
+        full, log = NearestRounding(model.full.path(GGUF_NAME)), work / _ERRORS_NAME
+        errors = write_compensated(files, full, rounded, pieces, log, everything=everything)
+    log.unlink(missing_ok=True)
+    for file in files.values():
+        os.replace(file.path, folder / file.path.name)
+    return errors

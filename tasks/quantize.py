@@ -1,15 +1,12 @@
-"""Stages: GGUFs, one a plan."""
+"""Stage: a plan's GGUF by llama-quantize."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from samq.files import COMPENSATED_NAME, GGUF_NAME, IMATRIX_NAME, QUANTIZED_NAME
+from samq.files import GGUF_NAME, IMATRIX_NAME, QUANTIZED_NAME
 from samq.llamacpp import programs
 from samq.progress import bar
-from samq.quantization import assembly
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.ladder import open_ladder
 from tasks.plan import load_plan
 from tasks.stage import stage
 from tasks.target import Target
@@ -31,28 +28,4 @@ def quantize(
             timeout_s=at.timeout_s,
             progress=progress,
         )
-    model.save(folder / QUANTIZED_NAME)
-
-
-@stage("assemble", version=1, run_name="assemble {name}")
-def assemble(
-    at: Workspace,
-    folder: Path,
-    name: str,
-    full: Artifact,
-    plan: Artifact,
-    rungs: dict[str, Artifact],
-    compensated: dict[str, Artifact],
-    provenance: dict[str, str],
-) -> None:
-    """The files of `quantize`, byte for byte, from the ladder's rungs that hold the plan's types.
-
-    For a plan of compensated rounding, tensors are taken from `compensated` (rung -> artifact of `compensate_rung`) where
-    those have them.
-    """
-    ladder = replace(
-        open_ladder(full, rungs), compensated=[rung.path(COMPENSATED_NAME) for rung in compensated.values()]
-    )
-    with bar(f"assemble {name}") as progress:
-        model = assembly.assemble(ladder, load_plan(plan), folder, provenance=provenance, progress=progress)
     model.save(folder / QUANTIZED_NAME)

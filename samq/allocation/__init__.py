@@ -1,1 +1,1 @@
-"""Allocation of types to tensors: the ladder of types, their prices, and the threshold and budget methods."""
+"""Allocation of types to tensors: the types that tensors may have, their prices, and the threshold and budget methods."""

@@ -1,7 +1,8 @@
-"""Prices: the cost of each tensor in each type of a ladder, in bytes and in predicted KL.
+"""Prices: the cost of each tensor in each type, in bytes and in predicted KL.
 
-The rounding error dW is not modelled: it is the difference between the tensor that llama-quantize wrote to the rung and the
-original. With the Fisher information F (samq.sensitivity.fisher: means over rows and columns), a tensor in a type costs
+The rounding error dW is not modelled: some rows at a time are rounded as llama-quantize rounds them, and the difference is
+weighed and forgotten (samq.gguf.nearest). With the Fisher information F (samq.sensitivity.fisher: means over rows and columns),
+a tensor in a type costs
 
     KL = sum over weights of F dW^2 / 2,  in nats per token,
 
@@ -10,17 +11,21 @@ its tensors.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-from gguf import ReaderTensor
+from gguf import GGMLQuantizationType, ReaderTensor
 from numpy.typing import NDArray
 
-from samq.allocation.ladder import Ladder
+from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
-from samq.gguf.file import TensorInfo, mostly_unknown, open_gguf, read_rows
+from samq.gguf.file import TensorInfo, mostly_unknown, read_rows
 from samq.gguf.formats import UNMEASURED, fallback, smaller, tensor_bytes
+from samq.gguf.ggml import to_float
+from samq.gguf.nearest import NearestRounding
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
 from samq.sensitivity.fisher import Fisher
@@ -36,21 +41,21 @@ _SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 
 
 def price_table(
-    ladder: Ladder,
-    quantizable: Mapping[str, TensorInfo],
+    target: OpenTarget,
+    types: Mapping[str, Collection[str]],
     sensitivity: SensitivityMap,
     fisher: Mapping[str, Fisher],
     *,
-    gguf_sha256: str,
-    imatrix_sha256: str | None = None,
     unmeasured: str = UNMEASURED,
     progress: Progress = silent,
 ) -> PriceTable:
-    """Price every quantizable tensor in every type that the ladder has it in, one slab of rows at a time.
+    """Price every quantizable tensor in its own type and in the `types`, some rows at a time.
 
-    A tensor that was not measured has only its own type and the type `unmeasured`, which seem to cost nothing. Raises SamqError
-    if `sensitivity` or `fisher` lack most weights, or have one in another shape.
+    `types` maps tensor -> types that llama-quantize can write to it (`samq.allocation.types.legal_types`). A tensor that was
+    not measured has only its own type and the type `unmeasured`, which seem to cost nothing. Raises SamqError if
+    `sensitivity` or `fisher` lack most weights, or have one in another shape.
     """
+    quantizable = target.quantizable
     measured = {name: tensor for name, tensor in quantizable.items() if name in sensitivity.tensors and name in fisher}
     if reason := mostly_unknown(quantizable, measured.keys()):
         raise SamqError(f"{reason}; give the sensitivities that `samq calibrate` measured on it")
@@ -60,35 +65,104 @@ def price_table(
     for name in quantizable.keys() - measured.keys():
         kind = smaller(fallback(unmeasured, quantizable[name].row_length), quantizable[name].type)
         prices[name][kind] = Price(bytes=tensor_bytes(kind, quantizable[name].shape), kl_nats=0.0)
-    total = len(ladder.rungs) * len(measured)
-    # of each type, over its tensors: <dW, W> and <W, W>
-    error_along_weights, weight_squares = defaultdict[str, float](float), defaultdict[str, float](float)
-    for done, rung in enumerate(ladder.rungs.values()):
-        originals = {tensor.name: tensor for tensor in open_gguf(ladder.gguf).tensors}
-        rounded = {tensor.name: tensor for tensor in open_gguf(rung).tensors}
-        for index, (name, info) in enumerate(measured.items()):
-            progress(done * len(measured) + index, total)
-            kind = rounded[name].tensor_type.name
-            if kind not in prices[name]:
-                cost, along, squares = _rounding(originals[name], rounded[name], fisher[name])
-                prices[name][kind] = Price(bytes=tensor_bytes(kind, info.shape), kl_nats=cost)
-                error_along_weights[kind] += along
-                weight_squares[kind] += squares
-    progress(total, total)
+    rounding = _rounding_of(target, {name: types[name] for name in measured}, fisher, progress)
+    for (name, kind), error in rounding.items():
+        prices[name][kind] = Price(bytes=tensor_bytes(kind, quantizable[name].shape), kl_nats=error.cost / 2)
     sequences = {name: tensor.sequence_squares for name, tensor in sensitivity.tensors.items()}
     return PriceTable(
-        gguf_sha256=gguf_sha256,
+        gguf_sha256=target.full.sha256,
         map_digest=sensitivity.digest(),
-        imatrix_sha256=imatrix_sha256,
+        imatrix_sha256=target.imatrix.sha256 if target.imatrix else None,
         sequence_tokens=sensitivity.sequence_tokens,
         tensors={
-            name: TensorPrices(types=types, shares=_shares(sequences.get(name, (0.0,) * sensitivity.samples)))
-            for name, types in prices.items()
+            name: TensorPrices(types=kinds, shares=_shares(sequences.get(name, (0.0,) * sensitivity.samples)))
+            for name, kinds in prices.items()
         },
-        length_changes={
-            kind: error_along_weights[kind] / squares for kind, squares in weight_squares.items() if squares
-        },
+        length_changes=_length_changes(rounding),
     )
+
+
+@dataclass(frozen=True)
+class _RoundingError:
+    """Sums over weights w that are rounded to w + dw, with Fisher information f."""
+
+    cost: float = 0.0  # f dw^2
+    along_weights: float = 0.0  # dw w
+    weight_squares: float = 0.0  # w^2
+
+    def __add__(self, other: "_RoundingError") -> "_RoundingError":
+        return _RoundingError(
+            self.cost + other.cost,
+            self.along_weights + other.along_weights,
+            self.weight_squares + other.weight_squares,
+        )
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Some rows of a tensor, all of one expert; `rows` counts through all experts."""
+
+    name: str
+    expert: int
+    rows: slice
+
+
+def _slabs(tensor: TensorInfo) -> Iterator[_Slab]:
+    *stacked, rows, row_length = tensor.shape
+    step = max(1, _SLAB_WEIGHTS // row_length)
+    for expert in range(math.prod(stacked)):
+        for first in range(expert * rows, (expert + 1) * rows, step):
+            yield _Slab(tensor.name, expert, slice(first, min(first + step, (expert + 1) * rows)))
+
+
+def _rounding_of(
+    target: OpenTarget, types: Mapping[str, Collection[str]], fisher: Mapping[str, Fisher], progress: Progress
+) -> dict[tuple[str, str], _RoundingError]:
+    """(tensor, type) -> what rounding to the nearest values does; slabs by several threads, summed in their order."""
+    nearest = NearestRounding(target.full.path, target.imatrix.path if target.imatrix else None)
+    slabs = [slab for name in types for slab in _slabs(target.quantizable[name])]
+    sums: dict[tuple[str, str], _RoundingError] = {}
+
+    def round_slab(slab: _Slab) -> dict[str, _RoundingError]:
+        return _round_slab(nearest, slab, types[slab.name], fisher[slab.name])
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="price") as threads:
+        for done, (slab, errors) in enumerate(zip(slabs, threads.map(round_slab, slabs), strict=True)):
+            progress(done, len(slabs))
+            for kind, error in errors.items():
+                sums[slab.name, kind] = sums.get((slab.name, kind), _RoundingError()) + error
+    progress(len(slabs), len(slabs))
+    return sums
+
+
+def _round_slab(
+    nearest: NearestRounding, slab: _Slab, kinds: Collection[str], fisher: Fisher
+) -> dict[str, _RoundingError]:
+    """Type -> the sums over a slab."""
+    weights = nearest.weights(slab.name, slab.rows)
+    means = fisher.rows.reshape(-1)[slab.rows].astype(np.float64)
+    profile = fisher.profile().reshape(-1, weights.shape[1])[slab.expert]
+    squares = math.fsum(
+        np.einsum("ij,ij->i", weights, weights)
+    )  # einsum adds up in the same order with any number of threads
+    errors = {}
+    for kind in kinds:
+        blocks = nearest.rounded(slab.name, kind, slab.rows, weights)
+        error = to_float(GGMLQuantizationType[kind], blocks, weights.shape[1])
+        error -= weights
+        along = math.fsum(np.einsum("ij,ij->i", error, weights))
+        np.square(error, out=error)
+        cost = float(np.vdot(means, np.einsum("ij,j->i", error, profile).astype(np.float64)))
+        errors[kind] = _RoundingError(cost, along, squares)
+    return errors
+
+
+def _length_changes(rounding: Mapping[tuple[str, str], _RoundingError]) -> dict[str, float]:
+    """Type -> the part of its errors along the weights, over all tensors that have it."""
+    sums: dict[str, _RoundingError] = {}
+    for (_, kind), error in rounding.items():
+        sums[kind] = sums.get(kind, _RoundingError()) + error
+    return {kind: error.along_weights / error.weight_squares for kind, error in sums.items() if error.weight_squares}
 
 
 def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
@@ -101,7 +175,7 @@ def plan_cost(prices: PriceTable, types: Mapping[str, str]) -> Metric:
     costs = []
     for name, kind in types.items():
         if name not in prices.tensors or kind not in prices.tensors[name].types:
-            raise SamqError(f"there is no price for {name} in {kind}; add that rung to the ladder")
+            raise SamqError(f"there is no price for {name} in {kind}; price that type as well")
         costs.append(prices.tensors[name].types[kind].kl_nats)
     tokens = np.array(prices.sequence_tokens)
     parts = np.array(costs) @ np.array([prices.tensors[name].shares for name in types])
@@ -150,29 +224,6 @@ def _check(tensor: TensorInfo, fisher: Mapping[str, Fisher]) -> None:
             f"the Fisher information of {tensor.name} is of {fisher[tensor.name].shape} weights, not {tensor.shape}; "
             "calibrate the model of this GGUF"
         )
-
-
-def _rounding(original: ReaderTensor, rounded: ReaderTensor, fisher: Fisher) -> tuple[float, float, float]:
-    """The cost of one tensor in nats per token, half of the sum of fisher dW^2; and <dW, W> and <W, W>."""
-    *_, rows, row_length = fisher.shape
-    slab = max(1, _SLAB_WEIGHTS // row_length)
-    cost = along = squares = 0.0
-    experts = zip(fisher.rows.reshape(-1, rows), fisher.profile().reshape(-1, row_length), strict=True)
-    for expert, (means, profile) in enumerate(experts):
-        for first in range(0, rows, slab):
-            here = slice(first, min(first + slab, rows))
-            there = slice(expert * rows + here.start, expert * rows + here.stop)
-            weights = read_rows(original, there)
-            error = read_rows(rounded, there)
-            error -= weights
-            # einsum adds up in the same order with any number of threads
-            along += math.fsum(np.einsum("ij,ij->i", error, weights))
-            squares += math.fsum(np.einsum("ij,ij->i", weights, weights))
-            np.square(error, out=error)
-            cost += float(
-                np.vdot(means[here].astype(np.float64), np.einsum("ij,j->i", error, profile).astype(np.float64))
-            )
-    return cost / 2, along, squares
 
 
 def rounding_error(

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -31,12 +31,10 @@ from samq.cli.options import (
 from samq.cli.start import loading_packages, prepare_prefect
 from samq.cli.text import dataset_spec, read_calibration
 from samq.errors import SamqError
-from samq.files import GGUF_NAME, GRAM_NAME
+from samq.files import COMPENSATION_NAME, GGUF_NAME
 from samq.output import check_file, work_folder
 from samq.progress import bar, console
-
-if TYPE_CHECKING:
-    from samq.store import Artifact
+from samq.records import Compensation
 
 
 def quantize(
@@ -111,10 +109,17 @@ def compensate(
     at, full = stages.workspace(device, memory_limit), adopt({GGUF_NAME: gguf})
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():
+        from samq.llamacpp import programs
         from tasks.model import TorchModel
 
-    grams = stages.measure_gram(at, TorchModel(source, full, dtype), sequences, batch_size)
-    ratios = _compensate(gguf, quantized, grams, out, at.compute_device)
+    compensated = stages.compensate(
+        at, TorchModel(source, full, dtype), sequences, batch_size, adopt({GGUF_NAME: quantized})
+    )
+    with work_folder(out.absolute().parent) as work:
+        programs.link_or_copy(compensated.path(GGUF_NAME), work / out.name)
+        os.replace(work / out.name, out)
+    errors = Compensation.load(compensated.path(COMPENSATION_NAME)).tensors
+    ratios = sorted(error.ratio for error in errors.values())
     if not ratios:
         raise SamqError(f"{quantized} has no tensor whose rounding can be compensated; {out} is a copy of it")
     median, least, most = (f"{100 * ratio:.0f} %" for ratio in (ratios[len(ratios) // 2], ratios[0], ratios[-1]))
@@ -132,25 +137,6 @@ def _check_pair(gguf: Path, quantized: Path) -> None:
 
     if fault := value_fault(gguf, quantized):
         raise SamqError(f"{quantized} was not made from {gguf}: {fault}; give the GGUF that it was made from")
-
-
-def _compensate(gguf: Path, quantized: Path, grams: "Artifact", out: Path, device: str) -> list[float]:
-    """Write the compensated GGUF; the share of its layer's output error that each tensor keeps, in ascending order."""
-    with loading_packages():
-        from samq.quantization import compensation
-        from samq.sensitivity.gram import GramMatrices
-
-    with work_folder(out.absolute().parent) as work, bar(f"compensate {quantized.name}") as progress:
-        errors = compensation.compensate(
-            gguf,
-            quantized,
-            GramMatrices(grams.path(GRAM_NAME)),
-            work / out.name,
-            device=device,
-            progress=progress,
-        )
-        os.replace(work / out.name, out)
-    return sorted(error.ratio for error in errors.tensors.values())
 
 
 def inspect(gguf: Annotated[Path, typer.Argument(help="GGUF file.")]) -> None:

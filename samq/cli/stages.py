@@ -91,19 +91,18 @@ def plan_budget(
 ) -> "tuple[Plan, PriceTable]":
     """The plan of a budget, and the prices that it was chosen by.
 
-    The ladder of quantized types and its prices stay in the store; `types` may be chosen (None: the default types).
+    The prices stay in the store; `types` may be chosen (None: the default types).
     """
     with loading_packages():
         from samq.allocation.budget import BudgetPolicy
-        from samq.allocation.ladder import DEFAULT_TYPES
-        from tasks.ladder import choose_rungs, rung
+        from samq.allocation.types import DEFAULT_TYPES
         from tasks.plan import load_plan
         from tasks.plan import plan_budget as stage
-        from tasks.price import load_prices, price
+        from tasks.price import choose_types, load_prices, price
 
-    with bar("choose the ladder's types"):
-        names = choose_rungs(at, target, types or DEFAULT_TYPES)
-    prices = price(at, target, {name: rung(at, name, target) for name in names}, sensitivity, unmeasured)
+    with bar("choose types"):
+        wanted = choose_types(at, target, types or DEFAULT_TYPES)
+    prices = price(at, target, wanted, sensitivity, unmeasured)
     with bar(f"plan {budget}"), _silenced("samq.plan"):  # the command prints its warning, also for a stored plan
         plan = load_plan(stage(at, target, prices, budget, BudgetPolicy()))
     return plan, load_prices(prices)
@@ -119,15 +118,17 @@ def _silenced(logger: str) -> Iterator[None]:
         log.disabled = before
 
 
-def measure_gram(at: "Workspace", model: "TorchModel", sequences: "FirstSequences", batch_size: int) -> "Artifact":
-    """The Gram matrices of the layers' inputs."""
+def compensate(
+    at: "Workspace", model: "TorchModel", sequences: "FirstSequences", batch_size: int, quantized: "Artifact"
+) -> "Artifact":
+    """A quantized GGUF with compensated rounding."""
     with loading_packages():
         from flows.parameters import GRAM_TOKENS
         from tasks.agreement import agreement
-        from tasks.compensate import gram as stage
+        from tasks.compensate import compensate_file
 
     agreement(at, model, sequences.tokens)
-    return stage(at, model, sequences, GRAM_TOKENS, batch_size)
+    return compensate_file(at, model, sequences, GRAM_TOKENS, batch_size, quantized)
 
 
 def evaluate(

@@ -10,13 +10,11 @@ from samq.gguf.values import value_fault
 from samq.records import Plan, QuantizedModel
 
 
-def require_space(folder: Path, plan: Plan, needed: int) -> None:
+def require_space(folder: Path, what: str, needed: int) -> None:
     """Raise SamqError if the folder's disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise SamqError(
-            f"{folder} has {free:,} bytes free and {plan.name} needs {needed:,}; free some or move the store"
-        )
+        raise SamqError(f"{folder} has {free:,} bytes free and {what} needs {needed:,}; free some or move the store")
 
 
 def provenance_metadata(plan: Plan, provenance: dict[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import IQ4_NL
 from numpy.typing import NDArray
 
-from samq.gguf.file import to_float
+from samq.gguf.ggml import to_float
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A GGUF file: its tensors, types, bytes and metadata, and the map from Hugging Face's tensor names to GGUF's."""
 
-import ctypes
 import hashlib
 import math
 import re
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, ReaderTensor, dequantize, get_tensor_name_map
+from gguf import ReaderTensor, dequantize, get_tensor_name_map
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
+from samq.gguf.ggml import to_float
 from samq.gguf.header import LazyReader, UnknownTypeError
 from samq.gguf.split import Part
 
@@ -121,44 +121,16 @@ def read_weights(path: Path, name: str) -> np.ndarray:
 def read_rows(tensor: ReaderTensor, rows: slice | NDArray[np.intp]) -> NDArray[np.float32]:
     """Dequantize some rows of a tensor with llama.cpp: float32, (rows, row length).
 
-    numpy would take minutes where llama.cpp takes one. The rows of stacked experts are numbered through, expert by expert.
+    The rows of stacked experts are numbered through, expert by expert.
     """
-    data = tensor.data.reshape(-1, tensor.data.shape[-1])[rows]
-    if data.dtype in (np.float16, np.float32):
-        return data.astype(np.float32)
-    return to_float(tensor.tensor_type, data, int(tensor.shape[0]))
+    return as_float(tensor, tensor.data.reshape(-1, tensor.data.shape[-1])[rows])
 
 
-def to_float(kind: GGMLQuantizationType, blocks: NDArray[np.uint8], row_length: int) -> NDArray[np.float32]:
-    """Dequantize blocks (rows, bytes of a row) of a type with llama.cpp: float32, (rows, row length)."""
-    blocks = np.ascontiguousarray(blocks)
-    values = np.empty((len(blocks), row_length), np.float32)
-    _dequantization(kind)(blocks.ctypes.data, values.ctypes.data, values.size)
-    return values
-
-
-class _TypeTraits(ctypes.Structure):
-    """The head of `struct ggml_type_traits` in llama.cpp's ggml/include/ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block_size", ctypes.c_int64),
-        ("block_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
-@lru_cache
-def _dequantization(kind: GGMLQuantizationType) -> Callable[[int, int, int], None]:
-    """ggml's dequantization of a type: (blocks, float32 values, number of values)."""
-    import llama_cpp  # slow to import, and most callers of this module never dequantize
-
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    to_float: Callable[[int, int, int], None] = library.ggml_get_type_traits(int(kind)).contents.to_float
-    return to_float
+def as_float(tensor: ReaderTensor, rows: np.ndarray) -> NDArray[np.float32]:
+    """Rows of a tensor, as its file has them, in float32: (rows, row length)."""
+    if rows.dtype in (np.float16, np.float32):
+        return rows.astype(np.float32)
+    return to_float(tensor.tensor_type, rows, int(tensor.shape[0]))
 
 
 def mostly_unknown(tensors: Mapping[str, TensorInfo], known: Collection[str]) -> str | None:

@@ -183,7 +183,7 @@ def read_header(path: Path, likely: Mapping[str, bytes] | None = None) -> Header
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _parse_header(content, likely or {})
     except (OSError, ValueError, KeyError, struct.error) as error:
-        raise SamqError(f"{path} is not a whole GGUF file ({error}); make the ladder again") from error
+        raise SamqError(f"{path} is not a whole GGUF file ({error}); copy or convert it again") from error
 
 
 def _parse_header(content: mmap.mmap, likely: Mapping[str, bytes]) -> Header:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
@@ -24,6 +25,7 @@ from samq.gguf.formats import EMBEDDING
 logger = logging.getLogger(__name__)
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_DATASETS, _CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,94 @@ def usable_entries(path: Path, tensors: Mapping[str, TensorInfo]) -> frozenset[s
     except OSError as error:
         raise _unreadable(path, error) from error
     return _usable_entries(path, status.st_size, status.st_mtime_ns, tuple(tensors.values()))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an importance matrix says of itself."""
+
+    dataset: str | None  # the first that it names
+    entries: int
+    chunks: int  # of text; 0 if it does not say
+
+
+def read_description(path: Path) -> Description:
+    """Read what llama-quantize notes of an importance matrix; raises SamqError if it cannot be read."""
+    entries = sum(1 for _ in _entries(path))
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                return _dat_description(file, entries)
+        fields = open_gguf(path).fields
+        names = fields[_DATASETS].contents() if _DATASETS in fields else []
+        chunks = int(fields[_CHUNKS].contents()) if _CHUNKS in fields else 0
+        return Description(str(names[0]) if names else None, entries, chunks)
+    except (OSError, ValueError, struct.error) as error:
+        raise _unreadable(path, error) from error
+
+
+def _dat_description(file: BinaryIO, entries: int) -> Description:
+    """Of a .dat, after its entries: the number of calls, and the length of the dataset's name and the name, if at all."""
+    file.seek(0)
+    for _ in _dat_entries(file):
+        pass
+    rest = file.read()
+    if len(rest) < 8:
+        return Description(None, entries, struct.unpack("<i", rest[:4])[0] if len(rest) >= 4 else 0)
+    calls, length = struct.unpack("<ii", rest[:8])
+    return Description(rest[8 : 8 + length].decode() if length > 0 else None, entries, calls)
+
+
+@dataclass
+class ImatrixEntry:
+    """The sums of squares of one tensor's inputs, (matrices, row length), and the tokens that they are of, (matrices,)."""
+
+    sums: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+
+
+def write_imatrix(
+    path: Path, entries: Mapping[str, ImatrixEntry], *, dataset: str, sequences: int, sequence_tokens: int
+) -> None:
+    """Write an importance matrix as llama-imatrix does, with the number of sequences and the length of the longest.
+
+    Raises SamqError if it cannot be written.
+    """
+    try:
+        writer = GGUFWriter(path, "")
+        writer.add_type("imatrix")
+        writer.add_array(_DATASETS, [dataset])
+        writer.add_uint32(_CHUNKS, sequences)
+        writer.add_uint32("imatrix.chunk_size", sequence_tokens)
+        for name, entry in sorted(entries.items()):
+            sums, counts = entry.sums, entry.tokens.astype(np.float32)[:, None]
+            writer.add_tensor(name + _SUMS, sums if len(sums) > 1 else sums[0])
+            writer.add_tensor(name + _COUNTS, counts if len(counts) > 1 else counts[0])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        raise SamqError(f"cannot write {path}: {error.strerror}; choose a folder that can be written to") from error
+
+
+def importances(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, NDArray[np.float32]]:
+    """Tensor -> the importance of its columns as llama-quantize takes it from the file, (experts, row length).
+
+    That is the mean of the squares, and ones for an expert that saw no token. Tensors without a usable entry are left out.
+    Raises SamqError as `usable_entries` does.
+    """
+    usable = usable_entries(path, tensors)
+    means = {}
+    for name, entry in _entries(path):
+        if name in usable:
+            sums = entry.sums.reshape(len(entry.counts) if len(entry.counts) > 1 else 1, -1)
+            counts = entry.counts[:, None]
+            # as load_imatrix in llama.cpp's tools/quantize/quantize.cpp
+            with np.errstate(divide="ignore", invalid="ignore"):
+                mean = np.where(counts > 0, sums / counts, np.float32(1)).astype(np.float32)
+            means[name] = mean.reshape(math.prod(tensors[name].shape[:-2]), -1)
+    return means
 
 
 @lru_cache(maxsize=8)  # every stage that opens the target asks again
@@ -149,13 +239,13 @@ def _dat_entries(file: BinaryIO) -> Iterator[tuple[str, _Entry]]:
     for _ in range(count):
         (length,) = struct.unpack("<i", file.read(4))
         name = file.read(max(length, 0)).decode()
-        _, values = struct.unpack("<ii", file.read(8))
+        calls, values = struct.unpack("<ii", file.read(8))
         if not 0 <= 4 * values <= left:
             raise ValueError(f"{values} values for {name}")
         sums = np.frombuffer(file.read(4 * values), "<f4")
         if len(sums) != values:
             raise ValueError(f"{len(sums)} of {values} values for {name}")
-        yield name, _Entry(sums, np.ones(1, np.float32))
+        yield name, _Entry(sums, np.array([max(calls, 1)], np.float32))
 
 
 def _unreadable(path: Path, error: Exception) -> SamqError:

@@ -256,7 +256,7 @@ def quantize(
     check_imatrix(plan, imatrix)
     if imatrix:
         usable_entries(imatrix.path, {name: info for name, info in read_tensors(gguf).items() if name in plan.types})
-    require_space(folder, plan, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
+    require_space(folder, plan.name, int(1.02 * plan.tensor_bytes) + 64 * 2**20)
     partial = folder / f"{GGUF_NAME}.partial"
     types_file = folder / "tensor-types.txt"
     types_file.write_text("".join(f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in plan.types.items()))

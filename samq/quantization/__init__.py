@@ -1,1 +1,1 @@
-"""How a plan becomes a file: recipes, assembly from the ladder, and compensated rounding (GPTQ)."""
+"""How a plan becomes a file with compensated rounding (GPTQ), and what the layers' inputs tell before."""

@@ -1,190 +1,238 @@
-"""Compensated rounding (GPTQ): the types and scales of llama-quantize, with rounding errors that cancel out.
+"""Compensated rounding: the types and scales of llama-quantize, with rounding errors that cancel out.
 
 llama-quantize rounds each weight to the nearest value of its block. The error of the layer's output depends on how the
-inputs vary together, which the Gram matrix measures (samq.sensitivity.gram). Compensated rounding rounds the columns of a
-weight matrix one after another, those with the largest inputs first, and pushes each rounding error onto the columns that
-follow (GPTQ: Frantar et al. 2023, arXiv:2210.17323). Only codes change (samq.gguf.codes). Size, types and scales stay, and
-llama.cpp reads the file as any other.
+inputs vary together, which the Gram matrix measures (samq.sensitivity.gram), and GPTQ (samq.quantization.gptq) lets the errors
+of a row's weights make up for each other. Only codes change (samq.gguf.codes). Size, types and scales stay, and llama.cpp
+reads the file as any other.
+
+A block's Gram matrices are there while that block runs. So all files that are made get their tensors of this block then.
 """
 
-import shutil
-from collections.abc import Collection, Iterator, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from gguf import GGUFWriter, ReaderTensor
+from gguf import GGMLQuantizationType, ReaderTensor
 from numpy.typing import NDArray
 
-from samq.allocation.prices import rounding_error
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
-from samq.gguf.file import open_gguf, read_metadata, read_rows, read_tensors, to_float
-from samq.progress import Progress, silent
+from samq.gguf.codes import TYPES_WITH_CODES, read_grid, write_codes
+from samq.gguf.file import open_gguf
+from samq.gguf.ggml import to_float
+from samq.gguf.nearest import NearestRounding
+from samq.quantization.gptq import Compensator
+from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation, OutputError, PriceTable
-from samq.sensitivity.gram import GramMatrices
+from samq.sensitivity.gram import Moments, Piece
 from samq.sensitivity.memory import needs_gpu_memory
 
-_DAMPING = 0.01  # times the diagonal's mean, added to the diagonal as in GPTQ, since other texts differ from this one
-_BAND = 128  # columns that are rounded before their errors reach the columns after the band
 _F16_ROUNDING = 2.0**-11  # the largest relative rounding error of F16
 # Weights rounded at a time. The columns are sequential, so a GPU takes as long for a slab of few rows as for many.
 _SLAB_WEIGHTS = 2**24
 _GPU_SLAB_WEIGHTS = 2**28
 
 
-def compensate(
-    full: Path,
-    quantized: Path,
-    grams: GramMatrices,
-    output: Path,
+class Rounded(Protocol):
+    """Where the blocks come from that compensation starts with: their scales stay."""
+
+    def blocks(self, name: str, kind: str, rows: slice) -> NDArray[np.uint8]:
+        """Some rows of a tensor in a type, counted through all experts: (rows, bytes of a row)."""
+
+
+class StoredRounding:
+    """The blocks of a GGUF that another program quantized."""
+
+    def __init__(self, quantized: Path) -> None:
+        self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in open_gguf(quantized).tensors}
+
+    def blocks(self, name: str, kind: str, rows: slice) -> NDArray[np.uint8]:
+        """Some rows of a tensor in the type that the file has it in."""
+        data = self._tensors[name].data
+        stored: NDArray[np.uint8] = data.reshape(-1, data.shape[-1])[rows].view(np.uint8)
+        return stored
+
+
+def write_compensated(
+    files: Mapping[str, PlannedFile],
+    full: NearestRounding,
+    rounded: Rounded,
+    pieces: Iterable[Piece],
+    log: Path,
     *,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Compensation:
-    """Write `quantized` to `output` with compensated rounding, and return the errors of the layers' outputs.
+    everything: bool,
+) -> dict[str, Compensation]:
+    """Write the tensors of several GGUFs, with compensated rounding where it is possible, while the pieces come.
 
     A row keeps its codes if compensation would not reduce the error of its output. A tensor keeps its codes if its type
-    does not have a code for each weight, if its input was not measured, or if it is as exact as F16.
+    does not have a code for each weight, if its input is not among the moments, or if it is as exact as F16. A tensor that
+    several files have in one type is rounded once.
 
     Args:
-        full: the full-precision GGUF.
-        quantized: the GGUF that llama-quantize made of it.
-        grams: the Gram matrices of the same model.
-        output: the file to write.
-        device: the torch device to compute on.
-        progress: told of the tensors that are done.
+        files: name -> the file.
+        full: the weights in full precision.
+        rounded: what compensation starts with, and what tensors are that keep their codes.
+        pieces: the moments of the layers' inputs, from `samq.sensitivity.gram.input_moments`.
+        log: the errors that are known are noted there, so that a killed process goes on with those of the one before.
+        everything: whether tensors that keep their codes are written as well.
+
+    Returns:
+        Name -> the errors of the layers' outputs.
 
     Raises:
-        SamqError: the files do not hold the same tensors, or the output cannot be written.
+        SamqError: a Gram matrix cannot be inverted, a file cannot be written, or a GPU's memory does not suffice.
     """
-    pairs = _compensable(full, quantized, grams)
-    errors: dict[str, OutputError] = {}
-    with _writing(output):
-        shutil.copyfile(quantized, output)
-        with open(output, "r+b") as file:
-            for tensor, blocks, error in _compensated(pairs, grams, device, progress):
-                if error:
-                    file.seek(int(tensor.data_offset))
-                    file.write(blocks.tobytes())
-                    errors[tensor.name] = error
-    return Compensation(tensors=dict(sorted(errors.items())))
+    errors = _Errors(log)
+    for piece in pieces:
+        for moments in piece.moments:
+            _compensate_input(files, full, rounded, moments, errors)
+    if everything:
+        _write_others(files, full, rounded, errors)
+    return {name: errors.of(file.types) for name, file in files.items()}
 
 
-def compensate_rung(
-    full: Path,
-    rung: Path,
-    tensors: Collection[str],
-    grams: GramMatrices,
-    output: Path,
-    *,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Compensation:
-    """Write a GGUF of those of `tensors` that compensation can round in a rung of the ladder, with their new codes.
+class _Errors:
+    """(tensor, type) -> its errors, or None for one that is as exact as F16; noted in a file, a line each."""
 
-    The codes of a tensor do not depend on the other tensors, so all plans with the tensor in this type can copy it from
-    this file (`samq.quantization.assembly`). Arguments and errors are those of `compensate`.
-    """
-    pairs = [pair for pair in _compensable(full, rung, grams) if pair[1].name in tensors]
-    errors: dict[str, OutputError] = {}
-    with _writing(output):
-        writer = GGUFWriter(output, read_metadata(full)["general.architecture"])
-        for _, tensor in pairs:
-            data = tensor.data
-            writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor, blocks, error in _compensated(pairs, grams, device, progress):
-            writer.write_tensor_data(blocks)
-            if error:
-                errors[tensor.name] = error
-        writer.close()
-    return Compensation(tensors=dict(sorted(errors.items())))
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._known: dict[tuple[str, str], OutputError | None] = {}
+        for line in log.read_text().splitlines() if log.exists() else ():
+            try:
+                tensor, kind, error = json.loads(line)
+            except ValueError:  # the process was killed while it wrote
+                continue
+            self._known[tensor, kind] = error and OutputError(**error)
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._known
+
+    def add(self, tensor: str, kind: str, error: OutputError | None) -> None:
+        """Note what became of a tensor in a type."""
+        self._known[tensor, kind] = error
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log, "a") as file:
+            file.write(json.dumps([tensor, kind, error and error.model_dump()]) + "\n")
+
+    def of(self, types: Mapping[str, str]) -> Compensation:
+        """The errors of a file with these types."""
+        errors = {name: self._known.get((name, kind)) for name, kind in sorted(types.items())}
+        return Compensation(tensors={name: error for name, error in errors.items() if error})
 
 
-def _compensable(full: Path, quantized: Path, grams: GramMatrices) -> list[tuple[ReaderTensor, ReaderTensor]]:
-    """The tensors that compensation can round, each in full precision and quantized; those of one input side by side."""
-    originals = {tensor.name: tensor for tensor in open_gguf(full).tensors}
-    shapes = [{tensor.name: tensor.extents for tensor in read_tensors(path).values()} for path in (full, quantized)]
-    if shapes[0] != shapes[1]:
-        raise SamqError(f"{quantized} and {full} do not hold the same tensors; give the GGUF that it was made from")
-    pairs = [
-        (originals[tensor.name], tensor)
-        for tensor in open_gguf(quantized).tensors
-        if tensor.tensor_type.name in TYPES_WITH_CODES
-        and tensor.name in grams
-        and originals[tensor.name].tensor_type != tensor.tensor_type
+def _compensate_input(
+    files: Mapping[str, PlannedFile], full: NearestRounding, rounded: Rounded, moments: Moments, errors: _Errors
+) -> None:
+    """Round the tensors that have an input, in each type that a file has them in."""
+    tensors = [
+        (name, kind)
+        for name in moments.tensors
+        for kind in _by_type(files, name)
+        if kind in TYPES_WITH_CODES and kind != full.kind(name)
     ]
-    return sorted(pairs, key=lambda pair: grams.source[pair[1].name])
+    if moments.gram.ndim == 1 or not tensors:
+        return
+    found: dict[tuple[str, str], OutputError | None] = dict.fromkeys(tensors)
+    with _on_device(moments.tensors[0]):
+        compensator = Compensator(moments.gram)
+        limit = _SLAB_WEIGHTS if compensator.device.type == "cpu" else _GPU_SLAB_WEIGHTS
+        for slabs in _together(full, tensors, limit):
+            for (name, kind), rows, blocks, error in _compensate_slabs(slabs, full, rounded, compensator):
+                for file in _by_type(files, name)[kind]:
+                    file.write(name, rows.start, blocks)
+                before = found[name, kind]
+                found[name, kind] = before + error if before and error else before or error
+    for (name, kind), error in found.items():
+        errors.add(name, kind, error)
 
 
-def _compensated(
-    pairs: Sequence[tuple[ReaderTensor, ReaderTensor]], grams: GramMatrices, device: str, progress: Progress
-) -> Iterator[tuple[ReaderTensor, NDArray[np.uint8], OutputError | None]]:
-    """Yield each quantized tensor, its blocks with the new codes, and its errors before and after.
-
-    The errors are None for a tensor that is as exact as F16, which keeps its codes.
-    """
-    source, compensator = "", None
-    for done, (original, tensor) in enumerate(pairs):
-        progress(done, len(pairs))
-        if _is_exact(original, tensor):
-            yield tensor, tensor.data, None
-            continue
-        with _on_device(tensor.name):
-            if compensator is None or grams.source[tensor.name] != source:
-                source, compensator = grams.source[tensor.name], Compensator(grams[tensor.name].to(device))
-            blocks, error = _compensate_tensor(original, tensor, compensator)
-        yield tensor, blocks, error
-    progress(len(pairs), len(pairs))
+_Slab = tuple[tuple[str, str], slice]  # (tensor, type) and rows
 
 
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """Raise SamqError if the output cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise SamqError(f"cannot write {output}: {error.strerror}; choose a folder that can be written to") from error
+def _together(full: NearestRounding, tensors: Iterable[tuple[str, str]], limit: int) -> Iterator[list[_Slab]]:
+    """The rows of all tensors, in lists of no more weights than the limit."""
+    some: list[_Slab] = []
+    weights = 0
+    for name, kind in tensors:
+        for rows in _slabs(full, name, limit):
+            size = (rows.stop - rows.start) * full.row_length(name)
+            if some and weights + size > limit:
+                yield some
+                some, weights = [], 0
+            some.append(((name, kind), rows))
+            weights += size
+    yield some
 
 
-def _compensate_tensor(
-    original: ReaderTensor, quantized: ReaderTensor, compensator: "Compensator"
+def _compensate_slabs(
+    slabs: list[_Slab], full: NearestRounding, rounded: Rounded, compensator: Compensator
+) -> Iterator[tuple[tuple[str, str], slice, NDArray[np.uint8], OutputError | None]]:
+    """Yield each slab with its new blocks and its errors before and after, or None if it is as exact as F16."""
+    parts = []
+    for (name, kind), rows in slabs:
+        weights, blocks = full.weights(name, rows), rounded.blocks(name, kind, rows)
+        error = to_float(GGMLQuantizationType[kind], blocks, weights.shape[1]) - weights
+        if _is_exact(weights, error):
+            yield (name, kind), rows, blocks, None
+        else:
+            parts.append(((name, kind), rows, weights, blocks, error))
+    codes = compensator.codes([(weights, read_grid(tensor[1], blocks)) for tensor, _, weights, blocks, _ in parts])
+    for (tensor, rows, weights, blocks, error), of_part in zip(parts, codes, strict=True):
+        compensated = write_codes(tensor[1], blocks, of_part)
+        yield tensor, rows, *_better(tensor[1], weights, (blocks, error), compensated, compensator)
+
+
+def _by_type(files: Mapping[str, PlannedFile], name: str) -> dict[str, list[PlannedFile]]:
+    """Type -> the files that have the tensor in it."""
+    having: dict[str, list[PlannedFile]] = defaultdict(list)
+    for file in files.values():
+        if name in file.types:
+            having[file.types[name]].append(file)
+    return having
+
+
+def _better(
+    kind: str,
+    weights: NDArray[np.float32],
+    nearest: tuple[NDArray[np.uint8], NDArray[np.float32]],
+    compensated: NDArray[np.uint8],
+    compensator: Compensator,
 ) -> tuple[NDArray[np.uint8], OutputError]:
-    """The tensor's blocks with the new codes, in the shape of its data, and its errors before and after."""
-    kind, row_length = quantized.tensor_type, int(quantized.shape[0])
-    blocks = np.array(quantized.data)
-    stored = blocks.reshape(-1, blocks.shape[-1])
-    before = after = 0.0
-    for rows in _slabs(quantized, _SLAB_WEIGHTS if compensator.device.type == "cpu" else _GPU_SLAB_WEIGHTS):
-        nearest, weights = stored[rows], read_rows(original, rows)
-        rounded = write_codes(kind.name, nearest, compensator.codes(weights, read_grid(kind.name, nearest)))
-        errors = [compensator.output_error(to_float(kind, data, row_length) - weights) for data in (nearest, rounded)]
-        is_better = errors[1] < errors[0]
-        before += float(errors[0].sum())
-        after += float(np.minimum(*errors).sum())
-        stored[rows][is_better] = rounded[is_better]
-    return blocks, OutputError(nearest=before, compensated=after)
+    """Of each row the better blocks, nearest or compensated; and the errors of both. `nearest`: blocks and their errors."""
+    change = to_float(GGMLQuantizationType[kind], compensated, weights.shape[1]) - weights
+    before, after = compensator.output_error(nearest[1]), compensator.output_error(change)
+    blocks = np.where((after < before)[:, None], compensated, nearest[0])
+    return blocks, OutputError(nearest=float(before.sum()), compensated=float(np.minimum(before, after).sum()))
 
 
-def _is_exact(original: ReaderTensor, quantized: ReaderTensor) -> bool:
+def _is_exact(weights: NDArray[np.float32], error: NDArray[np.float32]) -> bool:
     """Whether the error is within F16's own rounding, as if the full-precision GGUF was itself made from this type."""
-    error_squares = weight_squares = 0.0
-    for rows in _slabs(quantized, _SLAB_WEIGHTS):
-        error_squares += float(np.square(rounding_error(original, quantized, rows)).sum(dtype=np.float64))
-        weight_squares += float(np.square(read_rows(original, rows)).sum(dtype=np.float64))
-    return error_squares <= _F16_ROUNDING**2 * weight_squares
+    squares = [float(np.square(part).sum(dtype=np.float64)) for part in (error, weights)]
+    return squares[0] <= _F16_ROUNDING**2 * squares[1]
 
 
-def _slabs(tensor: ReaderTensor, slab_weights: int) -> Iterator[slice]:
+def _write_others(files: Mapping[str, PlannedFile], full: NearestRounding, rounded: Rounded, errors: _Errors) -> None:
+    """Write the tensors that no input came for, or whose types have no codes."""
+    for name in full.names:
+        for kind, having in _by_type(files, name).items():
+            if (name, kind) in errors:
+                continue
+            for rows in _slabs(full, name, _SLAB_WEIGHTS):
+                blocks = rounded.blocks(name, kind, rows)
+                for file in having:
+                    file.write(name, rows.start, blocks)
+
+
+def _slabs(full: NearestRounding, name: str, slab_weights: int) -> Iterator[slice]:
     """The rows of a tensor in slabs; the rows of stacked experts are numbered through."""
-    row_length, weights = int(tensor.shape[0]), int(tensor.n_elements)
+    rows, row_length = full.rows(name), full.row_length(name)
     step = max(1, slab_weights // row_length)
-    for first in range(0, weights // row_length, step):
-        yield slice(first, first + step)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
 
 
 @contextmanager
@@ -199,86 +247,24 @@ def _on_device(tensor: str) -> Iterator[None]:
             ) from error
 
 
-def compensated_prices(
-    prices: PriceTable, grams: GramMatrices, *, device: str = "cpu", progress: Progress = silent
-) -> PriceTable:
-    """Predict the prices with compensated rounding, without rounding anything.
+def share_left(moments: Moments) -> float:
+    """The share of its layers' output error that compensation leaves, if the errors of all columns are equally large.
 
-    If the errors of all columns are equally large, compensation leaves this share of a layer's output error: the variance
-    of each input that the inputs after it do not explain, relative to its whole variance. The share is the same for every
-    type. Raises SamqError if a Gram matrix cannot be inverted.
+    It is the variance of each input that the inputs after it do not explain, relative to its whole variance, and the same for
+    every type. Raises SamqError if the Gram matrix cannot be inverted.
     """
-    shares: dict[str, float] = {}
+    with _on_device(moments.tensors[0]):
+        return Compensator(moments.gram).share_left
+
+
+def compensated_prices(prices: PriceTable, shares: Mapping[str, float]) -> PriceTable:
+    """The prices with compensated rounding, which leaves such a share of a tensor's cost (`share_left`)."""
     tensors = {}
-    for done, (name, tensor) in enumerate(prices.tensors.items()):
-        progress(done, len(prices.tensors))
-        if name in grams:
-            source = grams.source[name]
-            if source not in shares:
-                with _on_device(name):
-                    shares[source] = Compensator(grams[name].to(device)).share_left
-            kinds = {
-                kind: price.model_copy(update={"kl_nats": price.kl_nats * shares[source]})
-                if kind in TYPES_WITH_CODES
-                else price
-                for kind, price in tensor.types.items()
-            }
-            tensors[name] = tensor.model_copy(update={"types": kinds})
-        else:
-            tensors[name] = tensor
-    progress(len(prices.tensors), len(prices.tensors))
+    for name, tensor in prices.tensors.items():
+        share = shares.get(name, 1.0)
+        kinds = {
+            kind: price.model_copy(update={"kl_nats": price.kl_nats * share}) if kind in TYPES_WITH_CODES else price
+            for kind, price in tensor.types.items()
+        }
+        tensors[name] = tensor.model_copy(update={"types": kinds})
     return prices.model_copy(update={"tensors": tensors, "rounding": "compensated"})
-
-
-class Compensator:
-    """GPTQ for the rows of one input: the order of their columns, and the share of an error that each column passes on.
-
-    With H the damped Gram matrix and U the upper Cholesky factor of its inverse, the best compensation of an error e of
-    column j subtracts e U[j, k] / U[j, j] from each column k after it (Frantar et al., section 3).
-    """
-
-    def __init__(self, gram: torch.Tensor) -> None:
-        self.device = gram.device
-        self._gram = gram
-        damped = gram.double()
-        damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
-        self._order = torch.argsort(damped.diagonal(), descending=True, stable=True)
-        damped = damped[self._order][:, self._order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor = torch.linalg.cholesky(inverse, upper=True)
-        self._factor = factor.float()
-        # 1 / U[j, j]^2 is the variance of input j that the inputs after it do not explain.
-        self.share_left = float((factor.diagonal() ** -2).sum() / damped.diagonal().sum())
-
-    def codes(self, weights: NDArray[np.float32], grid: CodeGrid) -> NDArray[np.uint8]:
-        """The codes, uint8, for weights (rows, row length) on the grid of their blocks."""
-        # transposed, so that a column is contiguous
-        remaining, scale, offset = (
-            torch.from_numpy(part).to(self._gram.device).t()[self._order] for part in (weights, grid.scale, grid.offset)
-        )
-        scale[scale == 0] = 1  # a block with one value, which every code stands for
-        levels = torch.from_numpy(grid.levels).to(self._gram.device)
-        boundaries = (levels[1:] + levels[:-1]) / 2
-        ordered_codes = torch.empty(remaining.shape, dtype=torch.uint8, device=remaining.device)
-        columns = len(remaining)
-        for first in range(0, columns, _BAND):
-            band = range(first, min(first + _BAND, columns))
-            errors = torch.empty(len(band), remaining.shape[1], device=remaining.device)
-            for index, column in enumerate(band):
-                exact = remaining[column]
-                code = torch.bucketize((exact - offset[column]) / scale[column], boundaries)
-                rounded = levels[code].mul_(scale[column]).add_(offset[column])
-                errors[index] = (exact - rounded).div_(self._factor[column, column])
-                remaining[column + 1 : band.stop].addr_(
-                    self._factor[column, column + 1 : band.stop], errors[index], alpha=-1
-                )
-                ordered_codes[column] = code
-            remaining[band.stop :].addmm_(self._factor[first : band.stop, band.stop :].t(), errors, alpha=-1)
-        codes = torch.empty_like(ordered_codes)
-        codes[self._order] = ordered_codes
-        return (codes.t() + grid.first).contiguous().cpu().numpy()
-
-    def output_error(self, error: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The mean square over tokens of each row's output error, (rows,), from the weights' errors (rows, row length)."""
-        change = torch.from_numpy(error).to(self._gram.device)
-        return ((change @ self._gram) * change).sum(1, dtype=torch.float64).cpu().numpy()

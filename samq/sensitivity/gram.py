@@ -1,208 +1,410 @@
-"""Gram matrices of the inputs of the linear layers, measured on calibration text.
+"""Second moments of the inputs of weight matrices on calibration text: Gram matrices, one block of the model at a time.
 
 The Gram matrix G of a layer with input x is the mean of x x^T over tokens, (row length, row length). Its diagonal is the
 importance matrix of llama-imatrix. The whole matrix determines what an error dW of a row does to the layer's output: the
 mean square of the output's error is dW G dW^T.
+
+All matrices of a large model would take more memory than the model itself. So they are handed over as soon as a block's are
+there, and whoever takes them uses them before the next block runs.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from samq.data.tokens import TokenBatch, batches
+from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.gguf.formats import EMBEDDING
 from samq.progress import Progress, silent
-from samq.sensitivity.blocks import logits_of
+from samq.sensitivity.block_pass import Sequences, batched, deterministic
+from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
+from samq.sensitivity.checkpoints import Checkpoints
+from samq.sensitivity.gradients import Batch
+from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import Weight
-from samq.sensitivity.memory import needs_gpu_memory
+from samq.sensitivity.memory import UNLIMITED, Memory, needs_gpu_memory
+from samq.sensitivity.offloading import has_offloaded
 
-PASS_MEMORY_BYTES = 8 * 2**30  # of the matrices that one pass over the text adds up
-_SOURCE = "source"  # key of the file's metadata
-
-
-class GramMatrices:
-    """The matrices in a file that `measure_gram` wrote: `matrices[tensor]` reads one, (row length, row length) float32.
-
-    Tensors with the same input, such as a layer's query, key and value, share a matrix: `source` maps each tensor to the
-    name of its matrix. Raises SamqError if the file is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, "pt")
-            self.source: dict[str, str] = json.loads(self._file.metadata()[_SOURCE])
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise SamqError(f"cannot read Gram matrices from {path}: {error}; measure them again") from error
-
-    def __contains__(self, tensor: str) -> bool:
-        """Whether the tensor's input was measured."""
-        return tensor in self.source
-
-    def __getitem__(self, tensor: str) -> torch.Tensor:
-        """The matrix of the tensor's input."""
-        matrix: torch.Tensor = self._file.get_tensor(self.source[tensor])
-        return matrix
+MATRICES_BYTES = 8 * 2**30  # of the matrices that are added up at a time; a block with more runs again
 
 
-def measure_gram(
+@dataclass(frozen=True)
+class Moments:
+    """Of an input, over its tokens: its Gram matrix, or the diagonal alone."""
+
+    tensors: tuple[str, ...]  # GGUF names of those that have this input
+    tokens: int
+    gram: torch.Tensor  # (row length, row length) or (row length,), float32, where it was computed
+    expert: int | None = None  # of stacked experts, the one that has it; None: all matrices of the tensor
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """The mean squares, (row length,)."""
+        return self.gram if self.gram.ndim == 1 else self.gram.diagonal()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the moments of a part of the model: of a block, by its number, or of what is around the blocks, the last part."""
+
+    part: int
+    moments: list[Moments]
+
+
+def input_moments(
     model: PreTrainedModel,
     tokens: TokenBatch,
-    path: Path,
     weights: list[Weight],
     *,
+    matrices: bool = True,
+    experts: bool = False,
     batch_size: int = 1,
-    memory_bytes: int = PASS_MEMORY_BYTES,
+    memory: Memory = UNLIMITED,
+    matrices_bytes: int = MATRICES_BYTES,
     progress: Progress = silent,
-) -> None:
-    """Write the Gram matrix of every linear layer's input to `path`, as safetensors.
+) -> Iterator[Piece]:
+    """Yield the moments of the inputs of all layers, block after block, and at last of those around the blocks.
 
-    Stacked experts are left out, since each gets only the tokens that the router sends it.
+    Inputs that are always zero are left out.
 
     Args:
-        model: in any floating-point type, on any device; the matrices are added up in float32.
+        model: in any floating-point type, on any device; moments are added up in float32.
         tokens: at least one sequence; padding does not count.
-        path: the file to write. Its metadata map every tensor's GGUF name to the name of its matrix. The same matrices
-            give the same bytes.
         weights: the model's, as its GGUF has them (`samq.sensitivity.layout`).
-        batch_size: sequences a forward pass.
-        memory_bytes: limit for the matrices of one pass; if all matrices together exceed it, there are several passes.
-        progress: told of the sequences that are done, over all passes.
+        matrices: whole Gram matrices, of layers that all tokens enter; else their diagonals alone.
+        experts: the diagonals of stacked experts as well.
+        batch_size: sequences a forward pass; 1 with experts, where the padding of a batch cannot be told.
+        memory: what hidden states may take. With a folder a pass that was killed goes on at a part that was not finished: one is
+            finished when the next one's moments are asked for.
+        matrices_bytes: limit for the matrices that are added up at a time; a part with more runs several times.
+        progress: told of the parts that are done.
 
     Raises:
-        SamqError: NaN or Inf in the input of a layer, or the file cannot be written.
+        SamqError: NaN or Inf in the input of a layer, or too little memory.
     """
     model.eval()
-    by_name = {weight.name: weight for weight in weights}
-    layers = _layers(model, weights)
-    with _Inputs(layers, frozenset()) as first:  # one sequence shows which layers share their input
-        first.forward(model, tokens.part(0, 1), 1)
-    groups = _groups({name: by_name[name].shape[-1] for name in dict.fromkeys(first.source.values())}, memory_bytes)
-    matrices: dict[str, torch.Tensor] = {}
-    for number, group in enumerate(groups):
-
-        def tell(sequences: int, total: int, passes_before: int = number) -> None:
-            progress(passes_before * total + sequences, len(groups) * total)
-
-        with (
-            _Inputs(layers, frozenset(group)) as inputs,
-            needs_gpu_memory(
-                f"{len(group)} Gram matrices beside the model and {batch_size} sequences",
-                "use a smaller batch size, shorter sequences, or more GPUs",
-            ),
-        ):
-            inputs.forward(model, tokens, batch_size, tell)
-        for name, matrix in inputs.sums.items():
-            if not torch.isfinite(matrix).all():
-                raise SamqError(
-                    f"the input of {name} has NaN or Inf on the calibration text; load the model in float32"
-                )
-            if matrix.any():  # an input that is always zero has no use
-                matrices[name] = (matrix / int(tokens.lengths.sum())).cpu()
-    source = {name: key for name, key in sorted(first.source.items()) if key in matrices}
-    try:
-        # One entry of metadata: safetensors writes several in any order, which would change the bytes.
-        save_file(dict(sorted(matrices.items())), path, metadata={_SOURCE: json.dumps(source)})
-    except (OSError, SafetensorError) as error:
-        raise SamqError(f"cannot write {path}: {error}; choose a folder that can be written to") from error
+    inputs = _Inputs(model, weights, matrices_bytes if matrices else 0, experts=experts)
+    batches = [_probe(tokens), *batched(tokens, 1 if inputs.has_experts else batch_size)]
+    blocks = Blocks.of(model)
+    with _experts_one_by_one(model):
+        if blocks is None:
+            yield from _whole(model, batches, inputs, progress)
+        else:
+            yield from _by_blocks(blocks, batches, inputs, memory, progress)
 
 
-def without_layer(model: PreTrainedModel, weights: list[Weight]) -> list[str]:
-    """The weights that get no Gram matrix whatever the text: no linear layer has them as the GGUF stores them.
+def without_input(model: PreTrainedModel, weights: list[Weight], *, experts: bool = False) -> list[str]:
+    """The weights whose inputs are not measured whatever the text, with stacked `experts` or without; by their GGUF names.
 
     The embedding is not among them, since it has no input.
     """
-    with_layer = {weight.name for _, weight in _layers(model, weights)}
-    return [weight.name for weight in weights if weight.name not in {*with_layer, EMBEDDING}]
+    measured = _Inputs(model, weights, MATRICES_BYTES, experts=experts).names
+    return [weight.name for weight in weights if weight.name not in {*measured, EMBEDDING}]
 
 
-class _Inputs:
-    """Hooks on linear layers during a `with` block, which add up x x^T over the tokens of all sequences."""
+def _probe(tokens: TokenBatch) -> Sequences:
+    """A few tokens, which show what layers share an input."""
+    length = int(min(PROBE_TOKENS, tokens.lengths[0]))
+    ids = torch.from_numpy(tokens.ids[:1, :length].astype(np.int64))
+    return Sequences(ids, torch.ones_like(ids), Batch(0, [length]))
 
-    def __init__(self, layers: list[tuple[nn.Module, Weight]], measured: frozenset[str]) -> None:
-        self.source: dict[str, str] = {}  # layer -> the first layer with the same input
-        self.sums: dict[str, torch.Tensor] = {}  # of the layers in `measured`
-        self._layers, self._measured = layers, measured
-        self._handles: list[Any] = []
+
+def _whole(model: PreTrainedModel, batches: list[Sequences], inputs: "_Inputs", progress: Progress) -> Iterator[Piece]:
+    device = main_device(model)
+
+    def run(number: int) -> None:
+        ids, mask = batches[number].on(device)
+        inputs.about(batches[number].mask)
+        with batches[number].memory():
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        progress(number, len(batches))
+
+    yield from inputs.measure(0, list(model.modules()), run, len(batches))
+    progress(len(batches), len(batches))
+
+
+def _by_blocks(
+    blocks: Blocks, batches: list[Sequences], inputs: "_Inputs", memory: Memory, progress: Progress
+) -> Iterator[Piece]:
+    device, count = main_device(blocks.model), len(blocks)
+    with torch.no_grad():
+        entered = [blocks.enter(*sequences.on(device)) for sequences in batches]
+    size = 2 * sum(batch.hidden.nbytes for batch in entered)
+    place = memory.place(size, device, offloaded=has_offloaded(blocks.model))
+    states = HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs")
+    done = max((block for block in range(count + 1) if states.has(block)), default=0)
+    if not done:
+        for number, batch in enumerate(entered):
+            states.put(0, number, batch.hidden)
+        states.close(0)
+    with blocks.resident() as resident:
+        for block in range(done, count):
+            progress(block, count + 1)
+            here = resident.devices[block]
+
+            def run(number: int, block: int = block, here: torch.device = here) -> None:
+                inputs.about(batches[number].mask)
+                hidden = states.get(block, number, here)
+                with batches[number].memory():
+                    states.put(block + 1, number, blocks.run(block, hidden, entered[number].calls[block]))
+
+            with resident.block(block, min(block + 1, count - 1)) as layer:
+                yield from inputs.measure(block, list(layer.modules()), run, len(batches))
+            states.close(block + 1)
+            states.drop(block)
+    progress(count, count + 1)
+
+    def run_around(number: int) -> None:
+        sequences, hidden = batches[number], states.get(count, number, device)
+        for row, length in enumerate(sequences.batch.lengths):  # one at a time: logits are large
+            inputs.about(torch.ones(1, length))
+            with sequences.memory():
+                blocks.logits(hidden[row : row + 1, :length], sequences.ids[row : row + 1, :length].to(device))
+
+    inside = {module for layer in blocks.layers for module in layer.modules()}
+    around = [module for module in blocks.model.modules() if module not in inside]
+    yield from inputs.measure(count, around, run_around, len(batches))
+    states.drop(count)
+    progress(count + 1, count + 1)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A weight, and what of its parameter's input its columns are: numbers in the GGUF's order, or None for all in order."""
+
+    weight: Weight
+    columns: NDArray[np.intp] | None
+
+
+_Key = tuple[str, int | None]  # the first tensor with an input, and the expert
+
+
+class _Inputs(TorchFunctionMode):
+    """Adds up the moments of what enters layers."""
+
+    def __init__(self, model: PreTrainedModel, weights: list[Weight], matrices_bytes: int, *, experts: bool) -> None:
+        """`matrices_bytes`: what whole matrices may take at a time; 0: there are only diagonals."""
+        super().__init__()
+        self._matrices_bytes, self._device = matrices_bytes, main_device(model)
+        self._layers = _layers(model, weights)
+        self._stacks = _stacks(model, weights) if experts else {}
         self._is_token = torch.ones(0, dtype=torch.bool)  # False for the padding of the batch
         self._last: tuple[torch.Tensor, str] | None = None  # the input of the layer before, and that layer
+        self._source: dict[str, str] = {}  # tensor -> the first tensor with the same input
+        self._measured: frozenset[str] = frozenset()
+        self._experts_at: dict[int, tuple[nn.Parameter, list[_Use]]] = {}  # address -> experts of the part
+        self._sums: dict[_Key, torch.Tensor] = {}
+        self._tokens: dict[_Key, int] = defaultdict(int)
 
-    def __enter__(self) -> Self:
-        self._handles = [
-            layer.register_forward_pre_hook(partial(self._before_forward, weight)) for layer, weight in self._layers
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are stacked experts to measure."""
+        return bool(self._stacks)
+
+    @property
+    def names(self) -> set[str]:
+        """The tensors whose inputs are measured."""
+        uses = [*self._layers.values(), *self._stacks.values()]
+        return {use.weight.name for of_module in uses for use in of_module}
+
+    def about(self, mask: torch.Tensor) -> None:
+        """Say what runs next: sequences of this mask, 0 at padding."""
+        self._is_token = mask.bool().flatten()
+        self._last = None
+
+    def measure(self, part: int, modules: list[nn.Module], run: Callable[[int], None], batches: int) -> Iterator[Piece]:
+        """Run all batches through a part of the model, the first of which only shows what layers share an input."""
+        self._source, self._measured = {}, frozenset()
+        self._experts_at = {
+            getattr(module, name).data_ptr(): (getattr(module, name), uses)
+            for (module, name), uses in self._stacks.items()
+            if module in set(modules)
+        }
+        with self._watching():
+            run(0)
+        lengths = {use.weight.name: use.weight.shape[-1] for module in modules for use in self._layers.get(module, ())}
+        stacked = [use.weight.name for _, uses in self._experts_at.values() for use in uses]
+        sources = {name: lengths[name] for name in dict.fromkeys(self._source.values())}
+        for number, group in enumerate(_groups(sources, self._matrices_bytes)):
+            self._measured = frozenset([*group, *(stacked if number == 0 else ())])
+            advice = "use a smaller batch size, shorter sequences, or more GPUs"
+            what = f"{len(group)} inputs' Gram matrices beside the model and a batch"
+            with self._watching(), needs_gpu_memory(what, advice):
+                for batch in range(1, batches):
+                    run(batch)
+            yield Piece(part, self._taken())
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Look at what enters the layers: not between parts, where others compute."""
+        handles = [
+            layer.register_forward_pre_hook(partial(self._before_forward, uses)) for layer, uses in self._layers.items()
         ]
-        return self
+        try:
+            with torch.no_grad(), deterministic(self._device), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def _taken(self) -> list[Moments]:
+        tensors: dict[str, list[str]] = defaultdict(list)
+        for name, source in self._source.items():
+            tensors[source].append(name)
+        taken = []
+        for (name, expert), sums in sorted(self._sums.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+            if not torch.isfinite(sums).all():
+                raise SamqError(
+                    f"the input of {name} has NaN or Inf on the calibration text; load the model in float32"
+                )
+            if sums.any():  # an input that is always zero has no use
+                names = (name,) if expert is not None else tuple(tensors[name])
+                taken.append(Moments(names, self._tokens[name, expert], sums.div_(self._tokens[name, expert]), expert))
+        self._sums, self._tokens = {}, defaultdict(int)
+        return taken
 
-    def forward(self, model: PreTrainedModel, tokens: TokenBatch, batch_size: int, progress: Progress = silent) -> None:
-        """Run the sequences through the model."""
-        batched = [(ids, mask) for ids, mask, _ in batches(tokens, batch_size)]
-
-        def about(number: int) -> None:
-            self._is_token = batched[number][1].bool().flatten()
-            self._last = None
-
-        done = 0
-        for (ids, _), _ in zip(batched, logits_of(model, batched, about), strict=True):
-            done += len(ids)
-            progress(done, len(tokens))
-
-    def _before_forward(self, weight: Weight, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        layer_input, name, columns = inputs[0], weight.name, weight.view.columns
+    def _before_forward(self, uses: list[_Use], module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layer_input = inputs[0]
         if layer_input.numel() // layer_input.shape[-1] != len(self._is_token):
             return  # the tokens of one expert, of which the padding is not known
-        if self._last and layer_input is self._last[0] and columns is None:
-            self.source[name] = self._last[1]
-            return
-        if columns is None:
-            self._last = layer_input, name
-        self.source[name] = name
-        if name in self._measured:
-            vectors = layer_input.flatten(0, -2)[self._is_token.to(layer_input.device)].float()
-            if columns is not None:
-                vectors = vectors[:, torch.from_numpy(columns).to(vectors.device)]
-            if name not in self.sums:
-                self.sums[name] = vectors.new_zeros(vectors.shape[-1], vectors.shape[-1])
-            self.sums[name].addmm_(vectors.t(), vectors)
+        for use in uses:
+            name = use.weight.name
+            if self._last and layer_input is self._last[0] and use.columns is None:
+                self._source[name] = self._last[1]
+                continue
+            if use.columns is None:
+                self._last = layer_input, name
+            self._source[name] = name
+            if name in self._measured:
+                vectors = layer_input.flatten(0, -2)
+                if not self._is_token.all():
+                    vectors = vectors[self._is_token.to(vectors.device)]
+                self._add((name, None), vectors, use.columns)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._experts_at and len(args) >= 2 and function in _PRODUCTS:
+            with torch._C.DisableTorchFunction():
+                self._before_product(args[0], args[1])
+        return function(*args, **kwargs or {})
+
+    def _before_product(self, vectors: torch.Tensor, weight: torch.Tensor) -> None:
+        """Take the input of an expert, whose matrix is a slice of the stack's memory."""
+        for address, (stack, uses) in self._experts_at.items():
+            offset = weight.data_ptr() - address
+            size = stack[0].nbytes
+            if 0 <= offset < stack.nbytes and offset % size == 0 and weight.shape[-2:] in (stack.shape[1:],):
+                experts = enumerate(vectors) if weight.ndim == 3 else [(offset // size, vectors)]
+                for expert, of_one in experts:
+                    self._add_expert(uses, expert, of_one.flatten(0, -2))
+
+    def _add_expert(self, uses: list[_Use], expert: int, vectors: torch.Tensor) -> None:
+        routed = vectors[vectors.any(dim=-1)]  # some models give every expert all tokens, those of others as zeros
+        for use in uses:
+            if use.weight.name in self._measured and len(routed):
+                self._add((use.weight.name, expert), routed, use.columns)
+
+    def _add(self, key: _Key, vectors: torch.Tensor, columns: NDArray[np.intp] | None) -> None:
+        vectors = vectors.float()
+        if columns is not None:
+            vectors = vectors[:, torch.from_numpy(columns).to(vectors.device)]
+        length, is_matrix = vectors.shape[-1], self._matrices_bytes > 0 and key[1] is None
+        if key not in self._sums:
+            self._sums[key] = vectors.new_zeros((length, length) if is_matrix else length)
+        if is_matrix:
+            self._sums[key].addmm_(vectors.t(), vectors)
+        else:
+            self._sums[key] += vectors.square().sum(0)
+        self._tokens[key] += len(vectors)
 
 
-def _layers(model: PreTrainedModel, weights: list[Weight]) -> list[tuple[nn.Module, Weight]]:
-    """Linear layers and their weights; several where the GGUF splits a parameter, and none where it turns it otherwise.
+_PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm})
+
+
+def _layers(model: PreTrainedModel, weights: list[Weight]) -> dict[nn.Module, list[_Use]]:
+    """Linear layers and their weights; several where the GGUF splits a parameter, and none where it has rows of its inputs.
 
     An output tied to the embedding has the embedding's weight.
     """
     by_parameter: dict[int, list[Weight]] = defaultdict(list)
     for weight in weights:
         by_parameter[id(weight.parameter)].append(weight)
-    return [
-        (module, weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        for weight in by_parameter[id(module.weight)]
-        if weight.user in (None, module) and (weight.view.matrix is None or isinstance(module, Conv1D))
-    ]
+    layers: dict[nn.Module, list[_Use]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            axis = -2 if isinstance(module, Conv1D) else -1
+            own = [weight for weight in by_parameter[id(module.weight)] if weight.user in (None, module)]
+            if uses := [use for weight in own if (use := _use(weight, axis))]:
+                layers[module] = uses
+    return layers
+
+
+def _stacks(model: PreTrainedModel, weights: list[Weight]) -> dict[tuple[nn.Module, str], list[_Use]]:
+    """Where stacked experts are, (module, name), and their weights."""
+    by_parameter: dict[int, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        if weight.parameter.ndim == 3:
+            by_parameter[id(weight.parameter)].append(weight)
+    stacks = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found = [_use(weight, -1) or _use(weight, -2) for weight in by_parameter.get(id(parameter), ())]
+            if uses := [use for use in found if use]:
+                stacks[module, name] = uses
+    return stacks
+
+
+def _use(weight: Weight, axis: int) -> _Use | None:
+    """The weight, if its columns are the parameter's numbers along an axis; None if they are not."""
+    view = weight.view
+    if view.matrix is None:
+        return _Use(weight, view.columns) if axis == -1 else None
+    shape = weight.parameter.shape
+    numbers = torch.arange(shape[axis]).reshape([-1] + [1] * (-1 - axis)).expand(shape)
+    viewed = view(numbers)
+    columns = viewed.reshape(-1, viewed.shape[-1])[0] if viewed.numel() else viewed
+    if not (viewed == columns).all():
+        return None
+    in_order = torch.equal(columns, torch.arange(len(columns)))
+    return _Use(weight, None if in_order else columns.numpy())
+
+
+@contextmanager
+def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
+    """Let each expert's product be a call of its own, which shows its tokens."""
+    if not model._can_set_experts_implementation():
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def _groups(row_lengths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:
-    """Split the inputs, in order, into groups whose matrices fit into the memory; one matrix is always a group."""
+    """Split the inputs, in order, into groups whose matrices fit into the memory; one matrix is always a group.
+
+    Without a limit (0) all are one group, which may be empty.
+    """
     groups: list[list[str]] = [[]]
     used = 0
     for name, row_length in row_lengths.items():
         size = 4 * row_length**2
-        if groups[-1] and used + size > memory_bytes:
+        if memory_bytes and groups[-1] and used + size > memory_bytes:
             groups.append([])
             used = 0
         groups[-1].append(name)

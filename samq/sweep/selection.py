@@ -102,7 +102,7 @@ class Failure:
 
     @property
     def of_candidate(self) -> bool:
-        """Whether a candidate is lost: without a rung or a check it goes on."""
+        """Whether a candidate is lost: without a check it goes on."""
         return self.stage in CANDIDATE_STAGES
 
 

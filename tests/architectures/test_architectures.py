@@ -17,24 +17,28 @@ from samq.errors import SamqError
 from samq.evaluation.agreement import Agreement
 from samq.evaluation.metrics import KLD
 from samq.evaluation.settings import EvaluationSettings
-from samq.files import AGREEMENT_NAME, CALIBRATION_SET_NAME, COMPENSATION_NAME, EVALUATION_NAME, GGUF_NAME, GRAM_NAME
+from samq.files import (
+    AGREEMENT_NAME,
+    CALIBRATION_SET_NAME,
+    COMPENSATION_NAME,
+    EVALUATION_NAME,
+    GGUF_NAME,
+    SHARES_NAME,
+)
 from samq.gguf.file import read_metadata, read_tensors
 from samq.llamacpp.toolchain import find_toolchain
-from samq.records import CalibrationSet, Compensation, Evaluation
+from samq.records import CalibrationSet, Compensation, CompensationShares, Evaluation
 from samq.sensitivity.checkpoint import describe_source
-from samq.sensitivity.gram import GramMatrices
 from samq.workspace import Workspace
 from tasks.agreement import agreement
 from tasks.calibrate import Passes, calibrate, load_map
-from tasks.compensate import compensate, gram
+from tasks.compensate import candidate, compensate
 from tasks.convert import convert
 from tasks.evaluate import baseline, evaluate
-from tasks.imatrix import imatrix
-from tasks.ladder import choose_rungs, rung
+from tasks.layer_inputs import layer_inputs
 from tasks.model import TorchModel
 from tasks.plan import load_plan, plan_budget
-from tasks.price import price
-from tasks.quantize import quantize
+from tasks.price import choose_types, price, price_compensated
 from tasks.target import Target
 from tasks.text import FirstSequences, heldout, load_text, tokenize
 from tests.architectures.models import ARCHITECTURES, REFUSED, write_model
@@ -81,14 +85,15 @@ def test_a_folder_becomes_an_evaluated_gguf(name, workspace, tmp_path):
 
     agreed = Agreement.load(agreement(at, model, tokens).path(AGREEMENT_NAME))
     sensitivities = calibrate(at, model, sequences, None, Passes())
-    target = Target(full, imatrix(at, full, text, 64))
+    every = FirstSequences(tokens, available)
+    inputs = layer_inputs(at, model, every, 65536, 1, True)
+    target = Target(full, inputs)
     opened = target.open(at.toolchain)
-    rungs = {kind: rung(at, kind, target) for kind in choose_rungs(at, target, ("Q4_0", "Q8_0"))}
-    prices = price(at, target, rungs, sensitivities, "Q8_0")
-    plan = plan_budget(at, target, prices, ARCHITECTURES[name].budget, BudgetPolicy())
-    nearest = quantize(at, "it", target, plan, {})
-    grams = gram(at, model, FirstSequences(tokens, available), 65536, 1)
-    better = compensate(at, "it", full, plan, nearest, grams)
+    prices = price(at, target, choose_types(at, target, ("Q4_0", "Q8_0")), sensitivities, "Q8_0")
+    compensated_prices = price_compensated(at, prices, inputs)
+    plan = plan_budget(at, target, compensated_prices, ARCHITECTURES[name].budget, BudgetPolicy())
+    built = compensate(at, model, every, 65536, 1, inputs, {"it": plan}, {})
+    better = candidate(at, "it", full, plan, built, {})
     chunks = heldout(at, full, load_text(DatasetSpec(name="humaneval", start=100, samples=10)))
     evaluation = evaluate(at, "it", better, chunks, baseline(at, full, chunks, SETTINGS), SETTINGS)
 
@@ -101,14 +106,14 @@ def test_a_folder_becomes_an_evaluated_gguf(name, workspace, tmp_path):
     assert 0 < divergence < 1
     compensated = Compensation.load(better.path(COMPENSATION_NAME)).tensors
     assert compensated and all(error.compensated <= error.nearest for error in compensated.values())
-    inputs = GramMatrices(grams.path(GRAM_NAME))
+    shares = CompensationShares.load(inputs.path(SHARES_NAME)).shares
     weights = {tensor: info.weights for tensor, info in opened.quantizable.items()}
     row = Row(
         name=name,
         architecture=read_metadata(full.path(GGUF_NAME))["general.architecture"],
         agreement_nats=agreed.median_kld_nats,
         measured=sum(weights[tensor] for tensor in weights if tensor in measured) / sum(weights.values()),
-        compensated=sum(weights[tensor] for tensor in weights if tensor in inputs) / sum(weights.values()),
+        compensated=sum(weights[tensor] for tensor in weights if tensor in shares) / sum(weights.values()),
         unmeasured=tuple(unmeasured),
     )
     assert row.agreement_nats <= ARCHITECTURES[name].agreement_nats

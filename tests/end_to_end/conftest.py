@@ -33,12 +33,13 @@ SMALL = {
 # The stages of a sweep. None takes what another of its group makes.
 GROUPS = [
     ("convert",),
-    ("tokenize", "heldout", "imatrix"),
-    ("agreement", "baseline", "gram", "calibrate", "rung"),
-    ("price", "compensate_rung"),
+    ("tokenize", "heldout"),
+    ("agreement", "baseline", "layer_inputs", "calibrate"),
+    ("price",),
     ("price_compensated",),
     ("plan",),
-    ("assemble",),
+    ("quantize", "compensate"),
+    ("candidate",),
     ("evaluate", "check", "benchmark"),
 ]
 STAGES = [stage for group in GROUPS for stage in group]

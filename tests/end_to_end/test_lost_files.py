@@ -60,7 +60,7 @@ def test_the_smallest_files_of_all_stages_with_several_lost_at_once_cost_these_a
 ):
     lost = {stage: smallest_file(of_stage(stage)[0]) for stage in STAGES}
     lost = {stage: path for stage, path in lost.items() if path != of_stage(stage)[1]}  # others have only that one
-    assert {"tokenize", "calibrate", "rung", "compensate_rung", "evaluate"} <= lost.keys()
+    assert {"tokenize", "calibrate", "layer_inputs", "compensate", "candidate", "evaluate"} <= lost.keys()
     for path in lost.values():
         path.unlink()
     before = artifacts(home)  # a folder's time is that of its last file's coming or going
@@ -68,7 +68,7 @@ def test_the_smallest_files_of_all_stages_with_several_lost_at_once_cost_these_a
     assert rebuilt(before, artifacts(home)) == sorted(lost)
 
 
-@pytest.mark.parametrize("stage", ["convert", "assemble"])
+@pytest.mark.parametrize("stage", ["convert", "quantize"])
 def test_a_file_altered_in_place_is_made_again_and_nothing_that_came_of_it(sweep, home, of_stage, stage):
     artifact, path = of_stage(stage)
     before = artifacts(home)
@@ -82,11 +82,22 @@ def test_a_file_altered_in_place_is_made_again_and_nothing_that_came_of_it(sweep
     assert rebuilt(before, artifacts(home)) == [stage]
 
 
+def test_an_alteration_of_a_file_that_two_artifacts_share_costs_both(sweep, home, of_stage):
+    """A compensated candidate is the file that was made together with others, by a name of its own."""
+    _, path = of_stage("candidate")
+    before = artifacts(home)
+    with path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(byte ^ 1 for byte in path.read_bytes()[-1000:]))
+    run_again(sweep)
+    assert rebuilt(before, artifacts(home)) == ["candidate", "compensate"]
+
+
 def test_a_lost_manifest_or_token_of_the_store_costs_that_artifact_at_most(sweep, home, of_stage):
     before = artifacts(home)
     plan, _ = of_stage("plan")
     (plan.folder / MANIFEST).unlink()
-    rung, _ = of_stage("rung")
-    rung.folder.with_name(f"{rung.key}.incarnation").unlink()  # what Prefect's key holds of it
+    inputs, _ = of_stage("layer_inputs")
+    inputs.folder.with_name(f"{inputs.key}.incarnation").unlink()  # what Prefect's key holds of it
     run_again(sweep)
     assert rebuilt(before, artifacts(home)) == ["plan"]

@@ -27,7 +27,7 @@ from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.errors import SamqError
 from samq.evaluation.metrics import KLD
-from samq.files import COMPENSATED_NAME, COMPENSATION_NAME, GGUF_NAME, ITEMS_NAME, MAP_NAME
+from samq.files import COMPENSATION_NAME, GGUF_NAME, ITEMS_NAME, MAP_NAME
 from samq.gguf.file import file_sha256, read_metadata, read_tensors, read_weights
 from samq.records import Compensation
 from samq.sensitivity.hf_model import write_hf_folder
@@ -101,7 +101,7 @@ def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(finished
     assert {row["candidate"] for row in json.loads(pages["requantize-candidates"].data)} == {
         result.name for result in sweep.results
     }
-    assert names >= {"convert SmolLM2-135M-Instruct.Q4_1 to F16", "plan Q4_K_M", "ladder Q8_0", "evaluate Q4_K_M"}
+    assert names >= {"convert SmolLM2-135M-Instruct.Q4_1 to F16", "plan Q4_K_M", "price types", "evaluate Q4_K_M"}
 
 
 def test_the_finalists_are_put_to_the_benchmarks_item_by_item(finished, sweep, home):
@@ -217,11 +217,11 @@ def test_a_failed_candidate_is_reported_and_the_others_go_on(sweep, home):
         requantize(RequantizeParameters.model_validate(wrong))
 
 
-def test_a_rung_that_cannot_be_compensated_costs_the_plans_that_need_it_and_no_other(sweep, monkeypatch):
+def test_a_tensor_that_cannot_be_compensated_costs_the_plans_that_are_and_no_other(sweep, monkeypatch):
     def fail(*_, **__):
         raise SamqError("the Gram matrix of blk.0.attn_q.weight cannot be inverted; measure it on more text")
 
-    monkeypatch.setattr("samq.quantization.compensation.compensate_rung", fail)
+    monkeypatch.setattr("tasks.compensate.write_compensated", fail)
     candidates = {**SMALL["candidates"], "budgets": ["5.2bpw"], "proposed_thresholds": 0}
     measured = measure({**SMALL, "candidates": candidates, "benchmarks": {}})
     (failure,) = measured.failures
@@ -245,19 +245,19 @@ def compensated(home, prefect_home):
     sweep = measure(COMPENSATED)
     (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
     assert result.plan.rounding == "compensated"
-    made = [rung for rung in Store(home / "store").artifacts() if rung.stage == "compensate_rung"]
-    assert any(Compensation.load(rung.path(COMPENSATION_NAME)).tensors for rung in made)
+    made = [artifact for artifact in Store(home / "store").artifacts() if artifact.stage == "candidate"]
+    assert any(Compensation.load(artifact.path(COMPENSATION_NAME)).tensors for artifact in made)
     return sweep
 
 
 def is_half_done(store, stage):
-    """Whether an artifact of the stage is being made: a part of its GGUF is written, or of the text is scored."""
+    """Whether an artifact of the stage is being made: a part of its file is written, or of the text is scored."""
     try:
         if stage == "evaluate":
             logs = (store.root / ".tmp").glob("evaluate-*/evaluate.log")
             return any("progress: fidelity" in log.read_text() for log in logs)
-        name = COMPENSATED_NAME if stage == "compensate_rung" else f"{GGUF_NAME}.partial"
-        parts = (store.root / ".tmp").glob(f"{stage}-*/{name}")
+        started = {"compensate": "errors.jsonl", "layer_inputs": "measured-*.safetensors"}
+        parts = (store.root / ".tmp").glob(f"*{stage}-*/{started.get(stage, f'{GGUF_NAME}.partial')}")
         return any(part.stat().st_size for part in parts)
     except FileNotFoundError:  # whole in this moment
         return False
@@ -265,7 +265,7 @@ def is_half_done(store, stage):
 
 def built(home):
     """SHA-256 of every candidate's GGUF in the store of a SAMQ folder."""
-    stages = ("quantize", "assemble", "compensate")
+    stages = ("quantize", "candidate")
     found = Store(home / "store").artifacts()
     return {artifact.files[GGUF_NAME].sha256 for artifact in found if artifact.stage in stages}
 
@@ -290,13 +290,13 @@ def killed_and_finished(home, tmp_path):
     folder, log = tmp_path / "samq", tmp_path / "log"
     environment = {**os.environ, "SAMQ_HOME": str(folder), "PREFECT_HOME": str(tmp_path / "prefect")}
 
-    def run(candidates, lost, stages, own_server):
+    def run(lost, stages, own_server):
         environment.pop("PREFECT_API_URL", None)
         if not own_server:
             environment["PREFECT_API_URL"] = PREFECT_API_URL.value()
         shutil.copytree(home / "store", folder / "store", symlinks=True, ignore=shutil.ignore_patterns(*lost))
         store, config = Store(folder / "store"), tmp_path / "compensated.yaml"
-        config.write_text(yaml.safe_dump({**COMPENSATED, "candidates": {**COMPENSATED["candidates"], **candidates}}))
+        config.write_text(yaml.safe_dump(COMPENSATED))
         command = [sys.executable, "-m", "samq.cli", "requantize", "--config", str(config)]
 
         def start():
@@ -331,16 +331,13 @@ def compensated_ggufs(sweep):
 def test_a_flow_killed_in_one_stage_after_another_leaves_no_half_artifact_and_ends_with_the_same_ggufs(
     compensated, home, killed_and_finished
 ):
-    stages = ("rung", "compensate_rung", "evaluate")
-    finished = killed_and_finished({}, lost=(*stages, "assemble"), stages=stages, own_server=False)
+    stages = ("layer_inputs", "compensate", "evaluate")
+    finished = killed_and_finished(lost=(*stages, "candidate"), stages=stages, own_server=False)
     assert compensated_ggufs(compensated) <= built(finished)
     assert built(finished) <= built(home)
 
 
-def test_a_flow_killed_while_llama_quantize_works_ends_with_the_ggufs_that_are_assembled_otherwise(
-    compensated, home, killed_and_finished
-):
-    finished = killed_and_finished({"requantize": True}, lost=("assemble",), stages=("quantize",), own_server=True)
+def test_a_flow_killed_while_llama_quantize_works_ends_with_the_same_ggufs(compensated, home, killed_and_finished):
+    finished = killed_and_finished(lost=("quantize",), stages=("quantize",), own_server=True)
     assert compensated_ggufs(compensated) <= built(finished)
-    # A budget's plan as llama-quantize rounds it, before it is compensated, is nothing that is assembled.
-    assert len(built(finished) - built(home)) == 1
+    assert built(finished) <= built(home)

@@ -1,15 +1,15 @@
 """Compensated rounding on a GPU: what the CPU gives, but for ties, and the same bytes every time."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from samq.gguf.codes import CodeGrid
-from samq.quantization.compensation import Compensator, compensate
-from samq.sensitivity.gram import GramMatrices
+from samq.gguf.nearest import NearestRounding
+from samq.quantization.compensation import StoredRounding, write_compensated
+from samq.quantization.gptq import Compensator
+from samq.quantization.planned_file import PlannedFile
+from samq.sensitivity.gram import Moments, Piece
 from tests.samq.allocation.test_prediction_check import write_gguf
 from tests.samq.quantization.test_compensation import random_gram
 
@@ -26,7 +26,7 @@ def test_codes_and_shares_are_those_of_the_cpu():
         0,
     )
     makers = [Compensator(gram.to(device)) for device in DEVICES]
-    cpu, one, two = (maker.codes(weights, grid) for maker in makers)
+    cpu, one, two = (maker.codes([(weights, grid)])[0] for maker in makers)
     assert np.array_equal(one, two)
     assert (one == cpu).mean() > 0.99
     assert makers[1].share_left == pytest.approx(makers[0].share_left, rel=1e-6)
@@ -35,18 +35,24 @@ def test_codes_and_shares_are_those_of_the_cpu():
 
 
 def test_a_compensated_file_is_as_near_as_the_cpus(tmp_path):
-    tensors = {"blk.0.ffn_up.weight": np.random.default_rng(0).normal(0, 0.02, (300, 512)).astype(np.float32)}
+    name = "blk.0.ffn_up.weight"
+    tensors = {name: np.random.default_rng(0).normal(0, 0.02, (300, 512)).astype(np.float32)}
     full = write_gguf(tmp_path / "full.gguf", tensors, {})
-    nearest = write_gguf(tmp_path / "nearest.gguf", tensors, dict.fromkeys(tensors, "Q8_0"))
-    matrices = {name: torch.tensor(random_gram(512), dtype=torch.float32) for name in tensors}
-    save_file(matrices, tmp_path / "gram", metadata={"source": json.dumps({name: name for name in tensors})})
-    files = [tmp_path / f"{number}.gguf" for number in range(3)]
-    cpu, one, two = (
-        compensate(full, nearest, GramMatrices(tmp_path / "gram"), file, device=device).tensors
-        for file, device in zip(files, DEVICES, strict=True)
-    )
-    assert one == two and files[1].read_bytes() == files[2].read_bytes()
-    for name, error in cpu.items():
-        assert one[name].nearest == pytest.approx(error.nearest, rel=1e-4)
-        assert one[name].compensated == pytest.approx(error.compensated, rel=0.01)
-        assert one[name].ratio < 0.9
+    nearest = write_gguf(tmp_path / "nearest.gguf", tensors, {name: "Q8_0"})
+    gram, errors, contents = torch.tensor(random_gram(512), dtype=torch.float32), [], []
+    for number, device in enumerate(DEVICES):
+        file, piece = (
+            PlannedFile.copy(tmp_path / f"{number}.gguf", nearest),
+            Piece(0, [Moments((name,), 1, gram.to(device))]),
+        )
+        log = tmp_path / f"log-{number}"
+        made = write_compensated(
+            {"": file}, NearestRounding(full), StoredRounding(nearest), [piece], log, everything=False
+        )
+        errors.append(made[""].tensors)
+        contents.append(file.path.read_bytes())
+    cpu, one, two = errors
+    assert one == two and contents[1] == contents[2]
+    assert one[name].nearest == pytest.approx(cpu[name].nearest, rel=1e-4)
+    assert one[name].compensated == pytest.approx(cpu[name].compensated, rel=0.01)
+    assert one[name].ratio < 0.9

@@ -19,7 +19,7 @@ from samq.store import Store
 from samq.workspace import Workspace
 from tasks.agreement import agreement
 from tasks.calibrate import Passes, calibrate, load_map
-from tasks.compensate import gram
+from tasks.layer_inputs import layer_inputs
 from tasks.model import TorchModel
 from tasks.text import FirstSequences
 from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama, write_llama_gguf
@@ -63,15 +63,15 @@ def inputs_in(store_folder, model_folder, **shape):
 
 
 def test_a_model_that_stays_on_disk_gives_the_same(at, tmp_path):
-    maps, grams = [], []
+    maps, inputs = [], []
     for limit in (None, 1):
         here = replace(at, store=tmp_path / f"store-{limit}", memory_limit=limit)
         model, sequences = inputs_in(here.store, tmp_path / "model")
         agreement(here, model, sequences.tokens)
         maps.append(load_map(calibrate(here, model, sequences, None, Passes(batch_size=4))))
-        grams.append(gram(here, model, sequences, 500, 4).digest())
+        inputs.append(layer_inputs(here, model, sequences, 500, 4, True).digest())
         assert not list(here.store.glob(".tmp/going-on-*"))
-    assert grams[0] == grams[1]
+    assert inputs[0] == inputs[1]
     for name, tensor in maps[0].tensors.items():
         assert maps[1].tensors[name].sequence_squares == pytest.approx(tensor.sequence_squares, rel=1e-4), name
 

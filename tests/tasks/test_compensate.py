@@ -6,27 +6,27 @@ from transformers import AutoModelForCausalLM
 
 from samq.allocation.budget import BudgetPolicy
 from samq.allocation.prices import plan_cost
-from samq.files import CALIBRATION_SET_NAME, COMPENSATED_NAME, COMPENSATION_NAME, QUANTIZED_NAME, TOKENS_NAME
+from samq.files import CALIBRATION_SET_NAME, COMPENSATION_NAME, IMATRIX_NAME, QUANTIZED_NAME, TOKENS_NAME
 from samq.gguf.audit import audit
 from samq.gguf.file import file_sha256, read_metadata, read_tensors
-from samq.quantization.recipes import recipes, tensors_to_compensate
+from samq.gguf.imatrix import usable_entries
 from samq.records import CalibrationSet, Compensation, QuantizedModel
 from samq.sensitivity.checkpoint import describe_source
 from samq.store import Store
 from samq.workspace import Workspace
 from tasks.calibrate import Passes, calibrate
-from tasks.compensate import compensate, compensate_rung, gram
-from tasks.ladder import rung
+from tasks.compensate import candidate, compensate, compensate_file
+from tasks.layer_inputs import layer_inputs
 from tasks.model import TorchModel
 from tasks.plan import load_plan, plan_budget
-from tasks.price import load_prices, price, price_compensated
-from tasks.quantize import assemble
+from tasks.price import choose_types, load_prices, price, price_compensated
+from tasks.quantize import quantize
 from tasks.target import Target
 from tasks.text import FirstSequences
 from tests.tiny_models import random_tokens, save_folder, tiny_llama, write_llama_gguf
 
 TOKENS = random_tokens(lengths=(60,) * 24)
-BUDGET = "5bpw"
+BUDGETS = {"it": "5bpw", "smaller": "4.6bpw"}
 
 
 @pytest.fixture(scope="module")
@@ -50,31 +50,29 @@ def artifacts(toolchain, tmp_path_factory):
 
     at = Workspace(store.root, toolchain, device="cpu", timeout_s=60.0)
     full = publish("convert", lambda place: write_llama_gguf(model, place / "model.gguf"))
-    torch_model, target = TorchModel(source, full), Target(full, imatrix=None)
+    torch_model = TorchModel(source, full)
     sequences = FirstSequences(publish("tokenize", save_text), 16)
-    rungs = {name: rung(at, name, target) for name in ("Q3_K", "Q4_K", "Q6_K")}
+    inputs = layer_inputs(at, torch_model, sequences, 10_000, 4, True)
+    target = Target(full, inputs)
     sensitivities = calibrate(at, torch_model, sequences, None, Passes(batch_size=4))
-    grams = gram(at, torch_model, sequences, 10_000, 4)
-    nearest_prices = price(at, target, rungs, sensitivities, "Q8_0")
-    prices = price_compensated(at, nearest_prices, grams)
-    plan = plan_budget(at, target, prices, BUDGET, BudgetPolicy())
-    tensors_of = tensors_to_compensate(
-        recipes({"it": load_plan(plan)}, read_tensors(full.path("model.gguf")), rungs).values()
-    )
-    compensated = {
-        name: compensate_rung(at, name, full, rungs[name], tensors, grams) for name, tensors in tensors_of.items()
-    }
+    nearest_prices = price(at, target, choose_types(at, target, ("Q3_K", "Q4_K", "Q6_K")), sensitivities, "Q8_0")
+    prices = price_compensated(at, nearest_prices, inputs)
+    plans = {name: plan_budget(at, target, prices, BUDGETS[name], BudgetPolicy()) for name in BUDGETS}
     provenance = {"version": "1"}
-    nearest = assemble(at, "it", full, plan, rungs, {}, provenance)
+    built = compensate(at, torch_model, sequences, 10_000, 4, inputs, plans, provenance)
+    nearest = quantize(at, "it", target, plans["it"], provenance)
     return dict(
         full=full,
         nearest_prices=nearest_prices,
         prices=prices,
-        plan=plan,
+        plan=plans["it"],
         nearest=nearest,
-        compensated=assemble(at, "it", full, plan, rungs, compensated, provenance),
-        whole=compensate(at, "it", full, plan, nearest, grams),
-        **{f"compensated {name}": artifact for name, artifact in compensated.items()},
+        built=built,
+        compensated=candidate(at, "it", full, plans["it"], built, provenance),
+        file=compensate_file(at, torch_model, sequences, 10_000, 4, nearest),
+        inputs=inputs,
+        model=torch_model,
+        tokens=sequences.tokens,
     )
 
 
@@ -92,22 +90,38 @@ def test_the_gguf_is_the_plans_and_described(artifacts):
     assert model.sha256 == file_sha256(gguf) != file_sha256(artifacts["nearest"].path("model.gguf"))
     assert model.metadata == {key: v for key, v in read_metadata(gguf).items() if key.startswith("samq.")}
     assert model.metadata["samq.plan"] == plan.digest() and model.metadata["samq.version"] == "1"
-    errors = Compensation.load(artifacts["whole"].path(COMPENSATION_NAME)).tensors
+    errors = Compensation.load(artifacts["compensated"].path(COMPENSATION_NAME)).tensors
     assert {"output.weight", "blk.1.ffn_down.weight"} <= errors.keys()
 
 
-def test_a_copy_of_compensated_tensors_is_what_compensating_the_whole_file_gives(artifacts):
-    """So a plan costs a copy, whatever tensors were compensated for other plans before."""
-    assert artifacts["compensated"].files["model.gguf"].sha256 == artifacts["whole"].files["model.gguf"].sha256
-    plan, wholes = load_plan(artifacts["plan"]), Compensation.load(artifacts["whole"].path(COMPENSATION_NAME)).tensors
-    parts = {name.split()[1]: part for name, part in artifacts.items() if name.startswith("compensated ")}
-    assert len(parts) > 1
-    for name, part in parts.items():
-        held = read_tensors(part.path(COMPENSATED_NAME))
-        assert held and {tensor.type for tensor in held.values()} == {name}
-        assert all(plan.types[tensor] == name for tensor in held)
-        errors = Compensation.load(part.path(COMPENSATION_NAME)).tensors
-        assert errors == {tensor: wholes[tensor] for tensor in held}
+def test_plans_that_are_built_together_take_the_disk_once(artifacts):
+    built, gguf = artifacts["built"], artifacts["compensated"].path("model.gguf")
+    assert built.files.keys() == {"it.gguf", "it.json", "smaller.gguf", "smaller.json"}
+    assert built.path("it.gguf").samefile(gguf), "one file of two names"
+    assert built.path("smaller.gguf").stat().st_size < gguf.stat().st_size
+
+
+def test_a_file_of_llama_quantize_becomes_the_same(artifacts):
+    assert artifacts["file"].files["model.gguf"].sha256 == artifacts["compensated"].files["model.gguf"].sha256
+    errors = [Compensation.load(artifacts[name].path(COMPENSATION_NAME)) for name in ("file", "compensated")]
+    assert errors[0] == errors[1]
+
+
+def test_the_importance_matrix_is_of_all_that_has_an_input(artifacts):
+    path, tensors = artifacts["inputs"].path(IMATRIX_NAME), read_tensors(artifacts["full"].path("model.gguf"))
+    assert usable_entries(path, tensors) == {
+        name for name, tensor in tensors.items() if len(tensor.shape) > 1 and name != "token_embd.weight"
+    }
+
+
+def test_a_model_that_stays_on_disk_gives_the_same_file(artifacts, toolchain, tmp_path):
+    """Limited to a byte, its blocks are read from disk; the store is another, so that everything is made again."""
+    at = Workspace(tmp_path / "store", toolchain, device="cpu", timeout_s=60.0, memory_limit=1)
+    sequences = FirstSequences(artifacts["tokens"], 16)
+    provenance, plans = {"version": "1"}, {"it": artifacts["plan"]}
+    on_disk = compensate(at, artifacts["model"], sequences, 10_000, 4, artifacts["inputs"], plans, provenance)
+    assert on_disk.files["it.gguf"].sha256 == artifacts["compensated"].files["model.gguf"].sha256
+    assert not list(at.store.glob(".tmp/going-on-*"))
 
 
 @torch.no_grad()

@@ -15,15 +15,14 @@ from samq.workspace import Workspace
 from tasks.benchmark import EngineSettings, benchmark
 from tasks.calibrate import Passes, calibrate
 from tasks.check import BuiltPlan, check
-from tasks.compensate import compensate, compensate_rung, gram
+from tasks.compensate import compensate
 from tasks.convert import convert
 from tasks.evaluate import baseline, evaluate
 from tasks.imatrix import imatrix
-from tasks.ladder import rung
 from tasks.model import TorchModel
 from tasks.plan import plan_budget, plan_stock, plan_threshold
 from tasks.price import price, price_compensated
-from tasks.quantize import assemble, quantize
+from tasks.quantize import quantize
 from tasks.target import Target
 from tasks.text import FirstSequences, LastSequences, heldout, tokenize
 
@@ -41,9 +40,8 @@ FULL = artifact("convert", "model.gguf")
 TARGET, WITHOUT_IMATRIX = Target(FULL, artifact("imatrix", "imatrix.gguf")), Target(FULL, None)
 TOKENS = artifact("tokenize", "tokens.npz", "calibration-set.json")
 MODEL, FIRST = TorchModel(SOURCE, FULL), FirstSequences(TOKENS, 32)
-RUNGS = {"Q4_K": artifact("rung", "model.gguf")}
-COMPENSATED = {"Q4_K": artifact("compensate_rung", "compensated.gguf", "compensation.json")}
-MAPS, GRAMS = artifact("calibrate", "sensitivity-map.json", "fisher.safetensors"), artifact("gram", "gram.safetensors")
+MAPS = artifact("calibrate", "sensitivity-map.json", "fisher.safetensors")
+OF_LAYERS = artifact("layer_inputs", "imatrix.gguf", "compensation-shares.json")
 PRICES, PLAN = artifact("price", "prices.json"), artifact("plan", "plan.json")
 GGUF = artifact("assemble", "model.gguf", "quantized-model.json")
 HELDOUT, BASELINE = artifact("heldout", "heldout.npz"), artifact("baseline", "logits.npy")
@@ -59,17 +57,11 @@ INPUTS = {
     "tokenize": (tokenize, (FULL, TEXT, 1, 512, True)),
     "heldout": (heldout, (FULL, TEXT)),
     "imatrix": (imatrix, (FULL, TEXT, 512)),
-    "rung": (rung, ("Q4_K", TARGET)),
     "calibrate": (calibrate, (MODEL, FIRST, None, Passes(2, "model", 1))),
-    "gram": (gram, (MODEL, FIRST, 1000, 2)),
-    "price": (price, (TARGET, RUNGS, MAPS, "Q8_0")),
-    "compensate_rung": (compensate_rung, ("Q4_K", FULL, RUNGS["Q4_K"], ["a", "b"], GRAMS)),
-    "compensate": (compensate, ("p", FULL, PLAN, GGUF, GRAMS)),
     "plan_stock": (plan_stock, (TARGET, "Q4_K_M")),
     "plan_threshold": (plan_threshold, (WITHOUT_IMATRIX, SENSITIVITY, "q0.75", ThresholdPolicy(), "Q8_0")),
     "plan_budget": (plan_budget, (TARGET, PRICES, "5bpw", BudgetPolicy())),
     "quantize": (quantize, ("p", TARGET, PLAN, PROVENANCE)),
-    "assemble": (assemble, ("p", FULL, PLAN, RUNGS, COMPENSATED, PROVENANCE)),
     "baseline": (baseline, (FULL, HELDOUT, SETTINGS)),
     "evaluate": (evaluate, ("p", GGUF, HELDOUT, BASELINE, SETTINGS)),
     "check": (check, (MODEL, LastSequences(TOKENS, 8), BuiltPlan("p", PLAN, PRICES, GGUF), 2, 1)),
@@ -95,7 +87,7 @@ def key_of(stage, inputs, device="cpu", without=frozenset()):
 # An invalid JSON answer ends at its first syntax error; the torch model of a GGUF has what transformers leaves out; the text
 # of an end token is in no benchmark's answer.
 OLD_VERSIONS = {
-    "evaluate": 3, "calibrate": 3, "gram": 1, "check": 1, "benchmark": 3, "price": 3, "plan_threshold": 3, "convert": 1,
+    "evaluate": 3, "calibrate": 3, "check": 1, "benchmark": 3, "plan_threshold": 3, "convert": 1,
 }  # fmt: skip
 NEW_INPUTS = {"unmeasured"}  # of the type for tensors that are not measured
 
@@ -113,10 +105,19 @@ def test_of_these_stages_only_the_version_and_a_new_input_are_another(monkeypatc
     assert key_of(stage, inputs, without=NEW_INPUTS) == KEYS[name]
 
 
-def test_the_list_is_of_all_stages_but_one_that_has_a_name_of_its_own_now():
-    """It shared the name `price`; what it gives is the same, so nothing that depends on it is made again."""
-    assert KEYS.keys() - INPUTS.keys() == {"price_compensated"}
-    assert key_of(price_compensated, (PRICES, GRAMS)) != KEYS["price_compensated"]
+# There are no files of a ladder and of Gram matrices any more; prices and compensation are made from what replaced them.
+GONE = {"rung", "gram", "compensate_rung", "assemble"}
+FROM_OTHER_INPUTS = {
+    "price": (price, (TARGET, ["Q4_K"], MAPS, "Q8_0")),
+    "price_compensated": (price_compensated, (PRICES, OF_LAYERS)),
+    "compensate": (compensate, (MODEL, FIRST, 1000, 2, OF_LAYERS, {"p": PLAN}, PROVENANCE)),
+}
+
+
+def test_the_list_is_of_all_stages_but_those_that_are_gone_or_made_from_other_inputs():
+    assert KEYS.keys() - INPUTS.keys() == GONE | FROM_OTHER_INPUTS.keys()
+    for name, (stage, inputs) in FROM_OTHER_INPUTS.items():
+        assert key_of(stage, inputs) != KEYS[name]
 
 
 def test_auto_and_the_device_that_it_stands_for_are_one_calibration(monkeypatch):

@@ -3,33 +3,53 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
+from gguf import GGMLQuantizationType, GGUFWriter, dequantize
+from gguf.quants import quantize as quantize_by_numpy
 
 from samq.allocation.budget import Budget, BudgetPolicy, budget_plan
-from samq.allocation.ladder import Ladder, make_rung, rung_names, uniform_plan
 from samq.allocation.prices import lengthened, plan_cost, predicted_cost, price_table, sequences_wanted
 from samq.allocation.target import OpenTarget
+from samq.allocation.types import legal_types, types_to_price, uniform_plan
 from samq.errors import SamqError
-from samq.gguf.file import read_tensors, read_weights
+from samq.gguf.file import HashedFile, read_tensors, read_weights
+from samq.llamacpp.programs import quantize
 from samq.records import Metric, SensitivityMap, TensorSensitivity
 from samq.sensitivity.fisher import Fisher
 from tests.conftest import write_tiny_gguf
 
+Q8_0 = GGMLQuantizationType.Q8_0
 TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
 
 
 @pytest.fixture(scope="module", params=[256, 96], ids=["K types fit", "K types fall back"])
-def ladder(request, toolchain, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ladder")
-    target = OpenTarget.open(
+def target(request, toolchain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    return OpenTarget.open(
         write_tiny_gguf(folder / "tiny.gguf", width=request.param, hidden=2 * request.param), toolchain
     )
-    rungs = {}
-    for name in rung_names(target.quantizable.values(), TYPES, imatrix=False):
-        (folder / name).mkdir()
-        rungs[name] = folder / name / make_rung(target, name, folder / name, provenance={}).file
-    return target, Ladder(target.full.path, rungs)
+
+
+@pytest.fixture(scope="module")
+def rounded(target, tmp_path_factory):
+    """Tensor -> type -> a file of llama-quantize with the tensor in that type, full precision included."""
+    files = {name: {"F16": target.full.path} for name in target.quantizable}
+    for name in types_to_price(target, TYPES):
+        folder = tmp_path_factory.mktemp("uniform")
+        model = quantize(target.full.path, uniform_plan(target, name), folder, target.toolchain, provenance={})
+        for tensor in target.quantizable:
+            files[tensor].setdefault(model.types[tensor], folder / model.file)
+    return files
+
+
+def price(target, sensitivity=None, fisher=None, types=TYPES, **arguments):
+    legal = legal_types(target, types_to_price(target, types))
+    return price_table(
+        target,
+        legal,
+        sensitivity or sensitivity_of(target),
+        fisher_of(target) if fisher is None else fisher,
+        **arguments,
+    )
 
 
 def sensitivity_of(target):
@@ -55,13 +75,10 @@ def fisher_of(target, seed=None):
     return fisher
 
 
-def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
-    target, rungs = ladder
+def test_prices_are_half_the_fisher_times_the_squared_rounding_error_of_llama_quantize(target, rounded):
     fisher = fisher_of(target, seed=1)
-    table = price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.full.sha256)
-    sources = rungs.sources()
-    for name in target.quantizable:
-        files = sources[name]
+    table = price(target, fisher=fisher)
+    for name, files in rounded.items():
         assert table.tensors[name].types.keys() == files.keys()
         assert table.tensors[name].types["F16"].kl_nats == 0
         weights = np.outer(fisher[name].rows, fisher[name].columns) / fisher[name].rows.mean()
@@ -70,14 +87,11 @@ def test_prices_are_half_the_fisher_times_the_squared_rounding_error(ladder):
             assert table.tensors[name].types[kind].kl_nats == pytest.approx((weights * change**2).sum() / 2, rel=1e-5)
 
 
-def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(ladder):
-    target, rungs = ladder
-    table = price_table(
-        rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
-    )
+def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(target, rounded):
+    table = price(target)
     along, squares = Counter(), Counter()
-    for name, files in rungs.sources().items():
-        for kind in files.keys() - {"F16"} if name in target.quantizable else ():
+    for name, files in rounded.items():
+        for kind in files.keys() - {"F16"}:
             weights = read_weights(target.full.path, name).astype(float)
             along[kind] += ((read_weights(files[kind], name) - weights) * weights).sum()
             squares[kind] += (weights**2).sum()
@@ -86,56 +100,51 @@ def test_a_types_change_of_length_is_the_part_of_its_errors_along_the_weights(la
     )
 
 
-def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, toolchain, tmp_path):
-    target = OpenTarget.open(tiny_gguf, toolchain)
-    rungs = {}
-    for name in ("Q2_K", "IQ3_S", "Q4_K"):
-        (tmp_path / name).mkdir()
-        rungs[name] = tmp_path / name / make_rung(target, name, tmp_path / name, provenance={}).file
-    ladder = Ladder(target.full.path, rungs)
-    table = price_table(
-        ladder, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
-    )
+def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, toolchain):
+    target, types = OpenTarget.open(tiny_gguf, toolchain), ("Q2_K", "IQ3_S", "Q4_K")
+    table = price(target, types=types)
     assert table.length_changes["Q2_K"] < -0.01 < table.length_changes["Q4_K"] < 0.01 < table.length_changes["IQ3_S"]
-    assert {name: lengthened(table, uniform_plan(target, name)) for name in rungs} == {
+    assert {name: lengthened(table, uniform_plan(target, name)) for name in types} == {
         "Q2_K": {},
         "IQ3_S": {"IQ3_S": table.length_changes["IQ3_S"]},
         "Q4_K": {},
     }
 
 
+def test_the_threads_and_the_size_of_slabs_change_nothing_but_roundings(target, monkeypatch):
+    one, again = price(target), price(target)
+    assert one == again
+    monkeypatch.setattr("samq.allocation.prices._SLAB_WEIGHTS", 2000)
+    for name, tensor in price(target).tensors.items():
+        for kind, cost in tensor.types.items():
+            assert cost.kl_nats == pytest.approx(one.tensors[name].types[kind].kl_nats, rel=1e-5)
+
+
 def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatch):
     random = np.random.default_rng(2)
-    name, weights = "blk.0.ffn_up_exps.weight", random.standard_normal((3, 10, 64)).astype(np.float32)
-    paths = {}
-    for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0):
-        paths[kind.name] = tmp_path / f"{kind.name}.gguf"
-        writer = GGUFWriter(paths[kind.name], "llama")
-        writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    name, weights = "blk.0.ffn_up_exps.weight", random.standard_normal((3, 10, 64)).astype(np.float16)
+    writer = GGUFWriter(tmp_path / "full.gguf", "llama")
+    writer.add_tensor(name, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     products = random.random((3, 10, 1)) * random.random((3, 1, 64))
     fisher = Fisher(products.mean(axis=-1).astype(np.float32), products.mean(axis=-2).astype(np.float32))
-    tensors = read_tensors(paths["F16"])
-    target = SimpleNamespace(quantizable=tensors)
-    monkeypatch.setattr(
-        "samq.allocation.prices._SLAB_WEIGHTS", 4 * 64
-    )  # several slabs an expert, the last of them shorter
-    ladder = Ladder(paths["F16"], {"Q8_0": paths["Q8_0"]})
-    table = price_table(ladder, tensors, sensitivity_of(target), {name: fisher}, gguf_sha256="")
-    weights = read_weights(paths["F16"], name).astype(float)
-    change = read_weights(paths["Q8_0"], name) - weights
+    target = SimpleNamespace(
+        quantizable=read_tensors(tmp_path / "full.gguf"), full=HashedFile(tmp_path / "full.gguf", ""), imatrix=None
+    )
+    # several slabs an expert, the last of them shorter
+    monkeypatch.setattr("samq.allocation.prices._SLAB_WEIGHTS", 4 * 64)
+    table = price_table(target, {name: ["Q8_0"]}, sensitivity_of(target), {name: fisher})
+    rounded = dequantize(quantize_by_numpy(weights.astype(np.float32), Q8_0), Q8_0)
+    change = rounded - weights.astype(float)
     assert table.tensors[name].types["Q8_0"].kl_nats == pytest.approx((products * change**2).sum() / 2, rel=1e-5)
     assert table.length_changes["Q8_0"] == pytest.approx((change * weights).sum() / (weights**2).sum(), abs=1e-7)
 
 
-def test_a_plan_costs_the_sum_of_its_prices(ladder):
-    target, rungs = ladder
-    table = price_table(
-        rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
-    )
+def test_a_plan_costs_the_sum_of_its_prices(target):
+    table = price(target)
     kinds = {
         name: max(prices.types, key=lambda kind, p=prices: p.types[kind].kl_nats)
         for name, prices in table.tensors.items()
@@ -150,29 +159,25 @@ def test_a_plan_costs_the_sum_of_its_prices(ladder):
         plan_cost(table, kinds | {"output.weight": "IQ1_S"})
 
 
-def test_fisher_of_another_shape_is_an_error(ladder):
-    target, rungs = ladder
+def test_fisher_of_another_shape_is_an_error(target):
     fisher = {name: Fisher(np.ones(1, np.float32), np.ones(1, np.float32)) for name in target.quantizable}
     with pytest.raises(SamqError, match=r"is of \(1, 1\) weights, not .*; calibrate the model of this GGUF"):
-        price_table(rungs, target.quantizable, sensitivity_of(target), fisher, gguf_sha256=target.full.sha256)
+        price(target, fisher=fisher)
     with pytest.raises(
         SamqError,
         match=r"100 % of the GGUF's weights cannot be told .*; give the sensitivities that `samq calibrate` measured",
     ):
-        price_table(rungs, target.quantizable, sensitivity_of(target), {}, gguf_sha256=target.full.sha256)
+        price(target, fisher={})
 
 
-def test_a_tensor_that_was_not_measured_is_safe_and_seems_to_cost_nothing(ladder):
-    target, rungs = ladder
+def test_a_tensor_that_was_not_measured_is_safe_and_seems_to_cost_nothing(target):
     name = "blk.0.ffn_up.weight"
     sensitivity, fisher = sensitivity_of(target), fisher_of(target)
     others = {other: tensor for other, tensor in sensitivity.tensors.items() if other != name}
-    table = price_table(
-        rungs,
-        target.quantizable,
+    table = price(
+        target,
         sensitivity.model_copy(update={"tensors": others}),
         {other: tensor for other, tensor in fisher.items() if other != name},
-        gguf_sha256=target.full.sha256,
     )
     assert {kind: price.kl_nats for kind, price in table.tensors[name].types.items()} == {"F16": 0.0, "Q8_0": 0.0}
     least = sum(min(price.bytes for price in prices.types.values()) for prices in table.tensors.values())
@@ -183,26 +188,20 @@ def test_a_tensor_that_was_not_measured_is_safe_and_seems_to_cost_nothing(ladder
     assert predicted_cost(table, plan.model_copy(update={"types": {**plan.types, name: "Q4_K"}})) is None
 
 
-def test_the_type_of_tensors_that_were_not_measured_can_be_chosen(ladder):
-    target, rungs = ladder
+def test_the_type_of_tensors_that_were_not_measured_can_be_chosen(target):
     name, sensitivity, fisher = "blk.0.ffn_up.weight", sensitivity_of(target), fisher_of(target)
     others = {other: tensor for other, tensor in sensitivity.tensors.items() if other != name}
-    table = price_table(
-        rungs,
-        target.quantizable,
+    table = price(
+        target,
         sensitivity.model_copy(update={"tensors": others}),
         fisher,
-        gguf_sha256=target.full.sha256,
         unmeasured="Q5_0",
     )
     assert table.tensors[name].types.keys() == {"F16", "Q5_0"}
 
 
-def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(ladder):
-    target, rungs = ladder
-    table = price_table(
-        rungs, target.quantizable, sensitivity_of(target), fisher_of(target), gguf_sha256=target.full.sha256
-    )
+def test_a_plan_with_a_type_that_is_not_priced_has_no_prediction(target):
+    table = price(target)
     plan = uniform_plan(target, "Q8_0")
     assert predicted_cost(table, plan) == plan_cost(table, plan.types)
     assert predicted_cost(table, uniform_plan(target, "Q5_1")) is None

@@ -26,4 +26,4 @@ def test_the_audit_finds_a_drifted_type_and_another_plans_file(tiny_gguf, toolch
 def test_a_disk_that_is_too_full_is_refused_before_the_work(tiny_gguf, toolchain, tmp_path):
     plan = stock_plan(OpenTarget.open(tiny_gguf, toolchain), "Q4_K_M")
     with pytest.raises(SamqError, match=r"bytes free and Q4_K_M needs 10,000,000,000,000,000; free some"):
-        require_space(tmp_path, plan, 10**16)
+        require_space(tmp_path, plan.name, 10**16)

@@ -3,24 +3,19 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from samq.allocation.ladder import make_rung
-from samq.allocation.target import OpenTarget
 from samq.gguf.codes import TYPES_WITH_CODES, read_codes, read_grid, write_codes
-from samq.gguf.file import open_gguf, to_float
+from samq.gguf.ggml import to_float
+from samq.gguf.nearest import NearestRounding
 from tests.conftest import write_tiny_gguf
 
 NAME, ROW_LENGTH = "blk.1.ffn_down.weight", 512
 
 
 @pytest.fixture(scope="module", params=sorted(TYPES_WITH_CODES))
-def quantized(request, toolchain, tmp_path_factory):
-    """(type, blocks) of a tensor that llama-quantize wrote."""
-    folder = tmp_path_factory.mktemp("codes")
-    target = OpenTarget.open(write_tiny_gguf(folder / "tiny.gguf"), toolchain)
-    rung = folder / make_rung(target, request.param, folder, provenance={}).file
-    tensor = next(tensor for tensor in open_gguf(rung).tensors if tensor.name == NAME)
-    assert tensor.tensor_type.name == request.param
-    return request.param, np.array(tensor.data)
+def quantized(request, tmp_path_factory):
+    """(type, blocks) of a tensor as llama-quantize writes it."""
+    full = write_tiny_gguf(tmp_path_factory.mktemp("codes") / "tiny.gguf")
+    return request.param, NearestRounding(full).blocks(NAME, request.param, slice(None))
 
 
 def test_codes_put_back_give_the_same_blocks(quantized):

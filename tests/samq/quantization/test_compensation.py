@@ -1,18 +1,19 @@
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from samq.allocation.ladder import make_rung
-from samq.allocation.target import OpenTarget
+from samq.allocation.target import OpenTarget, make_plan
+from samq.allocation.types import uniform_plan
 from samq.errors import SamqError
 from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_codes, write_codes
-from samq.gguf.file import open_gguf, read_metadata, read_tensors, read_weights
-from samq.quantization.compensation import Compensator, compensate, compensate_rung, compensated_prices
+from samq.gguf.file import open_gguf, read_weights
+from samq.gguf.nearest import NearestRounding
+from samq.quantization import gptq
+from samq.quantization.compensation import StoredRounding, compensated_prices, share_left, write_compensated
+from samq.quantization.gptq import Compensator, cholesky_upper_, invert_upper_
+from samq.quantization.planned_file import PlannedFile
 from samq.records import Price, PriceTable, TensorPrices
-from samq.sensitivity.gram import GramMatrices
+from samq.sensitivity.gram import Moments, Piece
 from tests.conftest import write_tiny_gguf
 
 DAMPING = 0.01
@@ -32,40 +33,64 @@ def target(toolchain, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def grams(target, tmp_path_factory):
-    """Matrices of all inputs but the embedding's and one; queries, keys and values share one."""
-    path = tmp_path_factory.mktemp("grams") / "gram.safetensors"
-    source = {
-        name: name.replace("attn_k", "attn_q").replace("attn_v", "attn_q")
-        for name in target.quantizable
-        if name not in ("token_embd.weight", "blk.1.ffn_up.weight")
+def pieces(target):
+    """The moments of all inputs but the embedding's and one; queries, keys and values share one."""
+    sharing = {}
+    for name in target.quantizable:
+        if name not in ("token_embd.weight", "blk.1.ffn_up.weight"):
+            sharing.setdefault(name.replace("attn_k", "attn_q").replace("attn_v", "attn_q"), []).append(name)
+    return [
+        Piece(
+            seed,
+            [Moments(tuple(names), 10, torch.tensor(random_gram(target.quantizable[key].row_length, seed)).float())],
+        )
+        for seed, (key, names) in enumerate(sorted(sharing.items()))
+    ]
+
+
+def gram_of(pieces, name):
+    return next((m.gram for piece in pieces for m in piece.moments if name in m.tensors), None)
+
+
+def compensate(target, plans, pieces, folder, everything=True):
+    """Name -> (file, errors)."""
+    folder.mkdir(exist_ok=True)
+    files = {
+        name: PlannedFile.create(folder / f"{name}.gguf", target.full.path, plan, {}) for name, plan in plans.items()
     }
-    matrices = {
-        key: torch.tensor(random_gram(target.quantizable[key].row_length, seed), dtype=torch.float32)
-        for seed, key in enumerate(sorted(set(source.values())))
-    }
-    save_file(matrices, path, metadata={"source": json.dumps(source)})
-    return GramMatrices(path)
+    rounding = NearestRounding(target.full.path)
+    errors = write_compensated(files, rounding, rounding, pieces, folder / "log", everything=everything)
+    return {name: (file.path, errors[name].tensors) for name, file in files.items()}
+
+
+def nearest_of(target, plan, path):
+    file, rounding = PlannedFile.create(path, target.full.path, plan, {}), NearestRounding(target.full.path)
+    for name in rounding.names:
+        file.write(name, 0, rounding.blocks(name, file.types[name], slice(None)))
+    return path
 
 
 @pytest.fixture(scope="module", params=["Q2_K", "Q4_K", "IQ4_XS", "Q8_0"])
-def rounded(request, target, grams, tmp_path_factory):
-    """(type, llama-quantize's GGUF, the compensated one, what was said about it)."""
-    folder = tmp_path_factory.mktemp("rounded")
-    nearest = folder / make_rung(target, request.param, folder, provenance={}).file
-    compensation = compensate(target.full.path, nearest, grams, folder / "compensated.gguf")
-    return request.param, nearest, folder / "compensated.gguf", compensation
+def rounded(request, target, pieces, tmp_path_factory):
+    """(type, the GGUF with the nearest values, the compensated one, what was said about it)."""
+    folder, plan = tmp_path_factory.mktemp("rounded"), uniform_plan(target, request.param)
+    nearest = nearest_of(target, plan, folder / "nearest.gguf")
+    return request.param, nearest, *compensate(target, {"it": plan}, pieces, folder)["it"]
 
 
-def output_error(path, target, grams, name):
+def output_error(path, target, gram, name):
     change = read_weights(path, name).astype(float) - read_weights(target.full.path, name)
-    return np.einsum("ij,jk,ik->i", change, grams[name].double().numpy(), change)
+    return np.einsum("ij,jk,ik->i", change, gram.double().numpy(), change)
+
+
+def tensors_of(path):
+    return {tensor.name: tensor for tensor in open_gguf(path).tensors}
 
 
 def test_nothing_but_codes_changes(rounded):
     kind, nearest, compensated, _ = rounded
-    assert read_metadata(compensated) == read_metadata(nearest)
-    assert read_tensors(compensated) == read_tensors(nearest)
+    start = min(tensor.data_offset for tensor in open_gguf(nearest).tensors)
+    assert nearest.read_bytes()[:start] == compensated.read_bytes()[:start]
     for before, after in zip(open_gguf(nearest).tensors, open_gguf(compensated).tensors, strict=True):
         if before.tensor_type.name == kind:
             blocks = [np.array(tensor.data) for tensor in (before, after)]
@@ -73,48 +98,84 @@ def test_nothing_but_codes_changes(rounded):
             assert (emptied[0] == emptied[1]).all()
 
 
-def test_outputs_come_nearer_row_by_row_and_the_record_says_by_how_much(rounded, target, grams):
-    _, nearest, compensated, compensation = rounded
-    assert compensation.tensors.keys() == grams.source.keys()
-    for name, error in compensation.tensors.items():
-        before, after = (output_error(path, target, grams, name) for path in (nearest, compensated))
+def test_outputs_come_nearer_row_by_row_and_the_record_says_by_how_much(rounded, target, pieces):
+    _, nearest, compensated, errors = rounded
+    assert errors.keys() == {name for piece in pieces for moments in piece.moments for name in moments.tensors}
+    for name, error in errors.items():
+        before, after = (output_error(path, target, gram_of(pieces, name), name) for path in (nearest, compensated))
         assert (after <= before * (1 + 1e-4)).all()
         assert error.nearest == pytest.approx(before.sum(), rel=1e-3)
         assert error.compensated == pytest.approx(after.sum(), rel=1e-3)
         assert 0.1 < error.ratio < 0.75
 
 
-def test_tensors_whose_input_was_not_measured_stay(rounded, grams):
+def test_tensors_whose_input_was_not_measured_stay(rounded, pieces):
     _, nearest, compensated, _ = rounded
     for before, after in zip(open_gguf(nearest).tensors, open_gguf(compensated).tensors, strict=True):
-        assert (before.name in grams) == bool((before.data != after.data).any())
+        assert (gram_of(pieces, before.name) is not None) == bool((before.data != after.data).any())
 
 
-def test_a_rungs_tensors_become_what_they_become_in_a_whole_file(rounded, target, grams, tmp_path):
-    _, nearest, compensated, compensation = rounded
-    names = {"blk.0.attn_k.weight", "output.weight", "blk.1.ffn_up.weight"}  # the last was not measured
-    of_rung = compensate_rung(target.full.path, nearest, names, grams, tmp_path / "some.gguf")
-    assert of_rung.tensors == {name: compensation.tensors[name] for name in names - {"blk.1.ffn_up.weight"}}
-    tensors = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
-    assert tensors.keys() == of_rung.tensors.keys()
-    for tensor in open_gguf(compensated).tensors:
-        if tensor.name in tensors:
-            assert tensors[tensor.name].tensor_type == tensor.tensor_type
-            assert (tensors[tensor.name].data == tensor.data).all()
+def test_files_that_are_made_together_are_those_that_are_made_alone(target, pieces, tmp_path):
+    small, large = uniform_plan(target, "Q3_K"), uniform_plan(target, "Q6_K")
+    types = {name: (small if index % 2 else large).types[name] for index, name in enumerate(target.quantizable)}
+    plans = {"small": small, "mixed": make_plan(target, "mixed", "budget", {}, types), "large": large}
+    together = compensate(target, plans, pieces, tmp_path / "together")
+    for name, plan in plans.items():
+        alone, errors = compensate(target, {name: plan}, pieces, tmp_path / name)[name]
+        assert together[name][0].read_bytes() == alone.read_bytes()
+        assert together[name][1] == errors
 
 
-def test_full_precision_stays(target, grams, tmp_path):
-    compensation = compensate(target.full.path, target.full.path, grams, tmp_path / "out.gguf")
-    assert compensation.tensors == {}
-    assert (tmp_path / "out.gguf").read_bytes() == target.full.path.read_bytes()
+def test_a_process_that_goes_on_gives_the_same_file_and_errors(target, pieces, tmp_path):
+    plan = uniform_plan(target, "Q4_K")
+    whole = compensate(target, {"it": plan}, pieces, tmp_path / "whole")["it"]
+
+    def cut():
+        yield from pieces[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compensate(target, {"it": plan}, cut(), tmp_path / "killed")
+    with open(tmp_path / "killed" / "log", "a") as log:
+        log.write('["blk.0.attn_q.weight", "Q4_')  # the process was killed while it wrote
+    path, errors = compensate(target, {"it": plan}, pieces[2:], tmp_path / "killed")["it"]
+    assert path.read_bytes() == whole[0].read_bytes() and errors == whole[1]
 
 
-def test_slabs_of_rows_do_not_matter(target, grams, rounded, tmp_path, monkeypatch):
-    _, nearest, compensated, _ = rounded
+def test_a_file_of_another_program_keeps_its_scales(target, pieces, tmp_path):
+    nearest = nearest_of(target, uniform_plan(target, "Q5_K"), tmp_path / "nearest.gguf")
+    file = PlannedFile.copy(tmp_path / "copy.gguf", nearest)
+    full = NearestRounding(target.full.path)
+    write_compensated({"": file}, full, StoredRounding(nearest), pieces, tmp_path / "log", everything=False)
+    (path, _) = compensate(target, {"it": uniform_plan(target, "Q5_K")}, pieces, tmp_path / "whole")["it"]
+    assert file.path.read_bytes() == path.read_bytes()
+
+
+def test_full_precision_stays(target, pieces, tmp_path):
+    file = PlannedFile.copy(tmp_path / "copy.gguf", target.full.path)
+    full = NearestRounding(target.full.path)
+    log = tmp_path / "log"
+    errors = write_compensated({"": file}, full, StoredRounding(target.full.path), pieces, log, everything=False)
+    assert errors[""].tensors == {}
+    assert file.path.read_bytes() == target.full.path.read_bytes()
+
+
+def test_slabs_of_rows_do_not_matter(target, pieces, rounded, tmp_path, monkeypatch):
+    kind, _, compensated, _ = rounded
     monkeypatch.setattr("samq.quantization.compensation._SLAB_WEIGHTS", 10_000)
-    compensate(target.full.path, nearest, grams, tmp_path / "out.gguf")
-    for one, other in zip(open_gguf(compensated).tensors, open_gguf(tmp_path / "out.gguf").tensors, strict=True):
+    path, _ = compensate(target, {"it": uniform_plan(target, kind)}, pieces, tmp_path)["it"]
+    for one, other in zip(open_gguf(compensated).tensors, open_gguf(path).tensors, strict=True):
         assert (one.data != other.data).mean() < 0.02  # a product over other rows may round to the other side of a tie
+
+
+def test_a_matrix_is_factored_block_by_block_as_it_is_at_once(monkeypatch):
+    monkeypatch.setattr(gptq, "_BLOCK", 64)
+    gram = torch.tensor(random_gram(200))
+    factor = cholesky_upper_(gram.clone())
+    torch.testing.assert_close(factor @ factor.t(), gram)
+    assert not factor.tril(-1).any()
+    expected = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    torch.testing.assert_close(invert_upper_(factor), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
@@ -137,9 +198,27 @@ def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
         levels = grid.scale[:, [column]] * grid.levels + grid.offset[:, [column]]
         expected[:, column] = np.abs(levels - value[:, None]).argmin(1)
         error[:, column] = levels[np.arange(len(levels)), expected[:, column]] - weights[:, column]
-    codes = Compensator(torch.tensor(gram, dtype=torch.float32)).codes(weights, grid)
+    (codes,) = Compensator(torch.tensor(gram, dtype=torch.float32)).codes([(weights, grid)])
     assert (codes == expected + grid.first).mean() > 0.99
     assert codes.min() >= 2 and codes.max() <= 9
+
+
+def test_tensors_of_several_types_are_rounded_together_as_each_alone():
+    random, size = np.random.default_rng(4), 200
+    compensator = Compensator(torch.tensor(random_gram(size), dtype=torch.float32))
+    uneven = np.array([-127, -104, -83, -49, -10, 1, 13, 38, 89, 113], np.float32)
+    parts = []
+    for rows, levels, first in ((5, np.arange(4), 0), (3, uneven, 0), (7, np.arange(1, 256), 1), (2, np.arange(4), 0)):
+        weights = random.normal(0, 1, (rows, size)).astype(np.float32)
+        step = np.full(weights.shape, 6 / (levels[-1] - levels[0]), np.float32)
+        offset = (-3 - step * levels[0]).astype(np.float32)
+        parts.append((weights, CodeGrid(step, offset, levels.astype(np.float32), first)))
+    together = compensator.codes(parts)
+    for (weights, grid), codes in zip(parts, together, strict=True):
+        (alone,) = compensator.codes([(weights, grid)])
+        assert codes.shape == weights.shape and (codes == alone).mean() > 0.99
+        error = grid.levels[codes - grid.first] * grid.scale + grid.offset - weights
+        assert len(np.unique(codes)) > 2 and np.abs(error).mean() < np.diff(grid.levels).max() * grid.scale.max()
 
 
 def prices_of(target):
@@ -150,13 +229,14 @@ def prices_of(target):
     )  # fmt: skip
 
 
-def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, grams):
-    table = compensated_prices(prices_of(target), grams)
+def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, pieces):
+    shares = {name: share_left(m) for piece in pieces for m in piece.moments for name in m.tensors}
+    table = compensated_prices(prices_of(target), shares)
     assert table.rounding == "compensated"
     for name, tensor in table.tensors.items():
         share = 1.0
-        if name in grams:
-            damped = grams[name].double().numpy()
+        if (gram := gram_of(pieces, name)) is not None:
+            damped = gram.double().numpy()
             damped = damped + DAMPING * damped.diagonal().mean() * np.eye(len(damped))
             order = np.argsort(-damped.diagonal(), kind="stable")
             # What is left of each input's variance once those after it are known: Cholesky's diagonal, from the last on.
@@ -172,44 +252,36 @@ def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, grams):
 
 
 def test_a_matrix_that_cannot_be_inverted_is_an_error(target, tmp_path):
-    gram = torch.diag(torch.linspace(-1, 2, 256))
-    save_file(
-        {"output.weight": gram}, tmp_path / "gram", metadata={"source": json.dumps({"output.weight": "output.weight"})}
-    )
-    with pytest.raises(
-        SamqError, match=r"the Gram matrix of output\.weight cannot be inverted .*; measure it on more text"
-    ):
-        compensated_prices(prices_of(target), GramMatrices(tmp_path / "gram"))
+    moments = Moments(("output.weight",), 1, torch.diag(torch.linspace(-1, 2, 256)))
+    message = r"the Gram matrix of output\.weight cannot be inverted .*; measure it on more text"
+    with pytest.raises(SamqError, match=message):
+        share_left(moments)
+    with pytest.raises(SamqError, match=message):
+        compensate(target, {"it": uniform_plan(target, "Q4_K")}, [Piece(0, [moments])], tmp_path)
 
 
-def test_an_output_that_cannot_be_written_is_an_error(target, grams, tmp_path):
-    with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
-        compensate(target.full.path, target.full.path, grams, tmp_path / "nowhere" / "out.gguf")
-    with pytest.raises(SamqError, match=r"cannot write .*out\.gguf: No such file or directory"):
-        compensate_rung(target.full.path, target.full.path, (), grams, tmp_path / "nowhere" / "out.gguf")
-
-
-def test_weights_that_are_held_exactly_stay(target, grams, toolchain, tmp_path):
+def test_weights_that_are_held_exactly_stay(target, pieces, toolchain, tmp_path):
     """As when the full-precision file was itself made from a quantized one."""
-    (tmp_path / "rung").mkdir()
-    nearest = tmp_path / "rung" / make_rung(target, "Q8_0", tmp_path / "rung", provenance={}).file
+    plan = uniform_plan(target, "Q8_0")
+    nearest = nearest_of(target, plan, tmp_path / "nearest.gguf")
     full = tmp_path / "full.gguf"
     full.write_bytes(target.full.path.read_bytes())
+    held = [name for piece in pieces for moments in piece.moments for name in moments.tensors]
     with open(full, "r+b") as file:
         for tensor in open_gguf(target.full.path).tensors:
-            if tensor.name in grams.source:
+            if tensor.name in held:
                 file.seek(tensor.data_offset)
                 file.write(read_weights(nearest, tensor.name).astype(np.float16).tobytes())
-    again = tmp_path / make_rung(OpenTarget.open(full, toolchain), "F16", tmp_path, provenance={}).file
-    assert compensate(full, again, grams, tmp_path / "out.gguf").tensors == {}
-    assert compensate_rung(full, again, grams.source, grams, tmp_path / "some.gguf").tensors == {}
-    kept = {tensor.name: tensor for tensor in open_gguf(tmp_path / "some.gguf").tensors}
-    for tensor in open_gguf(again).tensors:
-        assert tensor.name not in kept or (kept[tensor.name].data == tensor.data).all()
+    exact = OpenTarget.open(full, toolchain)
+    path, errors = compensate(exact, {"it": plan}, pieces, tmp_path / "out")["it"]
+    assert errors == {}
+    for name, tensor in tensors_of(nearest_of(exact, plan, tmp_path / "again.gguf")).items():
+        assert (tensors_of(path)[name].data == tensor.data).all()
 
 
-def test_a_gguf_of_another_model_is_refused_before_anything_is_written(target, grams, tmp_path):
-    other = write_tiny_gguf(tmp_path / "other.gguf", blocks=3)
-    with pytest.raises(SamqError, match=r"other.gguf and .*tiny.gguf do not hold the same tensors"):
-        compensate(target.full.path, other, grams, tmp_path / "out.gguf")
-    assert not (tmp_path / "out.gguf").exists()
+def test_the_squares_of_an_experts_inputs_compensate_nothing(target, tmp_path):
+    piece = Piece(0, [Moments(("blk.0.ffn_up.weight",), 3, torch.ones(256), expert=1)])
+    plan = uniform_plan(target, "Q4_K")
+    path, errors = compensate(target, {"it": plan}, [piece], tmp_path)["it"]
+    assert errors == {}
+    assert path.read_bytes() == nearest_of(target, plan, tmp_path / "nearest.gguf").read_bytes()

@@ -1,3 +1,5 @@
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.data.tokens import batches
 from samq.errors import SamqError
-from samq.sensitivity.gram import GramMatrices, measure_gram, without_layer
+from samq.sensitivity.gram import input_moments, without_input
 from samq.sensitivity.layout import Weight, weights_of
+from samq.sensitivity.memory import Memory
 from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
@@ -19,8 +22,16 @@ MODELS = {
 }
 
 
-def gram_of(model, tokens, path, architecture="llama", **arguments):
-    measure_gram(model, tokens, path, weights_of(model, names_of(model, architecture)), **arguments)
+def moments_of(model, tokens, architecture="llama", weights=None, **arguments):
+    """(tensor, expert) -> what is known of its input."""
+    weights = weights or weights_of(model, names_of(model, architecture))
+    moments = {}
+    for piece in input_moments(model, tokens, weights, **arguments):
+        for of_input in piece.moments:
+            for name in of_input.tensors:
+                assert (name, of_input.expert) not in moments
+                moments[name, of_input.expert] = of_input
+    return moments
 
 
 def inputs_of(model, tokens, names):
@@ -41,93 +52,167 @@ def inputs_of(model, tokens, names):
     return {name: torch.cat(parts).numpy() for name, parts in inputs_by_name.items()}
 
 
-@pytest.mark.parametrize("memory_bytes", [1, 10_000, 2**30])
+@pytest.mark.parametrize("matrices_bytes", [1, 10_000, 2**30])
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("kind", MODELS)
-def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, memory_bytes, tmp_path):
+def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, matrices_bytes):
     make, architecture = MODELS[kind]
-    model, tokens, path = make(), random_tokens(), tmp_path / "gram.safetensors"
-    names = names_of(model, architecture)
-    gram_of(model, tokens, path, architecture, batch_size=batch_size, memory_bytes=memory_bytes)
-    grams, inputs_by_name = GramMatrices(path), inputs_of(model, tokens, names)
-    assert set(grams.source) == set(inputs_by_name)
+    model, tokens = make(), random_tokens()
+    moments = moments_of(model, tokens, architecture, batch_size=batch_size, matrices_bytes=matrices_bytes)
+    inputs_by_name = inputs_of(model, tokens, names_of(model, architecture))
+    assert moments.keys() == {(name, None) for name in inputs_by_name}
     for name, inputs in inputs_by_name.items():
-        assert len(inputs) == tokens.lengths.sum()
-        np.testing.assert_allclose(grams[name], inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+        of_input = moments[name, None]
+        assert of_input.tokens == len(inputs) == tokens.lengths.sum()
+        np.testing.assert_allclose(of_input.gram, inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(of_input.squares, (inputs**2).mean(0), rtol=1e-4, atol=1e-6)
 
 
-def test_a_tensor_of_another_order_of_columns_has_the_matrix_of_that_order(tmp_path):
-    model, tokens, path = tiny_llama(), random_tokens(), tmp_path / "gram.safetensors"
+@pytest.mark.parametrize("kind", MODELS)
+def test_squares_alone_are_the_diagonals(kind):
+    make, architecture = MODELS[kind]
+    model, tokens = make(), random_tokens()
+    whole = moments_of(model, tokens, architecture)
+    for key, of_input in moments_of(model, tokens, architecture, matrices=False, batch_size=2).items():
+        assert of_input.gram.ndim == 1 and of_input.tokens == whole[key].tokens
+        np.testing.assert_allclose(of_input.squares, whole[key].squares, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("matrices", [True, False])
+def test_an_expert_has_the_squares_of_the_tokens_that_it_gets(matrices):
+    model, tokens = tiny_mixtral(), random_tokens()
+    inputs, products = defaultdict(list), defaultdict(list)
+
+    def keep(number, module, arguments):
+        hidden, chosen, _ = arguments
+        for expert in range(4):
+            entering = hidden[(chosen == expert).any(dim=-1)].double()
+            gate, up = nn.functional.linear(entering, module.gate_up_proj[expert].double()).chunk(2, dim=-1)
+            inputs[number, expert].append(entering)
+            products[number, expert].append(nn.functional.silu(gate) * up)
+
+    layers = model.model.layers
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(lambda *a, n=n: keep(n, *a)) for n, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        for ids, _, _ in batches(tokens, 1):
+            model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    before = model.get_experts_implementation()
+    moments = moments_of(model, tokens, matrices=matrices, experts=True, batch_size=4)
+    assert model.get_experts_implementation() == before
+    for part, entering in {"gate": inputs, "up": inputs, "down": products}.items():
+        for (number, expert), vectors in entering.items():
+            of_input, expected = moments[f"blk.{number}.ffn_{part}_exps.weight", expert], torch.cat(vectors)
+            assert of_input.tokens == len(expected) > 0
+            np.testing.assert_allclose(of_input.squares, expected.square().mean(0), rtol=1e-4, atol=1e-6)
+    assert moments["blk.0.attn_q.weight", None].gram.ndim == 1 + matrices
+
+
+def test_a_tensor_of_another_order_of_columns_has_the_matrix_of_that_order():
+    model, tokens = tiny_llama(), random_tokens()
     attention, order = model.model.layers[0].self_attn, torch.randperm(32).numpy()
     weights = [
         Weight("plain", attention.o_proj.weight, View()),
         Weight("some rows", attention.q_proj.weight, View(rows=order[:5])),
         Weight("all rows", attention.q_proj.weight, View()),
     ]
-    measure_gram(model, tokens, path, weights)
-    plain = GramMatrices(path)
-    assert plain.source["all rows"] == plain.source["some rows"] == "some rows"
-    expected = plain["plain"][order][:, order]
-    measure_gram(model, tokens, path, [Weight("turned", attention.o_proj.weight, View(columns=order))])
-    torch.testing.assert_close(GramMatrices(path)["turned"], expected)
+    plain = moments_of(model, tokens, weights=weights)
+    assert plain["all rows", None] is plain["some rows", None]
+    turned = [Weight("turned", attention.o_proj.weight, View(columns=order))]
+    expected = plain["plain", None].gram[order][:, order]
+    torch.testing.assert_close(moments_of(model, tokens, weights=turned)["turned", None].gram, expected)
 
 
-def test_layers_of_one_input_share_its_matrix(tmp_path):
-    gram_of(tiny_llama(), random_tokens(), tmp_path / "gram.safetensors")
-    grams = GramMatrices(tmp_path / "gram.safetensors")
-    source = {name.removeprefix("blk.1."): key for name, key in grams.source.items() if name.startswith("blk.1.")}
-    query = source["attn_q.weight"]
-    assert source["attn_k.weight"] == source["attn_v.weight"] == query == "blk.1.attn_q.weight"
-    assert source["ffn_up.weight"] == source["ffn_gate.weight"] not in (query, source["ffn_down.weight"])
-    assert "output.weight" in grams and "token_embd.weight" not in grams
+def test_parts_of_a_parameter_have_its_input_if_their_columns_are_the_parameters():
+    """As the two parts of what multi-head latent attention expands: values have its columns, and keys its rows."""
+    model, tokens = tiny_llama(), random_tokens()
+    up = model.model.layers[0].mlp.up_proj.weight
+    weights = [
+        Weight("plain", up, View()),
+        Weight("values", up, View(matrix=lambda parameter: parameter.reshape(4, 10, 32)[:, 4:])),
+        Weight("keys", up, View(matrix=lambda parameter: parameter.reshape(4, 10, 32)[:, :4].transpose(1, 2))),
+    ]
+    moments = moments_of(model, tokens, weights=weights)
+    assert moments.keys() == {("plain", None), ("values", None)}
+    assert moments["values", None] is moments["plain", None]
+    assert without_input(model, weights) == ["keys"]
+
+
+def test_layers_of_one_input_share_its_matrix():
+    sharing = [
+        set(piece_tensors) for piece_tensors in {m.tensors for m in moments_of(tiny_llama(), random_tokens()).values()}
+    ]
+    block = "blk.1."
+    assert {block + "attn_q.weight", block + "attn_k.weight", block + "attn_v.weight"} in sharing
+    assert {block + "ffn_up.weight", block + "ffn_gate.weight"} in sharing
+    assert {block + "ffn_down.weight"} in sharing and {"output.weight"} in sharing
+
+
+def test_blocks_come_in_turn_and_what_is_around_them_last():
+    model, tokens = tiny_llama(), random_tokens()
+    pieces = list(input_moments(model, tokens, weights_of(model, names_of(model))))
+    parts = [(piece.part, {name.split(".")[1] for m in piece.moments for name in m.tensors}) for piece in pieces]
+    assert parts == [(0, {"0"}), (1, {"1"}), (2, {"weight"})]
+
+
+def test_between_two_pieces_others_compute_as_always():
+    model, tokens = tiny_llama(), random_tokens()
+    pieces = input_moments(model, tokens, weights_of(model, names_of(model)))
+    next(pieces)
+    weight = torch.ones(2, requires_grad=True)
+    (weight * 2).sum().backward()
+    assert weight.grad.tolist() == [2, 2]
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_stacked_experts_are_known_to_have_no_matrix():
-    dense, experts = tiny_llama(), tiny_mixtral()
-    assert without_layer(dense, weights_of(dense, names_of(dense))) == []
-    assert without_layer(experts, weights_of(experts, names_of(experts))) == [
-        f"blk.{block}.ffn_{part}.weight"
-        for block in range(2)
-        for part in ("gate_inp", "gate_exps", "up_exps", "down_exps")
-    ]
+    dense, mixture = tiny_llama(), tiny_mixtral()
+    assert without_input(dense, weights_of(dense, names_of(dense))) == []
+    weights = weights_of(mixture, names_of(mixture))
+    parts = ("gate_inp", "gate_exps", "up_exps", "down_exps")
+    assert without_input(mixture, weights) == [f"blk.{b}.ffn_{part}.weight" for b in range(2) for part in parts]
+    assert without_input(mixture, weights, experts=True) == [f"blk.{b}.ffn_gate_inp.weight" for b in range(2)]
 
 
-def test_the_same_matrices_are_the_same_bytes(tmp_path):
-    files = [tmp_path / name for name in "abcd"]
-    for path in files:
-        gram_of(tiny_llama(), random_tokens(), path)
-    assert len({path.read_bytes() for path in files}) == 1
+def test_the_same_text_gives_the_same_bits():
+    runs = [moments_of(tiny_llama(), random_tokens(), batch_size=2) for _ in range(3)]
+    for key, of_input in runs[0].items():
+        assert all(torch.equal(run[key].gram, of_input.gram) for run in runs[1:])
 
 
-def test_an_input_that_is_always_zero_has_no_matrix(tmp_path):
+def test_an_input_that_is_always_zero_has_no_moments():
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
-    gram_of(model, random_tokens(), tmp_path / "gram.safetensors")
-    grams = GramMatrices(tmp_path / "gram.safetensors")
-    assert "blk.0.ffn_down.weight" not in grams and "blk.1.ffn_down.weight" in grams
+    names = {name for name, _ in moments_of(model, random_tokens())}
+    assert "blk.0.ffn_down.weight" not in names and "blk.1.ffn_down.weight" in names
 
 
-def test_nan_names_the_layer_and_writes_nothing(tmp_path):
+def test_nan_names_the_layer():
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(SamqError, match=r"the input of blk\.1\.ffn_down\.weight has NaN or Inf"):
-        gram_of(model, random_tokens(), tmp_path / "gram.safetensors")
-    assert not (tmp_path / "gram.safetensors").exists()
+        moments_of(model, random_tokens())
 
 
-def test_progress_counts_the_sequences_of_all_passes(tmp_path):
+def test_progress_counts_the_parts():
     told = []
-    progress = lambda done, total: told.append((done, total))  # noqa: E731
-    path = tmp_path / "gram.safetensors"
-    gram_of(tiny_llama(), random_tokens(), path, memory_bytes=10_000, batch_size=2, progress=progress)
-    totals = {total for _, total in told}
-    assert len(totals) == 1 and totals.pop() > 5
-    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1][0] == told[-1][1]
+    moments_of(tiny_llama(), random_tokens(), progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_a_missing_or_damaged_file_is_an_error(tmp_path):
-    with pytest.raises(SamqError, match=r"cannot read Gram matrices from .*; measure them again"):
-        GramMatrices(tmp_path / "nothing")
-    (tmp_path / "cut").write_bytes(b"cut")
-    with pytest.raises(SamqError, match=r"cannot read Gram matrices from .*; measure them again"):
-        GramMatrices(tmp_path / "cut")
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_pass_that_stopped_goes_on_at_the_part_that_was_not_finished(tmp_path, stop_after):
+    model, tokens = tiny_llama(), random_tokens()
+    weights = weights_of(model, names_of(model))
+    expected = moments_of(model, tokens, batch_size=2)
+    pieces = input_moments(model, tokens, weights, batch_size=2, memory=Memory(folder=tmp_path / "kept"))
+    for _ in range(stop_after):
+        last = next(pieces)
+    pieces.close()
+    again = list(input_moments(model, tokens, weights, batch_size=2, memory=Memory(folder=tmp_path / "kept")))
+    assert again[0].part == last.part, "nobody has said that its moments were used"
+    for of_input in [moments for piece in again for moments in piece.moments]:
+        assert torch.equal(of_input.gram, expected[of_input.tensors[0], None].gram)

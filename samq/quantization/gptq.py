@@ -1,0 +1,174 @@
+"""GPTQ for the rows of one input (Frantar et al. 2023, arXiv:2210.17323).
+
+The columns of a weight matrix are rounded one after another, those with the largest inputs first, and each rounding error is
+pushed onto the columns that follow, by what the Gram matrix says of how they vary together.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from samq.gguf.codes import CodeGrid
+
+_DAMPING = 0.01  # times the diagonal's mean, added to the diagonal as in GPTQ, since other texts differ from this one
+_BAND = 128  # columns that are rounded before their errors reach the columns after the band
+_BLOCK = 2048  # rows and columns of a matrix that are factored at a time
+
+
+class Compensator:
+    """GPTQ for the rows of one input: the order of their columns, and the share of an error that each column passes on.
+
+    With H the damped Gram matrix and U the upper Cholesky factor of its inverse, the best compensation of an error e of
+    column j subtracts e U[j, k] / U[j, j] from each column k after it (Frantar et al., section 3).
+    """
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        """Raises torch.linalg.LinAlgError if the Gram matrix, (row length, row length), cannot be inverted."""
+        self.device = gram.device
+        self._gram = gram
+        damping = _DAMPING * gram.diagonal().double().mean()
+        self._order = torch.argsort(gram.diagonal().double() + damping, descending=True, stable=True)
+        factor = gram[self._order][:, self._order].double()
+        factor.diagonal().add_(damping)
+        variance = float(factor.diagonal().sum())
+        invert_upper_(cholesky_upper_(factor))
+        self._factor = factor.float()
+        # 1 / U[j, j]^2 is the variance of input j that the inputs after it do not explain.
+        self.share_left = float((factor.diagonal() ** -2).sum()) / variance
+
+    def codes(self, parts: Sequence[tuple[NDArray[np.float32], CodeGrid]]) -> list[NDArray[np.uint8]]:
+        """The codes, uint8, for weights (rows, row length) on the grids of their blocks; several tensors and types at once.
+
+        The columns are sequential, so many rows take little longer than few.
+        """
+        codes: dict[int, NDArray[np.uint8]] = {}
+        for numbers in _of_like_levels([grid for _, grid in parts]):
+            some = [parts[number] for number in numbers]
+            together = self._codes(*_joined(some, self.device))
+            ends = np.cumsum([len(weights) for weights, _ in some])
+            for number, of_part in zip(numbers, np.split(together, ends[:-1]), strict=True):
+                codes[number] = of_part + np.uint8(parts[number][1].first)
+        return [codes[number] for number in range(len(parts))]
+
+    def _codes(
+        self, weights: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, levels: "_Levels"
+    ) -> NDArray[np.uint8]:
+        """The numbers of the levels, (rows, row length), for weights, scales and offsets of that shape."""
+        # transposed, so that a column is contiguous
+        remaining, scale, offset = (part.t()[self._order] for part in (weights, scale, offset))
+        scale[scale == 0] = 1  # a block with one value, which every code stands for
+        ordered_codes = torch.empty(remaining.shape, dtype=torch.uint8, device=remaining.device)
+        columns = len(remaining)
+        for first in range(0, columns, _BAND):
+            band = range(first, min(first + _BAND, columns))
+            errors = torch.empty(len(band), remaining.shape[1], device=remaining.device)
+            for index, column in enumerate(band):
+                exact = remaining[column]
+                code, level = levels.nearest((exact - offset[column]).div_(scale[column]))
+                rounded = level.mul_(scale[column]).add_(offset[column])
+                torch.sub(exact, rounded, out=errors[index]).div_(self._factor[column, column])
+                remaining[column + 1 : band.stop].addr_(
+                    self._factor[column, column + 1 : band.stop], errors[index], alpha=-1
+                )
+                ordered_codes[column] = code
+            remaining[band.stop :].addmm_(self._factor[first : band.stop, band.stop :].t(), errors, alpha=-1)
+        codes = torch.empty_like(ordered_codes)
+        codes[self._order] = ordered_codes
+        return codes.t().contiguous().cpu().numpy()
+
+    def output_error(self, error: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The mean square over tokens of each row's output error, (rows,), from the weights' errors (rows, row length)."""
+        change = torch.from_numpy(error).to(self._gram.device)
+        return ((change @ self._gram) * change).sum(1, dtype=torch.float64).cpu().numpy()
+
+
+class _Levels(Protocol):
+    """The levels that the weights of some rows can have."""
+
+    def nearest(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The number of the level nearest to each row's value, and the level; of two as near the lower."""
+
+
+class _WholeLevels:
+    """Whole numbers in turn, from a first one to a last one, which each row has its own of."""
+
+    def __init__(self, first: torch.Tensor, last: torch.Tensor) -> None:
+        self._first, self._count = first, last - first
+
+    def nearest(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the protocol says."""
+        number = values.sub_(self._first).sub_(0.5).ceil_().clamp_(min=0).minimum(self._count)
+        return number, number + self._first
+
+
+class _AnyLevels:
+    """Levels in rising order, the same for all rows."""
+
+    def __init__(self, levels: torch.Tensor) -> None:
+        self._levels, self._boundaries = levels, (levels[1:] + levels[:-1]) / 2
+
+    def nearest(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the protocol says."""
+        number = torch.bucketize(values, self._boundaries)
+        return number, self._levels[number]
+
+
+def _is_whole(grid: CodeGrid) -> bool:
+    return bool((np.diff(grid.levels) == 1).all())
+
+
+def _of_like_levels(grids: Sequence[CodeGrid]) -> list[list[int]]:
+    """The numbers of the grids that can be rounded to together: those of whole numbers, and those of the same levels."""
+    alike: dict[bytes, list[int]] = {}
+    for number, grid in enumerate(grids):
+        alike.setdefault(b"" if _is_whole(grid) else grid.levels.tobytes(), []).append(number)
+    return list(alike.values())
+
+
+def _joined(
+    parts: Sequence[tuple[NDArray[np.float32], CodeGrid]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Levels]:
+    """Weights, scales and offsets of all rows, and their levels."""
+    weights, scale, offset = (
+        torch.cat([torch.from_numpy(array).to(device) for array in arrays])
+        for arrays in zip(*((weights, grid.scale, grid.offset) for weights, grid in parts), strict=True)
+    )
+    if not _is_whole(parts[0][1]):
+        return weights, scale, offset, _AnyLevels(torch.from_numpy(parts[0][1].levels).to(device))
+    rows = torch.tensor([len(some) for some, _ in parts], device=device)
+    first, last = (
+        torch.tensor([float(grid.levels[end]) for _, grid in parts], device=device).repeat_interleave(rows)
+        for end in (0, -1)
+    )
+    return weights, scale, offset, _WholeLevels(first, last)
+
+
+def cholesky_upper_(matrix: torch.Tensor) -> torch.Tensor:
+    """Replace a positive definite matrix A by the upper triangle R of A = R R^T, block by block from the last; zeros below.
+
+    In place, since a matrix of 28672 columns takes 6.6 GB in float64. Raises torch.linalg.LinAlgError if A is not positive
+    definite.
+    """
+    for stop in range(len(matrix), 0, -_BLOCK):
+        start = max(0, stop - _BLOCK)
+        here, before = slice(start, stop), slice(0, start)
+        # with rows and columns reversed, the upper triangle is torch's lower one
+        own = torch.linalg.cholesky(matrix[here, here].flip(0, 1)).flip(0, 1)
+        above = torch.linalg.solve_triangular(own.t(), matrix[before, here], upper=False, left=False)
+        matrix[here, here], matrix[before, here], matrix[here, before] = own, above, 0
+        matrix[before, before].addmm_(above, above.t(), alpha=-1)
+    return matrix
+
+
+def invert_upper_(matrix: torch.Tensor) -> torch.Tensor:
+    """Replace an upper triangular matrix by its inverse, in place."""
+    for start in range(0, len(matrix), _BLOCK):
+        here, before = slice(start, start + _BLOCK), slice(0, start)
+        own = matrix[here, here]
+        own = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=own.dtype, device=own.device), upper=True)
+        matrix[before, here] = -(matrix[before, before] @ matrix[before, here]) @ own
+        matrix[here, here] = own
+    return matrix
