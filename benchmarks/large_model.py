@@ -6,6 +6,7 @@ A Llama with random weights of the shape is written to disk in bf16, a file a bl
 measurement of sensitivities runs on random tokens, with the model's blocks on disk if they do not fit the limit. The figures:
 peak memory of the device and of the process, seconds, and the rates of arithmetic and of reading weights, against the ceilings
 of both, which are measured in the same run. --blocks takes fewer blocks than the shape has; the time of all is then a product.
+With --budgets the rest follows: full-precision GGUF, inputs of layers, prices, and a compensated GGUF for each budget.
 """
 
 import argparse
@@ -173,12 +174,12 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
     )
     layout, steps = GgufLayout(weights_of(model, names)), list[float]()
 
-    def run(sequences: int) -> float:
-        """The loss; `steps` are the seconds at the start, after each block there and back, and at the end."""
+    def run(sequences: int):
+        """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""
         steps.clear()
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-            sensitivity, _ = measure_sensitivity(
+            sensitivity, fisher = measure_sensitivity(
                 model,
                 tokens.part(0, sequences),
                 layout,
@@ -191,18 +192,18 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
             if cuda:
                 torch.cuda.synchronize()
         steps.append(time.perf_counter() - started)
-        return sensitivity.loss_nats
+        return sensitivity, fisher
 
     if cuda and not has_offloaded(model):
         run(2)  # loads CUDA's libraries
     if arguments.cold:
         drop_page_cache()
-    loss, seconds = run(arguments.sequences), steps[-1]
+    sensitivities, seconds = run(arguments.sequences), steps[-1]
     in_blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
     head = model.lm_head.weight.numel()
     positions = arguments.sequences * arguments.tokens
-    return {
-        "loss_nats": loss,
+    figures = {
+        "loss_nats": sensitivities[0].loss_nats,
         "blocks": blocks,
         "on_disk": has_offloaded(model),
         "weights": in_blocks + 2 * head,
@@ -219,6 +220,20 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         "peak_rss_before_bytes": before,
         "peak_rss_bytes": peak_rss(),
     }
+    if arguments.budgets:
+        from large_rounding import measure_rounding
+
+        figures["stages"] = measure_rounding(
+            folder,
+            model,
+            tokens,
+            sensitivities,
+            batch_size=arguments.batch_size,
+            limit=limit,
+            budgets=arguments.budgets,
+        )
+        figures["peak_rss_of_all_bytes"] = peak_rss()
+    return figures
 
 
 def main() -> None:
@@ -237,6 +252,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--whole", action="store_true", help="take the model whole, as one that does not come apart, to compare"
+    )
+    parser.add_argument(
+        "--budgets", nargs="*", default=[], help="write compensated GGUFs of these sizes, such as 4.5bpw"
     )
     parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
     parser.add_argument("--json", type=Path)

@@ -34,7 +34,6 @@ from samq.errors import SamqError
 from samq.files import COMPENSATION_NAME, GGUF_NAME
 from samq.output import check_file, work_folder
 from samq.progress import bar, console
-from samq.records import Compensation
 
 
 def quantize(
@@ -110,6 +109,7 @@ def compensate(
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():
         from samq.llamacpp import programs
+        from samq.records import Compensation
         from tasks.model import TorchModel
 
     compensated = stages.compensate(

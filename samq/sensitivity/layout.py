@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import ReaderTensor, dequantize
+from gguf import GGMLQuantizationType, ReaderTensor, dequantize
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 RELATIVE_ROUNDING = 2.0**-7
 ABSOLUTE_ROUNDING = 2.0**-24
 _FIRST_VALUES = 4096  # that are compared before the whole
+_PART_VALUES = 2**24  # that are compared at a time
 
 _EXPERTS = re.compile(r"_exps\b")
 _TORCH_LACKS = "torch has no weight of its name"
@@ -198,9 +199,9 @@ def _view(stored: _Stored, tensor: ReaderTensor, gguf: Path) -> int | None:
     in_gguf = _read(gguf, tensor)
     for number, view in enumerate(stored.views):
         in_torch = view(parameter)
-        if tuple(in_torch.shape) == in_gguf.shape and _same(in_torch.to("cpu", torch.float32).numpy(), in_gguf):
+        if in_torch.shape == in_gguf.shape and _same(in_torch.cpu(), in_gguf):
             return number
-    _require_finite(stored.name, parameter.to("cpu", torch.float32).numpy(), in_gguf, gguf)
+    _require_finite(stored.name, parameter.to("cpu", torch.float32).numpy(), in_gguf.float().numpy(), gguf)
     return None
 
 
@@ -217,17 +218,31 @@ def _require_finite(name: str, in_torch: np.ndarray, in_gguf: np.ndarray, gguf: 
         )
 
 
-def _read(gguf: Path, tensor: ReaderTensor) -> np.ndarray:
-    """Read a tensor in float32. Not through the memory map, whose pages would stay in memory beside the model."""
+def _read(gguf: Path, tensor: ReaderTensor) -> torch.Tensor:
+    """Read a tensor, in the type that it is stored in if torch has that, or else in float32.
+
+    Not through the memory map, whose pages would stay in memory beside the model.
+    """
     stored = np.fromfile(gguf, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset)
-    weights = dequantize(stored.reshape(tensor.data.shape), tensor.tensor_type)
-    return weights.reshape(tuple(reversed(tensor.shape)))
+    if tensor.tensor_type == GGMLQuantizationType.BF16:
+        weights = torch.from_numpy(stored).view(torch.bfloat16)
+    elif tensor.tensor_type in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
+        weights = torch.from_numpy(stored)
+    else:
+        weights = torch.from_numpy(dequantize(stored.reshape(tensor.data.shape), tensor.tensor_type))
+    return weights.reshape(tuple(map(int, reversed(tensor.shape))))
 
 
-def _same(in_torch: np.ndarray, in_gguf: np.ndarray) -> bool:
+def _same(in_torch: torch.Tensor, in_gguf: torch.Tensor) -> bool:
     """Whether they are equal up to rounding. The first values mostly tell another order, without a pass over all."""
-    first = np.unravel_index(np.arange(min(_FIRST_VALUES, in_gguf.size)), in_gguf.shape)
-    return all(
-        np.allclose(some, others, rtol=RELATIVE_ROUNDING, atol=ABSOLUTE_ROUNDING)
-        for some, others in ((in_torch[first], in_gguf[first]), (in_torch, in_gguf))
-    )
+    in_torch, in_gguf = in_torch.reshape(-1), in_gguf.reshape(-1)
+    if not _near(in_torch[:_FIRST_VALUES], in_gguf[:_FIRST_VALUES]):
+        return False
+    if in_torch.dtype == in_gguf.dtype and torch.equal(in_torch, in_gguf):
+        return True
+    parts = zip(in_torch.split(_PART_VALUES), in_gguf.split(_PART_VALUES), strict=True)
+    return all(_near(one, other) for one, other in parts)
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one.float(), other.float(), rtol=RELATIVE_ROUNDING, atol=ABSOLUTE_ROUNDING)

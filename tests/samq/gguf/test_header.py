@@ -87,5 +87,5 @@ def test_a_header_holds_every_value_as_its_bytes(path):
 def test_a_damaged_header_is_one_sentence(path, size):
     cut = path.with_name("cut.gguf")
     cut.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(SamqError, match=r"cut\.gguf is not a whole GGUF file \(.*\); make the ladder again"):
+    with pytest.raises(SamqError, match=r"cut\.gguf is not a whole GGUF file \(.*\); copy or convert it again"):
         read_header(cut)
