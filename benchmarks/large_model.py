@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 SHAPES = {  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
     "tiny": (256, 704, 4, 2, 4, 512),
     "0.5b": (1280, 3456, 20, 4, 24, 32000),
@@ -231,6 +232,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
             batch_size=arguments.batch_size,
             limit=limit,
             budgets=arguments.budgets,
+            types=arguments.types,
         )
         figures["peak_rss_of_all_bytes"] = peak_rss()
     return figures
@@ -256,6 +258,7 @@ def main() -> None:
     parser.add_argument(
         "--budgets", nargs="*", default=[], help="write compensated GGUFs of these sizes, such as 4.5bpw"
     )
+    parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="that budgets choose from")
     parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -104,6 +104,7 @@ def measure_rounding(
     batch_size: int,
     limit: int | None,
     budgets: list[str],
+    types: list[str],
 ) -> dict[str, dict[str, Any]]:
     """Stage -> its figures."""
     work = folder.with_name(f"{folder.name}-rounding")
@@ -128,7 +129,7 @@ def measure_rounding(
     )
     target = OpenTarget.open(HashedFile(full, "full"), toolchain, HashedFile(matrix, "matrix"))
     with stages.of("prices") as figures:
-        types = types_to_price(target, ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"))
+        types = types_to_price(target, types)
         table = price_table(target, legal_types(target, types), *measured)
         figures["weights_per_s"] = len(types) * sum(tensor.weights for tensor in target.quantizable.values())
     figures["weights_per_s"] /= figures["seconds"]

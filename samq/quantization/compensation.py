@@ -9,9 +9,13 @@ A block's Gram matrices are there while that block runs. So all files that are m
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +25,7 @@ from gguf import GGMLQuantizationType, ReaderTensor
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, read_grid, write_codes
+from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
 from samq.gguf.file import open_gguf
 from samq.gguf.ggml import to_float
 from samq.gguf.nearest import NearestRounding
@@ -32,9 +36,10 @@ from samq.sensitivity.gram import Moments, Piece
 from samq.sensitivity.memory import needs_gpu_memory
 
 _F16_ROUNDING = 2.0**-11  # the largest relative rounding error of F16
-# Weights rounded at a time. The columns are sequential, so a GPU takes as long for a slab of few rows as for many.
-_SLAB_WEIGHTS = 2**24
-_GPU_SLAB_WEIGHTS = 2**28
+_SLAB_WEIGHTS = 2**22  # that a thread reads, quantizes and packs at a time
+# Weights rounded at a time. The columns are sequential, so a GPU takes as long for few rows as for many.
+_WEIGHTS_AT_A_TIME = 2**24
+_GPU_WEIGHTS_AT_A_TIME = 2**27
 
 
 class Rounded(Protocol):
@@ -139,51 +144,99 @@ def _compensate_input(
     found: dict[tuple[str, str], OutputError | None] = dict.fromkeys(tensors)
     with _on_device(moments.tensors[0]):
         compensator = Compensator(moments.gram)
-        limit = _SLAB_WEIGHTS if compensator.device.type == "cpu" else _GPU_SLAB_WEIGHTS
-        for slabs in _together(full, tensors, limit):
-            for (name, kind), rows, blocks, error in _compensate_slabs(slabs, full, rounded, compensator):
-                for file in _by_type(files, name)[kind]:
-                    file.write(name, rows.start, blocks)
-                before = found[name, kind]
-                found[name, kind] = before + error if before and error else before or error
+        limit = _WEIGHTS_AT_A_TIME if compensator.device.type == "cpu" else _GPU_WEIGHTS_AT_A_TIME
+        for places in _together(full, tensors, limit):
+            for slab, blocks, error in _compensate_slabs(places, full, rounded, compensator):
+                for file in _by_type(files, slab.name)[slab.kind]:
+                    file.write(slab.name, slab.rows.start, blocks)
+                before = found[slab.tensor]
+                found[slab.tensor] = before + error if before and error else before or error
     for (name, kind), error in found.items():
         errors.add(name, kind, error)
 
 
-_Slab = tuple[tuple[str, str], slice]  # (tensor, type) and rows
+@dataclass(frozen=True)
+class _Slab:
+    """Some rows of a tensor in a type."""
+
+    name: str
+    kind: str
+    rows: slice
+    weights: NDArray[np.float32]
+    blocks: NDArray[np.uint8]
+
+    @property
+    def tensor(self) -> tuple[str, str]:
+        """The tensor and its type."""
+        return self.name, self.kind
+
+    @cached_property
+    def grid(self) -> CodeGrid:
+        """What values the weights can have."""
+        return read_grid(self.kind, self.blocks)
+
+    @cached_property
+    def change(self) -> NDArray[np.float32]:
+        """The rounding errors, (rows, row length)."""
+        return self._change_of(self.blocks)
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether the error is within F16's own rounding, as if the full-precision GGUF was itself made from this type."""
+        squares = [float(np.square(part).sum(dtype=np.float64)) for part in (self.change, self.weights)]
+        return squares[0] <= _F16_ROUNDING**2 * squares[1]
+
+    def with_codes(self, codes: NDArray[np.uint8]) -> "_Slab":
+        """The same rows with other codes on their own scales."""
+        other = replace(self, blocks=write_codes(self.kind, self.blocks, codes))
+        _ = other.change
+        return other
+
+    def _change_of(self, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return to_float(GGMLQuantizationType[self.kind], blocks, self.weights.shape[1]) - self.weights
 
 
-def _together(full: NearestRounding, tensors: Iterable[tuple[str, str]], limit: int) -> Iterator[list[_Slab]]:
-    """The rows of all tensors, in lists of no more weights than the limit."""
-    some: list[_Slab] = []
+def _together(
+    full: NearestRounding, tensors: Iterable[tuple[str, str]], limit: int
+) -> Iterator[list[tuple[str, str, slice]]]:
+    """The rows of all tensors in slabs, in lists of no more weights than the limit."""
+    some: list[tuple[str, str, slice]] = []
     weights = 0
     for name, kind in tensors:
-        for rows in _slabs(full, name, limit):
+        for rows in _slabs(full, name, min(limit, _SLAB_WEIGHTS)):
             size = (rows.stop - rows.start) * full.row_length(name)
             if some and weights + size > limit:
                 yield some
                 some, weights = [], 0
-            some.append(((name, kind), rows))
+            some.append((name, kind, rows))
             weights += size
     yield some
 
 
 def _compensate_slabs(
-    slabs: list[_Slab], full: NearestRounding, rounded: Rounded, compensator: Compensator
-) -> Iterator[tuple[tuple[str, str], slice, NDArray[np.uint8], OutputError | None]]:
-    """Yield each slab with its new blocks and its errors before and after, or None if it is as exact as F16."""
-    parts = []
-    for (name, kind), rows in slabs:
-        weights, blocks = full.weights(name, rows), rounded.blocks(name, kind, rows)
-        error = to_float(GGMLQuantizationType[kind], blocks, weights.shape[1]) - weights
-        if _is_exact(weights, error):
-            yield (name, kind), rows, blocks, None
-        else:
-            parts.append(((name, kind), rows, weights, blocks, error))
-    codes = compensator.codes([(weights, read_grid(tensor[1], blocks)) for tensor, _, weights, blocks, _ in parts])
-    for (tensor, rows, weights, blocks, error), of_part in zip(parts, codes, strict=True):
-        compensated = write_codes(tensor[1], blocks, of_part)
-        yield tensor, rows, *_better(tensor[1], weights, (blocks, error), compensated, compensator)
+    places: list[tuple[str, str, slice]], full: NearestRounding, rounded: Rounded, compensator: Compensator
+) -> Iterator[tuple[_Slab, NDArray[np.uint8], OutputError | None]]:
+    """Yield each slab with its new blocks, and its errors before and after, or None if it is as exact as F16."""
+
+    def prepare(place: tuple[str, str, slice]) -> _Slab:
+        name, kind, rows = place
+        slab = _Slab(name, kind, rows, full.weights(name, rows), rounded.blocks(name, kind, rows))
+        _ = slab.is_exact or slab.grid  # by this thread
+        return slab
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="round") as threads:
+        slabs = list(threads.map(prepare, places))
+        inexact = [slab for slab in slabs if not slab.is_exact]
+        codes = compensator.codes([(slab.weights, slab.grid) for slab in inexact])
+        compensated = dict(zip(map(id, inexact), threads.map(_Slab.with_codes, inexact, codes), strict=True))
+    for slab in slabs:
+        if slab.is_exact:
+            yield slab, slab.blocks, None
+            continue
+        other = compensated.pop(id(slab))
+        before, after = compensator.output_error(slab.change), compensator.output_error(other.change)
+        blocks = np.where((after < before)[:, None], other.blocks, slab.blocks)
+        yield slab, blocks, OutputError(nearest=float(before.sum()), compensated=float(np.minimum(before, after).sum()))
 
 
 def _by_type(files: Mapping[str, PlannedFile], name: str) -> dict[str, list[PlannedFile]]:
@@ -193,26 +246,6 @@ def _by_type(files: Mapping[str, PlannedFile], name: str) -> dict[str, list[Plan
         if name in file.types:
             having[file.types[name]].append(file)
     return having
-
-
-def _better(
-    kind: str,
-    weights: NDArray[np.float32],
-    nearest: tuple[NDArray[np.uint8], NDArray[np.float32]],
-    compensated: NDArray[np.uint8],
-    compensator: Compensator,
-) -> tuple[NDArray[np.uint8], OutputError]:
-    """Of each row the better blocks, nearest or compensated; and the errors of both. `nearest`: blocks and their errors."""
-    change = to_float(GGMLQuantizationType[kind], compensated, weights.shape[1]) - weights
-    before, after = compensator.output_error(nearest[1]), compensator.output_error(change)
-    blocks = np.where((after < before)[:, None], compensated, nearest[0])
-    return blocks, OutputError(nearest=float(before.sum()), compensated=float(np.minimum(before, after).sum()))
-
-
-def _is_exact(weights: NDArray[np.float32], error: NDArray[np.float32]) -> bool:
-    """Whether the error is within F16's own rounding, as if the full-precision GGUF was itself made from this type."""
-    squares = [float(np.square(part).sum(dtype=np.float64)) for part in (error, weights)]
-    return squares[0] <= _F16_ROUNDING**2 * squares[1]
 
 
 def _write_others(files: Mapping[str, PlannedFile], full: NearestRounding, rounded: Rounded, errors: _Errors) -> None:
