@@ -140,7 +140,7 @@ def _by_blocks(
     device, count = main_device(blocks.model), len(blocks)
     with torch.no_grad():
         entered = [blocks.enter(*sequences.on(device)) for sequences in batches]
-    size = 2 * sum(batch.hidden.nbytes for batch in entered)
+    size = 3 * sum(batch.hidden.nbytes for batch in entered)
     place = memory.place(size, device, offloaded=has_offloaded(blocks.model))
     states = HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs")
     done = max((block for block in range(count + 1) if states.has(block)), default=0)
@@ -161,8 +161,8 @@ def _by_blocks(
 
             with resident.block(block, min(block + 1, count - 1)) as layer:
                 yield from inputs.measure(block, list(layer.modules()), run, len(batches))
-            states.close(block + 1)
-            states.drop(block)
+            states.close(block + 1)  # by a thread; those before this block are on disk now
+            states.drop(block - 1)
     progress(count, count + 1)
 
     def run_around(number: int) -> None:
@@ -175,7 +175,8 @@ def _by_blocks(
     inside = {module for layer in blocks.layers for module in layer.modules()}
     around = [module for module in blocks.model.modules() if module not in inside]
     yield from inputs.measure(count, around, run_around, len(batches))
-    states.drop(count)
+    for block in (count - 1, count):
+        states.drop(block)
     progress(count + 1, count + 1)
 
 

@@ -38,7 +38,7 @@ from tests.end_to_end.conftest import BLOCKS, SMALL, artifacts, measure, rebuilt
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("prefect_home")]
 
 FIRST_BLOCKS = 3
-STEPS = ("choose rungs", "propose thresholds")  # what works in a workspace and is not cached
+STEPS = ("choose types", "propose thresholds")  # what works in a workspace and is not cached
 
 
 def test_the_baseline_is_itself_and_bytes_rise_as_divergence_falls(sweep):
@@ -58,8 +58,8 @@ def test_the_budgets_plan_is_compensated_and_the_others_are_as_llama_quantize_wr
     # The package has the embedding as Q8_0 and the rest as Q4_1; the plan finds that out, and next to nothing is lost.
     assert result.plan.types == {name: "Q4_1" for name in result.plan.types} | {"token_embd.weight": "Q8_0"}
     assert result.predicted.value < 1e-5
-    made = [Store(home / "store").find(*made) for made in made_by_sweep if made[0] == "compensate_rung"]
-    errors = [error for rung in made for error in Compensation.load(rung.path(COMPENSATION_NAME)).tensors.values()]
+    (made,) = [Store(home / "store").find(*made) for made in made_by_sweep if made[0] == "candidate"]
+    errors = Compensation.load(made.path(COMPENSATION_NAME)).tensors.values()
     assert len(errors) < 5 < len(result.plan.types)  # what full precision was itself made from is not rounded anew
     assert all(error.compensated <= error.nearest for error in errors)
 

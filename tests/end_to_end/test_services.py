@@ -122,5 +122,5 @@ def test_a_run_by_the_worker_completes_and_mlflow_has_its_runs(sweep, home, up, 
 
 def test_a_run_that_is_at_work_ends_with_the_services(sweep, home, deployment_run):
     deployment_run({**SMALL, "calibration": {**SMALL["calibration"], "sequence_tokens": 65}})
-    while not any((home / "store" / ".tmp").glob("imatrix-*/imatrix.log")):
+    while not any((home / "store" / ".tmp").glob("going-on-layer_inputs-*/measured-*")):
         time.sleep(0.05)
