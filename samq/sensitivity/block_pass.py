@@ -101,16 +101,19 @@ class BlockPass:
         self.checkpoints.clear()
 
     def _pass(self, weights: Residence) -> None:
-        self._states, self._calls, self._steps = HiddenStates(self._place, self.checkpoints), [], 0
-        self._kept_slopes = HiddenStates(self._place, self.checkpoints, "slopes")
-        with torch.no_grad():
-            self._enter()
+        self._calls, self._steps = [], 0
+        with (
+            HiddenStates(self._place, self.checkpoints) as self._states,
+            HiddenStates(self._place, self.checkpoints, "slopes") as self._kept_slopes,
+        ):
+            with torch.no_grad():
+                self._enter()
+                if not self._turned():
+                    self._forward(weights)
             if not self._turned():
-                self._forward(weights)
-        if not self._turned():
-            self._turn()
-        self._backward(weights)
-        self._embed()
+                self._turn()
+            self._backward(weights)
+            self._embed()
 
     def _bytes_of_states(self) -> int:
         """Of the hidden states of all sequences before every block and after the last."""

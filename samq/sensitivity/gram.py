@@ -28,7 +28,7 @@ from samq.errors import SamqError
 from samq.gguf.formats import EMBEDDING
 from samq.progress import Progress, silent
 from samq.sensitivity.block_pass import Sequences, batched, deterministic
-from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
+from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, Entered, main_device
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch
 from samq.sensitivity.hidden_states import HiddenStates
@@ -137,12 +137,24 @@ def _whole(model: PreTrainedModel, batches: list[Sequences], inputs: "_Inputs", 
 def _by_blocks(
     blocks: Blocks, batches: list[Sequences], inputs: "_Inputs", memory: Memory, progress: Progress
 ) -> Iterator[Piece]:
-    device, count = main_device(blocks.model), len(blocks)
+    device = main_device(blocks.model)
     with torch.no_grad():
         entered = [blocks.enter(*sequences.on(device)) for sequences in batches]
     size = 3 * sum(batch.hidden.nbytes for batch in entered)
     place = memory.place(size, device, offloaded=has_offloaded(blocks.model))
-    states = HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs")
+    with HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs") as states:
+        yield from _through(blocks, batches, entered, inputs, states, progress)
+
+
+def _through(
+    blocks: Blocks,
+    batches: list[Sequences],
+    entered: list[Entered],
+    inputs: "_Inputs",
+    states: HiddenStates,
+    progress: Progress,
+) -> Iterator[Piece]:
+    device, count = main_device(blocks.model), len(blocks)
     done = max((block for block in range(count + 1) if states.has(block)), default=0)
     if not done:
         for number, batch in enumerate(entered):

@@ -1,6 +1,7 @@
 """What all sequences have between the blocks of a model: hidden states, or gradients with respect to them."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import torch
 
@@ -22,6 +23,15 @@ class HiddenStates:
             ThreadPoolExecutor(1, thread_name_prefix=f"states-{way}") for way in ("copy", "write")
         )
         self._written: dict[int, Future[None]] = {}
+
+    def __enter__(self) -> Self:
+        """Nothing is kept yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until what was closed is on disk, also after an error: nothing comes into the folder after that."""
+        self._copying.shutdown()
+        self._writing.shutdown()
 
     def put(self, block: int, batch: int, states: torch.Tensor) -> None:
         """Keep the states of a batch before a block."""
