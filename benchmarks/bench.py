@@ -86,7 +86,7 @@ class Bench:
     def build(self, plan: Plan) -> Artifact:
         """The plan's GGUF."""
         gather, plans = Gather(), {plan.name: self._publish(plan)}
-        ggufs = build(self.at, self.inputs, plans, self.costs, self.parameters.calibration, gather)
+        ggufs = build(self.at, self.inputs, plans, self.costs, gather)
         if gather.failures:
             raise SystemExit(f"{plan.name} failed: {gather.failures[0].reason}")
         return ggufs[plan.name]

@@ -5,23 +5,16 @@ from collections.abc import Mapping
 from flows.costs import Costs
 from flows.gather import Gather
 from flows.inputs import Inputs
-from flows.parameters import CalibrationParameters
 from samq.quantization.provenance import unreached_experts
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.compensate import candidate, compensate
 from tasks.plan import FULL, load_plan
 from tasks.quantize import quantize
-from tasks.text import FirstSequences
 
 
 def build(
-    at: Workspace,
-    inputs: Inputs,
-    plans: Mapping[str, Artifact],
-    costs: Costs,
-    calibration: CalibrationParameters,
-    gather: Gather,
+    at: Workspace, inputs: Inputs, plans: Mapping[str, Artifact], costs: Costs, gather: Gather
 ) -> dict[str, Artifact]:
     """Name -> GGUF of every plan that could be built; full precision is the converted file itself."""
     target, provenance = inputs.target, inputs.provenance | unreached_experts(costs.routing)
@@ -33,16 +26,7 @@ def build(
         if how == "nearest"
     }
     if compensated:
-        together = compensate.submit(
-            at,
-            inputs.model,
-            FirstSequences(inputs.tokens, inputs.available),
-            calibration.gram_tokens,
-            calibration.batch_size,
-            target.imatrix,
-            compensated,
-            provenance,
-        )
+        together = compensate.submit(at, inputs.model, inputs.input_text, target.imatrix, compensated, provenance)
         built = gather.keeping_errors({"compensate": together})["compensate"]
         for name, plan in compensated.items():
             if isinstance(built, Exception):

@@ -11,12 +11,12 @@ from samq.workspace import Workspace
 from tasks.agreement import agreement
 from tasks.convert import convert
 from tasks.evaluate import baseline
-from tasks.layer_inputs import layer_inputs
+from tasks.layer_inputs import InputText, layer_inputs
 from tasks.mmproj import convert_mmproj
 from tasks.model import TorchModel
 from tasks.source import find_model
 from tasks.target import Target
-from tasks.text import FirstSequences, heldout, load_calibration_set, load_text, tokenize
+from tasks.text import heldout, load_calibration_set, load_text, tokenize
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Inputs:
     target: Target  # what plans are for
     tokens: Artifact  # calibration sequences
     available: int  # how many of them are not kept for checks
+    input_text: InputText  # what layers' inputs are measured on
     layer_inputs: Artifact | None  # None: there is no importance matrix, and no plan is compensated
     heldout: Artifact
     baseline: Artifact
@@ -51,12 +52,10 @@ def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
     available = calibration.sequences_left(calibration_set.samples)
     torch_model = TorchModel(source, full, model.dtype)
     agreement(at, torch_model, tokens)
-    of_layers = None
-    if calibration.imatrix or parameters.candidates.compensated:
-        sequences, compensated = FirstSequences(tokens, available), parameters.candidates.compensated
-        of_layers = layer_inputs(
-            at, torch_model, sequences, calibration.gram_tokens, calibration.batch_size, compensated
-        )
+    input_text = InputText(tokens, available, calibration.gram_tokens, calibration.batch_size)
+    compensated, of_layers = parameters.candidates.compensated, None
+    if calibration.imatrix or compensated:
+        of_layers = layer_inputs(at, torch_model, input_text, compensated)
     chunks = heldout(at, full, heldout_text)
     return Inputs(
         made_from=MadeFrom(source, calibration_set, heldout_text, at.toolchain, mmproj),
@@ -64,6 +63,7 @@ def prepare(at: Workspace, parameters: RequantizeParameters) -> Inputs:
         target=Target(full, of_layers if calibration.imatrix else None),
         tokens=tokens,
         available=available,
+        input_text=input_text,
         layer_inputs=of_layers,
         heldout=chunks,
         baseline=baseline(at, full, chunks, parameters.evaluation),

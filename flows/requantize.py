@@ -61,7 +61,7 @@ def measure_sweep(at: Workspace, parameters: RequantizeParameters) -> Sweep:
 
     # The candidates: a plan each, built and measured.
     plans = stock | plan_candidates(at, inputs, costs, candidates, gather)
-    ggufs = build(at, inputs, plans, costs, parameters.calibration, gather)
+    ggufs = build(at, inputs, plans, costs, gather)
     evaluations = gather(
         "evaluate",
         {

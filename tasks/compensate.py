@@ -11,18 +11,17 @@ from samq.gguf.file import read_tensors
 from samq.gguf.nearest import NearestRounding
 from samq.llamacpp.programs import link_or_copy
 from samq.progress import bar
-from samq.quantization.compensation import Rounded, StoredRounding, write_compensated
+from samq.quantization.compensation import write_compensated
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.layer_inputs import sequences_of
+from tasks.layer_inputs import InputText
 from tasks.model import TorchModel
 from tasks.plan import load_plan
 from tasks.stage import stage
-from tasks.text import FirstSequences
 
 _ERRORS_NAME = "errors.jsonl"  # in the scratch folder
 
@@ -48,9 +47,7 @@ def compensate(
     at: Workspace,
     folder: Path,
     model: TorchModel,
-    sequences: FirstSequences,
-    most_tokens: int,
-    batch_size: int,
+    text: InputText,
     imatrix: Artifact | None,
     plans: dict[str, Artifact],
     provenance: dict[str, str],
@@ -72,7 +69,7 @@ def compensate(
         }
 
     rounding = NearestRounding(full, matrix)
-    errors = _compensate(at, folder, model, (sequences, most_tokens, batch_size), create, rounding, everything=True)
+    errors = _compensate(at, folder, model, text, create, rounding, everything=True)
     for name, of_one in errors.items():
         of_one.save(folder / _errors_name(name))
 
@@ -105,15 +102,7 @@ def candidate(
     retries=1,
     goes_on=True,
 )
-def compensate_file(
-    at: Workspace,
-    folder: Path,
-    model: TorchModel,
-    sequences: FirstSequences,
-    most_tokens: int,
-    batch_size: int,
-    quantized: Artifact,
-) -> None:
+def compensate_file(at: Workspace, folder: Path, model: TorchModel, text: InputText, quantized: Artifact) -> None:
     """`model.gguf` and `compensation.json`: a quantized GGUF, with every tensor compensated that can be."""
     full, nearest = model.full.path(GGUF_NAME), quantized.path(GGUF_NAME)
     shapes = [{tensor.name: tensor.extents for tensor in read_tensors(path).values()} for path in (full, nearest)]
@@ -124,8 +113,8 @@ def compensate_file(
     def create(work: Path) -> dict[str, PlannedFile]:
         return {"": PlannedFile.copy(work / GGUF_NAME, nearest)}
 
-    rounding = StoredRounding(nearest)
-    errors = _compensate(at, folder, model, (sequences, most_tokens, batch_size), create, rounding, everything=False)
+    rounding = NearestRounding(nearest)
+    errors = _compensate(at, folder, model, text, create, rounding, everything=False)
     errors[""].save(folder / COMPENSATION_NAME)
 
 
@@ -133,15 +122,13 @@ def _compensate(
     at: Workspace,
     folder: Path,
     model: TorchModel,
-    sequences: tuple[FirstSequences, int, int],  # of the first, as many as so many tokens come from, so many a batch
+    text: InputText,
     create: Callable[[Path], Mapping[str, PlannedFile]],
-    rounded: Rounded,
+    rounded: NearestRounding,
     *,
     everything: bool,
 ) -> dict[str, Compensation]:
     """Write the files that `create` gives, first where a killed process goes on with them, then into the folder."""
-    first, most_tokens, batch_size = sequences
-    tokens = sequences_of(first, most_tokens)
     torch_model, layout = model.load_with_layout(at)
     work = at.scratch or folder
     work.mkdir(parents=True, exist_ok=True)
@@ -149,9 +136,9 @@ def _compensate(
     with bar(f"compensate {model.source.name}") as progress:
         pieces = input_moments(
             torch_model,
-            tokens,
+            text.load(),
             layout.weights,
-            batch_size=batch_size,
+            batch_size=text.batch_size,
             memory=Memory(at.memory_limit, at.scratch),
             progress=progress,
         )

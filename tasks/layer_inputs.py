@@ -1,6 +1,7 @@
 """Stage: what the inputs of the model's layers tell before there is a plan."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,24 @@ from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.model import TorchModel
 from tasks.stage import stage
-from tasks.text import FirstSequences
 
 log = logging.getLogger("samq.layer_inputs")
 
 
-def sequences_of(sequences: FirstSequences, most_tokens: int) -> TokenBatch:
-    """As many of the sequences as `most_tokens` come from."""
-    batch = TokenBatch.load(sequences.tokens.path(TOKENS_NAME))
-    enough = int(np.searchsorted(np.cumsum(batch.lengths), most_tokens)) + 1
-    return batch.part(0, min(sequences.count, enough))
+@dataclass(frozen=True)
+class InputText:
+    """What layers' inputs are measured on: of the first `count` sequences as many as `most_tokens` come from."""
+
+    tokens: Artifact  # of `tokenize`
+    count: int
+    most_tokens: int
+    batch_size: int  # sequences a forward pass
+
+    def load(self) -> TokenBatch:
+        """The sequences."""
+        batch = TokenBatch.load(self.tokens.path(TOKENS_NAME))
+        enough = int(np.searchsorted(np.cumsum(batch.lengths), self.most_tokens)) + 1
+        return batch.part(0, min(self.count, enough))
 
 
 @stage(
@@ -39,17 +48,9 @@ def sequences_of(sequences: FirstSequences, most_tokens: int) -> TokenBatch:
     retries=1,
     goes_on=True,
 )
-def layer_inputs(
-    at: Workspace,
-    folder: Path,
-    model: TorchModel,
-    sequences: FirstSequences,
-    most_tokens: int,
-    batch_size: int,
-    compensated: bool,
-) -> None:
+def layer_inputs(at: Workspace, folder: Path, model: TorchModel, text: InputText, compensated: bool) -> None:
     """`imatrix.gguf`: the importance matrix; and, if plans are to be `compensated`, `compensation-shares.json`."""
-    tokens = sequences_of(sequences, most_tokens)
+    tokens = text.load()
     torch_model, layout = model.load_with_layout(at)
     _warn(without_input(torch_model, layout.weights, experts=True), model.full)
     with bar(f"inputs of {model.source.name}") as progress:
@@ -58,7 +59,7 @@ def layer_inputs(
             tokens,
             layout.weights,
             shares=compensated,
-            batch_size=batch_size,
+            batch_size=text.batch_size,
             memory=Memory(at.memory_limit, at.scratch),
             progress=progress,
         )

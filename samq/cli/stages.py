@@ -126,9 +126,11 @@ def compensate(
         from flows.parameters import GRAM_TOKENS
         from tasks.agreement import agreement
         from tasks.compensate import compensate_file
+        from tasks.layer_inputs import InputText
 
     agreement(at, model, sequences.tokens)
-    return compensate_file(at, model, sequences, GRAM_TOKENS, batch_size, quantized)
+    text = InputText(sequences.tokens, sequences.count, GRAM_TOKENS, batch_size)
+    return compensate_file(at, model, text, quantized)
 
 
 def evaluate(

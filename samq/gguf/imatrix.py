@@ -61,24 +61,22 @@ class Description:
 
 def read_description(path: Path) -> Description:
     """Read what llama-quantize notes of an importance matrix; raises SamqError if it cannot be read."""
-    entries = sum(1 for _ in _entries(path))
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
-                return _dat_description(file, entries)
+                file.seek(0)
+                return _dat_description(file)
         fields = open_gguf(path).fields
         names = fields[_DATASETS].contents() if _DATASETS in fields else []
         chunks = int(fields[_CHUNKS].contents()) if _CHUNKS in fields else 0
-        return Description(str(names[0]) if names else None, entries, chunks)
+        return Description(str(names[0]) if names else None, sum(1 for _ in _entries(path)), chunks)
     except (OSError, ValueError, struct.error) as error:
         raise _unreadable(path, error) from error
 
 
-def _dat_description(file: BinaryIO, entries: int) -> Description:
+def _dat_description(file: BinaryIO) -> Description:
     """Of a .dat, after its entries: the number of calls, and the length of the dataset's name and the name, if at all."""
-    file.seek(0)
-    for _ in _dat_entries(file):
-        pass
+    entries = sum(1 for _ in _dat_entries(file))
     rest = file.read()
     if len(rest) < 8:
         return Description(None, entries, struct.unpack("<i", rest[:4])[0] if len(rest) >= 4 else 0)

@@ -49,7 +49,7 @@ class NearestRounding:
         return as_float(tensor, self._stored(tensor, rows))
 
     def blocks(self, name: str, kind: str, rows: slice) -> NDArray[np.uint8]:
-        """Some rows of a tensor in a type: its blocks, (rows, bytes of a row)."""
+        """Some rows of a tensor in a type: its blocks, (rows, bytes of a row); as they are if the file has it in that type."""
         tensor = self._tensors[name]
         if tensor.tensor_type.name == kind:
             return self._stored(tensor, rows).view(np.uint8)

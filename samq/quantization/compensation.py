@@ -17,16 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, ReaderTensor
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
 from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
-from samq.gguf.file import open_gguf
 from samq.gguf.ggml import to_float
 from samq.gguf.nearest import NearestRounding
 from samq.quantization.gptq import Compensator
@@ -42,30 +40,10 @@ _WEIGHTS_AT_A_TIME = 2**24
 _GPU_WEIGHTS_AT_A_TIME = 2**27
 
 
-class Rounded(Protocol):
-    """Where the blocks come from that compensation starts with: their scales stay."""
-
-    def blocks(self, name: str, kind: str, rows: slice) -> NDArray[np.uint8]:
-        """Some rows of a tensor in a type, counted through all experts: (rows, bytes of a row)."""
-
-
-class StoredRounding:
-    """The blocks of a GGUF that another program quantized."""
-
-    def __init__(self, quantized: Path) -> None:
-        self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in open_gguf(quantized).tensors}
-
-    def blocks(self, name: str, kind: str, rows: slice) -> NDArray[np.uint8]:
-        """Some rows of a tensor in the type that the file has it in."""
-        data = self._tensors[name].data
-        stored: NDArray[np.uint8] = data.reshape(-1, data.shape[-1])[rows].view(np.uint8)
-        return stored
-
-
 def write_compensated(
     files: Mapping[str, PlannedFile],
     full: NearestRounding,
-    rounded: Rounded,
+    rounded: NearestRounding,
     pieces: Iterable[Piece],
     log: Path,
     *,
@@ -80,7 +58,8 @@ def write_compensated(
     Args:
         files: name -> the file.
         full: the weights in full precision.
-        rounded: what compensation starts with, and what tensors are that keep their codes.
+        rounded: where the blocks come from that compensation starts with, whose scales stay: the same GGUF with an importance
+            matrix, or the file that another program quantized.
         pieces: the moments of the layers' inputs, from `samq.sensitivity.gram.input_moments`.
         log: the errors that are known are noted there, so that a killed process goes on with those of the one before.
         everything: whether tensors that keep their codes are written as well.
@@ -130,7 +109,7 @@ class _Errors:
 
 
 def _compensate_input(
-    files: Mapping[str, PlannedFile], full: NearestRounding, rounded: Rounded, moments: Moments, errors: _Errors
+    files: Mapping[str, PlannedFile], full: NearestRounding, rounded: NearestRounding, moments: Moments, errors: _Errors
 ) -> None:
     """Round the tensors that have an input, in each type that a file has them in."""
     tensors = [
@@ -214,7 +193,7 @@ def _together(
 
 
 def _compensate_slabs(
-    places: list[tuple[str, str, slice]], full: NearestRounding, rounded: Rounded, compensator: Compensator
+    places: list[tuple[str, str, slice]], full: NearestRounding, rounded: NearestRounding, compensator: Compensator
 ) -> Iterator[tuple[_Slab, NDArray[np.uint8], OutputError | None]]:
     """Yield each slab with its new blocks, and its errors before and after, or None if it is as exact as F16."""
 
@@ -248,7 +227,9 @@ def _by_type(files: Mapping[str, PlannedFile], name: str) -> dict[str, list[Plan
     return having
 
 
-def _write_others(files: Mapping[str, PlannedFile], full: NearestRounding, rounded: Rounded, errors: _Errors) -> None:
+def _write_others(
+    files: Mapping[str, PlannedFile], full: NearestRounding, rounded: NearestRounding, errors: _Errors
+) -> None:
     """Write the tensors that no input came for, or whose types have no codes."""
     for name in full.names:
         for kind, having in _by_type(files, name).items():

@@ -35,7 +35,7 @@ from tasks.calibrate import Passes, calibrate, load_map
 from tasks.compensate import candidate, compensate
 from tasks.convert import convert
 from tasks.evaluate import baseline, evaluate
-from tasks.layer_inputs import layer_inputs
+from tasks.layer_inputs import InputText, layer_inputs
 from tasks.model import TorchModel
 from tasks.plan import load_plan, plan_budget
 from tasks.price import choose_types, price, price_compensated
@@ -85,14 +85,14 @@ def test_a_folder_becomes_an_evaluated_gguf(name, workspace, tmp_path):
 
     agreed = Agreement.load(agreement(at, model, tokens).path(AGREEMENT_NAME))
     sensitivities = calibrate(at, model, sequences, None, Passes())
-    every = FirstSequences(tokens, available)
-    inputs = layer_inputs(at, model, every, 65536, 1, True)
+    every = InputText(tokens, available, 65536, 1)
+    inputs = layer_inputs(at, model, every, True)
     target = Target(full, inputs)
     opened = target.open(at.toolchain)
     prices = price(at, target, choose_types(at, target, ("Q4_0", "Q8_0")), sensitivities, "Q8_0")
     compensated_prices = price_compensated(at, prices, inputs)
     plan = plan_budget(at, target, compensated_prices, ARCHITECTURES[name].budget, BudgetPolicy())
-    built = compensate(at, model, every, 65536, 1, inputs, {"it": plan}, {})
+    built = compensate(at, model, every, inputs, {"it": plan}, {})
     better = candidate(at, "it", full, plan, built, {})
     chunks = heldout(at, full, load_text(DatasetSpec(name="humaneval", start=100, samples=10)))
     evaluation = evaluate(at, "it", better, chunks, baseline(at, full, chunks, SETTINGS), SETTINGS)

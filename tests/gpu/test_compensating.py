@@ -6,7 +6,7 @@ import torch
 
 from samq.gguf.codes import CodeGrid
 from samq.gguf.nearest import NearestRounding
-from samq.quantization.compensation import StoredRounding, write_compensated
+from samq.quantization.compensation import write_compensated
 from samq.quantization.gptq import Compensator
 from samq.quantization.planned_file import PlannedFile
 from samq.sensitivity.gram import Moments, Piece
@@ -47,7 +47,7 @@ def test_a_compensated_file_is_as_near_as_the_cpus(tmp_path):
         )
         log = tmp_path / f"log-{number}"
         made = write_compensated(
-            {"": file}, NearestRounding(full), StoredRounding(nearest), [piece], log, everything=False
+            {"": file}, NearestRounding(full), NearestRounding(nearest), [piece], log, everything=False
         )
         errors.append(made[""].tensors)
         contents.append(file.path.read_bytes())

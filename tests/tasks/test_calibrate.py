@@ -19,7 +19,7 @@ from samq.store import Store
 from samq.workspace import Workspace
 from tasks.agreement import agreement
 from tasks.calibrate import Passes, calibrate, load_map
-from tasks.layer_inputs import layer_inputs
+from tasks.layer_inputs import InputText, layer_inputs
 from tasks.model import TorchModel
 from tasks.text import FirstSequences
 from tests.tiny_models import byte_tokenizer, save_folder, tiny_llama, write_llama_gguf
@@ -69,7 +69,7 @@ def test_a_model_that_stays_on_disk_gives_the_same(at, tmp_path):
         model, sequences = inputs_in(here.store, tmp_path / "model")
         agreement(here, model, sequences.tokens)
         maps.append(load_map(calibrate(here, model, sequences, None, Passes(batch_size=4))))
-        inputs.append(layer_inputs(here, model, sequences, 500, 4, True).digest())
+        inputs.append(layer_inputs(here, model, InputText(sequences.tokens, sequences.count, 500, 4), True).digest())
         assert not list(here.store.glob(".tmp/going-on-*"))
     assert inputs[0] == inputs[1]
     for name, tensor in maps[0].tensors.items():

@@ -16,7 +16,7 @@ from samq.store import Store
 from samq.workspace import Workspace
 from tasks.calibrate import Passes, calibrate
 from tasks.compensate import candidate, compensate, compensate_file
-from tasks.layer_inputs import layer_inputs
+from tasks.layer_inputs import InputText, layer_inputs
 from tasks.model import TorchModel
 from tasks.plan import load_plan, plan_budget
 from tasks.price import choose_types, load_prices, price, price_compensated
@@ -52,14 +52,15 @@ def artifacts(toolchain, tmp_path_factory):
     full = publish("convert", lambda place: write_llama_gguf(model, place / "model.gguf"))
     torch_model = TorchModel(source, full)
     sequences = FirstSequences(publish("tokenize", save_text), 16)
-    inputs = layer_inputs(at, torch_model, sequences, 10_000, 4, True)
+    text = InputText(sequences.tokens, 16, 10_000, 4)
+    inputs = layer_inputs(at, torch_model, text, True)
     target = Target(full, inputs)
     sensitivities = calibrate(at, torch_model, sequences, None, Passes(batch_size=4))
     nearest_prices = price(at, target, choose_types(at, target, ("Q3_K", "Q4_K", "Q6_K")), sensitivities, "Q8_0")
     prices = price_compensated(at, nearest_prices, inputs)
     plans = {name: plan_budget(at, target, prices, BUDGETS[name], BudgetPolicy()) for name in BUDGETS}
     provenance = {"version": "1"}
-    built = compensate(at, torch_model, sequences, 10_000, 4, inputs, plans, provenance)
+    built = compensate(at, torch_model, text, inputs, plans, provenance)
     nearest = quantize(at, "it", target, plans["it"], provenance)
     return dict(
         full=full,
@@ -69,7 +70,7 @@ def artifacts(toolchain, tmp_path_factory):
         nearest=nearest,
         built=built,
         compensated=candidate(at, "it", full, plans["it"], built, provenance),
-        file=compensate_file(at, torch_model, sequences, 10_000, 4, nearest),
+        file=compensate_file(at, torch_model, text, nearest),
         inputs=inputs,
         model=torch_model,
         tokens=sequences.tokens,
@@ -117,9 +118,9 @@ def test_the_importance_matrix_is_of_all_that_has_an_input(artifacts):
 def test_a_model_that_stays_on_disk_gives_the_same_file(artifacts, toolchain, tmp_path):
     """Limited to a byte, its blocks are read from disk; the store is another, so that everything is made again."""
     at = Workspace(tmp_path / "store", toolchain, device="cpu", timeout_s=60.0, memory_limit=1)
-    sequences = FirstSequences(artifacts["tokens"], 16)
+    text = InputText(artifacts["tokens"], 16, 10_000, 4)
     provenance, plans = {"version": "1"}, {"it": artifacts["plan"]}
-    on_disk = compensate(at, artifacts["model"], sequences, 10_000, 4, artifacts["inputs"], plans, provenance)
+    on_disk = compensate(at, artifacts["model"], text, artifacts["inputs"], plans, provenance)
     assert on_disk.files["it.gguf"].sha256 == artifacts["compensated"].files["model.gguf"].sha256
     assert not list(at.store.glob(".tmp/going-on-*"))
 

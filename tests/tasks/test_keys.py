@@ -19,6 +19,7 @@ from tasks.compensate import compensate
 from tasks.convert import convert
 from tasks.evaluate import baseline, evaluate
 from tasks.imatrix import imatrix
+from tasks.layer_inputs import InputText
 from tasks.model import TorchModel
 from tasks.plan import plan_budget, plan_stock, plan_threshold
 from tasks.price import price, price_compensated
@@ -110,7 +111,7 @@ GONE = {"rung", "gram", "compensate_rung", "assemble"}
 FROM_OTHER_INPUTS = {
     "price": (price, (TARGET, ["Q4_K"], MAPS, "Q8_0")),
     "price_compensated": (price_compensated, (PRICES, OF_LAYERS)),
-    "compensate": (compensate, (MODEL, FIRST, 1000, 2, OF_LAYERS, {"p": PLAN}, PROVENANCE)),
+    "compensate": (compensate, (MODEL, InputText(TOKENS, 32, 1000, 2), OF_LAYERS, {"p": PLAN}, PROVENANCE)),
 }
 
 

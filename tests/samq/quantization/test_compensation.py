@@ -9,7 +9,7 @@ from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_codes, write_codes
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.nearest import NearestRounding
 from samq.quantization import gptq
-from samq.quantization.compensation import StoredRounding, compensated_prices, share_left, write_compensated
+from samq.quantization.compensation import compensated_prices, share_left, write_compensated
 from samq.quantization.gptq import Compensator, cholesky_upper_, invert_upper_
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Price, PriceTable, TensorPrices
@@ -146,7 +146,7 @@ def test_a_file_of_another_program_keeps_its_scales(target, pieces, tmp_path):
     nearest = nearest_of(target, uniform_plan(target, "Q5_K"), tmp_path / "nearest.gguf")
     file = PlannedFile.copy(tmp_path / "copy.gguf", nearest)
     full = NearestRounding(target.full.path)
-    write_compensated({"": file}, full, StoredRounding(nearest), pieces, tmp_path / "log", everything=False)
+    write_compensated({"": file}, full, NearestRounding(nearest), pieces, tmp_path / "log", everything=False)
     (path, _) = compensate(target, {"it": uniform_plan(target, "Q5_K")}, pieces, tmp_path / "whole")["it"]
     assert file.path.read_bytes() == path.read_bytes()
 
@@ -155,7 +155,7 @@ def test_full_precision_stays(target, pieces, tmp_path):
     file = PlannedFile.copy(tmp_path / "copy.gguf", target.full.path)
     full = NearestRounding(target.full.path)
     log = tmp_path / "log"
-    errors = write_compensated({"": file}, full, StoredRounding(target.full.path), pieces, log, everything=False)
+    errors = write_compensated({"": file}, full, NearestRounding(target.full.path), pieces, log, everything=False)
     assert errors[""].tensors == {}
     assert file.path.read_bytes() == target.full.path.read_bytes()
 
