@@ -90,11 +90,11 @@ def plans_of(bench: Bench) -> dict[str, Plan]:
 def at_mixture(bench: Bench, mixture: str, compensated: Plan, seed: int) -> tuple[dict, list[tuple[Plan, PriceTable]]]:
     """The row of a mixture's size, and its plans with the prices that predict them."""
     stock = stock_plan(bench.target, mixture)
-    size = stock.tensor_bytes
+    size, name = stock.tensor_bytes, f"size-of:{mixture}"
     plans = {
         "stock": (stock, bench.nearest),
         "samq": (compensated, bench.compensated),
-        "samq_nearest": (bench.at_bytes(size, bench.nearest, compensated.name), bench.nearest),
+        "samq_nearest": (bench.at_bytes(size, bench.nearest, name), bench.nearest),
     }
     if threshold := best_threshold_plan(bench, size):
         plans["threshold"] = (threshold, bench.nearest)
