@@ -15,6 +15,7 @@ from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import Moments, input_moments
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
+from samq.sensitivity.shares import over_devices
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ def measure_inputs(
     )
     for piece in pieces:
         new = InputStatistics()
+        with_matrix = [moments for moments in piece.moments if shares and moments.gram.ndim == 2]
+        left = over_devices(lambda moments, device: share_left(moments.on(device)), with_matrix, memory.devices)
+        for moments, share in zip(with_matrix, left, strict=True):
+            new.shares.update(dict.fromkeys(moments.tensors, share))
         for moments in piece.moments:
             _add(new, moments, shapes)
-            if shares and moments.gram.ndim == 2:
-                new.shares.update(dict.fromkeys(moments.tensors, share_left(moments)))
         kept.save(f"measured-{count:06}", _state(new))
         statistics.importance.update(new.importance)
         statistics.shares.update(new.shares)

@@ -9,9 +9,9 @@ there, and whoever takes them uses them before the next block runs.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,12 @@ from samq.sensitivity.gradients import Batch
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory, needs_gpu_memory
-from samq.sensitivity.offloading import has_offloaded
+from samq.sensitivity.offloading import Placed, Residence, has_offloaded
+from samq.sensitivity.shares import in_turn, rounds
 
 MATRICES_BYTES = 8 * 2**30  # of the matrices that are added up at a time; a block with more runs again
+Rounds = Sequence[Sequence[Sequence[int]]]  # numbers of batches: runs of them, one a device, round after round
+_ROWS = 1024  # of a matrix that are brought from another device at a time
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Moments:
     tokens: int
     gram: torch.Tensor  # (row length, row length) or (row length,), float32, where it was computed
     expert: int | None = None  # of stacked experts, the one that has it; None: all matrices of the tensor
+
+    def on(self, device: torch.device | None) -> "Moments":
+        """The same on a device; None: where they are."""
+        return self if device is None else replace(self, gram=self.gram.to(device))
 
     @property
     def squares(self) -> torch.Tensor:
@@ -123,14 +130,14 @@ def _probe(tokens: TokenBatch) -> Sequences:
 def _whole(model: PreTrainedModel, batches: list[Sequences], inputs: "_Inputs", progress: Progress) -> Iterator[Piece]:
     device = main_device(model)
 
-    def run(number: int) -> None:
+    def run(number: int, _: int) -> None:
         ids, mask = batches[number].on(device)
         inputs.about(batches[number].mask)
         with batches[number].memory():
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         progress(number, len(batches))
 
-    yield from inputs.measure(0, list(model.modules()), run, len(batches))
+    yield from inputs.measure(0, list(model.modules()), run, rounds(range(1, len(batches)), 1))
     progress(len(batches), len(batches))
 
 
@@ -138,46 +145,54 @@ def _by_blocks(
     blocks: Blocks, batches: list[Sequences], inputs: "_Inputs", memory: Memory, progress: Progress
 ) -> Iterator[Piece]:
     device = main_device(blocks.model)
+    devices = memory.sharing(device)
+    turns = rounds(range(1, len(batches)), len(devices))
+    share_of = {batch: share for of_round in turns for share, run in enumerate(of_round) for batch in run} | {0: 0}
     with torch.no_grad():
-        entered = [blocks.enter(*sequences.on(device)) for sequences in batches]
+        entered = [
+            blocks.enter(*sequences.on(device)).on(devices[share_of[number]])
+            for number, sequences in enumerate(batches)
+        ]
     size = 3 * sum(batch.hidden.nbytes for batch in entered)
-    place = memory.place(size, device, offloaded=has_offloaded(blocks.model))
-    with HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs") as states:
-        yield from _through(blocks, batches, entered, inputs, states, progress)
+    place = memory.place(size, devices, offloaded=has_offloaded(blocks.model))
+    with (
+        HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs") as states,
+        blocks.resident(devices) as resident,
+    ):
+        yield from _through(blocks, batches, entered, turns, inputs, (states, resident), progress)
 
 
 def _through(
     blocks: Blocks,
     batches: list[Sequences],
     entered: list[Entered],
+    turns: Rounds,
     inputs: "_Inputs",
-    states: HiddenStates,
+    kept: tuple[HiddenStates, Residence],
     progress: Progress,
 ) -> Iterator[Piece]:
-    device, count = main_device(blocks.model), len(blocks)
+    (states, resident), device, count = kept, main_device(blocks.model), len(blocks)
     done = max((block for block in range(count + 1) if states.has(block)), default=0)
     if not done:
         for number, batch in enumerate(entered):
             states.put(0, number, batch.hidden)
         states.close(0)
-    with blocks.resident() as resident:
-        for block in range(done, count):
-            progress(block, count + 1)
-            here = resident.devices[block]
+    for block in range(done, count):
+        progress(block, count + 1)
+        with resident.part(block, min(block + 1, count - 1)) as placed:
 
-            def run(number: int, block: int = block, here: torch.device = here) -> None:
-                inputs.about(batches[number].mask)
-                hidden = states.get(block, number, here)
-                with batches[number].memory():
+            def run(number: int, share: int, block: int = block, placed: Placed = placed) -> None:
+                hidden = states.get(block, number, placed.devices[share])
+                with batches[number].memory(), placed.on(placed.devices[share]):
+                    inputs.about(batches[number].mask)
                     states.put(block + 1, number, blocks.run(block, hidden, entered[number].calls[block]))
 
-            with resident.block(block, min(block + 1, count - 1)) as layer:
-                yield from inputs.measure(block, list(layer.modules()), run, len(batches))
-            states.close(block + 1)  # by a thread; those before this block are on disk now
-            states.drop(block - 1)
+            yield from inputs.measure(block, list(placed.module.modules()), run, turns)
+        states.close(block + 1)  # by a thread; those before this block are on disk now
+        states.drop(block - 1)
     progress(count, count + 1)
 
-    def run_around(number: int) -> None:
+    def run_around(number: int, _: int) -> None:
         sequences, hidden = batches[number], states.get(count, number, device)
         for row, length in enumerate(sequences.batch.lengths):  # one at a time: logits are large
             inputs.about(torch.ones(1, length))
@@ -186,7 +201,7 @@ def _through(
 
     inside = {module for layer in blocks.layers for module in layer.modules()}
     around = [module for module in blocks.model.modules() if module not in inside]
-    yield from inputs.measure(count, around, run_around, len(batches))
+    yield from inputs.measure(count, around, run_around, rounds(range(1, len(batches)), 1))
     for block in (count - 1, count):
         states.drop(block)
     progress(count + 1, count + 1)
@@ -216,8 +231,10 @@ class _Inputs(TorchFunctionMode):
         self._last: tuple[torch.Tensor, str] | None = None  # the input of the layer before, and that layer
         self._source: dict[str, str] = {}  # tensor -> the first tensor with the same input
         self._measured: frozenset[str] = frozenset()
+        self._of_part: list[tuple[nn.Module, str, list[_Use]]] = []  # the stacks of experts
         self._experts_at: dict[int, tuple[nn.Parameter, list[_Use]]] = {}  # address -> experts of the part
-        self._sums: dict[_Key, torch.Tensor] = {}
+        self._sums: dict[_Key, torch.Tensor] = {}  # of the run of batches that a device is at
+        self._totals: dict[_Key, torch.Tensor] = {}  # of all runs before
         self._tokens: dict[_Key, int] = defaultdict(int)
 
     @property
@@ -232,20 +249,24 @@ class _Inputs(TorchFunctionMode):
         return {use.weight.name for of_module in uses for use in of_module}
 
     def about(self, mask: torch.Tensor) -> None:
-        """Say what runs next: sequences of this mask, 0 at padding."""
+        """Say what runs next, with the weights that are in place now: sequences of this mask, 0 at padding."""
         self._is_token = mask.bool().flatten()
         self._last = None
+        stacks = [(getattr(module, name), uses) for module, name, uses in self._of_part]
+        self._experts_at = {stack.data_ptr(): (stack, uses) for stack, uses in stacks}
 
-    def measure(self, part: int, modules: list[nn.Module], run: Callable[[int], None], batches: int) -> Iterator[Piece]:
-        """Run all batches through a part of the model, the first of which only shows what layers share an input."""
+    def measure(
+        self, part: int, modules: list[nn.Module], run: Callable[[int, int], None], turns: Rounds
+    ) -> Iterator[Piece]:
+        """Run the batches of `turns` through a part of the model, after batch 0, which shows what layers share an input.
+
+        `run` takes the number of a batch and that of its device.
+        """
         self._source, self._measured = {}, frozenset()
-        self._experts_at = {
-            getattr(module, name).data_ptr(): (getattr(module, name), uses)
-            for (module, name), uses in self._stacks.items()
-            if module in set(modules)
-        }
+        inside = set(modules)
+        self._of_part = [(module, name, uses) for (module, name), uses in self._stacks.items() if module in inside]
         with self._watching():
-            run(0)
+            run(0, 0)
         lengths = {use.weight.name: use.weight.shape[-1] for module in modules for use in self._layers.get(module, ())}
         stacked = [use.weight.name for _, uses in self._experts_at.values() for use in uses]
         sources = {name: lengths[name] for name in dict.fromkeys(self._source.values())}
@@ -254,9 +275,19 @@ class _Inputs(TorchFunctionMode):
             advice = "use a smaller batch size, shorter sequences, or more GPUs"
             what = f"{len(group)} inputs' Gram matrices beside the model and a batch"
             with self._watching(), needs_gpu_memory(what, advice):
-                for batch in range(1, batches):
-                    run(batch)
+                for of_round in turns:
+                    self._run(of_round, run)
             yield Piece(part, self._taken())
+
+    def _run(self, of_round: Sequence[Sequence[int]], run: Callable[[int, int], None]) -> None:
+        """A run of batches a device, whose sums are then added to those of all."""
+        sums: list[dict[_Key, torch.Tensor]] = [{} for _ in of_round]
+        for share, batch in in_turn(of_round):
+            self._sums = sums[share]
+            run(batch, share)
+        for of_one in sums:
+            for key in list(of_one):
+                _add_to(self._totals, key, of_one.pop(key))
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -276,7 +307,7 @@ class _Inputs(TorchFunctionMode):
         for name, source in self._source.items():
             tensors[source].append(name)
         taken = []
-        for (name, expert), sums in sorted(self._sums.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        for (name, expert), sums in sorted(self._totals.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
             if not torch.isfinite(sums).all():
                 raise SamqError(
                     f"the input of {name} has NaN or Inf on the calibration text; load the model in float32"
@@ -284,7 +315,7 @@ class _Inputs(TorchFunctionMode):
             if sums.any():  # an input that is always zero has no use
                 names = (name,) if expert is not None else tuple(tensors[name])
                 taken.append(Moments(names, self._tokens[name, expert], sums.div_(self._tokens[name, expert]), expert))
-        self._sums, self._tokens = {}, defaultdict(int)
+        self._sums, self._totals, self._tokens = {}, {}, defaultdict(int)
         return taken
 
     def _before_forward(self, uses: list[_Use], module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -341,6 +372,15 @@ class _Inputs(TorchFunctionMode):
         else:
             self._sums[key] += vectors.square().sum(0)
         self._tokens[key] += len(vectors)
+
+
+def _add_to(totals: dict[_Key, torch.Tensor], key: _Key, sums: torch.Tensor) -> None:
+    """Add the sums, some rows at a time: a wide matrix of another device takes gigabytes."""
+    if key not in totals:
+        totals[key] = sums
+        return
+    for total, some in zip(totals[key].split(_ROWS), sums.split(_ROWS), strict=True):
+        total += some.to(total.device)
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm})
@@ -416,7 +456,7 @@ def _groups(row_lengths: Mapping[str, int], memory_bytes: int) -> list[list[str]
     groups: list[list[str]] = [[]]
     used = 0
     for name, row_length in row_lengths.items():
-        size = 4 * row_length**2
+        size = 2 * 4 * row_length**2  # of a run of batches, and of all before
         if memory_bytes and groups[-1] and used + size > memory_bytes:
             groups.append([])
             used = 0

@@ -13,12 +13,12 @@ class HiddenStates:
     """`put` and `get` the states before a block, of a batch: kept on a device, on the host, or on disk."""
 
     def __init__(self, device: torch.device | None, checkpoints: Checkpoints, name: str = "states") -> None:
-        """`device` is where they are kept; None: among the checkpoints, a set for each block by the name."""
+        """`device` is where they are kept: the host, or the GPUs that give them; None: among the checkpoints by the name."""
         self._name = name
         self._checkpoints = checkpoints if device is None else None
         self._device = torch.device("cpu") if device is None else device
         self._kept: dict[int, dict[int, Future[torch.Tensor]]] = {}
-        self._transfers: dict[tuple[torch.device, str], Transfer] = {}
+        self._to_host, self._to_gpu = Transfer(), Transfer()
         self._copying, self._writing = (
             ThreadPoolExecutor(1, thread_name_prefix=f"states-{way}") for way in ("copy", "write")
         )
@@ -38,10 +38,9 @@ class HiddenStates:
         states = states.detach()
         kept: Future[torch.Tensor] = Future()
         if states.is_cuda and self._device.type == "cpu":  # by a thread, which waits until they are computed
-            transfer = self._transfer(states.device, "out")
-            kept = self._copying.submit(transfer.to_host, states, now(states.device))
+            kept = self._copying.submit(self._to_host.to_host, states, now(states.device))
         else:
-            kept.set_result(states.to(self._device))
+            kept.set_result(states)
         self._kept.setdefault(block, {})[batch] = kept
 
     def close(self, block: int) -> None:
@@ -80,7 +79,8 @@ class HiddenStates:
         if device.type != "cuda" or states.is_cuda:
             return states.to(device)
         into = torch.empty(states.shape, dtype=states.dtype, device=device)
-        return self._transfer(device, "in").to_gpu(states, into, now(device))
+        self._to_gpu.to_gpus(states, [into], [now(device)])
+        return into
 
     def drop(self, block: int) -> None:
         """Forget the states before a block."""
@@ -89,11 +89,6 @@ class HiddenStates:
         self._kept.pop(block, None)
         if self._checkpoints is not None:
             self._checkpoints.drop(self._set(block))
-
-    def _transfer(self, device: torch.device, way: str) -> Transfer:
-        if (device, way) not in self._transfers:
-            self._transfers[device, way] = Transfer(device)
-        return self._transfers[device, way]
 
     def _set(self, block: int) -> str:
         return f"{self._name}-{block:04}"
