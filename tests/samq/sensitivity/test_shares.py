@@ -41,7 +41,7 @@ def measure(model, tokens, devices, folder=None, architecture="llama", batch_siz
 
 def moments_of(model, tokens, devices, folder=None, architecture="llama"):
     weights, memory = weights_of(model, names_of(model, architecture)), Memory(folder=folder, devices=cpus(devices))
-    pieces = input_moments(model, tokens, weights, experts=True, batch_size=2, memory=memory)
+    pieces = input_moments(model, tokens, weights, batch_size=2, memory=memory)
     return {(m.tensors, m.expert): m for piece in pieces for m in piece.moments}
 
 
@@ -157,6 +157,7 @@ def test_shares_of_the_error_and_importances_are_those_of_one_device():
     assert three.importance.keys() == one.importance.keys()
     for name, entry in one.importance.items():
         assert (three.importance[name].sums == entry.sums).all()
+        assert (three.importance[name].tokens == entry.tokens).all()
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("Qwen2.5, tied", "qwen2"), ("Mamba", "mamba")])
