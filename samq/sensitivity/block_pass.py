@@ -141,8 +141,7 @@ class BlockPass:
         for block in range(done, last + 1):
             with weights.part(block, min(block + 1, last)) as placed:
                 self._look_at(block, placed)
-                for share, number in in_turn(self._shares):
-                    hidden = self._states.get(block, number, placed.devices[share])
+                for share, number, hidden in self._states.each(block, self._shares, placed.devices):
                     with self.batches[number].memory(), placed.on(placed.devices[share]):
                         self._states.put(block + 1, number, self.blocks.run(block, hidden, self._calls[number][block]))
             self._states.close(block + 1)
@@ -195,8 +194,7 @@ class BlockPass:
         for block in reversed(range(self._restore())):
             with weights.part(block, block - 1) as placed:
                 self._look_at(block, placed)
-                for share, number in in_turn(self._shares):
-                    hidden = self._states.get(block, number, placed.devices[share]).requires_grad_()
+                for share, number, hidden in self._states.each(block, self._shares, placed.devices):
                     with self.batches[number].memory(), placed.on(placed.devices[share]) as layer:
                         self._back_through(block, layer, share, number, hidden)
                 self.work.sums.add_shares()
@@ -206,6 +204,7 @@ class BlockPass:
 
     def _back_through(self, block: int, layer: nn.Module, share: int, number: int, hidden: torch.Tensor) -> None:
         """One batch through a block again, and back."""
+        hidden.requires_grad_()
         self.work.sums.begin(share)
         with self.work.gradients.within(layer, self.batches[number].batch) as backward:
             output = self.blocks.run(block, hidden, self._calls[number][block])

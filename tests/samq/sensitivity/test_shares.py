@@ -11,8 +11,10 @@ from samq.data.tokens import TokenBatch
 from samq.quantization.inputs import measure_inputs
 from samq.sensitivity.blocks import Blocks
 from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.hf_model import compute_devices, load_model
+from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
@@ -215,3 +217,19 @@ def test_blocks_run_where_their_inputs_are_and_not_where_accelerate_sends_them()
     with blocks.resident(cpus(2)):
         assert linear.forward is linear._old_forward
     assert linear.forward is hooked
+
+
+@pytest.mark.parametrize("kept", ["in memory", "on disk"])
+def test_states_come_for_one_batch_of_each_device_in_turn(kept, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "kept" if kept == "on disk" else None)
+    with HiddenStates(torch.device("cpu") if kept == "in memory" else None, checkpoints) as states:
+        for block in range(3):
+            for batch in range(6):
+                states.put(block, batch, torch.full((2,), 10.0 * block + batch))
+            states.close(block)
+        states.wait()
+        for block in range(3):
+            come = list(states.each(block, [range(3), range(3, 4), range(4, 6)], cpus(3)))
+            assert [(share, batch) for share, batch, _ in come] == [(0, 0), (1, 3), (2, 4), (0, 1), (2, 5), (0, 2)]
+            assert [of_batch.tolist() for _, _, of_batch in come] == [[10.0 * block + b] * 2 for _, b, _ in come]
+        assert list(states.each(0, [range(0)], cpus(1))) == []
