@@ -11,10 +11,9 @@ from samq.records import CalibrationSet, Labels, SensitivityMap
 from samq.sensitivity.fisher import load_fisher, routing, save_fisher
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
-from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.model import TorchModel
+from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 from tasks.text import FirstSequences
 
@@ -65,7 +64,7 @@ def calibrate(
             Origin(model.source.digest(), CalibrationSet.load(tokens.path(CALIBRATION_SET_NAME)).digest()),
             labelling=Labelling(passes.labels, passes.seed, first),
             batch_size=passes.batch_size,
-            memory=Memory(at.memory_limit, at.scratch),
+            memory=memory_of(at),
             progress=progress,
         )
     if earlier:

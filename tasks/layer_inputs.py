@@ -14,10 +14,9 @@ from samq.progress import bar
 from samq.quantization.inputs import measure_inputs
 from samq.records import CompensationShares
 from samq.sensitivity.gram import without_input
-from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.model import TorchModel
+from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 
 log = logging.getLogger("samq.layer_inputs")
@@ -60,7 +59,7 @@ def layer_inputs(at: Workspace, folder: Path, model: TorchModel, text: InputText
             layout.weights,
             shares=compensated,
             batch_size=text.batch_size,
-            memory=Memory(at.memory_limit, at.scratch),
+            memory=memory_of(at),
             progress=progress,
         )
     write_imatrix(

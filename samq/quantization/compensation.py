@@ -10,8 +10,9 @@ A block's Gram matrices are there while that block runs. So all files that are m
 
 import json
 import os
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation, OutputError, PriceTable
 from samq.sensitivity.gram import Moments, Piece
 from samq.sensitivity.memory import needs_gpu_memory
+from samq.sensitivity.shares import over_devices
 
 _F16_ROUNDING = 2.0**-11  # the largest relative rounding error of F16
 _SLAB_WEIGHTS = 2**22  # that a thread reads, quantizes and packs at a time
@@ -49,6 +51,7 @@ def write_compensated(
     log: Path,
     *,
     everything: bool,
+    devices: Sequence[torch.device] = (),
 ) -> dict[str, Compensation]:
     """Write the tensors of several GGUFs, with compensated rounding where it is possible, while the pieces come.
 
@@ -64,6 +67,7 @@ def write_compensated(
         pieces: the moments of the layers' inputs, from `samq.sensitivity.gram.input_moments`.
         log: the errors that are known are noted there, so that a killed process goes on with those of the one before.
         everything: whether tensors that keep their codes are written as well.
+        devices: that compensate the inputs of a piece, each another; none: where the moments are.
 
     Returns:
         Name -> the errors of the layers' outputs; of stacked experts a token that goes to one of them.
@@ -73,8 +77,11 @@ def write_compensated(
     """
     errors = _Errors(log)
     for piece in pieces:
-        for moments in piece.moments:
-            _compensate_input(files, full, rounded, moments, errors)
+        over_devices(
+            lambda moments, device: _compensate_input(files, full, rounded, moments.on(device), errors),
+            piece.moments,
+            devices,
+        )
     if everything:
         _write_others(files, full, rounded, errors)
     return {name: errors.of(file.types) for name, file in files.items()}
@@ -87,7 +94,7 @@ class _Errors:
     """
 
     def __init__(self, log: Path) -> None:
-        self._log = log
+        self._log, self._lock = log, threading.Lock()
         self._known: dict[tuple[str, str], dict[int | None, OutputError | None]] = defaultdict(dict)
         for line in log.read_text().splitlines() if log.exists() else ():
             try:
@@ -102,9 +109,9 @@ class _Errors:
 
     def add(self, tensor: str, kind: str, expert: int | None, error: OutputError | None) -> None:
         """Note what became of a matrix in a type."""
-        self._known[tensor, kind][expert] = error
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "a") as file:
+        with self._lock, open(self._log, "a") as file:
+            self._known[tensor, kind][expert] = error
             file.write(json.dumps([tensor, kind, expert, error and error.model_dump()]) + "\n")
 
     def of(self, types: Mapping[str, str]) -> Compensation:

@@ -17,6 +17,7 @@ from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import Moments, input_moments
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
+from samq.sensitivity.shares import over_devices
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,26 @@ def measure_inputs(
     )
     for piece in pieces:
         new = InputStatistics()
-        for moments in piece.moments:
-            _add(new, moments, shapes)
+        errors = over_devices(_errors_of, piece.moments, memory.devices)
+        for moments, of_one in zip(piece.moments, errors, strict=True):
+            _add(new, moments, of_one, shapes)
         kept.save(f"measured-{count:06}", _state(new))
         statistics.add(new)
         count += 1
     return statistics
 
 
-def _add(statistics: InputStatistics, moments: Moments, shapes: dict[str, tuple[int, ...]]) -> None:
+def _errors_of(moments: Moments, device: torch.device | None) -> tuple[float, float] | None:
+    return expected_errors(moments.on(device)) if moments.gram.ndim == 2 else None
+
+
+def _add(
+    statistics: InputStatistics,
+    moments: Moments,
+    errors: tuple[float, float] | None,
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
     sums = (moments.squares * moments.tokens).cpu().numpy()
-    errors = expected_errors(moments) if moments.gram.ndim == 2 else None
     for name in moments.tensors:
         matrices = math.prod(shapes[name][:-2])
         here = slice(None) if moments.expert is None else moments.expert

@@ -10,9 +10,9 @@ there, and whoever takes them uses them before the next block runs.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,13 @@ from samq.sensitivity.gradients import Batch
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory, needs_gpu_memory
-from samq.sensitivity.offloading import has_offloaded
+from samq.sensitivity.offloading import Placed, Residence, has_offloaded
+from samq.sensitivity.shares import in_turn, rounds
 
 BORROWED_TOKENS = 1.0  # for each column of an expert's Gram matrix (benchmarks/experts.py)
 MATRICES_BYTES = 8 * 2**30  # of the matrices that are added up at a time; a block with more runs again
+Rounds = Sequence[Sequence[Sequence[int]]]  # numbers of batches: runs of them, one a device, round after round
+_ROWS = 1024  # of a matrix that are brought from another device at a time
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Moments:
     expert: int | None = None  # of stacked experts, the one that has it; None: all matrices of the tensor
     pooled: torch.Tensor | None = None  # of stacked experts: the matrix over the tokens of all of them
     share: float = 1.0  # of the tokens of all experts, those of this one
+
+    def on(self, device: torch.device | None) -> "Moments":
+        """The same on a device; None: where they are."""
+        if device is None:
+            return self
+        return replace(self, gram=self.gram.to(device), pooled=None if self.pooled is None else self.pooled.to(device))
 
     @property
     def squares(self) -> torch.Tensor:
@@ -138,14 +147,14 @@ def _probe(tokens: TokenBatch) -> Sequences:
 def _whole(model: PreTrainedModel, batches: list[Sequences], inputs: "_Inputs", progress: Progress) -> Iterator[Piece]:
     device = main_device(model)
 
-    def run(number: int) -> None:
+    def run(number: int, _: int) -> None:
         ids, mask = batches[number].on(device)
         inputs.about(batches[number].mask)
         with batches[number].memory():
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         progress(number, len(batches))
 
-    yield from inputs.measure(0, list(model.modules()), run, len(batches))
+    yield from inputs.measure(0, list(model.modules()), run, rounds(range(1, len(batches)), 1))
     progress(len(batches), len(batches))
 
 
@@ -153,46 +162,54 @@ def _by_blocks(
     blocks: Blocks, batches: list[Sequences], inputs: "_Inputs", memory: Memory, progress: Progress
 ) -> Iterator[Piece]:
     device = main_device(blocks.model)
+    devices = memory.sharing(device)
+    turns = rounds(range(1, len(batches)), len(devices))
+    share_of = {batch: share for of_round in turns for share, run in enumerate(of_round) for batch in run} | {0: 0}
     with torch.no_grad():
-        entered = [blocks.enter(*sequences.on(device)) for sequences in batches]
+        entered = [
+            blocks.enter(*sequences.on(device)).on(devices[share_of[number]])
+            for number, sequences in enumerate(batches)
+        ]
     size = 3 * sum(batch.hidden.nbytes for batch in entered)
-    place = memory.place(size, device, offloaded=has_offloaded(blocks.model))
-    with HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs") as states:
-        yield from _through(blocks, batches, entered, inputs, states, progress)
+    place = memory.place(size, devices, offloaded=has_offloaded(blocks.model))
+    with (
+        HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs") as states,
+        blocks.resident(devices) as resident,
+    ):
+        yield from _through(blocks, batches, entered, turns, inputs, (states, resident), progress)
 
 
 def _through(
     blocks: Blocks,
     batches: list[Sequences],
     entered: list[Entered],
+    turns: Rounds,
     inputs: "_Inputs",
-    states: HiddenStates,
+    kept: tuple[HiddenStates, Residence],
     progress: Progress,
 ) -> Iterator[Piece]:
-    device, count = main_device(blocks.model), len(blocks)
+    (states, resident), device, count = kept, main_device(blocks.model), len(blocks)
     done = max((block for block in range(count + 1) if states.has(block)), default=0)
     if not done:
         for number, batch in enumerate(entered):
             states.put(0, number, batch.hidden)
         states.close(0)
-    with blocks.resident() as resident:
-        for block in range(done, count):
-            progress(block, count + 1)
-            here = resident.devices[block]
+    for block in range(done, count):
+        progress(block, count + 1)
+        with resident.part(block, min(block + 1, count - 1)) as placed:
 
-            def run(number: int, block: int = block, here: torch.device = here) -> None:
-                inputs.about(batches[number].mask)
-                hidden = states.get(block, number, here)
-                with batches[number].memory():
+            def run(number: int, share: int, block: int = block, placed: Placed = placed) -> None:
+                hidden = states.get(block, number, placed.devices[share])
+                with batches[number].memory(), placed.on(placed.devices[share]):
+                    inputs.about(batches[number].mask)
                     states.put(block + 1, number, blocks.run(block, hidden, entered[number].calls[block]))
 
-            with resident.block(block, min(block + 1, count - 1)) as layer:
-                yield from inputs.measure(block, list(layer.modules()), run, len(batches))
-            states.close(block + 1)  # by a thread; those before this block are on disk now
-            states.drop(block - 1)
+            yield from inputs.measure(block, list(placed.module.modules()), run, turns)
+        states.close(block + 1)  # by a thread; those before this block are on disk now
+        states.drop(block - 1)
     progress(count, count + 1)
 
-    def run_around(number: int) -> None:
+    def run_around(number: int, _: int) -> None:
         sequences, hidden = batches[number], states.get(count, number, device)
         for row, length in enumerate(sequences.batch.lengths):  # one at a time: logits are large
             inputs.about(torch.ones(1, length))
@@ -201,7 +218,7 @@ def _through(
 
     inside = {module for layer in blocks.layers for module in layer.modules()}
     around = [module for module in blocks.model.modules() if module not in inside]
-    yield from inputs.measure(count, around, run_around, len(batches))
+    yield from inputs.measure(count, around, run_around, rounds(range(1, len(batches)), 1))
     for block in (count - 1, count):
         states.drop(block)
     progress(count + 1, count + 1)
@@ -218,6 +235,14 @@ class _Use:
 _Key = tuple[str, int | None]  # the first tensor with an input, and the expert
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Second moments, times the number of tokens."""
+
+    own: dict[_Key, torch.Tensor] = field(default_factory=dict)
+    pooled: dict[_Key, torch.Tensor] = field(default_factory=dict)
+
+
 class _Inputs(TorchFunctionMode):
     """Adds up the moments of what enters layers."""
 
@@ -231,12 +256,14 @@ class _Inputs(TorchFunctionMode):
         self._last: tuple[torch.Tensor, str, int | None] | None = None  # the input before, its layer, its expert
         self._source: dict[str, str] = {}  # tensor -> the first tensor with the same input
         self._measured: frozenset[_Key] = frozenset()
+        self._of_part: list[tuple[nn.Module, str, list[_Use]]] = []  # the stacks of experts
         self._experts_at: dict[int, tuple[nn.Parameter, list[_Use]]] = {}  # address -> experts of the part
         self._sums: dict[_Key, torch.Tensor] = {}
         self._tokens: dict[_Key, int] = defaultdict(int)
         self._pools: dict[_Key, torch.Tensor] = {}  # over all experts, without a number
         self._pool_tokens: dict[_Key, int] = defaultdict(int)
         self._pooling = False  # whether experts that are not measured yet go into the pools
+        self._of_run = _Sums()  # not among the others yet: of the batches that a device is at
 
     @property
     def has_experts(self) -> bool:
@@ -250,28 +277,32 @@ class _Inputs(TorchFunctionMode):
         return {use.weight.name for of_module in uses for use in of_module}
 
     def about(self, mask: torch.Tensor) -> None:
-        """Say what runs next: sequences of this mask, 0 at padding."""
+        """Say what runs next, with the weights that are in place now: sequences of this mask, 0 at padding."""
         self._is_token = mask.bool().flatten()
         self._last = None
+        stacks = [(getattr(module, name), uses) for module, name, uses in self._of_part]
+        self._experts_at = {stack.data_ptr(): (stack, uses) for stack, uses in stacks}
 
-    def measure(self, part: int, modules: list[nn.Module], run: Callable[[int], None], batches: int) -> Iterator[Piece]:
-        """Run all batches through a part of the model, the first of which only shows what layers share an input."""
+    def measure(
+        self, part: int, modules: list[nn.Module], run: Callable[[int, int], None], turns: Rounds
+    ) -> Iterator[Piece]:
+        """Run the batches of `turns` through a part of the model, after batch 0, which shows what layers share an input.
+
+        `run` takes the number of a batch and that of its device.
+        """
         self._source, self._measured, self._pooling = {}, frozenset(), False
         self._pools, self._pool_tokens = {}, defaultdict(int)
-        self._experts_at = {
-            getattr(module, name).data_ptr(): (getattr(module, name), uses)
-            for (module, name), uses in self._stacks.items()
-            if module in set(modules)
-        }
+        inside = set(modules)
+        self._of_part = [(module, name, uses) for (module, name), uses in self._stacks.items() if module in inside]
         with self._watching():
-            run(0)
+            run(0, 0)
         for number, group in enumerate(_groups(self._sizes(modules), self._matrices_bytes)):
             self._measured, self._pooling = frozenset(group), number == 0 and self._matrices_bytes > 0
             advice = "use a smaller batch size, shorter sequences, or more GPUs"
             what = f"{len(group)} inputs' Gram matrices beside the model and a batch"
             with self._watching(), needs_gpu_memory(what, advice):
-                for batch in range(1, batches):
-                    run(batch)
+                for of_round in turns:
+                    self._run(of_round, run)
             yield Piece(part, self._taken(group))
 
     def _sizes(self, modules: list[nn.Module]) -> dict[_Key, int]:
@@ -281,10 +312,21 @@ class _Inputs(TorchFunctionMode):
         weights = {use.weight.name: use.weight for use in [*uses, *stacked]}
         experts = {use.weight.name: math.prod(use.weight.shape[:-2]) for use in stacked}
         return {
-            (name, expert): 4 * weights[name].shape[-1] ** 2
+            (name, expert): 2 * 4 * weights[name].shape[-1] ** 2  # of a run of batches, and of all before
             for name in dict.fromkeys(self._source.values())
             for expert in (range(experts[name]) if name in experts else (None,))
         }
+
+    def _run(self, of_round: Sequence[Sequence[int]], run: Callable[[int, int], None]) -> None:
+        """A run of batches a device, whose sums are then added to those of all."""
+        of_devices = [_Sums() for _ in of_round]
+        for share, batch in in_turn(of_round):
+            self._of_run = of_devices[share]
+            run(batch, share)
+        home = self._device if len(of_round) > 1 else None
+        for of_run in of_devices:
+            _add_all(self._sums, of_run.own, home)
+            _add_all(self._pools, of_run.pooled, home)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -375,10 +417,10 @@ class _Inputs(TorchFunctionMode):
             self._source[name] = name
             if (name, expert) in self._measured:
                 self._tokens[name, expert] += len(vectors)
-                self._add_to(self._sums, (name, expert), vectors, use.columns)
+                self._add_to(self._of_run.own, (name, expert), vectors, use.columns)
             elif expert is not None and self._pooling:
                 self._pool_tokens[name, None] += len(vectors)
-                self._add_to(self._pools, (name, None), vectors, use.columns)
+                self._add_to(self._of_run.pooled, (name, None), vectors, use.columns)
 
     def _add_to(
         self, sums: dict[_Key, torch.Tensor], key: _Key, vectors: torch.Tensor, columns: NDArray[np.intp] | None
@@ -393,6 +435,17 @@ class _Inputs(TorchFunctionMode):
             sums[key].addmm_(vectors.t(), vectors)
         else:
             sums[key] += vectors.square().sum(0)
+
+
+def _add_all(totals: dict[_Key, torch.Tensor], sums: dict[_Key, torch.Tensor], home: torch.device | None) -> None:
+    """Add the sums at home, and forget them; some rows at a time, since a wide matrix of another device takes gigabytes."""
+    for key in list(sums):
+        of_run = sums.pop(key)
+        if key not in totals:
+            totals[key] = of_run if home is None else of_run.to(home)
+            continue
+        for total, some in zip(totals[key].split(_ROWS), of_run.split(_ROWS), strict=True):
+            total += some.to(total.device)
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm})

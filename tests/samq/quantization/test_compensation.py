@@ -53,14 +53,16 @@ def gram_of(pieces, name):
     return next((m.gram for piece in pieces for m in piece.moments if name in m.tensors), None)
 
 
-def compensate(target, plans, pieces, folder, everything=True):
+def compensate(target, plans, pieces, folder, everything=True, devices=()):
     """Name -> (file, errors)."""
     folder.mkdir(exist_ok=True)
     files = {
         name: PlannedFile.create(folder / f"{name}.gguf", target.full.path, plan, {}) for name, plan in plans.items()
     }
     rounding = NearestRounding(target.full.path)
-    errors = write_compensated(files, rounding, rounding, pieces, folder / "log", everything=everything)
+    errors = write_compensated(
+        files, rounding, rounding, pieces, folder / "log", everything=everything, devices=devices
+    )
     return {name: (file.path, errors[name].tensors) for name, file in files.items()}
 
 
@@ -163,6 +165,18 @@ def test_each_expert_is_compensated_by_its_own_inputs_and_counts_by_its_tokens(t
         (codes,) = alone.codes([(full[of_one.expert], grid)])
         values = grid.levels[codes - grid.first] * grid.scale + grid.offset
         assert np.isclose(values, after[of_one.expert], atol=1e-6).mean() > 0.98
+
+
+@pytest.mark.parametrize("devices", [2, 5])
+def test_devices_that_share_the_inputs_write_the_same(target, pieces, tmp_path, devices):
+    plan = uniform_plan(target, "Q3_K")
+    together = [Piece(0, [moments for piece in pieces for moments in piece.moments])]
+    one = compensate(target, {"it": plan}, together, tmp_path / "one")["it"]
+    cpus = [torch.device("cpu")] * devices
+    several = compensate(target, {"it": plan}, together, tmp_path / "several", devices=cpus)["it"]
+    assert several[0].read_bytes() == one[0].read_bytes() and several[1] == one[1] != {}
+    lines = [sorted((tmp_path / name / "log").read_text().splitlines()) for name in ("one", "several")]
+    assert lines[0] == lines[1] and len(lines[0]) == len(one[1])
 
 
 def test_a_process_that_goes_on_gives_the_same_file_and_errors(target, pieces, tmp_path):
