@@ -49,7 +49,7 @@ from tasks.price import choose_types, price, price_compensated
 from tasks.target import Target
 from tasks.text import FirstSequences
 
-SHAPE = (256, 704, 4, 2, 8, 512)  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
+SHAPE = (256, 512, 4, 2, 8, 512)  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
 BLOCKS = SHAPE[4]
 TYPES = ["Q4_K", "Q6_K", "Q8_0"]
 BUDGETS = ["5bpw", "6bpw"]
