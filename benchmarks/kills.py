@@ -90,7 +90,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict, dict[str
     assert seconds is not None, "nobody kills it"
     expected, computed, start_s = undisturbed.files(), undisturbed.computed(), undisturbed.first_block_s()
     print(f"undisturbed: {seconds:.1f} s, {len(expected)} files, {computed.total()} times a block", flush=True)
-    once = [killed_once(folder, model, moments.uniform(0, seconds), expected) for _ in range(arguments.kills)]
+    once: list[dict] = []
+    while sum(run["killed"] for run in once) < arguments.kills:  # a run may end before it is killed
+        once.append(killed_once(folder, model, moments.uniform(0, seconds), expected))
     short = seconds / max(arguments.kills, 1) / 2
     delays_s = [start_s + moments.uniform(0, 2 * short) for _ in range(arguments.kills)]
     often = killed_often(folder, model, delays_s, expected)
