@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 
 from samq.errors import SamqError
 from samq.requirements.memory import Taken
@@ -65,7 +65,7 @@ def look(device: str, store: Path) -> Machine:
         reason = str(error).strip().split("\n")[0]
         raise SamqError(f"torch cannot use {device} ({reason}); set model.device to auto or cpu") from error
     python = psutil.Process().memory_info().rss
-    folder, cache = (_present(path) for path in (store, Path(HF_HUB_CACHE)))
+    folder, cache = (_present(path) for path in (store, Path(constants.HF_HUB_CACHE)))
     return Machine(
         device=place,
         gpu=gpu,
@@ -120,11 +120,10 @@ def _of_memory(name: str, stages: Sequence[StageNeeds], needed: Sequence[int], f
 
 
 _SMALLER_BATCHES = "lower calibration.batch_size or calibration.sequence_tokens"
+_LAYERS_THAT_FIT = "leave evaluation.gpu_layers out, so that llama.cpp has as much on the GPU as fits"
 _NO_MATRICES = "set candidates.rounding to nearest, which needs no Gram matrices"
 _ADVICE = {
     **dict.fromkeys(("calibrate", "check", "agreement"), _SMALLER_BATCHES),
     **dict.fromkeys(("layer inputs", "compensate"), _NO_MATRICES),
-    **dict.fromkeys(
-        ("baseline", "evaluate"), "leave evaluation.gpu_layers out, so that llama.cpp has as much on the GPU as fits"
-    ),
+    **dict.fromkeys(("baseline", "evaluate"), _LAYERS_THAT_FIT),
 }

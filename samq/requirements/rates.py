@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -17,7 +18,7 @@ from samq.gguf.ggml import quantize_rows
 from samq.llamacpp.runtime import default_gpu_layers
 from samq.progress import Progress, silent
 
-_FILE_BYTES = 2**26  # written and read
+_FILE_BYTES = 2**26  # written and read, or less of a disk that is almost full
 _SIDE = {"cuda": 4096, "cpu": 1024}  # of the matrices that are multiplied
 _COPY_BYTES = 2**26
 _ROUNDED = (64, 1024)  # rows and row length; so few are rounded by one thread
@@ -122,6 +123,7 @@ def _rounding(kind: str) -> float:
 def _disk(folder: Path, content: bytes) -> tuple[float, float]:
     """Bytes a second that are written to the disk itself, and read from it."""
     try:
+        content = content[: max(2**16, shutil.disk_usage(folder).free // 4)]
         with tempfile.NamedTemporaryFile(dir=folder) as file:
 
             def write() -> None:

@@ -1,7 +1,8 @@
 """How long stages take, by multiplication: what they compute, read and write, over what this machine does in a second.
 
-The products of a pass reach a share of the rate of one large product: 0.45 for the gradients of 8B in an H200's memory, and less
-with the blocks on disk, where states are written meanwhile (benchmarks/large_model.py).
+The products of a pass reach a share of the rate of one large product. On an H200 gradients of 8B in memory reached 0.45, and of a
+70B shape from disk less, where states are written meanwhile (benchmarks/large_model.py); on 2 cores the demo's reached 0.8.
+Inputs of layers and llama.cpp reached 0.4 to 0.5 in the demo.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,8 @@ from samq.evaluation.settings import EvaluationSettings
 from samq.requirements.memory import TorchRun
 from samq.requirements.rates import Rates
 
-PRODUCTS_SHARE = 0.4
+GRADIENTS_SHARE = {True: 0.4, False: 0.8}  # on a GPU, on a processor
+PRODUCTS_SHARE = 0.4  # of other passes
 JSON_PROMPTS, JSON_PROMPT_TOKENS = 40, 100  # of samq/evaluation/json_prompts.jsonl, about
 BATCH_TOKENS = 512  # that llama.cpp computes at a time
 
@@ -38,7 +40,8 @@ class Clock:
     def gradients(self, sequences: int, states: int) -> float:
         """Backward passes: 6 operations a weight and token, weights read twice, and the states of hidden layers written."""
         tokens = sequences * self.run.sequence_tokens
-        products = self._products(6 * self.run.outline.active_weights * tokens, self.dtype)
+        operations = 6 * self.run.outline.active_weights * tokens
+        products = operations / (GRADIENTS_SHARE[self.run.on_gpu] * self.rates.products[self.dtype])
         return max(products, self._fetching(2)) + states / self.rates.write_bytes
 
     def inputs(self, tokens: int, *, matrices: bool) -> float:
