@@ -43,14 +43,25 @@ class Requirements:
 class _Plans:
     """The candidates of a run, as far as they are known before it."""
 
-    quantized: list[Candidate]  # by llama-quantize
-    compensated: list[Candidate]
+    nearest: list[Candidate]  # mixtures and thresholds, by llama-quantize
+    budgets: list[Candidate]
+    are_compensated: bool  # the budgets' plans; else llama-quantize writes them as well
     priced: dict[str, int]  # type -> weights
+
+    @property
+    def quantized(self) -> list[Candidate]:
+        """What llama-quantize writes."""
+        return self.nearest + ([] if self.are_compensated else self.budgets)
+
+    @property
+    def compensated(self) -> list[Candidate]:
+        """What is compensated together."""
+        return self.budgets if self.are_compensated else []
 
     @property
     def all(self) -> list[Candidate]:
         """Every candidate but full precision."""
-        return self.quantized + self.compensated
+        return self.nearest + self.budgets
 
 
 def estimate(parameters: RequantizeParameters, progress: Progress = silent) -> Requirements:
@@ -94,12 +105,11 @@ def _plans(parameters: RequantizeParameters, outline: Outline, work: Path) -> _P
         for kind in kinds:
             priced[kind] = priced.get(kind, 0) + target.tensors[name].weights
     budgets = [of_budget(target, budget, wanted.ladder) for budget in wanted.budgets]
-    quantized = [of_mixture(target, mixture) for mixture in wanted.mixtures]
+    nearest = [of_mixture(target, mixture) for mixture in wanted.mixtures]
     if policy:
         kept = thresholds_kept(wanted.thresholds, wanted.proposed_thresholds)
-        quantized += [of_threshold(target, policy, share) for share in kept]
-    compensated = budgets if wanted.compensated else []
-    return _Plans(quantized + (budgets if not compensated else []), compensated, priced)
+        nearest += [of_threshold(target, policy, share) for share in kept]
+    return _Plans(nearest, budgets, wanted.compensated, priced)
 
 
 def _stages(parameters: RequantizeParameters, plans: _Plans, clock: Clock, machine: Machine) -> list[StageNeeds]:
@@ -115,10 +125,10 @@ def _stages(parameters: RequantizeParameters, plans: _Plans, clock: Clock, machi
     baseline, *evaluated = _measuring_stages(parameters, plans, clock)
     stages += [baseline, *_cost_stages(parameters, plans, clock, available)]
     stages += [*_candidate_stages(plans, clock, tokens), *evaluated]
-    if calibration.check_sequences and (count := len(parameters.candidates.budgets)):
-        taken = memory.gradients(run, calibration.check_sequences)
-        seconds = count * clock.gradients(calibration.check_sequences, taken.scratch)
-        stages.append(StageNeeds("check", f"predictions of {count} plans", taken, seconds))
+    if calibration.check_sequences and plans.budgets:
+        taken = memory.check(run, calibration.check_sequences)
+        each = (clock.check(plan.bytes, calibration.check_sequences, taken.scratch) for plan in plans.budgets)
+        stages.append(StageNeeds("check", f"predictions of {len(plans.budgets)} plans", taken, sum(each)))
     return stages
 
 

@@ -121,6 +121,12 @@ def gradients(run: TorchRun, sequences: int) -> Taken:
     return run.on_device(working, ram=3 * slopes).beside(Taken(scratch=states + 2 * slopes))
 
 
+def check(run: TorchRun, sequences: int) -> Taken:
+    """Gradients that a plan's rounding errors are multiplied with, a weight's at a time (`samq.allocation.prediction_check`)."""
+    errors = FLOAT * max(tensor.weights for tensor in run.outline.tensors.values())
+    return gradients(run, sequences).beside(Taken(gpu=errors) if run.on_gpu else Taken(ram=errors))
+
+
 def layer_inputs(run: TorchRun, tokens: int, *, matrices: bool) -> Taken:
     """Moments of the layers' inputs (`samq.sensitivity.gram`), and with `matrices` what compensation leaves of an error.
 

@@ -44,6 +44,10 @@ class Clock:
         products = operations / (GRADIENTS_SHARE[self.run.on_gpu] * self.rates.products[self.dtype])
         return max(products, self._fetching(2)) + states / self.rates.write_bytes
 
+    def check(self, size: int, sequences: int, states: int) -> float:
+        """The same, and a plan's file of such a size read with the full-precision one."""
+        return self.gradients(sequences, states) + (self.run.outline.bytes + size) / self.rates.hash_bytes
+
     def inputs(self, tokens: int, *, matrices: bool) -> float:
         """A forward pass, and of each Gram matrix its sums in float32 and its factor in float64."""
         outline = self.run.outline
