@@ -212,8 +212,8 @@ def _of_folder(folder: Path, precision: str, work: Path, *, source_bytes: int = 
     tensors = _tensors(skeleton, precision, "MXFP4" if is_mxfp4 else precision)
     path = work / "outline.gguf"
     _write(path, config, tensors)
-    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), 0)
-    used = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or experts
+    experts = _largest(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    used = _largest(config, "num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k") or experts
     size = sum(tensor_bytes(kind, shape) for shape, kind in tensors.values())
     return Outline(
         path,
@@ -223,7 +223,10 @@ def _of_folder(folder: Path, precision: str, work: Path, *, source_bytes: int = 
     )
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+def _largest(config: Any, *keys: str) -> int:
+    """The first of these numbers that a configuration has, of a list the largest; 0 if it has none."""
+    value = next((value for key in keys if (value := getattr(config, key, None))), 0)
+    return max(value) if isinstance(value, list) else int(value)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
@@ -262,7 +265,9 @@ def _tensors(skeleton: PreTrainedModel, precision: str, experts: str) -> dict[st
         known = ends.get(id(parameter)) or gguf_name(name)
         if known is None or known in tensors:
             block = _TORCH_BLOCK.search(name)
-            known = f"blk.{block[1]}.x{len(tensors)}.weight" if block else f"x{len(tensors)}.weight"
+            known = f"blk.{block[1]}.x{len(tensors)}" if block else f"x{len(tensors)}"
+        if parameter.ndim > 1 and not known.endswith(".weight"):  # else llama-quantize leaves it as it is
+            known += ".weight"
         kind = {1: "F32", 3: experts}.get(parameter.ndim, precision)
         tensors[known] = tuple(parameter.shape), kind
     return tensors

@@ -10,6 +10,7 @@ from samq.llamacpp.programs import convert
 from samq.llamacpp.toolchain import environment, program
 from samq.records import ModelSource
 from samq.requirements.outline import read_outline, write_even_importance
+from tests.architectures.models import write_model
 from tests.conftest import write_tiny_gguf
 from tests.samq.requirements.conftest import COMMIT, LLAMA_70B
 from tests.tiny_models import VOCABULARY, save_folder, tiny_llama, tiny_mixtral, write_llama_gguf
@@ -65,6 +66,20 @@ def test_the_outline_of_a_quantized_gguf_is_what_it_is_converted_to(tmp_path, to
     source = ModelSource(name="q8", weights_digest="", tokenizer_digest="", gguf=tmp_path / "q8.gguf")
     converted = convert(source, tmp_path / "converted", toolchain, precision="F16")
     assert contents(outline.gguf) == contents(converted)
+
+
+@pytest.mark.parametrize(
+    "name", ["Mixtral", "Hunyuan MoE", "gpt-oss in MXFP4", "Gemma 3, multimodal", "Mamba", "GPT-2"]
+)
+def test_the_weights_of_other_architectures_are_quantized_too(tmp_path, toolchain, name):
+    outline = read_outline(str(write_model(name, tmp_path / "model")), None, "BF16", tmp_path)
+    matrix = HashedFile(write_even_importance(outline, tmp_path), "matrix")
+    target = OpenTarget.open(HashedFile(outline.gguf, "full"), toolchain, matrix)
+    assert len(outline.blocks) == 2
+    assert (
+        sum(tensor.weights for tensor in target.quantizable.values()) > 0.95 * outline.weights
+    )  # but for positions and norms
+    assert 4.5 < stock_plan(target, "Q4_K_M").bits_per_weight < 6
 
 
 def test_of_a_mixture_of_experts_a_token_enters_some(tmp_path):
