@@ -6,10 +6,13 @@ A Llama with random weights of the shape is written to disk in bf16, a file a bl
 measurement of sensitivities runs on random tokens, with the model's blocks on disk if they do not fit the limit. The figures:
 peak memory of the device and of the process, seconds, and the rates of arithmetic and of reading weights, against the ceilings
 of both, which are measured in the same run. --blocks takes fewer blocks than the shape has; the time of all is then a product.
+With --device auto, all GPUs share the sequences (or --devices of them). The pass then runs on one of them as well: `several` has
+the speed-up, and whether the bits are the same.
 With --budgets the rest follows: full-precision GGUF, inputs of layers, prices, and a compensated GGUF for each budget.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -137,6 +140,31 @@ def by_part(steps: list[float], blocks: int) -> dict[str, float]:
     }
 
 
+def peak_gpu_bytes(figure: str) -> int | None:
+    """The highest of all GPUs, of torch's peaks by this name; None without a GPU."""
+    import torch
+
+    peak = getattr(torch.cuda, f"max_memory_{figure}")
+    return max((peak(number) for number in range(torch.cuda.device_count())), default=None)
+
+
+def synchronize() -> None:
+    """Wait for all GPUs."""
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(number)
+
+
+def digest(measured: tuple) -> str:
+    """Of a sensitivity map and the Fisher information."""
+    sensitivity, fisher = measured
+    content = hashlib.sha256(sensitivity.model_dump_json().encode())
+    for name, of_one in sorted(fisher.items()):
+        content.update(name.encode() + of_one.rows.tobytes() + of_one.columns.tobytes())
+    return content.hexdigest()
+
+
 def peak_rss() -> int:
     """Peak resident memory of this process, with mapped pages of files."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -145,13 +173,12 @@ def peak_rss() -> int:
 def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> dict:
     """Load the model and measure its sensitivities; what that took."""
     import numpy as np
-    import torch
 
     from samq.data.tokens import TokenBatch
     from samq.gguf.file import gguf_names
     from samq.sensitivity.blocks import Blocks
     from samq.sensitivity.checkpoint import describe_source
-    from samq.sensitivity.hf_model import load_model
+    from samq.sensitivity.hf_model import compute_device, compute_devices, load_model
     from samq.sensitivity.layout import GgufLayout, weights_of
     from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
@@ -160,7 +187,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
 
     if arguments.whole:
         Blocks.of = lambda _: None  # type: ignore[method-assign,assignment]
-    cuda = arguments.device.startswith("cuda")
+    cuda = compute_device(arguments.device).startswith("cuda")
     before = peak_rss()
     started = time.perf_counter()
     model, _ = load_model(describe_source(folder), arguments.dtype, arguments.device, memory_limit=limit)
@@ -174,8 +201,9 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         np.full(arguments.sequences, arguments.tokens, dtype=np.int32),
     )
     layout, steps = GgufLayout(weights_of(model, names)), list[float]()
+    devices = compute_devices(arguments.device)[: arguments.devices]
 
-    def run(sequences: int):
+    def run(sequences: int, devices: tuple):
         """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""
         steps.clear()
         started = time.perf_counter()
@@ -187,19 +215,18 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
                 Origin("", ""),
                 labelling=Labelling("model", SEED),
                 batch_size=arguments.batch_size,
-                memory=Memory(limit, Path(scratch) / "going-on"),
+                memory=Memory(limit, Path(scratch) / "going-on", devices),
                 progress=lambda *_: steps.append(time.perf_counter() - started),
             )
-            if cuda:
-                torch.cuda.synchronize()
+            synchronize()
         steps.append(time.perf_counter() - started)
         return sensitivity, fisher
 
-    if cuda and not has_offloaded(model):
-        run(2)  # loads CUDA's libraries
+    if cuda and (len(devices) > 1 or not has_offloaded(model)):
+        run(2 * len(devices), devices)  # loads CUDA's libraries
     if arguments.cold:
         drop_page_cache()
-    sensitivities, seconds = run(arguments.sequences), steps[-1]
+    sensitivities, seconds = run(arguments.sequences, devices), steps[-1]
     in_blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
     head = model.lm_head.weight.numel()
     positions = arguments.sequences * arguments.tokens
@@ -212,15 +239,25 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         "load_s": loaded,
         "seconds": seconds,
         **({} if arguments.whole else by_part(steps, blocks)),
+        "devices": len(devices),
         "flop": 6 * (in_blocks + head) * positions,
         "flops": 6 * (in_blocks + head) * positions / seconds,
         "bytes_read": 2 * in_blocks * 2,
         "bytes_per_s": 2 * in_blocks * 2 / seconds,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        "peak_gpu_bytes": peak_gpu_bytes("allocated"),
+        "peak_gpu_reserved_bytes": peak_gpu_bytes("reserved"),
         "peak_rss_before_bytes": before,
         "peak_rss_bytes": peak_rss(),
     }
+    if len(devices) > 1:
+        if arguments.cold:
+            drop_page_cache()
+        alone = run(arguments.sequences, devices[:1])
+        figures["several"] = {
+            "speed_up": steps[-1] / seconds,
+            "same_bits": digest(alone) == digest(sensitivities),
+            "one_device": {"seconds": steps[-1], **by_part(steps, blocks)},
+        }
     if arguments.budgets:
         from large_rounding import measure_rounding
 
@@ -230,7 +267,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
             tokens,
             sensitivities,
             batch_size=arguments.batch_size,
-            limit=limit,
+            memory=Memory(limit, devices=devices),
             budgets=arguments.budgets,
             types=arguments.types,
         )
@@ -246,8 +283,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-limit", help="of the device, as 22GiB; default: what is free")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or auto for all GPUs")
+    parser.add_argument("--devices", type=int, help="that share the sequences; default: all that --device has")
+    parser.add_argument("--memory-limit", help="of each device, as 22GiB; default: what is free")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the model")
     parser.add_argument(
         "--cold", action="store_true", help="read from the disk and not from the page cache (needs root)"
@@ -267,20 +305,23 @@ def main() -> None:
     import transformers
 
     from samq.allocation.budget_notation import read_budget
+    from samq.sensitivity.hf_model import compute_device
 
+    device = compute_device(arguments.device)
     limit = read_budget(arguments.memory_limit).bytes if arguments.memory_limit else None
     shape = SHAPES[arguments.shape]
     blocks = arguments.blocks or shape[4]
     folder = arguments.work / f"llama-{arguments.shape}-{blocks}"
     started = time.perf_counter()
     if not (folder / "model.safetensors.index.json").exists():
-        write_model(folder, shape, blocks, arguments.device)
+        write_model(folder, shape, blocks, device)
     written = time.perf_counter() - started
     files = [folder / f"block-{number:03}.safetensors" for number in range(min(4, blocks))]
-    most = ceilings(arguments.device, arguments.dtype, files, arguments.cold)
-    if arguments.device.startswith("cuda"):
+    most = ceilings(device, arguments.dtype, files, arguments.cold)
+    if device.startswith("cuda"):
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
     measured = measure(folder, arguments, limit)
     if not arguments.keep:
         shutil.rmtree(folder)
@@ -300,13 +341,14 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": sys.version.split()[0],
+            "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         },
     }
-    compute_s = measured["flop"] / most["product_flops"]
+    compute_s = measured["flop"] / most["product_flops"] / measured["devices"]
     read_s = measured["bytes_read"] / most["read_bytes_per_s"] if measured["on_disk"] else 0.0
     result["bound_s"] = max(compute_s, read_s)
     result["share_of_bound"] = result["bound_s"] / measured["seconds"]
-    result["share_of_products"] = measured["flops"] / most["product_flops"]
+    result["share_of_products"] = measured["flops"] / most["product_flops"] / measured["devices"]
     result["all_blocks_s"] = measured["seconds"] * shape[4] / blocks
     for label, value in (
         (
@@ -319,6 +361,13 @@ def main() -> None:
             (f"... {name.removesuffix('_s')}", f"{value:.2f}")
             for name, value in measured.items()
             if "block_s" in name or name in ("forward_s", "backward_s")
+        ),
+        *(
+            (label, f"{value:.2f}" if isinstance(value, float) else str(value))
+            for label, value in (
+                ("devices", measured["devices"]),
+                *((f"... {key}", value) for key, value in measured.get("several", {}).items() if key != "one_device"),
+            )
         ),
         ("rate", f"{measured['flops'] / 1e12:.2f} TFLOP/s of {most['product_flops'] / 1e12:.2f}"),
         ("reading", f"{measured['bytes_per_s'] / 1e9:.2f} GB/s of {most['read_bytes_per_s'] / 1e9:.2f}"),

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ class Stages:
     def of(self, name: str) -> Iterator[dict[str, Any]]:
         """Measure what happens within; more figures may be added to what this gives."""
         figures = self.figures[name] = {}
-        if self._cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        gpus = range(torch.cuda.device_count()) if self._cuda else []
+        torch.cuda.empty_cache()
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
         started = time.perf_counter()
         yield figures
-        if self._cuda:
-            torch.cuda.synchronize()
-            figures["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+            figures["peak_gpu_bytes"] = max(figures.get("peak_gpu_bytes", 0), torch.cuda.max_memory_allocated(gpu))
         figures["seconds"] = time.perf_counter() - started
         figures["disk_bytes"] = sum(file.stat().st_size for file in self._work.rglob("*") if file.is_file())
         gpu = f", {figures.get('peak_gpu_bytes', 0) / 2**30:.2f} GiB of the GPU" if self._cuda else ""
@@ -102,7 +104,7 @@ def measure_rounding(
     measured: tuple[SensitivityMap, dict[str, Fisher]],
     *,
     batch_size: int,
-    limit: int | None,
+    memory: Memory,
     budgets: list[str],
     types: list[str],
 ) -> dict[str, dict[str, Any]]:
@@ -117,8 +119,8 @@ def measure_rounding(
     with stages.of("compare with the GGUF"):
         layout = read_layout(model, gguf_names(read_metadata(full)), full, lambda *_: None)
     with stages.of("inputs of layers"):
-        memory = Memory(limit, work / "going-on-inputs")
-        statistics = measure_inputs(model, tokens, layout.weights, shares=True, batch_size=batch_size, memory=memory)
+        of_inputs = replace(memory, folder=work / "going-on-inputs")
+        statistics = measure_inputs(model, tokens, layout.weights, shares=True, batch_size=batch_size, memory=of_inputs)
     matrix = work / "imatrix.gguf"
     write_imatrix(
         matrix,
@@ -143,9 +145,11 @@ def measure_rounding(
             name: PlannedFile.create(work / f"{name}.gguf", full, plan, provenance_metadata(plan, {}), matrix)
             for name, plan in plans.items()
         }
-        memory, rounding = Memory(limit, work / "going-on-compensate"), NearestRounding(full, matrix)
+        memory, rounding = replace(memory, folder=work / "going-on-compensate"), NearestRounding(full, matrix)
         pieces = input_moments(model, tokens, layout.weights, batch_size=batch_size, memory=memory)
-        errors = write_compensated(files, rounding, rounding, pieces, work / "errors", everything=True)
+        errors = write_compensated(
+            files, rounding, rounding, pieces, work / "errors", everything=True, devices=memory.devices
+        )
     for name, plan in plans.items():
         audit(files[name].path, plan)
         ratios = sorted(error.ratio for error in errors[name].tensors.values())

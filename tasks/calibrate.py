@@ -11,10 +11,9 @@ from samq.records import CalibrationSet, Labels, SensitivityMap
 from samq.sensitivity.fisher import load_fisher, routing, save_fisher
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
-from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.model import TorchModel
+from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 from tasks.text import FirstSequences
 
@@ -65,12 +64,12 @@ def calibrate(
             Origin(model.source.digest(), CalibrationSet.load(tokens.path(CALIBRATION_SET_NAME)).digest()),
             labelling=Labelling(passes.labels, passes.seed, first),
             batch_size=passes.batch_size,
-            memory=Memory(at.memory_limit, at.scratch),
+            memory=memory_of(at),
             progress=progress,
         )
     if earlier:
         sensitivity, fisher = merge(earlier, (sensitivity, fisher))
     if (experts := routing(fisher)).missed:
-        log.warning("%s: the prices of their weights are 0; calibrate on more text", experts)
+        log.warning("%s: the prices of their weights are unknown; calibrate on more text", experts)
     sensitivity.save(folder / MAP_NAME)
     save_fisher(folder / FISHER_NAME, fisher)

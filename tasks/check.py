@@ -59,7 +59,9 @@ def check(
             layout,
             batch_size=batch_size,
             seed=seed,
-            memory=Memory(at.memory_limit, at.scratch),
+            memory=Memory(
+                at.memory_limit, at.scratch
+            ),  # one device: the processor cannot read rounding errors for more
             progress=progress,
         )
     prediction.save(folder / CHECK_NAME)

@@ -15,11 +15,10 @@ from samq.quantization.compensation import write_compensated
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation
 from samq.sensitivity.gram import input_moments
-from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.layer_inputs import InputText
-from tasks.model import TorchModel
+from tasks.model import TorchModel, memory_of
 from tasks.plan import load_plan
 from tasks.stage import stage
 
@@ -36,7 +35,7 @@ def _errors_name(name: str) -> str:
 
 @stage(
     "compensate",
-    version=2,
+    version=3,
     run_name="compensate {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),
@@ -95,7 +94,7 @@ def candidate(
 
 @stage(
     "compensate_file",
-    version=1,
+    version=2,
     run_name="compensate a file of {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),
@@ -132,18 +131,18 @@ def _compensate(
     torch_model, layout = model.load_with_layout(at)
     work = at.scratch or folder
     work.mkdir(parents=True, exist_ok=True)
-    files = create(work)
+    files, memory = create(work), memory_of(at)
     with bar(f"compensate {model.source.name}") as progress:
         pieces = input_moments(
             torch_model,
             text.load(),
             layout.weights,
             batch_size=text.batch_size,
-            memory=Memory(at.memory_limit, at.scratch),
+            memory=memory,
             progress=progress,
         )
         full, log = NearestRounding(model.full.path(GGUF_NAME)), work / _ERRORS_NAME
-        errors = write_compensated(files, full, rounded, pieces, log, everything=everything)
+        errors = write_compensated(files, full, rounded, pieces, log, everything=everything, devices=memory.devices)
     log.unlink(missing_ok=True)
     for file in files.values():
         os.replace(file.path, folder / file.path.name)

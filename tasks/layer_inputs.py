@@ -14,10 +14,9 @@ from samq.progress import bar
 from samq.quantization.inputs import measure_inputs
 from samq.records import CompensationShares
 from samq.sensitivity.gram import without_input
-from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.model import TorchModel
+from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 
 log = logging.getLogger("samq.layer_inputs")
@@ -41,7 +40,7 @@ class InputText:
 
 @stage(
     "layer_inputs",
-    version=1,
+    version=2,
     run_name="inputs of {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),
@@ -52,7 +51,7 @@ def layer_inputs(at: Workspace, folder: Path, model: TorchModel, text: InputText
     """`imatrix.gguf`: the importance matrix; and, if plans are to be `compensated`, `compensation-shares.json`."""
     tokens = text.load()
     torch_model, layout = model.load_with_layout(at)
-    _warn(without_input(torch_model, layout.weights, experts=True), model.full)
+    _warn(without_input(torch_model, layout.weights), model.full)
     with bar(f"inputs of {model.source.name}") as progress:
         statistics = measure_inputs(
             torch_model,
@@ -60,7 +59,7 @@ def layer_inputs(at: Workspace, folder: Path, model: TorchModel, text: InputText
             layout.weights,
             shares=compensated,
             batch_size=text.batch_size,
-            memory=Memory(at.memory_limit, at.scratch),
+            memory=memory_of(at),
             progress=progress,
         )
     write_imatrix(

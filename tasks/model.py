@@ -9,13 +9,19 @@ from samq.files import GGUF_NAME
 from samq.gguf.file import gguf_names, read_metadata
 from samq.progress import bar
 from samq.records import ModelSource
-from samq.sensitivity.hf_model import load_model
+from samq.sensitivity.hf_model import compute_devices, load_model
 from samq.sensitivity.layout import GgufLayout, read_layout
+from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
 
 # Digests of a model and of its GGUF -> which view of the table each tensor has.
 _views: dict[tuple[str, str], Mapping[str, int | None]] = {}
+
+
+def memory_of(at: Workspace) -> Memory:
+    """What a pass over sequences may use: all devices of the workspace share them."""
+    return Memory(at.memory_limit, at.scratch, compute_devices(at.device))
 
 
 @dataclass(frozen=True)

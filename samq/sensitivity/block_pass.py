@@ -1,8 +1,9 @@
 """All sequences through one decoder block after another, forward and then backward.
 
 The hidden states before each block are kept, and what lies between is computed again on the way back (Chen et al. 2016,
-arXiv:1604.06174). A block's weights are needed twice, for all sequences at once. With a folder, a pass that was killed goes
-on at the block where it was.
+arXiv:1604.06174). A block's weights are needed twice, for all sequences at once. Several devices share the sequences
+(`samq.sensitivity.shares`), and give the bits that one gives. With a folder, a pass that was killed goes on at the block where
+it was, with any number of devices.
 """
 
 import os
@@ -22,8 +23,9 @@ from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.loss import Loss
 from samq.sensitivity.memory import Memory, needs_gpu_memory
-from samq.sensitivity.offloading import Residence, has_offloaded
+from samq.sensitivity.offloading import Placed, Residence, has_offloaded
 from samq.sensitivity.reduction import Sums
+from samq.sensitivity.shares import in_turn, shares
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class BlockPass:
         self.blocks, self.work = blocks, work
         self.batches = work.batches
         self.device = main_device(blocks.model)
-        self._place = memory.place(self._bytes_of_states(), self.device, offloaded=has_offloaded(blocks.model))
+        self.devices = memory.sharing(self.device)
+        self._place = memory.place(self._bytes_of_states(), self.devices, offloaded=has_offloaded(blocks.model))
         self.checkpoints = Checkpoints(memory.folder if self._place is None else None)
         self._steps = 0
         self._calls: list[list[Call]] = []  # of each batch, for each block
@@ -87,7 +90,7 @@ class BlockPass:
 
     def run(self) -> None:
         """Run the pass, from where a killed one was."""
-        with self.blocks.resident() as weights, deterministic(self.device):
+        with self.blocks.resident(self.devices) as weights, deterministic(self.device):
             try:
                 if self.checkpoints.has("one-by-one"):
                     raise _OneByOneError
@@ -102,6 +105,7 @@ class BlockPass:
 
     def _pass(self, weights: Residence) -> None:
         self._calls, self._steps = [], 0
+        self._shares = shares(range(len(self.batches)), len(self.devices))
         with (
             HiddenStates(self._place, self.checkpoints) as self._states,
             HiddenStates(self._place, self.checkpoints, "slopes") as self._kept_slopes,
@@ -111,7 +115,7 @@ class BlockPass:
                 if not self._turned():
                     self._forward(weights)
             if not self._turned():
-                self._turn()
+                self._turn(weights)
             self._backward(weights)
             self._embed()
 
@@ -123,10 +127,11 @@ class BlockPass:
         return (len(self.blocks) + 1) * positions * width * embedding.element_size()
 
     def _enter(self) -> None:
-        for number, sequences in enumerate(self.batches):
-            entered = self.blocks.enter(*sequences.on(self.device))
-            self._states.put(0, number, entered.hidden)
-            self._calls.append(entered.calls)
+        for share, numbers in enumerate(self._shares):
+            for number in numbers:
+                entered = self.blocks.enter(*self.batches[number].on(self.device)).on(self.devices[share])
+                self._states.put(0, number, entered.hidden)
+                self._calls.append(entered.calls)
         self._states.close(0)
 
     def _forward(self, weights: Residence) -> None:
@@ -134,21 +139,21 @@ class BlockPass:
         done = max((block for block in range(last + 2) if self._states.has(block)), default=0)
         self._tell(done)
         for block in range(done, last + 1):
-            with weights.block(block, min(block + 1, last)) as layer:
-                self._look_at(block, layer, weights.devices[block])
-                for number, sequences in enumerate(self.batches):
-                    hidden = self._states.get(block, number, weights.devices[block])
-                    with sequences.memory():
+            with weights.part(block, min(block + 1, last)) as placed:
+                self._look_at(block, placed)
+                for share, number, hidden in self._states.each(block, self._shares, placed.devices):
+                    with self.batches[number].memory(), placed.on(placed.devices[share]):
                         self._states.put(block + 1, number, self.blocks.run(block, hidden, self._calls[number][block]))
             self._states.close(block + 1)
             self._tell(1)
 
-    def _look_at(self, block: int, layer: nn.Module, device: torch.device) -> None:
+    def _look_at(self, block: int, placed: Placed) -> None:
         """Find out which weights of a block are used without their module, if it was not in memory before."""
         if block in self._not_looked_at:
             self._not_looked_at.remove(block)
-            hidden, gradients = self._states.get(block, 0, device), self.work.gradients
-            gradients.require_calls(lambda: self.blocks.run(block, hidden, self._calls[0][block]), layer)
+            hidden, gradients = self._states.get(block, 0, placed.devices[0]), self.work.gradients
+            with placed.on(placed.devices[0]) as layer:
+                gradients.require_calls(lambda: self.blocks.run(block, hidden, self._calls[0][block]), layer)
             if gradients.one_sample_only and any(len(sequences.batch.lengths) > 1 for sequences in self.batches):
                 raise _OneByOneError
 
@@ -156,40 +161,55 @@ class BlockPass:
         """Whether the losses, and their gradients with respect to the last hidden states, are known."""
         return self.checkpoints.has("turned")
 
-    def _turn(self) -> None:
+    def _turn(self, weights: Residence) -> None:
         """From the last hidden states to the loss and back, a sequence at a time: logits are large."""
         last = len(self.blocks)
-        for number, sequences in enumerate(self.batches):
-            states = self._states.get(last, number, self.device)
-            slopes = torch.zeros_like(states)
-            for row, length in enumerate(sequences.batch.lengths):
-                hidden = states[row : row + 1, :length].requires_grad_()
-                batch = Batch(sequences.batch.first + row, [length])
-                with sequences.memory(), self.work.gradients.within(None, batch) as backward:
-                    logits = self.blocks.logits(hidden, sequences.ids[row : row + 1, :length].to(self.device))
-                    backward(logits, self.work.loss.gradient(batch.first, logits[0].detach())[None])
-                    del logits
-                slopes[row, :length] = _gradient(hidden)[0]
-            self._slopes[number] = slopes
+        states: dict[int, torch.Tensor] = {}  # of each share's batch
+        rows = [[(n, row) for n in numbers for row in range(len(self.batches[n].ids))] for numbers in self._shares]
+        with weights.part(last, last - 1) as around:
+            for share, (number, row) in in_turn(rows):
+                sequences = self.batches[number]
+                if row == 0:
+                    states[share] = self._states.get(last, number, around.devices[share])
+                    self._slopes[number] = torch.zeros_like(states[share])
+                length = sequences.batch.lengths[row]
+                hidden = states[share][row : row + 1, :length].requires_grad_()
+                with sequences.memory(), around.on(around.devices[share]):
+                    self._turn_one(share, hidden, sequences.ids[row], Batch(sequences.batch.first + row, [length]))
+                self._slopes[number][row, :length] = _gradient(hidden)[0]
+        self.work.sums.add_shares()
         self.work.loss.summed()  # before the way back, which a loss that is not finite would spoil
         self._save(last)
         self._kept_slopes.wait()
         self.checkpoints.save("turned", self.work.loss.state() | self.work.gradients.pending())
 
+    def _turn_one(self, share: int, hidden: torch.Tensor, ids: torch.Tensor, batch: Batch) -> None:
+        """One sequence from its last hidden states to the loss and back."""
+        self.work.sums.begin(share)
+        with self.work.gradients.within(None, batch) as backward:
+            logits = self.blocks.logits(hidden, ids[None, : batch.longest].to(hidden.device))
+            backward(logits, self.work.loss.gradient(batch.first, logits[0].detach())[None])
+
     def _backward(self, weights: Residence) -> None:
         for block in reversed(range(self._restore())):
-            with weights.block(block, block - 1) as layer:
-                self._look_at(block, layer, weights.devices[block])
-                for number, sequences in enumerate(self.batches):
-                    hidden = self._states.get(block, number, weights.devices[block]).requires_grad_()
-                    with sequences.memory(), self.work.gradients.within(layer, sequences.batch) as backward:
-                        output = self.blocks.run(block, hidden, self._calls[number][block])
-                        backward(output, self._slopes[number].to(output.device))
-                        del output
-                    self._slopes[number] = _gradient(hidden)
+            with weights.part(block, block - 1) as placed:
+                self._look_at(block, placed)
+                for share, number, hidden in self._states.each(block, self._shares, placed.devices):
+                    with self.batches[number].memory(), placed.on(placed.devices[share]) as layer:
+                        self._back_through(block, layer, share, number, hidden)
+                self.work.sums.add_shares()
             self._save(block)
             self._states.drop(block + 1)  # those before this block are needed until its slopes are on disk
             self._tell(1)
+
+    def _back_through(self, block: int, layer: nn.Module, share: int, number: int, hidden: torch.Tensor) -> None:
+        """One batch through a block again, and back."""
+        hidden.requires_grad_()
+        self.work.sums.begin(share)
+        with self.work.gradients.within(layer, self.batches[number].batch) as backward:
+            output = self.blocks.run(block, hidden, self._calls[number][block])
+            backward(output, self._slopes[number].to(output.device))
+        self._slopes[number] = _gradient(hidden)
 
     def _save(self, block: int) -> None:
         """Keep what a pass that goes on here needs: the sums of this block's weights, and the slopes before it."""
@@ -208,7 +228,7 @@ class BlockPass:
         for block in reversed(range(there, len(self.blocks) + 1)):
             self.work.sums.restore(self.checkpoints.load(f"sums-{block:04}"))
         self._slopes = {
-            number: self._kept_slopes.get(there, number, self.device) for number in range(len(self.batches))
+            number: self._kept_slopes.get(there, number, self.devices[share]) for share, number in in_turn(self._shares)
         }
         turned = self.checkpoints.load("turned")
         self.work.loss.restore(turned)
@@ -217,6 +237,7 @@ class BlockPass:
         return there
 
     def _embed(self) -> None:
+        self.work.sums.begin(0)
         for number, sequences in enumerate(self.batches):
             with self.work.gradients.within(None, sequences.batch) as backward:
                 hidden = self.blocks.enter(*sequences.on(self.device)).hidden

@@ -46,8 +46,10 @@ class Call:
     def filled(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with these hidden states, on their device."""
 
+        moved: dict[int, torch.Tensor] = {}
+
         def fill(value: Any) -> Any:
-            return hidden if isinstance(value, _Hidden) else _moved(value, hidden.device)
+            return hidden if isinstance(value, _Hidden) else _moved(value, hidden.device, moved)
 
         return tuple(map(fill, self.positional)), {name: fill(value) for name, value in self.named.items()}
 
@@ -58,6 +60,14 @@ class Entered:
 
     hidden: torch.Tensor
     calls: list[Call]
+
+    def on(self, device: torch.device) -> "Entered":
+        """The same on a device; what several blocks are given is copied once."""
+        moved: dict[int, torch.Tensor] = {}
+        return Entered(
+            self.hidden.to(device),
+            [Call(_moved(call.positional, device, moved), _moved(call.named, device, moved)) for call in self.calls],
+        )
 
 
 class Blocks:
@@ -107,9 +117,9 @@ class Blocks:
             return Entered(first[0], calls)
         raise AssertionError("the model's forward function calls its last block")
 
-    def resident(self) -> Residence:
-        """What brings the blocks' weights to where the model's other weights are, if they are on disk or on the host."""
-        return Residence(self.layers, main_device(self.model))
+    def resident(self, devices: Sequence[torch.device] = ()) -> Residence:
+        """What brings the parts' weights to the devices that compute: by default to where the model's other weights are."""
+        return Residence(self.layers, self.model, list(devices) or [main_device(self.model)])
 
     def run(self, number: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run one block, whose weights are on the device of its hidden states."""
@@ -170,10 +180,10 @@ def _logits_by_blocks(
     states = [batch.hidden for batch in entered]
     with blocks.resident() as weights:
         for block in range(len(blocks)):
-            with weights.block(block, block + 1):
+            with weights.part(block, block + 1) as placed, placed.on(placed.devices[0]):
                 for number, batch in enumerate(entered):
                     about(number)
-                    states[number] = blocks.run(block, states[number].to(weights.devices[block]), batch.calls[block])
+                    states[number] = blocks.run(block, states[number].to(placed.devices[0]), batch.calls[block])
     for number, (ids, mask) in enumerate(batches):
         about(number)
         yield blocks.logits(states[number].to(device), ids.to(device), mask.to(device))
@@ -338,10 +348,16 @@ def main_device(model: PreTrainedModel) -> torch.device:
     return weight.device
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """The value with its tensors on the device."""
+def _moved(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
+    """The value with its tensors on the device; `moved` has the copies by the originals' ids."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        if value.device == device:
+            return value
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
     if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
+        return tuple(_moved(part, device, moved) for part in value)
+    if isinstance(value, dict):
+        return {name: _moved(part, device, moved) for name, part in value.items()}
     return value

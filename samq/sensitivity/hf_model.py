@@ -162,6 +162,13 @@ def compute_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def compute_devices(device: str) -> tuple[torch.device, ...]:
+    """The torch devices that share the sequences of a pass: for `auto` all GPUs, or the CPU if there is none."""
+    if device == "auto" and torch.cuda.is_available():
+        return tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
+    return (torch.device(compute_device(device)),)
+
+
 def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:
     """The folder to load from, and the argument that names the GGUF to transformers."""
     if source.gguf is not None:

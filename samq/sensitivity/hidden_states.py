@@ -1,26 +1,34 @@
 """What all sequences have between the blocks of a model: hidden states, or gradients with respect to them."""
 
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Self
 
 import torch
 
 from samq.sensitivity.checkpoints import Checkpoints
+from samq.sensitivity.shares import in_turn
 from samq.sensitivity.transfer import Transfer, now
+
+COPIERS = 4  # threads that copy states between GPUs and the host, each way
 
 
 class HiddenStates:
     """`put` and `get` the states before a block, of a batch: kept on a device, on the host, or on disk."""
 
     def __init__(self, device: torch.device | None, checkpoints: Checkpoints, name: str = "states") -> None:
-        """`device` is where they are kept; None: among the checkpoints, a set for each block by the name."""
+        """`device` is where they are kept: the host, or the GPUs that give them; None: among the checkpoints by the name."""
         self._name = name
         self._checkpoints = checkpoints if device is None else None
         self._device = torch.device("cpu") if device is None else device
         self._kept: dict[int, dict[int, Future[torch.Tensor]]] = {}
-        self._transfers: dict[tuple[torch.device, str], Transfer] = {}
-        self._copying, self._writing = (
-            ThreadPoolExecutor(1, thread_name_prefix=f"states-{way}") for way in ("copy", "write")
+        self._local = threading.local()  # a thread's way to the GPUs
+        self._leaving, self._coming, self._writing = (
+            ThreadPoolExecutor(threads, thread_name_prefix=f"states-{way}")
+            for way, threads in (("leave", COPIERS), ("come", COPIERS), ("write", 1))
         )
         self._written: dict[int, Future[None]] = {}
 
@@ -30,18 +38,17 @@ class HiddenStates:
 
     def __exit__(self, *_: object) -> None:
         """Wait until what was closed is on disk, also after an error: nothing comes into the folder after that."""
-        self._copying.shutdown()
-        self._writing.shutdown()
+        for threads in (self._coming, self._leaving, self._writing):
+            threads.shutdown()
 
     def put(self, block: int, batch: int, states: torch.Tensor) -> None:
         """Keep the states of a batch before a block."""
         states = states.detach()
         kept: Future[torch.Tensor] = Future()
         if states.is_cuda and self._device.type == "cpu":  # by a thread, which waits until they are computed
-            transfer = self._transfer(states.device, "out")
-            kept = self._copying.submit(transfer.to_host, states, now(states.device))
+            kept = self._leaving.submit(self._leave, states, now(states.device))
         else:
-            kept.set_result(states.to(self._device))
+            kept.set_result(states)
         self._kept.setdefault(block, {})[batch] = kept
 
     def close(self, block: int) -> None:
@@ -71,16 +78,51 @@ class HiddenStates:
 
     def get(self, block: int, batch: int, device: torch.device) -> torch.Tensor:
         """The states of a batch before a block, on the device."""
+        return self._begin(block, batch, device)()
+
+    def each(
+        self, block: int, shares: Sequence[Sequence[int]], devices: Sequence[torch.device]
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(number of the device, batch, its states before a block): the batches of each device, one of each in turn.
+
+        While a device computes with the states of a batch, those of its next one come to it.
+        """
+        turns, coming = list(in_turn(shares)), deque[Callable[[], torch.Tensor]]()
+        for number, (share, batch) in enumerate(turns):
+            for ahead, other in turns[number + len(coming) : number + len(shares) + 1]:
+                coming.append(self._begin(block, other, devices[ahead]))
+            yield share, batch, coming.popleft()()
+
+    def _begin(self, block: int, batch: int, device: torch.device) -> Callable[[], torch.Tensor]:
+        """Begin to bring states to a device; gives the function that waits for them."""
         if block in self._kept:
-            states = self._kept[block][batch].result()
+            source = self._kept[block][batch]
+            if device.type != "cuda" or self._device.type == "cuda":
+                return lambda: source.result().to(device)
+            states = source.result()
         else:
             assert self._checkpoints is not None
-            states = self._checkpoints.one(self._set(block), str(batch))
-            states = states if device.type == "cuda" else states.clone()  # else the file's pages stay in memory
-        if device.type != "cuda" or states.is_cuda:
-            return states.to(device)
+            one = partial(self._checkpoints.one, self._set(block), str(batch))
+            if device.type != "cuda":
+                return lambda: one().clone().to(device)  # else the file's pages stay in memory
+            states = one()
+        # Memory from what the computing stream has freed: a thread's own stream would have a pool of its own.
         into = torch.empty(states.shape, dtype=states.dtype, device=device)
-        return self._transfer(device, "in").to_gpu(states, into, now(device))
+        return self._coming.submit(self._come, states, into, now(device)).result
+
+    def _come(self, states: torch.Tensor, into: torch.Tensor, free: object) -> torch.Tensor:
+        self._transfer().to_gpus(states, [into], [free])
+        return into
+
+    def _leave(self, states: torch.Tensor, computed: object) -> torch.Tensor:
+        return self._transfer().to_host(states, computed)
+
+    def _transfer(self) -> Transfer:
+        """This thread's way to the GPUs."""
+        if not hasattr(self._local, "transfer"):
+            self._local.transfer = Transfer()
+        transfer: Transfer = self._local.transfer
+        return transfer
 
     def drop(self, block: int) -> None:
         """Forget the states before a block."""
@@ -89,11 +131,6 @@ class HiddenStates:
         self._kept.pop(block, None)
         if self._checkpoints is not None:
             self._checkpoints.drop(self._set(block))
-
-    def _transfer(self, device: torch.device, way: str) -> Transfer:
-        if (device, way) not in self._transfers:
-            self._transfers[device, way] = Transfer(device)
-        return self._transfers[device, way]
 
     def _set(self, block: int) -> str:
         return f"{self._name}-{block:04}"

@@ -17,16 +17,29 @@ _SHARE = 3  # hidden states get this part of what is free
 class Memory:
     """What a measurement may use."""
 
-    limit_bytes: int | None = None  # of the device that computes; None: what is free there
+    limit_bytes: int | None = None  # of each device that computes; None: what is free there
     folder: Path | None = None  # for what memory does not hold, and what a killed run goes on from
+    devices: tuple[torch.device, ...] = ()  # that share the sequences, where these go through a block at a time
 
-    def place(self, size: int, device: torch.device, *, offloaded: bool) -> torch.device | None:
+    def sharing(self, main: torch.device) -> list[torch.device]:
+        """The devices that share the sequences, first the model's main one; that alone if no others are given."""
+        others = list(self.devices)
+        if main in others:
+            others.remove(main)
+        return [main, *others] if len(self.devices) > 1 else [main]
+
+    def place(self, size: int, devices: list[torch.device], *, offloaded: bool) -> torch.device | None:
         """Where `size` bytes of hidden states are kept: on a device, or, if None, in the folder.
 
-        They are on the GPU if the whole model is and they fit. What takes longer than that can go on from the folder.
+        They stay on the GPUs that compute them, for which the first GPU stands, if the whole model is on GPUs and they fit.
+        What takes longer than that can go on from the folder.
         """
-        if device.type == "cuda" and not offloaded and size * _SHARE <= free_bytes(device, self.limit_bytes):
-            return device
+        fits = all(
+            device.type == "cuda" and size * _SHARE <= len(devices) * free_bytes(device, self.limit_bytes)
+            for device in devices
+        )
+        if fits and not offloaded:
+            return devices[0]
         return torch.device("cpu") if self.folder is None else None
 
 

@@ -4,9 +4,10 @@ A parameter on disk is on torch's meta device, and `keep_on_disk` notes in it wh
 brought to the device for as long as it runs, and those of the next one meanwhile, by another thread.
 """
 
+import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from torch import nn
 
 from samq.sensitivity.transfer import Transfer, now
+
+logger = logging.getLogger(__name__)
 
 READERS = 4  # threads that read a block's weights
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
@@ -63,87 +66,162 @@ def values_of(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach() if stored is None else stored.read()
 
 
-class Residence:
-    """Brings the weights of blocks to the device that computes, during a `with` block."""
+_Place = tuple[dict[str, Any], str]  # the parameters or the buffers of a module, and a name
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
-        """`device` is for the blocks that are on disk or in the host's memory; others run where they are."""
-        self.blocks = blocks
-        self.devices = [_device(block, device) for block in blocks]
-        self._elsewhere = [_elsewhere(block, device) for block, device in zip(blocks, self.devices, strict=True)]
-        self._coming: dict[int, list[tuple[_Place, Future[nn.Parameter]]]] = {}
+
+class Placed:
+    """A part of the model, while its weights are on the devices that compute."""
+
+    def __init__(self, part: "_Part", copies: Mapping[torch.device, list[tuple[_Place, torch.Tensor]]]) -> None:
+        self.devices = part.devices  # of each share of the sequences
+        self.module = part.module
+        self._copies = copies
+
+    def release(self) -> None:
+        """Let go of the copies, whoever still has this object."""
+        self._copies = {}
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[nn.Module]:
+        """The part with its weights on one of these devices."""
+        copies = self._copies.get(device, [])
+        originals = [(place, place[0][place[1]]) for place, _ in copies]
+        try:
+            for (tensors, name), copy in copies:
+                tensors[name] = copy
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                yield self.module
+        finally:
+            for (tensors, name), original in originals:
+                tensors[name] = original
+
+
+class Residence:
+    """Brings the weights of a model's parts to the devices that compute, during a `with` block."""
+
+    def __init__(self, blocks: list[nn.Module], around: nn.Module, devices: list[torch.device]) -> None:
+        """The parts are the blocks and, last, what is around them: all other modules of the model `around`.
+
+        If there is one device, it is for the blocks that are on disk or in the host's memory, and others run where they are.
+        Several compute every part, and each gets copies of the weights that it lacks. If what is around the blocks is on
+        several devices itself, it stays as it is.
+        """
+        self._blocks = blocks if len(devices) > 1 else []
+        self._parts = [
+            _Part(block, list(block.modules()), devices if len(devices) > 1 else [_device(block, devices[0])])
+            for block in blocks
+        ]
+        inside = {module for part in self._parts for module in part.modules}
+        outside = [module for module in around.modules() if module not in inside]
+        spread = any(tensor.device != devices[0] for _, tensor in _tensors(outside))
+        self._parts.append(_Part(around, [] if spread else outside, devices[:1] * len(devices) if spread else devices))
+        self._coming: dict[int, Callable[[], Placed]] = {}
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="fetch-block")
-        self._local = threading.local()  # a thread's way to each GPU
+        self._local = threading.local()  # a thread's way to the GPUs
 
     def __enter__(self) -> Self:
         """Nothing is fetched yet."""
+        self._hooked = _without_hooks(self._blocks)
+        self._hooked.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
         self._coming.clear()
+        self._hooked.__exit__(None, None, None)
 
     @contextmanager
-    def block(self, number: int, then: int | None) -> Iterator[nn.Module]:
-        """The block with its weights on its device; meanwhile those of block number `then` are fetched."""
-        coming = self._coming.pop(number, None) or self._fetch(number)
-        copies = {place: future.result() for place, future in coming}
-        if then is not None and 0 <= then < len(self.blocks) and then not in self._coming:
+    def part(self, number: int, then: int | None) -> Iterator[Placed]:
+        """A part with its weights on its devices; meanwhile those of part number `then` are fetched."""
+        placed = (self._coming.pop(number, None) or self._fetch(number))()
+        if then is not None and 0 <= then < len(self._parts) and then not in self._coming:
             self._coming[then] = self._fetch(then)
-        with _in_place(copies):
-            yield self.blocks[number]
+        logger.debug("block %d runs, then block %s", number, then)
+        try:
+            yield placed
+        finally:
+            placed.release()
 
-    def _fetch(self, number: int) -> "list[tuple[_Place, Future[nn.Parameter]]]":
-        device = self.devices[number]
-        parameters = self._elsewhere[number]
-        # Memory for all, from what the computing stream has freed: a thread's own stream would have a pool of its own.
-        into = [torch.empty(parameter.shape, dtype=parameter.dtype, device=device) for _, parameter in parameters]
-        free = now(device)
-        return [
-            (place, self._threads.submit(self._copy, parameter, copy, free))
-            for (place, parameter), copy in zip(parameters, into, strict=True)
-        ]
+    def _fetch(self, number: int) -> Callable[[], Placed]:
+        """Begin to fetch a part; gives the function that waits for it."""
+        part = self._parts[number]
+        copies: dict[torch.device, list[tuple[_Place, torch.Tensor]]] = {device: [] for device in part.devices}
+        futures = []
+        for original, places in part.tensors():
+            devices = [device for device in copies if device != original.device]
+            # Memory for all, from what the computing stream has freed: a thread's own stream would have a pool of its own.
+            into = [torch.empty(original.shape, dtype=original.dtype, device=device) for device in devices]
+            futures.append(self._threads.submit(self._copy, original, into, [now(device) for device in devices]))
+            for device, copy in zip(devices, into, strict=True):
+                own = nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
+                copies[device] += [(place, own) for place in places]
 
-    def _copy(self, parameter: nn.Parameter, into: torch.Tensor, free: Any) -> nn.Parameter:
-        """The parameter's values in `into`, which nothing uses after the event `free`."""
-        stored: StoredTensor | None = getattr(parameter, _STORED, None)
-        with stored.opened() if stored is not None else nullcontext(parameter.detach()) as values:
-            copy = self._transfer(into.device).to_gpu(values, into, free) if into.is_cuda else into.copy_(values)
-        return nn.Parameter(copy, requires_grad=False)
+        def wait() -> Placed:
+            for future in futures:
+                future.result()
+            return Placed(part, copies)
 
-    def _transfer(self, device: torch.device) -> Transfer:
-        """This thread's way to a GPU."""
-        transfers: dict[torch.device, Transfer] = self._local.__dict__.setdefault("transfers", {})
-        if device not in transfers:
-            transfers[device] = Transfer(device)
-        return transfers[device]
+        return wait
+
+    def _copy(self, original: torch.Tensor, copies: list[torch.Tensor], free: list[Any]) -> None:
+        """Fill the copies, which nothing uses after the events `free`; what is on disk is read once."""
+        if not copies:
+            return
+        stored: StoredTensor | None = getattr(original, _STORED, None)
+        with stored.opened() if stored is not None else nullcontext(original.detach()) as values:
+            if copies[0].is_cuda:
+                self._transfer().to_gpus(values, copies, free)
+                return
+            for copy in copies:
+                copy.copy_(values)
+
+    def _transfer(self) -> Transfer:
+        """This thread's way to the GPUs."""
+        if not hasattr(self._local, "transfer"):
+            self._local.transfer = Transfer()
+        transfer: Transfer = self._local.transfer
+        return transfer
 
 
-_Place = tuple[nn.Module, str]
+@dataclass(frozen=True)
+class _Part:
+    """Some modules of the model, and the devices that compute them."""
+
+    module: nn.Module
+    modules: list[nn.Module]  # whose weights are brought to the devices
+    devices: list[torch.device]
+
+    def tensors(self) -> list[tuple[torch.Tensor, list[_Place]]]:
+        """The parameters and buffers that are not on all of the devices, each once, with their places."""
+        places: dict[int, tuple[torch.Tensor, list[_Place]]] = {}
+        for place, tensor in _tensors(self.modules):
+            if any(tensor.device != device for device in self.devices):
+                places.setdefault(id(tensor), (tensor, []))[1].append(place)
+        return list(places.values())
 
 
-def _elsewhere(block: nn.Module, device: torch.device) -> list[tuple[_Place, nn.Parameter]]:
-    """Those of a block's parameters that are not on the device, by their places."""
-    return [
-        ((module, name), parameter)
-        for module in block.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.device != device
-    ]
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[_Place, torch.Tensor]]:
+    """The parameters and buffers of modules, by their places."""
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    yield (tensors, name), tensor
 
 
 @contextmanager
-def _in_place(copies: Mapping[_Place, nn.Parameter]) -> Iterator[None]:
-    """Let the copies stand for the parameters."""
-    originals = {(module, name): module._parameters[name] for module, name in copies}
+def _without_hooks(blocks: list[nn.Module]) -> Iterator[None]:
+    """Let blocks run where their inputs are: accelerate's hooks would move these to where it has put the weights."""
+    modules: Any = [module for block in blocks for module in block.modules() if hasattr(module, "_old_forward")]
+    hooked = [module.forward for module in modules]
     try:
-        for (module, name), copy in copies.items():
-            module._parameters[name] = copy
+        for module in modules:
+            module.forward = module._old_forward
         yield
     finally:
-        for (module, name), original in originals.items():
-            module._parameters[name] = original
+        for module, forward in zip(modules, hooked, strict=True):
+            module.forward = forward
 
 
 def _device(block: nn.Module, device: torch.device) -> torch.device:

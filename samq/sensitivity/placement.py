@@ -19,12 +19,13 @@ from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
 
 # What a model that is measured takes at least, beside what a batch takes: in shares of its weights
 WORKING_SHARE = 1.25
+_FIRST = "cuda:0"  # of all GPUs
 
 
-def _free(device: str) -> int:
-    """Bytes that the device has free: of all GPUs for `auto`."""
-    every = range(torch.cuda.device_count()) if device == "auto" else []
-    return sum(free_bytes(torch.device("cuda", gpu)) for gpu in every) if every else free_bytes(torch.device(device))
+def _room(device: str, limit: int | None) -> list[int]:
+    """Bytes that a model may take of the device, or of each GPU for `auto`."""
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())] if device == "auto" else []
+    return [free_bytes(place) if limit is None else limit for place in gpus or [torch.device(device)]]
 
 
 def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int | None) -> str | dict[str, str]:
@@ -34,17 +35,19 @@ def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int
         skeleton: the model on the meta device, in the type that it is computed with.
         device: a torch device, or auto for all GPUs.
         elsewhere: where the blocks wait: disk, or cpu beside a GPU.
-        limit: bytes of the device's memory that the model may take; None for what is free.
+        limit: bytes of each device's memory that the model may take; None for what is free.
     """
-    room = _free(device) if limit is None else limit
-    if bytes_of(skeleton.parameters()) * WORKING_SHARE <= room or device == elsewhere:
+    size, room = bytes_of(skeleton.parameters()) * WORKING_SHARE, _room(device, limit)
+    if device == "auto" and size <= room[0]:
+        return _FIRST  # the others get copies of a block while it runs
+    if size <= sum(room) or device == elsewhere:
         return device
     try:
         layers = block_list(skeleton)
     except NotApart as reason:
         raise cannot_run(skeleton, reason) from reason
     names = {module: name for name, module in skeleton.named_modules()}
-    return _beside(skeleton, names[layers], {"auto": "cuda:0"}.get(device, device), elsewhere)
+    return _beside(skeleton, names[layers], {"auto": _FIRST}.get(device, device), elsewhere)
 
 
 def _beside(module: nn.Module, blocks: str, device: str, elsewhere: str, prefix: str = "") -> dict[str, str]:

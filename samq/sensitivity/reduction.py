@@ -1,5 +1,6 @@
 """What a measurement keeps of gradients: a few numbers for each weight and sequence, and sums over all sequences."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,17 +24,38 @@ Reduce = Callable[[int, Gradients], Reduced]
 
 
 class Sums:
-    """What is kept of all weights and sequences, where the gradients are: copies to the host would stall a GPU."""
+    """What is kept of all weights and sequences, where the gradients are: copies to the host would stall a GPU.
+
+    Totals are added up in the order of the sequences, whatever the number of devices that share them: so are the bits.
+    """
 
     def __init__(self, weights: int, sequences: int, reduce: Reduce) -> None:
         self._weights, self._sequences, self._reduce = weights, sequences, reduce
         self._numbers: dict[int, torch.Tensor] = {}  # weight's index -> (sequences, numbers)
         self._totals: dict[int, list[torch.Tensor]] = {}
         self._changed: set[int] = set()
+        self._share = 0
+        self._waiting: dict[int, list[tuple[int, int, Reduced]]] = defaultdict(list)  # of each share but the first
+
+    def begin(self, share: int) -> None:
+        """Say which share of the sequences the next gradients are of. The first comes first; others wait for `add_shares`."""
+        self._share = share
 
     def receive(self, index: int, first: int, gradients: Gradients) -> None:
         """Add what is kept of some gradients; `first` is the number of the first of their sequences."""
         reduced = self._reduce(index, gradients)
+        if self._share:
+            self._waiting[self._share].append((index, first, reduced))
+        else:
+            self._add(index, first, reduced)
+
+    def add_shares(self) -> None:
+        """Add what waits."""
+        for share in sorted(self._waiting):
+            for index, first, reduced in self._waiting.pop(share):
+                self._add(index, first, reduced)
+
+    def _add(self, index: int, first: int, reduced: Reduced) -> None:
         numbers = reduced.numbers
         if index not in self._numbers:
             self._numbers[index] = numbers.new_zeros(self._sequences, numbers.shape[1])
