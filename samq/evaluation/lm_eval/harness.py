@@ -14,7 +14,7 @@ from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -34,7 +34,8 @@ from samq.evaluation.lm_eval.float32 import load_float32
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
 from samq.llamacpp.chat import ChatMessage, render_chat
-from samq.llamacpp.generation import Decoding, generate
+from samq.llamacpp.fit import Room, choose_gpu_share
+from samq.llamacpp.generation import PARALLEL, Decoding, generate
 from samq.llamacpp.runtime import KV_TYPES, Model
 from samq.llamacpp.sampling import Sampling
 from samq.progress import Progress, bar, silent
@@ -43,7 +44,16 @@ logger = logging.getLogger(__name__)
 
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "seed")
 _IMPOSSIBLE = (-float("inf"), False)  # the answer to a failed request
+_USUAL_TOKENS = 2048  # of a prompt with its answer; room for more is taken from the layers on the GPU
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
+
+
+def benchmark_room(context_tokens: int | None, kv_type: str, model: Model) -> Room:
+    """The context that tasks need whose longest prompt with its answer has `context_tokens`; None: usual ones.
+
+    What they ask is not known yet. A longer text can still find room, in the memory that stays free.
+    """
+    return Room(min(context_tokens or _USUAL_TOKENS, model.trained_tokens), PARALLEL, kv_type)
 
 
 @register_model("samq-gguf")
@@ -88,7 +98,10 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
             assert not float32, "the types of an open model are fixed"
             self.model = gguf
         else:
-            self.model = load_float32(Path(gguf)) if float32 else Model(Path(gguf))
+            path, room = Path(gguf), partial(benchmark_room, context_tokens, "F32" if float32 else kv_type)
+            self.model = (
+                load_float32(path, room) if float32 else Model(path, gpu_layers=choose_gpu_share(path, None, room))
+            )
         self.max_length = min(context_tokens or self.model.trained_tokens, self.model.trained_tokens)
         self.max_gen_toks = 256  # if a task does not set it, as for hf
         self._add_bos = self.model.adds_bos if add_bos_token is None else add_bos_token
