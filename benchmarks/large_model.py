@@ -6,10 +6,13 @@ A Llama with random weights of the shape is written to disk in bf16, a file a bl
 measurement of sensitivities runs on random tokens, with the model's blocks on disk if they do not fit the limit. The figures:
 peak memory of the device and of the process, seconds, and the rates of arithmetic and of reading weights, against the ceilings
 of both, which are measured in the same run. --blocks takes fewer blocks than the shape has; the time of all is then a product.
-With --budgets the rest follows: full-precision GGUF, inputs of layers, prices, and a compensated GGUF for each budget.
+With --budgets all stages run: full-precision GGUF, agreement of torch and llama.cpp, gradients, inputs of layers, prices, plans,
+a compensated GGUF for each budget, the baseline's logits, and each GGUF's KL divergence (in llama.cpp, on a GPU if it was built
+for one; with --memory-limit no more of the GPU is free). Needs none of prefect, mlflow, datasets and lm-eval.
 """
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -19,6 +22,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,7 +131,12 @@ def ceilings(device: str, dtype: str, files: list[Path], cold: bool) -> dict:
 
 
 def by_part(steps: list[float], blocks: int) -> dict[str, float]:
-    """Seconds of the parts of a pass, from the times at its start, after each block there and back, and at its end."""
+    """Seconds of the parts of a pass, from the times at its start, after each block there and back, and at its end.
+
+    Empty for a model that went through whole.
+    """
+    if len(steps) < 2 * blocks + 2:
+        return {}
     each = [after - before for before, after in pairwise(steps)]
     return {
         "forward_s": steps[blocks],
@@ -137,22 +147,27 @@ def by_part(steps: list[float], blocks: int) -> dict[str, float]:
     }
 
 
-def peak_rss() -> int:
-    """Peak resident memory of this process, with mapped pages of files."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+def installed(*packages: str) -> dict[str, str | None]:
+    """Package -> its version; None if it is here without its metadata."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
-def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> dict:
-    """Load the model and measure its sensitivities; what that took."""
+def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> tuple[dict, dict[str, Path]]:
+    """Load the model, measure its sensitivities, and write GGUFs for the budgets; what that took, and the files."""
     import numpy as np
     import torch
+    from large_stages import peak_rss
 
     from samq.data.tokens import TokenBatch
     from samq.gguf.file import gguf_names
     from samq.sensitivity.blocks import Blocks
     from samq.sensitivity.checkpoint import describe_source
     from samq.sensitivity.hf_model import load_model
-    from samq.sensitivity.layout import GgufLayout, weights_of
+    from samq.sensitivity.layout import GgufLayout, read_layout, weights_of
     from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
     from samq.sensitivity.memory import Memory
@@ -160,10 +175,11 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
 
     if arguments.whole:
         Blocks.of = lambda _: None  # type: ignore[method-assign,assignment]
-    cuda = arguments.device.startswith("cuda")
+    cuda, limit = arguments.device.startswith("cuda"), arguments.limit
     before = peak_rss()
     started = time.perf_counter()
-    model, _ = load_model(describe_source(folder), arguments.dtype, arguments.device, memory_limit=limit)
+    source = describe_source(folder)
+    model, _ = load_model(source, arguments.dtype, arguments.device, memory_limit=limit)
     loaded = time.perf_counter() - started
     blocks = model.config.num_hidden_layers
     names = gguf_names({"general.architecture": "llama", "llama.block_count": blocks})
@@ -173,7 +189,18 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         random.integers(0, vocabulary, (arguments.sequences, arguments.tokens), dtype=np.int32),
         np.full(arguments.sequences, arguments.tokens, dtype=np.int32),
     )
-    layout, steps = GgufLayout(weights_of(model, names)), list[float]()
+    layout, steps, figures = GgufLayout(weights_of(model, names)), list[float](), {}
+    if arguments.budgets:
+        from large_evaluation import compare_with_torch
+        from large_rounding import measure_rounding, write_gguf
+
+        with stages.of("full-precision GGUF"):
+            full = write_gguf(folder, work / "full.gguf")
+        with stages.of("compare with the GGUF"):
+            layout = read_layout(model, names, full)
+        if layout.unknown:
+            raise SystemExit(layout.unmeasured)
+        figures["agreement"] = compare_with_torch(model, source, arguments.dtype, full, stages)
 
     def run(sequences: int):
         """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""
@@ -199,11 +226,12 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         run(2)  # loads CUDA's libraries
     if arguments.cold:
         drop_page_cache()
-    sensitivities, seconds = run(arguments.sequences), steps[-1]
+    with stages.of("gradients") if arguments.budgets else nullcontext():
+        sensitivities, seconds = run(arguments.sequences), steps[-1]
     in_blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
     head = model.lm_head.weight.numel()
     positions = arguments.sequences * arguments.tokens
-    figures = {
+    figures |= {
         "loss_nats": sensitivities[0].loss_nats,
         "blocks": blocks,
         "on_disk": has_offloaded(model),
@@ -211,7 +239,7 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         "weights_in_blocks": in_blocks,
         "load_s": loaded,
         "seconds": seconds,
-        **({} if arguments.whole else by_part(steps, blocks)),
+        **by_part(steps, blocks),
         "flop": 6 * (in_blocks + head) * positions,
         "flops": 6 * (in_blocks + head) * positions / seconds,
         "bytes_read": 2 * in_blocks * 2,
@@ -221,21 +249,10 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         "peak_rss_before_bytes": before,
         "peak_rss_bytes": peak_rss(),
     }
+    files = {}
     if arguments.budgets:
-        from large_rounding import measure_rounding
-
-        figures["stages"] = measure_rounding(
-            folder,
-            model,
-            tokens,
-            sensitivities,
-            batch_size=arguments.batch_size,
-            limit=limit,
-            budgets=arguments.budgets,
-            types=arguments.types,
-        )
-        figures["peak_rss_of_all_bytes"] = peak_rss()
-    return figures
+        files = measure_rounding(model, layout, tokens, sensitivities, full, arguments, stages)
+    return figures, files
 
 
 def main() -> None:
@@ -258,6 +275,7 @@ def main() -> None:
     parser.add_argument(
         "--budgets", nargs="*", default=[], help="write compensated GGUFs of these sizes, such as 4.5bpw"
     )
+    parser.add_argument("--chunks", type=int, default=4, help="of 512 tokens that the GGUFs are evaluated on; 0: none")
     parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="that budgets choose from")
     parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
     parser.add_argument("--json", type=Path)
@@ -265,10 +283,11 @@ def main() -> None:
 
     import torch
     import transformers
+    from large_stages import Stages
 
     from samq.allocation.budget_notation import read_budget
 
-    limit = read_budget(arguments.memory_limit).bytes if arguments.memory_limit else None
+    limit = arguments.limit = read_budget(arguments.memory_limit).bytes if arguments.memory_limit else None
     shape = SHAPES[arguments.shape]
     blocks = arguments.blocks or shape[4]
     folder = arguments.work / f"llama-{arguments.shape}-{blocks}"
@@ -281,7 +300,22 @@ def main() -> None:
     if arguments.device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    measured = measure(folder, arguments, limit)
+    work = folder.with_name(f"{folder.name}-work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    stages = Stages(arguments.work, cuda=arguments.device.startswith("cuda"))
+    measured, ggufs = measure(folder, work, arguments, stages)
+    if ggufs:
+        gc.collect()  # the torch model, before llama.cpp's
+        if arguments.chunks:
+            from large_evaluation import evaluate
+
+            measured["evaluation"] = evaluate(work / "full.gguf", ggufs, arguments.chunks, limit, stages)
+        measured["stages"] = stages.figures
+        for figure in ("peak_gpu_bytes", "peak_device_bytes", "peak_rss_bytes", "disk_peak_bytes"):
+            measured[f"{figure.removesuffix('_bytes')}_of_all_bytes"] = stages.most(figure)
+        measured["seconds_of_all"] = sum(figures["seconds"] for figures in stages.figures.values())
+    shutil.rmtree(work)
     if not arguments.keep:
         shutil.rmtree(folder)
     result = {
@@ -299,6 +333,7 @@ def main() -> None:
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **installed("llama-cpp-python", "gguf", "safetensors", "numpy"),
             "python": sys.version.split()[0],
         },
     }
