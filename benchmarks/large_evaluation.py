@@ -3,15 +3,15 @@
 llama.cpp runs in a child process, as in the flow, with as many layers on a GPU as fit.
 """
 
-import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from large_stages import Stages
+from large_stages import Stages, peak_rss
 
 from samq.data.tokens import TokenBatch
 from samq.evaluation.agreement import enough_tokens, measure_agreement, require_agreement, settings_for
@@ -28,16 +28,17 @@ def in_child(request: BaselineRequest | EvaluationRequest, work: Path, figures: 
     log = work / "evaluation.log"
     with log.open("wb") as output:
         command = [sys.executable, "-m", "samq.evaluation", str(request.save(work / "request.json"))]
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        child, peak = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), 0
+        while child.poll() is None:  # a child's ru_maxrss would include this process's own peak
+            peak = max(peak, peak_rss(child.pid))
+            time.sleep(0.05)
     lines = log.read_text(errors="replace").splitlines()
     if child.returncode:
         raise SystemExit("\n".join([f"samq.evaluation ended with {child.returncode}", *lines[-20:]]))
     for line in lines:
         if not line.startswith("progress: "):
             print(line, file=sys.stderr)
-    figures["peak_rss_of_llama_cpp_bytes"] = 1024 * usage.ru_maxrss
+    figures["peak_rss_of_llama_cpp_bytes"] = peak
 
 
 def random_tokens(count: int, vocabulary: int, path: Path) -> Path:

@@ -16,9 +16,13 @@ from samq.llamacpp import gpu
 _INTERVAL_S = 0.1
 
 
-def peak_rss() -> int:
-    """Peak resident memory of this process, with mapped pages of files."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+def peak_rss(process: int | str = "self") -> int:
+    """Peak resident memory of a process, with mapped pages of files; 0 if it is gone."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else 0
 
 
 def reset_peak_rss() -> None:
