@@ -53,7 +53,8 @@ def measure_vram(
         raise SamqError("no layer of the model is on a GPU")
     room = vram_room(settings)
     prompt = np.resize(token_ids, max(1, min(PHYSICAL_BATCH_TOKENS, room.tokens - 1)))
-    with model.context(room.tokens, outputs=1, kv_type=room.kv_type, threads=settings.threads) as context:
+    outputs = 1 if model.gpu_share.layers < 0 else None  # as it was planned
+    with model.context(room.tokens, outputs=outputs, kv_type=room.kv_type, threads=settings.threads) as context:
         if (
             min(gpu.free_bytes(), default=0) < SPARE_BYTES
         ):  # CUDA ends the process where computing needs more than there is

@@ -78,7 +78,8 @@ def fit(gguf: Path, room: Room) -> GpuShare:
 def planned_bytes(gguf: Path, share: GpuShare, room: Room) -> int:
     """Bytes on all GPUs together that llama.cpp plans for this share of a model and a context of `room`.
 
-    Each GPU's weights, context and compute buffers are rounded down to MiB. Raises ToolError if the program is missing or fails.
+    The context may ask for the logits of all tokens. Each GPU's weights, context and compute buffers are rounded down to MiB.
+    Raises ToolError if the program is missing or fails.
     """
     options = ["--fit-print", "on", "--gpu-layers", "all" if share.layers < 0 else str(share.layers)]
     if share.split:
@@ -122,6 +123,7 @@ def _ask(gguf: Path, room: Room, *options: str) -> str:
     command: list[str | Path] = [program(toolchain, "llama-fit-params"), "--model", gguf.absolute()]
     command += ["--ctx-size", str(room.cells), "--parallel", str(room.sequences)]
     command += ["--cache-type-k", kind, "--cache-type-v", kind, "--ubatch-size", str(PHYSICAL_BATCH_TOKENS)]
+    command.append("--swa-full")  # the library's default, and not that of the programs
     if room.kv_type == "F32":  # as the runtime does
         command += ["--flash-attn", "off"]
     with tempfile.TemporaryDirectory(prefix="samq-") as folder:

@@ -90,7 +90,7 @@ def test_what_fits_is_asked_with_the_context_that_is_needed(gguf, prints, has_gp
     assert "tiny.gguf: layers on the GPU: 2 of 3, parts of 2 in host memory; the rest" in caplog.text
     assert arguments.read_text().split() == [
         *("--model", str(gguf), "--ctx-size", "2048", "--parallel", "4", "--cache-type-k", "q8_0"),
-        *("--cache-type-v", "q8_0", "--ubatch-size", "512", "--fit-target", "1024"),
+        *("--cache-type-v", "q8_0", "--ubatch-size", "512", "--swa-full", "--fit-target", "1024"),
     ]
     arguments = prints("CUDA0 10 2 3 \nHost 1 1 1 ")
     assert (
