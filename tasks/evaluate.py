@@ -13,6 +13,7 @@ from filelock import FileLock
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.vram import vram_warning
 from samq.files import EVALUATION_NAME, GGUF_NAME, HELDOUT_NAME
+from samq.llamacpp.gpu import release_torch_cache
 from samq.llamacpp.process import run
 from samq.progress import bar
 from samq.records import Evaluation
@@ -74,4 +75,5 @@ def measure_alone(
 
         command: list[str | Path] = [sys.executable, "-m", "samq.evaluation", path]
         with FileLock(folder.parent / "measuring"):
+            release_torch_cache()
             run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)

@@ -1,6 +1,8 @@
 """The GPUs that this process may use, as NVIDIA's driver reports them: names, free memory, memory of this process."""
 
+import gc
 import os
+import sys
 from threading import Event, Thread
 from typing import Any, Self
 
@@ -63,6 +65,14 @@ class MemoryPeak:
         """Bytes in use now, by all processes and by this one."""
         own = sum(_used_by(device, os.getpid()) for device in self._devices)
         return sum(_used(device) for device in self._devices), own
+
+
+def release_torch_cache() -> None:
+    """Give the GPUs back what torch, if this process uses it, keeps for its next tensors: another process needs it now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def names() -> list[str]:

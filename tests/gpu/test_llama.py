@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
@@ -133,6 +134,15 @@ def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(sharp_gguf, leave):
         Model(sharp_gguf)
     with leave(200 * MIB), Model(sharp_gguf, gpu_layers=2) as model:
         assert model.gpu_share == GpuShare(2)
+
+
+def test_what_torch_keeps_for_later_is_given_back():
+    tensor = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    del tensor
+    kept, free = torch.cuda.memory_reserved(), sum(gpu.free_bytes())
+    assert kept >= 2**30
+    gpu.release_torch_cache()
+    assert torch.cuda.memory_reserved() <= kept - 2**30 and sum(gpu.free_bytes()) >= free + 2**30 - 64 * MIB
 
 
 def test_gpus_that_cuda_may_not_use_are_not_counted(monkeypatch):
