@@ -167,7 +167,7 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
     from samq.sensitivity.blocks import Blocks
     from samq.sensitivity.checkpoint import describe_source
     from samq.sensitivity.hf_model import load_model
-    from samq.sensitivity.layout import GgufLayout, read_layout, weights_of
+    from samq.sensitivity.layout import GgufLayout, weights_of
     from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
     from samq.sensitivity.memory import Memory
@@ -177,10 +177,9 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
         Blocks.of = lambda _: None  # type: ignore[method-assign,assignment]
     cuda, limit = arguments.device.startswith("cuda"), arguments.limit
     before = peak_rss()
-    started = time.perf_counter()
-    source = describe_source(folder)
-    model, _ = load_model(source, arguments.dtype, arguments.device, memory_limit=limit)
-    loaded = time.perf_counter() - started
+    with stages.of("load"):
+        source = describe_source(folder)
+        model, _ = load_model(source, arguments.dtype, arguments.device, memory_limit=limit)
     blocks = model.config.num_hidden_layers
     names = gguf_names({"general.architecture": "llama", "llama.block_count": blocks})
     random = np.random.default_rng(SEED)
@@ -191,16 +190,9 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
     )
     layout, steps, figures = GgufLayout(weights_of(model, names)), list[float](), {}
     if arguments.budgets:
-        from large_evaluation import compare_with_torch
-        from large_rounding import measure_rounding, write_gguf
+        from large_rounding import measure_rounding, prepare
 
-        with stages.of("full-precision GGUF"):
-            full = write_gguf(folder, work / "full.gguf")
-        with stages.of("compare with the GGUF"):
-            layout = read_layout(model, names, full)
-        if layout.unknown:
-            raise SystemExit(layout.unmeasured)
-        figures["agreement"] = compare_with_torch(model, source, arguments.dtype, full, stages)
+        layout, figures["agreement"] = prepare(model, source, names, arguments.dtype, work / "full.gguf", stages)
 
     def run(sequences: int):
         """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""
@@ -237,7 +229,7 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
         "on_disk": has_offloaded(model),
         "weights": in_blocks + 2 * head,
         "weights_in_blocks": in_blocks,
-        "load_s": loaded,
+        "load_s": stages.figures["load"]["seconds"],
         "seconds": seconds,
         **by_part(steps, blocks),
         "flop": 6 * (in_blocks + head) * positions,
@@ -251,11 +243,11 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
     }
     files = {}
     if arguments.budgets:
-        files = measure_rounding(model, layout, tokens, sensitivities, full, arguments, stages)
+        files = measure_rounding(model, layout, tokens, sensitivities, work / "full.gguf", arguments, stages)
     return figures, files
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="2b")
     parser.add_argument("--blocks", type=int, help="fewer than the shape has")
@@ -279,7 +271,11 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="that budgets choose from")
     parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
 
     import torch
     import transformers
@@ -343,12 +339,20 @@ def main() -> None:
     result["share_of_bound"] = result["bound_s"] / measured["seconds"]
     result["share_of_products"] = measured["flops"] / most["product_flops"]
     result["all_blocks_s"] = measured["seconds"] * shape[4] / blocks
+    show(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def show(result: dict) -> None:
+    """Print the main figures."""
+    measured, most = result["measured"], result["ceilings"]
     for label, value in (
         (
             "weights",
             f"{measured['weights'] / 1e9:.2f} billion, blocks {'on disk' if measured['on_disk'] else 'in memory'}",
         ),
-        ("written in", f"{written:.1f} s, loaded in {measured['load_s']:.1f} s"),
+        ("written in", f"{result['write_s']:.1f} s, loaded in {measured['load_s']:.1f} s"),
         ("seconds", f"{measured['seconds']:.1f}"),
         *(
             (f"... {name.removesuffix('_s')}", f"{value:.2f}")
@@ -366,8 +370,6 @@ def main() -> None:
         ),
     ):
         print(f"{label:26} {value}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

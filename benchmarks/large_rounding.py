@@ -2,12 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from large_evaluation import compare_with_torch
 from large_stages import Stages
 from safetensors import safe_open
 
@@ -24,10 +26,10 @@ from samq.llamacpp.toolchain import find_toolchain
 from samq.quantization.compensation import compensated_prices, write_compensated
 from samq.quantization.inputs import measure_inputs
 from samq.quantization.planned_file import PlannedFile
-from samq.records import SensitivityMap
+from samq.records import ModelSource, SensitivityMap
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.gram import input_moments
-from samq.sensitivity.layout import GgufLayout
+from samq.sensitivity.layout import GgufLayout, read_layout
 from samq.sensitivity.memory import Memory
 from samq.sensitivity.views import rotary_row_order
 
@@ -71,6 +73,19 @@ def write_gguf(folder: Path, path: Path) -> Path:
         writer.write_tensor_data(stored)
     writer.close()
     return path
+
+
+def prepare(
+    model: Any, source: ModelSource, names: Callable[[str], str | None], dtype: str, full: Path, stages: Stages
+) -> tuple[GgufLayout, dict[str, Any]]:
+    """Write the full-precision GGUF, and compare weights and predictions: the layout, and the agreement."""
+    with stages.of("full-precision GGUF"):
+        write_gguf(source.folder, full)
+    with stages.of("compare with the GGUF"):
+        layout = read_layout(model, names, full)
+    if layout.unknown:
+        raise SystemExit(layout.unmeasured)
+    return layout, compare_with_torch(model, source, dtype, full, stages)
 
 
 def measure_rounding(

@@ -22,7 +22,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
-from samq.evaluation.lm_eval.harness import GgufLM, benchmark_room, explain
+from samq.evaluation.lm_eval.harness import GgufLM, explain
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.measure import Report, write_table
 from samq.evaluation.sandbox.run import isolation
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, benchmark_key, metric_part

@@ -31,11 +31,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary
 from samq.evaluation.lm_eval.float32 import load_float32
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
 from samq.llamacpp.chat import ChatMessage, render_chat
-from samq.llamacpp.fit import Room, choose_gpu_share
-from samq.llamacpp.generation import PARALLEL, Decoding, generate
+from samq.llamacpp.fit import choose_gpu_share
+from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import KV_TYPES, Model
 from samq.llamacpp.sampling import Sampling
 from samq.progress import Progress, bar, silent
@@ -44,16 +45,7 @@ logger = logging.getLogger(__name__)
 
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "seed")
 _IMPOSSIBLE = (-float("inf"), False)  # the answer to a failed request
-_USUAL_TOKENS = 2048  # of a prompt with its answer; room for more is taken from the layers on the GPU
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
-
-
-def benchmark_room(context_tokens: int | None, kv_type: str, model: Model) -> Room:
-    """The context that tasks need whose longest prompt with its answer has `context_tokens`; None: usual ones.
-
-    What they ask is not known yet. A longer text can still find room, in the memory that stays free.
-    """
-    return Room(min(context_tokens or _USUAL_TOKENS, model.trained_tokens), PARALLEL, kv_type)
 
 
 @register_model("samq-gguf")

@@ -5,10 +5,12 @@ import pytest
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.measure import evaluate
 from samq.evaluation.settings import EvaluationRequest, EvaluationSettings
 from samq.evaluation.vram import CUDA_BYTES, ERROR, MEASURED, TOLERANCE, measure_vram, planned_vram, vram_warning
 from samq.llamacpp import gpu
+from samq.llamacpp.fit import Room
 from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.runtime import Model
 from samq.records import Evaluation, Metric
@@ -86,3 +88,11 @@ def test_without_a_gpu_an_evaluation_says_so_and_where_it_ran(gguf, tmp_path):
     assert ERROR not in found.metrics and found.why_missing(ERROR) is None
     assert found.environment["gpu_layers"] == "none" and found.environment["gpu"] == "none"
     assert found.metrics["memory/predicted_vram_bytes"].value > 0
+
+
+def test_benchmarks_get_room_for_16_usual_texts_or_for_those_of_the_settings(gguf):
+    with Model(gguf, allocate=False) as model:
+        assert benchmark_room(None, "F16", model) == Room(2048, 16, "F16")
+        assert benchmark_room(300, "Q8_0", model) == Room(300, 16, "Q8_0")
+        assert benchmark_room(10**6, "F16", model) == Room(4096, 16, "F16")
+    assert Room(300, 16).cells == 512 * 16

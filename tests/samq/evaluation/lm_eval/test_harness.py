@@ -20,7 +20,8 @@ from samq.data.datasets import DatasetSpec, load_texts
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary
 from samq.evaluation.lm_eval.float32 import load_float32
-from samq.evaluation.lm_eval.harness import GgufLM, benchmark_room
+from samq.evaluation.lm_eval.harness import GgufLM
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.settings import BenchmarkSettings
 from samq.gguf.file import read_tensors
 from samq.llamacpp.runtime import Model
