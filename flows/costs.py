@@ -33,8 +33,8 @@ class Costs:
 
     @cached_property
     def routing(self) -> Routing:
-        """Which experts the calibration text reached."""
-        return routing(load_fisher(self.sensitivities.path(FISHER_NAME)))
+        """Which experts the calibration text reached too seldom."""
+        return routing(load_fisher(self.sensitivities.path(FISHER_NAME)), load_prices(self.prices).scarce_experts)
 
     @property
     def tables(self) -> dict[Rounding, PriceTable]:

@@ -255,6 +255,10 @@ class OutputError(BaseModel):
         """Of the rows of both."""
         return OutputError(nearest=self.nearest + other.nearest, compensated=self.compensated + other.compensated)
 
+    def __mul__(self, share: float) -> "OutputError":
+        """As a mean over all tokens, of which this share has the error."""
+        return OutputError(nearest=self.nearest * share, compensated=self.compensated * share)
+
 
 class Compensation(Record):
     """Output errors before and after compensated rounding; tensors that are not listed keep llama-quantize's bytes."""
@@ -305,6 +309,11 @@ class PriceTable(Record):
         default={},
         description="type -> relative change of the weights' length by rounding to the nearest value: the component of the "
         "rounding errors along the weights, over all tensors with a price in the type",
+    )
+    scarce_experts: dict[str, dict[int, int]] = Field(
+        default={},
+        description="stacked tensor -> number of an expert -> calibration tokens that it saw, if they were too few to know its "
+        "price",
     )
 
 

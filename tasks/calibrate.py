@@ -71,6 +71,6 @@ def calibrate(
     if earlier:
         sensitivity, fisher = merge(earlier, (sensitivity, fisher))
     if (experts := routing(fisher)).missed:
-        log.warning("%s: the prices of their weights are 0; calibrate on more text", experts)
+        log.warning("%s: the prices of their weights are unknown; calibrate on more text", experts)
     sensitivity.save(folder / MAP_NAME)
     save_fisher(folder / FISHER_NAME, fisher)

@@ -36,7 +36,7 @@ def _errors_name(name: str) -> str:
 
 @stage(
     "compensate",
-    version=2,
+    version=3,
     run_name="compensate {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),
@@ -95,7 +95,7 @@ def candidate(
 
 @stage(
     "compensate_file",
-    version=1,
+    version=2,
     run_name="compensate a file of {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),

@@ -41,7 +41,7 @@ class InputText:
 
 @stage(
     "layer_inputs",
-    version=1,
+    version=2,
     run_name="inputs of {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),
@@ -52,7 +52,7 @@ def layer_inputs(at: Workspace, folder: Path, model: TorchModel, text: InputText
     """`imatrix.gguf`: the importance matrix; and, if plans are to be `compensated`, `compensation-shares.json`."""
     tokens = text.load()
     torch_model, layout = model.load_with_layout(at)
-    _warn(without_input(torch_model, layout.weights, experts=True), model.full)
+    _warn(without_input(torch_model, layout.weights), model.full)
     with bar(f"inputs of {model.source.name}") as progress:
         statistics = measure_inputs(
             torch_model,

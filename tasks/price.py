@@ -38,7 +38,7 @@ def choose_types(
     return types_to_price(opened, wanted, map(load_plan, plans))
 
 
-@stage("price", version=5, run_name="price types", keyed_by=("toolchain",), packages=("llama-cpp-python",))
+@stage("price", version=6, run_name="price types", keyed_by=("toolchain",), packages=("llama-cpp-python",))
 def price(
     at: Workspace, folder: Path, target: Target, types: list[str], sensitivities: Artifact, unmeasured: str
 ) -> None:

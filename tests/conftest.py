@@ -149,6 +149,34 @@ def write_tiny_gguf(
     return path
 
 
+def write_stacked_gguf(path: Path, dtype: gguf.GGMLQuantizationType) -> Path:
+    """A mixture of 3 experts: what llama-quantize looks at."""
+    random = np.random.default_rng(5)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(256)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(40)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    writer.add_expert_count(3)
+    writer.add_expert_used_count(2)
+    for name, shape in {
+        "token_embd.weight": (64, 256),
+        "blk.0.attn_q.weight": (128, 256),
+        "blk.0.ffn_gate_exps.weight": (3, 40, 256),
+        "blk.0.ffn_down_exps.weight": (3, 256, 96),
+    }.items():
+        values = random.normal(0, 0.05, shape).astype(np.float32)
+        writer.add_tensor(name, gguf.quantize(values, dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-f16.gguf")

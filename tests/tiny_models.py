@@ -43,9 +43,10 @@ def tiny_llama_that_ends(token, **shape):
     return network
 
 
-def tiny_mixtral(seed=0):
+def tiny_mixtral(seed=0, **changes):
     torch.manual_seed(seed)
-    config = MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**SHAPE | experts | changes, tie_word_embeddings=False)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -30,7 +30,13 @@ class BudgetPolicy(BaseModel):
         default=None, description="least type of every tensor, where second order is not to be trusted with fewer bits"
     )
 
-    @field_validator("output_guard", "embedding_guard", "least_type")
+    expert_guard: str | None = Field(
+        default="Q3_K",
+        description="least type of stacked experts some of which saw fewer than 64 calibration tokens, too few to know their "
+        "price",
+    )
+
+    @field_validator("output_guard", "embedding_guard", "least_type", "expert_guard")
     @classmethod
     def _known_type(cls, name: str | None) -> str | None:
         return check_type(name) if name else None
@@ -87,11 +93,13 @@ def budget_plan(target: OpenTarget, prices: PriceTable, budget: Budget, policy: 
     if smallest > budget.tensor_bytes:
         raise SamqError(
             f"a budget of {budget.text} is too small for this model: in these types the smallest possible is "
-            f"{_smallest(target, budget, smallest)}; give that, or add smaller types to the ladder"
+            f"{_smallest(target, budget, smallest)}; give that, or add smaller types to the ladder{_of_experts(prices, policy)}"
         )
     solution = solve(counted, budget.tensor_bytes - fixed)
     predicted = plan_cost(prices, solution.types)
     parameters = {"budget": budget.text, "budget_bytes": budget.tensor_bytes, **policy.model_dump()}
+    if not prices.scarce_experts:
+        parameters["expert_guard"] = None  # it had no part
     plan = make_plan(
         target,
         plan_name(budget.text),
@@ -108,6 +116,16 @@ def budget_plan(target: OpenTarget, prices: PriceTable, budget: Budget, policy: 
             "predicted_kl_stderr": predicted.stderr,
             "solver_gap": solution.gap,
         }
+    )
+
+
+def _of_experts(prices: PriceTable, policy: BudgetPolicy) -> str:
+    """What else helps where scarce experts keep tensors from small types."""
+    if not (policy.expert_guard and prices.scarce_experts):
+        return ""
+    return (
+        f", or calibrate on more text, since {len(prices.scarce_experts)} tensors have experts that saw few tokens and get at "
+        f"least {policy.expert_guard} (expert_guard)"
     )
 
 
@@ -152,7 +170,8 @@ def _allowed(name: str, prices: PriceTable, target: OpenTarget, policy: BudgetPo
     types = prices.tensors[name].types
     is_output = name == (EMBEDDING if target.tied else OUTPUT)
     guard = policy.output_guard if is_output else policy.embedding_guard if name == EMBEDDING else None
-    least = max((bits_per_weight(kind) for kind in (guard, policy.least_type) if kind), default=0.0)
+    of_experts = policy.expert_guard if name in prices.scarce_experts else None
+    least = max((bits_per_weight(kind) for kind in (guard, policy.least_type, of_experts) if kind), default=0.0)
     own = target.quantizable[name].type
     allowed = {kind: price for kind, price in types.items() if kind == own or bits_per_weight(kind) >= least}
     allowed = allowed or dict([max(types.items(), key=lambda item: item[1].bytes)])

@@ -25,10 +25,11 @@ from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, mostly_unknown, read_rows
 from samq.gguf.formats import UNMEASURED, fallback, smaller, tensor_bytes
 from samq.gguf.ggml import to_float
+from samq.gguf.imatrix import expert_tokens
 from samq.gguf.nearest import NearestRounding
 from samq.progress import Progress, silent
 from samq.records import Metric, Plan, Price, PriceTable, SensitivityMap, TensorPrices
-from samq.sensitivity.fisher import Fisher
+from samq.sensitivity.fisher import ENOUGH_TOKENS, Fisher, without_gradient
 
 # A type that lengthens weights by this share or more costs more in a mixture than its prices say, since its errors have one
 # sign. IQ3_S lengthens by 2 to 3 %, and no other type by a thousandth (benchmarks/low_bits.py). Shorter weights do not have
@@ -79,7 +80,18 @@ def price_table(
             for name, kinds in prices.items()
         },
         length_changes=_length_changes(rounding),
+        scarce_experts=_scarce_experts(target, fisher),
     )
+
+
+def _scarce_experts(target: OpenTarget, fisher: Mapping[str, Fisher]) -> dict[str, dict[int, int]]:
+    """Tensor -> number of an expert -> its tokens, if they are too few; the importance matrix counts them, if there is one."""
+    scarce = without_gradient(fisher)
+    counted = expert_tokens(target.imatrix.path, target.quantizable) if target.imatrix else {}
+    for name, tokens in counted.items():
+        few = {int(expert): int(tokens[expert]) for expert in np.flatnonzero(tokens < ENOUGH_TOKENS)}
+        scarce[name] = scarce.get(name, {}) | few
+    return {name: experts for name, experts in scarce.items() if experts and name in target.quantizable}
 
 
 @dataclass(frozen=True)

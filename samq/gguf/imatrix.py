@@ -136,6 +136,19 @@ def importances(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, NDAr
     return means
 
 
+def expert_tokens(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, NDArray[np.int64]]:
+    """Stacked tensor -> the tokens that each expert saw, (experts,); without tensors for which the file does not say it.
+
+    Raises SamqError as `usable_entries` does.
+    """
+    usable = usable_entries(path, tensors)
+    return {
+        name: entry.counts.astype(np.int64)
+        for name, entry in _entries(path)
+        if name in usable and len(entry.counts) > 1
+    }
+
+
 @lru_cache(maxsize=8)  # every stage that opens the target asks again
 def _usable_entries(path: Path, size: int, mtime_ns: int, tensors: tuple[TensorInfo, ...]) -> frozenset[str]:
     infos = {tensor.name: tensor for tensor in tensors}

@@ -30,6 +30,10 @@ class NearestRounding:
         """How many rows a tensor has, counted through all experts."""
         return math.prod(self._infos[name].shape[:-1])
 
+    def matrices(self, name: str) -> int:
+        """How many matrices a tensor has: the number of its experts if they are stacked, or else 1."""
+        return math.prod(self._infos[name].shape[:-2])
+
     @property
     def names(self) -> list[str]:
         """All tensors of the file, in its order."""

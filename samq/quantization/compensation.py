@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def write_compensated(
 
     A row keeps its codes if compensation would not reduce the error of its output. A tensor keeps its codes if its type
     does not have a code for each weight, if its input is not among the moments, or if it is as exact as F16. A tensor that
-    several files have in one type is rounded once.
+    several files have in one type is rounded once. Each of stacked experts is compensated on its own.
 
     Args:
         files: name -> the file.
@@ -65,7 +66,7 @@ def write_compensated(
         everything: whether tensors that keep their codes are written as well.
 
     Returns:
-        Name -> the errors of the layers' outputs.
+        Name -> the errors of the layers' outputs; of stacked experts a token that goes to one of them.
 
     Raises:
         SamqError: a Gram matrix cannot be inverted, a file cannot be written, or a GPU's memory does not suffice.
@@ -80,32 +81,40 @@ def write_compensated(
 
 
 class _Errors:
-    """(tensor, type) -> its errors, or None for one that is as exact as F16; noted in a file, a line each."""
+    """What became of the matrices of tensors in types; noted in a file, a line each.
+
+    (tensor, type) -> the matrix, of stacked experts by its number -> its errors, or None if it is as exact as F16.
+    """
 
     def __init__(self, log: Path) -> None:
         self._log = log
-        self._known: dict[tuple[str, str], OutputError | None] = {}
+        self._known: dict[tuple[str, str], dict[int | None, OutputError | None]] = defaultdict(dict)
         for line in log.read_text().splitlines() if log.exists() else ():
             try:
-                tensor, kind, error = json.loads(line)
+                tensor, kind, expert, error = json.loads(line)
             except ValueError:  # the process was killed while it wrote
                 continue
-            self._known[tensor, kind] = error and OutputError(**error)
+            self._known[tensor, kind][expert] = error and OutputError(**error)
 
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._known
+    def matrices(self, tensor: str, kind: str) -> set[int | None]:
+        """The matrices that are known: all experts of a tensor are written as None if they have one input."""
+        return set(self._known.get((tensor, kind), ()))
 
-    def add(self, tensor: str, kind: str, error: OutputError | None) -> None:
-        """Note what became of a tensor in a type."""
-        self._known[tensor, kind] = error
+    def add(self, tensor: str, kind: str, expert: int | None, error: OutputError | None) -> None:
+        """Note what became of a matrix in a type."""
+        self._known[tensor, kind][expert] = error
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with open(self._log, "a") as file:
-            file.write(json.dumps([tensor, kind, error and error.model_dump()]) + "\n")
+            file.write(json.dumps([tensor, kind, expert, error and error.model_dump()]) + "\n")
 
     def of(self, types: Mapping[str, str]) -> Compensation:
         """The errors of a file with these types."""
-        errors = {name: self._known.get((name, kind)) for name, kind in sorted(types.items())}
-        return Compensation(tensors={name: error for name, error in errors.items() if error})
+        errors = {
+            name: [error for _, error in sorted(self._known[name, kind].items()) if error]
+            for name, kind in sorted(types.items())
+            if (name, kind) in self._known
+        }
+        return Compensation(tensors={name: reduce(add, of_one) for name, of_one in errors.items() if of_one})
 
 
 def _compensate_input(
@@ -122,16 +131,16 @@ def _compensate_input(
         return
     found: dict[tuple[str, str], OutputError | None] = dict.fromkeys(tensors)
     with _on_device(moments.tensors[0]):
-        compensator = Compensator(moments.gram)
+        compensator = Compensator(moments.estimate)
         limit = _WEIGHTS_AT_A_TIME if compensator.device.type == "cpu" else _GPU_WEIGHTS_AT_A_TIME
-        for places in _together(full, tensors, limit):
+        for places in _together(full, tensors, moments.expert, limit):
             for slab, blocks, error in _compensate_slabs(places, full, rounded, compensator):
                 for file in _by_type(files, slab.name)[slab.kind]:
                     file.write(slab.name, slab.rows.start, blocks)
                 before = found[slab.tensor]
                 found[slab.tensor] = before + error if before and error else before or error
     for (name, kind), error in found.items():
-        errors.add(name, kind, error)
+        errors.add(name, kind, moments.expert, error and error * moments.share)
 
 
 @dataclass(frozen=True)
@@ -176,13 +185,13 @@ class _Slab:
 
 
 def _together(
-    full: NearestRounding, tensors: Iterable[tuple[str, str]], limit: int
+    full: NearestRounding, tensors: Iterable[tuple[str, str]], expert: int | None, limit: int
 ) -> Iterator[list[tuple[str, str, slice]]]:
-    """The rows of all tensors in slabs, in lists of no more weights than the limit."""
+    """The rows of all tensors, or of one of their experts, in slabs, in lists of no more weights than the limit."""
     some: list[tuple[str, str, slice]] = []
     weights = 0
     for name, kind in tensors:
-        for rows in _slabs(full, name, min(limit, _SLAB_WEIGHTS)):
+        for rows in _slabs(full, name, expert, min(limit, _SLAB_WEIGHTS)):
             size = (rows.stop - rows.start) * full.row_length(name)
             if some and weights + size > limit:
                 yield some
@@ -230,23 +239,26 @@ def _by_type(files: Mapping[str, PlannedFile], name: str) -> dict[str, list[Plan
 def _write_others(
     files: Mapping[str, PlannedFile], full: NearestRounding, rounded: NearestRounding, errors: _Errors
 ) -> None:
-    """Write the tensors that no input came for, or whose types have no codes."""
+    """Write the matrices that no input came for, or whose types have no codes."""
     for name in full.names:
         for kind, having in _by_type(files, name).items():
-            if (name, kind) in errors:
-                continue
-            for rows in _slabs(full, name, _SLAB_WEIGHTS):
-                blocks = rounded.blocks(name, kind, rows)
-                for file in having:
-                    file.write(name, rows.start, blocks)
+            written = errors.matrices(name, kind)
+            left = () if None in written else [*({*range(full.matrices(name))} - written)] if written else (None,)
+            for expert in left:
+                for rows in _slabs(full, name, expert, _SLAB_WEIGHTS):
+                    blocks = rounded.blocks(name, kind, rows)
+                    for file in having:
+                        file.write(name, rows.start, blocks)
 
 
-def _slabs(full: NearestRounding, name: str, slab_weights: int) -> Iterator[slice]:
-    """The rows of a tensor in slabs; the rows of stacked experts are numbered through."""
+def _slabs(full: NearestRounding, name: str, expert: int | None, slab_weights: int) -> Iterator[slice]:
+    """The rows of a tensor, or of one of its experts, in slabs; the rows of stacked experts are numbered through."""
     rows, row_length = full.rows(name), full.row_length(name)
+    of_one = rows // full.matrices(name)
+    start, stop = (0, rows) if expert is None else (expert * of_one, (expert + 1) * of_one)
     step = max(1, slab_weights // row_length)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 @contextmanager
@@ -261,18 +273,19 @@ def _on_device(tensor: str) -> Iterator[None]:
             ) from error
 
 
-def share_left(moments: Moments) -> float:
-    """The share of its layers' output error that compensation leaves, if the errors of all columns are equally large.
+def expected_errors(moments: Moments) -> tuple[float, float]:
+    """The layers' output error a row and token of the tensor, and what compensation leaves of it, for errors of size 1.
 
-    It is the variance of each input that the inputs after it do not explain, relative to its whole variance, and the same for
-    every type. Raises SamqError if the Gram matrix cannot be inverted.
+    That is the variance of all inputs, and of each input that which the inputs after it do not explain, the same for every type.
+    An expert's are times its share of the tokens. Raises SamqError if the Gram matrix cannot be inverted.
     """
     with _on_device(moments.tensors[0]):
-        return Compensator(moments.gram).share_left
+        compensator = Compensator(moments.estimate)
+    return compensator.variance * moments.share, compensator.unexplained_variance * moments.share
 
 
 def compensated_prices(prices: PriceTable, shares: Mapping[str, float]) -> PriceTable:
-    """The prices with compensated rounding, which leaves such a share of a tensor's cost (`share_left`)."""
+    """The prices with compensated rounding, which leaves such a share of a tensor's cost (`expected_errors`)."""
     tensors = {}
     for name, tensor in prices.tensors.items():
         share = shares.get(name, 1.0)

@@ -33,11 +33,16 @@ class Compensator:
         self._order = torch.argsort(gram.diagonal().double() + damping, descending=True, stable=True)
         factor = gram[self._order][:, self._order].double()
         factor.diagonal().add_(damping)
-        variance = float(factor.diagonal().sum())
+        self.variance = float(factor.diagonal().sum())  # of all inputs
         invert_upper_(cholesky_upper_(factor))
         self._factor = factor.float()
         # 1 / U[j, j]^2 is the variance of input j that the inputs after it do not explain.
-        self.share_left = float((factor.diagonal() ** -2).sum()) / variance
+        self.unexplained_variance = float((factor.diagonal() ** -2).sum())
+
+    @property
+    def share_left(self) -> float:
+        """The share of the output's error that compensation leaves, if the errors of all columns are equally large."""
+        return self.unexplained_variance / self.variance
 
     def codes(self, parts: Sequence[tuple[NDArray[np.float32], CodeGrid]]) -> list[NDArray[np.uint8]]:
         """The codes, uint8, for weights (rows, row length) on the grids of their blocks; several tensors and types at once.

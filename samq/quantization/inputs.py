@@ -1,16 +1,18 @@
 """What the inputs of a model's layers tell before there is a plan: the importance matrix, and what compensation can do."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from samq.data.tokens import TokenBatch
 from samq.gguf.formats import EMBEDDING
 from samq.gguf.imatrix import ImatrixEntry
 from samq.progress import Progress, silent
-from samq.quantization.compensation import share_left
+from samq.quantization.compensation import expected_errors
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import Moments, input_moments
 from samq.sensitivity.layout import Weight
@@ -22,7 +24,26 @@ class InputStatistics:
     """Of the layers' inputs, by the GGUF names of their tensors."""
 
     importance: dict[str, ImatrixEntry] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)  # of the output error, that compensation leaves
+    # The whole output error and what compensation leaves of it, by matrix, (matrices, 2), in units of the columns' errors
+    errors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of a tensor's output error that compensation leaves, over the tokens of all its experts."""
+        sums = {name: errors.sum(axis=0) for name, errors in self.errors.items()}
+        return {name: float(left / whole) for name, (whole, left) in sums.items() if whole}
+
+    def add(self, other: "InputStatistics") -> None:
+        """Take what the other one knows, also of some experts of a tensor alone."""
+        for name, entry in other.importance.items():
+            if known := self.importance.get(name):
+                seen = entry.tokens > 0
+                known.sums[seen], known.tokens[seen] = entry.sums[seen], entry.tokens[seen]
+            else:
+                self.importance[name] = entry
+        for name, errors in other.errors.items():
+            known_errors = self.errors.setdefault(name, np.zeros_like(errors))
+            known_errors[errors.any(axis=1)] = errors[errors.any(axis=1)]
 
 
 def measure_inputs(
@@ -41,7 +62,7 @@ def measure_inputs(
 
     Args:
         model, tokens, weights, batch_size: as for `samq.sensitivity.gram.input_moments`.
-        shares: whether to measure the shares, which takes whole Gram matrices. Those of stacked experts are not measured.
+        shares: whether to measure the shares, which takes whole Gram matrices.
         memory: what hidden states may take. In its folder a pass that was killed goes on at the block where it was.
         progress: told of the parts that are done.
 
@@ -52,50 +73,47 @@ def measure_inputs(
     statistics, kept = InputStatistics(), Checkpoints(memory.folder)
     count = 0
     while kept.has(f"measured-{count:06}"):
-        _restore(statistics, kept.load(f"measured-{count:06}"))
+        statistics.add(_of_state(kept.load(f"measured-{count:06}")))
         count += 1
     pieces = input_moments(
-        model, tokens, weights, matrices=shares, experts=True, batch_size=batch_size, memory=memory, progress=progress
+        model, tokens, weights, matrices=shares, batch_size=batch_size, memory=memory, progress=progress
     )
     for piece in pieces:
         new = InputStatistics()
         for moments in piece.moments:
             _add(new, moments, shapes)
-            if shares and moments.gram.ndim == 2:
-                new.shares.update(dict.fromkeys(moments.tensors, share_left(moments)))
         kept.save(f"measured-{count:06}", _state(new))
-        statistics.importance.update(new.importance)
-        statistics.shares.update(new.shares)
+        statistics.add(new)
         count += 1
     return statistics
 
 
 def _add(statistics: InputStatistics, moments: Moments, shapes: dict[str, tuple[int, ...]]) -> None:
     sums = (moments.squares * moments.tokens).cpu().numpy()
+    errors = expected_errors(moments) if moments.gram.ndim == 2 else None
     for name in moments.tensors:
-        if name == EMBEDDING:
-            continue
-        matrices = int(np.prod(shapes[name][:-2]))
-        if name not in statistics.importance:
-            statistics.importance[name] = ImatrixEntry(
-                np.zeros((matrices, len(sums)), np.float32), np.zeros(matrices, np.int64)
+        matrices = math.prod(shapes[name][:-2])
+        here = slice(None) if moments.expert is None else moments.expert
+        if errors:
+            statistics.errors.setdefault(name, np.zeros((matrices, 2)))[here] = errors
+        if name != EMBEDDING:
+            entry = statistics.importance.setdefault(
+                name, ImatrixEntry(np.zeros((matrices, len(sums)), np.float32), np.zeros(matrices, np.int64))
             )
-        entry = statistics.importance[name]
-        experts = slice(None) if moments.expert is None else moments.expert
-        entry.sums[experts], entry.tokens[experts] = sums, moments.tokens
+            entry.sums[here], entry.tokens[here] = sums, moments.tokens
 
 
 def _state(statistics: InputStatistics) -> dict[str, torch.Tensor]:
-    state = {f"share.{name}": torch.tensor(share, dtype=torch.float64) for name, share in statistics.shares.items()}
+    state = {f"errors.{name}": torch.from_numpy(errors) for name, errors in statistics.errors.items()}
     for name, entry in statistics.importance.items():
         state |= {f"sums.{name}": torch.from_numpy(entry.sums), f"tokens.{name}": torch.from_numpy(entry.tokens)}
     return state
 
 
-def _restore(statistics: InputStatistics, state: dict[str, torch.Tensor]) -> None:
-    for key, value in state.items():
-        what, name = key.split(".", 1)
-        if what == "share":
-            statistics.shares[name] = float(value)
-        elif what == "sums":
-            statistics.importance[name] = ImatrixEntry(value.numpy(), state[f"tokens.{name}"].numpy())
+def _of_state(state: dict[str, torch.Tensor]) -> InputStatistics:
+    arrays = {key: value.numpy() for key, value in state.items()}
+    names = {key.split(".", 1)[1] for key in arrays if key.startswith("sums.")}
+    return InputStatistics(
+        {name: ImatrixEntry(arrays[f"sums.{name}"], arrays[f"tokens.{name}"]) for name in names},
+        {key.split(".", 1)[1]: value for key, value in arrays.items() if key.startswith("errors.")},
+    )

@@ -35,7 +35,12 @@ def _describe_budget_plan(plan: Plan) -> str:
         predicted = f"{plan.predicted_kl_nats:.5f}"
         if plan.predicted_kl_stderr is not None:
             predicted += f" ± {plan.predicted_kl_stderr:.5f}"
-    guards = {"output_guard": "the output", "embedding_guard": "the embedding", "least_type": "every tensor"}
+    guards = {
+        "output_guard": "the output",
+        "embedding_guard": "the embedding",
+        "expert_guard": "experts that saw few tokens",
+        "least_type": "every tensor",
+    }
     least = [f"{what} at least {plan.parameters[key]}" for key, what in guards.items() if plan.parameters.get(key)]
     guarded = f"; {', '.join(least)}" if least else ""
     gap = f"; the best may be {100 * plan.solver_gap:.1f} % lower" if plan.solver_gap else ""

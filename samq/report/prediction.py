@@ -75,10 +75,11 @@ def prediction_section(sweep: Sweep) -> list[str]:
         )
     if parts and sweep.routing.experts:
         parts.append(_EXPERTS)
-    if sweep.routing.missed:
+    if sweep.routing.scarce:
         parts.append(
-            f"**{sweep.routing}.** Their weights look as if they cost nothing, and text that needs them may suffer more than "
-            "was measured. Calibrate on more text, or on text of more kinds."
+            f"**{sweep.routing}.** What their weights cost is hardly known, and text that needs them may suffer more than was "
+            "measured. So budget plans give their tensors at least the type `expert_guard`, and compensated rounding lets them "
+            "borrow the inputs of all experts of their layer. Calibrate on more text, or on text of more kinds."
         )
     if checks:
         parts += [

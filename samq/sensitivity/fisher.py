@@ -50,34 +50,64 @@ class Fisher:
         )
 
 
+# An expert that saw fewer calibration tokens is scarce: the standard error of its Fisher information is over an eighth of it.
+ENOUGH_TOKENS = 64
+
+
 @dataclass(frozen=True)
 class Routing:
-    """Which experts of a mixture of experts the calibration text reached; a dense model has none."""
+    """Which experts of a mixture of experts the calibration text reached too seldom; a dense model has none."""
 
     experts: int = 0  # of all blocks together
-    unreached: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # block -> numbers of its experts
+    scarce: Mapping[str, Mapping[int, int]] = field(default_factory=dict)  # block -> number of an expert -> its tokens
 
     @property
     def missed(self) -> int:
         """Number of experts without a token."""
-        return sum(map(len, self.unreached.values()))
+        return sum(not tokens for of_block in self.scarce.values() for tokens in of_block.values())
 
     def __str__(self) -> str:
-        """`3 of 16 experts saw no calibration token (blk.0: 2, 5; blk.1: 7)`, with at most eight blocks named."""
-        blocks = [f"{block}: {', '.join(map(str, experts))}" for block, experts in self.unreached.items()]
+        """`3 of 16 experts saw fewer than 64 calibration tokens (blk.0: 2 saw none, 5 saw 40; ...)`; at most eight blocks."""
+        blocks = [
+            f"{block}: " + ", ".join(f"{expert} saw {tokens or 'none'}" for expert, tokens in sorted(experts.items()))
+            for block, experts in self.scarce.items()
+        ]
         named = "; ".join(blocks[:8]) + ("; ..." if len(blocks) > 8 else "")
-        return f"{self.missed} of {self.experts} experts saw no calibration token" + (f" ({named})" if named else "")
+        return (
+            f"{sum(map(len, self.scarce.values()))} of {self.experts} experts saw fewer than {ENOUGH_TOKENS} calibration tokens"
+            + (f" ({named})" if named else "")
+        )
 
 
-def routing(fisher: Mapping[str, Fisher]) -> Routing:
-    """Read off the Fisher information which experts saw no token: their gradients are zero in all tensors of their block."""
+def routing(fisher: Mapping[str, Fisher], scarce: Mapping[str, Mapping[int, int]] | None = None) -> Routing:
+    """The experts that saw too few tokens: those of the tensors in `scarce`, or else those without a gradient.
+
+    `scarce` maps tensor -> number of an expert -> its tokens (`samq.records.PriceTable`).
+    """
+    experts = {_block(name): len(tensor.rows) for name, tensor in fisher.items() if is_stacked(name)}
+    by_block: dict[str, dict[int, int]] = {}
+    for name, of_tensor in (without_gradient(fisher) if scarce is None else scarce).items():
+        by_block.setdefault(_block(name), {}).update(of_tensor)
+    return Routing(sum(experts.values()), by_block)
+
+
+def without_gradient(fisher: Mapping[str, Fisher]) -> dict[str, dict[int, int]]:
+    """Tensor -> number of an expert -> 0, its tokens, for the experts whose gradients are zero in all tensors of their block."""
     reached: dict[str, NDArray[np.bool_]] = {}
-    for name, tensor in fisher.items():
-        if "_exps." in name:
-            block, here = name.partition(".ffn_")[0], tensor.rows.any(axis=1)
-            reached[block] = reached.get(block, np.zeros_like(here)) | here
-    unreached = {block: tuple(np.flatnonzero(~here).tolist()) for block, here in reached.items() if not here.all()}
-    return Routing(sum(map(len, reached.values())), unreached)
+    stacked = {name: tensor.rows.any(axis=1) for name, tensor in fisher.items() if is_stacked(name)}
+    for name, here in stacked.items():
+        reached[_block(name)] = reached.get(_block(name), np.zeros_like(here)) | here
+    found = {name: dict.fromkeys(np.flatnonzero(~reached[_block(name)]).tolist(), 0) for name in stacked}
+    return {name: experts for name, experts in found.items() if experts}
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a tensor of that name holds the matrices of several experts."""
+    return "_exps." in name
+
+
+def _block(name: str) -> str:
+    return name.partition(".ffn_")[0]
 
 
 def save_fisher(path: Path, fisher: Mapping[str, Fisher]) -> Path:

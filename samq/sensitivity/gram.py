@@ -8,6 +8,7 @@ All matrices of a large model would take more memory than the model itself. So t
 there, and whoever takes them uses them before the next block runs.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory, needs_gpu_memory
 from samq.sensitivity.offloading import has_offloaded
 
+BORROWED_TOKENS = 1.0  # for each column of an expert's Gram matrix (benchmarks/experts.py)
 MATRICES_BYTES = 8 * 2**30  # of the matrices that are added up at a time; a block with more runs again
 
 
@@ -47,11 +49,25 @@ class Moments:
     tokens: int
     gram: torch.Tensor  # (row length, row length) or (row length,), float32, where it was computed
     expert: int | None = None  # of stacked experts, the one that has it; None: all matrices of the tensor
+    pooled: torch.Tensor | None = None  # of stacked experts: the matrix over the tokens of all of them
+    share: float = 1.0  # of the tokens of all experts, those of this one
 
     @property
     def squares(self) -> torch.Tensor:
         """The mean squares, (row length,)."""
         return self.gram if self.gram.ndim == 1 else self.gram.diagonal()
+
+    @property
+    def estimate(self) -> torch.Tensor:
+        """The Gram matrix that other text is expected to have.
+
+        An expert's is a mean of its own and that of all experts, as if it had seen `BORROWED_TOKENS` more tokens for each
+        column, those of all experts. So an expert that saw few tokens borrows most of its matrix, and one that saw many little.
+        """
+        if self.pooled is None:
+            return self.gram
+        borrowed = BORROWED_TOKENS * len(self.gram)
+        return (self.gram * self.tokens).add_(self.pooled, alpha=borrowed).div_(self.tokens + borrowed)
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,6 @@ def input_moments(
     weights: list[Weight],
     *,
     matrices: bool = True,
-    experts: bool = False,
     batch_size: int = 1,
     memory: Memory = UNLIMITED,
     matrices_bytes: int = MATRICES_BYTES,
@@ -76,15 +91,15 @@ def input_moments(
 ) -> Iterator[Piece]:
     """Yield the moments of the inputs of all layers, block after block, and at last of those around the blocks.
 
-    Inputs that are always zero are left out.
+    Inputs that are always zero are left out. So are experts that saw no token, if there are no matrices; with matrices they
+    have that of all experts.
 
     Args:
         model: in any floating-point type, on any device; moments are added up in float32.
         tokens: at least one sequence; padding does not count.
         weights: the model's, as its GGUF has them (`samq.sensitivity.layout`).
-        matrices: whole Gram matrices, of layers that all tokens enter; else their diagonals alone.
-        experts: the diagonals of stacked experts as well.
-        batch_size: sequences a forward pass; 1 with experts, where the padding of a batch cannot be told.
+        matrices: whole Gram matrices; else their diagonals alone.
+        batch_size: sequences a forward pass; 1 with stacked experts, where the padding of a batch cannot be told.
         memory: what hidden states may take. With a folder a pass that was killed goes on at a part that was not finished: one is
             finished when the next one's moments are asked for.
         matrices_bytes: limit for the matrices that are added up at a time; a part with more runs several times.
@@ -94,7 +109,7 @@ def input_moments(
         SamqError: NaN or Inf in the input of a layer, or too little memory.
     """
     model.eval()
-    inputs = _Inputs(model, weights, matrices_bytes if matrices else 0, experts=experts)
+    inputs = _Inputs(model, weights, matrices_bytes if matrices else 0)
     batches = [_probe(tokens), *batched(tokens, 1 if inputs.has_experts else batch_size)]
     blocks = Blocks.of(model)
     with _experts_one_by_one(model):
@@ -104,12 +119,12 @@ def input_moments(
             yield from _by_blocks(blocks, batches, inputs, memory, progress)
 
 
-def without_input(model: PreTrainedModel, weights: list[Weight], *, experts: bool = False) -> list[str]:
-    """The weights whose inputs are not measured whatever the text, with stacked `experts` or without; by their GGUF names.
+def without_input(model: PreTrainedModel, weights: list[Weight]) -> list[str]:
+    """The weights whose inputs are not measured whatever the text, by their GGUF names.
 
     The embedding is not among them, since it has no input.
     """
-    measured = _Inputs(model, weights, MATRICES_BYTES, experts=experts).names
+    measured = _Inputs(model, weights, MATRICES_BYTES).names
     return [weight.name for weight in weights if weight.name not in {*measured, EMBEDDING}]
 
 
@@ -206,19 +221,22 @@ _Key = tuple[str, int | None]  # the first tensor with an input, and the expert
 class _Inputs(TorchFunctionMode):
     """Adds up the moments of what enters layers."""
 
-    def __init__(self, model: PreTrainedModel, weights: list[Weight], matrices_bytes: int, *, experts: bool) -> None:
+    def __init__(self, model: PreTrainedModel, weights: list[Weight], matrices_bytes: int) -> None:
         """`matrices_bytes`: what whole matrices may take at a time; 0: there are only diagonals."""
         super().__init__()
         self._matrices_bytes, self._device = matrices_bytes, main_device(model)
         self._layers = _layers(model, weights)
-        self._stacks = _stacks(model, weights) if experts else {}
+        self._stacks = _stacks(model, weights)
         self._is_token = torch.ones(0, dtype=torch.bool)  # False for the padding of the batch
-        self._last: tuple[torch.Tensor, str] | None = None  # the input of the layer before, and that layer
+        self._last: tuple[torch.Tensor, str, int | None] | None = None  # the input before, its layer, its expert
         self._source: dict[str, str] = {}  # tensor -> the first tensor with the same input
-        self._measured: frozenset[str] = frozenset()
+        self._measured: frozenset[_Key] = frozenset()
         self._experts_at: dict[int, tuple[nn.Parameter, list[_Use]]] = {}  # address -> experts of the part
         self._sums: dict[_Key, torch.Tensor] = {}
         self._tokens: dict[_Key, int] = defaultdict(int)
+        self._pools: dict[_Key, torch.Tensor] = {}  # over all experts, without a number
+        self._pool_tokens: dict[_Key, int] = defaultdict(int)
+        self._pooling = False  # whether experts that are not measured yet go into the pools
 
     @property
     def has_experts(self) -> bool:
@@ -238,7 +256,8 @@ class _Inputs(TorchFunctionMode):
 
     def measure(self, part: int, modules: list[nn.Module], run: Callable[[int], None], batches: int) -> Iterator[Piece]:
         """Run all batches through a part of the model, the first of which only shows what layers share an input."""
-        self._source, self._measured = {}, frozenset()
+        self._source, self._measured, self._pooling = {}, frozenset(), False
+        self._pools, self._pool_tokens = {}, defaultdict(int)
         self._experts_at = {
             getattr(module, name).data_ptr(): (getattr(module, name), uses)
             for (module, name), uses in self._stacks.items()
@@ -246,17 +265,26 @@ class _Inputs(TorchFunctionMode):
         }
         with self._watching():
             run(0)
-        lengths = {use.weight.name: use.weight.shape[-1] for module in modules for use in self._layers.get(module, ())}
-        stacked = [use.weight.name for _, uses in self._experts_at.values() for use in uses]
-        sources = {name: lengths[name] for name in dict.fromkeys(self._source.values())}
-        for number, group in enumerate(_groups(sources, self._matrices_bytes)):
-            self._measured = frozenset([*group, *(stacked if number == 0 else ())])
+        for number, group in enumerate(_groups(self._sizes(modules), self._matrices_bytes)):
+            self._measured, self._pooling = frozenset(group), number == 0 and self._matrices_bytes > 0
             advice = "use a smaller batch size, shorter sequences, or more GPUs"
             what = f"{len(group)} inputs' Gram matrices beside the model and a batch"
             with self._watching(), needs_gpu_memory(what, advice):
                 for batch in range(1, batches):
                     run(batch)
-            yield Piece(part, self._taken())
+            yield Piece(part, self._taken(group))
+
+    def _sizes(self, modules: list[nn.Module]) -> dict[_Key, int]:
+        """The bytes of each input's matrix in a part of the model: those of experts that the probe showed, and of the others."""
+        uses = [use for module in modules for use in self._layers.get(module, ())]
+        stacked = [use for _, of_stack in self._experts_at.values() for use in of_stack]
+        weights = {use.weight.name: use.weight for use in [*uses, *stacked]}
+        experts = {use.weight.name: math.prod(use.weight.shape[:-2]) for use in stacked}
+        return {
+            (name, expert): 4 * weights[name].shape[-1] ** 2
+            for name in dict.fromkeys(self._source.values())
+            for expert in (range(experts[name]) if name in experts else (None,))
+        }
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -271,39 +299,47 @@ class _Inputs(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _taken(self) -> list[Moments]:
+    def _taken(self, group: list[_Key]) -> list[Moments]:
         tensors: dict[str, list[str]] = defaultdict(list)
         for name, source in self._source.items():
             tensors[source].append(name)
+        if self._pooling:
+            self._complete_pools()
         taken = []
-        for (name, expert), sums in sorted(self._sums.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        for name, expert in group:
+            pooled, count = self._pools.get((name, None)), self._tokens[name, expert]
+            sums = self._sums.get((name, expert))
+            if sums is None and pooled is not None:
+                sums = torch.zeros_like(pooled)
+            if sums is None:
+                continue
             if not torch.isfinite(sums).all():
                 raise SamqError(
                     f"the input of {name} has NaN or Inf on the calibration text; load the model in float32"
                 )
-            if sums.any():  # an input that is always zero has no use
-                names = (name,) if expert is not None else tuple(tensors[name])
-                taken.append(Moments(names, self._tokens[name, expert], sums.div_(self._tokens[name, expert]), expert))
+            if sums.any() or (pooled is not None and not count):  # an input that is always zero has no use
+                share = 1.0 if pooled is None else count / self._pool_tokens[name, None]
+                taken.append(Moments(tuple(tensors[name]), count, sums.div_(max(count, 1)), expert, pooled, share))
         self._sums, self._tokens = {}, defaultdict(int)
         return taken
+
+    def _complete_pools(self) -> None:
+        """Add the experts that have sums of their own, and divide by the tokens."""
+        for (name, expert), sums in self._sums.items():
+            if expert is not None:
+                self._pool_tokens[name, None] += self._tokens[name, expert]
+                pool = self._pools.setdefault((name, None), torch.zeros_like(sums))
+                pool += sums
+        self._pools = {key: pool.div_(count) for key, pool in self._pools.items() if (count := self._pool_tokens[key])}
 
     def _before_forward(self, uses: list[_Use], module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         layer_input = inputs[0]
         if layer_input.numel() // layer_input.shape[-1] != len(self._is_token):
             return  # the tokens of one expert, of which the padding is not known
-        for use in uses:
-            name = use.weight.name
-            if self._last and layer_input is self._last[0] and use.columns is None:
-                self._source[name] = self._last[1]
-                continue
-            if use.columns is None:
-                self._last = layer_input, name
-            self._source[name] = name
-            if name in self._measured:
-                vectors = layer_input.flatten(0, -2)
-                if not self._is_token.all():
-                    vectors = vectors[self._is_token.to(vectors.device)]
-                self._add((name, None), vectors, use.columns)
+        vectors = layer_input.flatten(0, -2)
+        if not self._is_token.all():
+            vectors = vectors[self._is_token.to(vectors.device)]
+        self._add(uses, None, layer_input, vectors)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -321,26 +357,42 @@ class _Inputs(TorchFunctionMode):
             if 0 <= offset < stack.nbytes and offset % size == 0 and weight.shape[-2:] in (stack.shape[1:],):
                 experts = enumerate(vectors) if weight.ndim == 3 else [(offset // size, vectors)]
                 for expert, of_one in experts:
-                    self._add_expert(uses, expert, of_one.flatten(0, -2))
+                    given = of_one.flatten(0, -2)
+                    routed = given[
+                        given.any(dim=-1)
+                    ]  # some models give every expert all tokens, those of others as zeros
+                    self._add(uses, expert, of_one, routed)
 
-    def _add_expert(self, uses: list[_Use], expert: int, vectors: torch.Tensor) -> None:
-        routed = vectors[vectors.any(dim=-1)]  # some models give every expert all tokens, those of others as zeros
+    def _add(self, uses: list[_Use], expert: int | None, layer_input: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Add the tokens, (tokens, row length), of what enters a layer or an expert."""
         for use in uses:
-            if use.weight.name in self._measured and len(routed):
-                self._add((use.weight.name, expert), routed, use.columns)
+            name = use.weight.name
+            if self._last and layer_input is self._last[0] and expert == self._last[2] and use.columns is None:
+                self._source[name] = self._last[1]
+                continue
+            if use.columns is None:
+                self._last = layer_input, name, expert
+            self._source[name] = name
+            if (name, expert) in self._measured:
+                self._tokens[name, expert] += len(vectors)
+                self._add_to(self._sums, (name, expert), vectors, use.columns)
+            elif expert is not None and self._pooling:
+                self._pool_tokens[name, None] += len(vectors)
+                self._add_to(self._pools, (name, None), vectors, use.columns)
 
-    def _add(self, key: _Key, vectors: torch.Tensor, columns: NDArray[np.intp] | None) -> None:
+    def _add_to(
+        self, sums: dict[_Key, torch.Tensor], key: _Key, vectors: torch.Tensor, columns: NDArray[np.intp] | None
+    ) -> None:
         vectors = vectors.float()
         if columns is not None:
             vectors = vectors[:, torch.from_numpy(columns).to(vectors.device)]
-        length, is_matrix = vectors.shape[-1], self._matrices_bytes > 0 and key[1] is None
-        if key not in self._sums:
-            self._sums[key] = vectors.new_zeros((length, length) if is_matrix else length)
+        length, is_matrix = vectors.shape[-1], self._matrices_bytes > 0
+        if key not in sums:
+            sums[key] = vectors.new_zeros((length, length) if is_matrix else length)
         if is_matrix:
-            self._sums[key].addmm_(vectors.t(), vectors)
+            sums[key].addmm_(vectors.t(), vectors)
         else:
-            self._sums[key] += vectors.square().sum(0)
-        self._tokens[key] += len(vectors)
+            sums[key] += vectors.square().sum(0)
 
 
 _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm})
@@ -408,18 +460,17 @@ def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
-def _groups(row_lengths: Mapping[str, int], memory_bytes: int) -> list[list[str]]:
+def _groups(sizes: Mapping[_Key, int], memory_bytes: int) -> list[list[_Key]]:
     """Split the inputs, in order, into groups whose matrices fit into the memory; one matrix is always a group.
 
     Without a limit (0) all are one group, which may be empty.
     """
-    groups: list[list[str]] = [[]]
+    groups: list[list[_Key]] = [[]]
     used = 0
-    for name, row_length in row_lengths.items():
-        size = 4 * row_length**2
+    for key, size in sizes.items():
         if memory_bytes and groups[-1] and used + size > memory_bytes:
             groups.append([])
             used = 0
-        groups[-1].append(name)
+        groups[-1].append(key)
         used += size
     return groups

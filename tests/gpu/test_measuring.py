@@ -102,7 +102,7 @@ def test_gram_matrices_are_those_of_the_cpu_and_the_same_every_time(kind):
     for device in ("cpu", "cuda", "cuda"):
         model = make().to(device)
         weights = weights_of(model, names_of(model, architecture))
-        pieces = input_moments(model, random_tokens(), weights, experts=True, batch_size=2)
+        pieces = input_moments(model, random_tokens(), weights, batch_size=2)
         runs.append({(m.tensors, m.expert): m for piece in pieces for m in piece.moments})
     one, two, again = runs
     assert one.keys() == two.keys() == again.keys()

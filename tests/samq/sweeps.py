@@ -191,7 +191,7 @@ def _budget_plan(text: str, options: Mapping[str, Mapping[str, Price]], shapes: 
     else:
         limit = _stock_plan(text.removeprefix("size-of:"), shapes).tensor_bytes
     solution = solve(options, limit)
-    guards = {"output_guard": None, "embedding_guard": None, "least_type": None}
+    guards = {"output_guard": None, "embedding_guard": None, "least_type": None, "expert_guard": None}
     predicted = _predicted(solution.types, options)
     return _plan(
         f"budget-{text.replace(':', '-')}",

@@ -268,6 +268,27 @@ def test_guards_are_least_types(target, prices):
     assert "Q2_K" not in plan.types.values()
 
 
+def test_experts_that_saw_few_tokens_get_no_small_type_for_want_of_data(target, prices):
+    name = "blk.0.ffn_up.weight"
+    cheap = {kind: price.model_copy(update={"kl_nats": 0.0}) for kind, price in prices.tensors[name].types.items()}
+    tensors = prices.tensors | {name: prices.tensors[name].model_copy(update={"types": cheap})}
+    known = prices.model_copy(update={"tensors": tensors})
+    scarce = known.model_copy(update={"scarce_experts": {name: {2: 0}}})
+    budget = parse_budget("5bpw", target)
+    plan = budget_plan(target, known, budget, BudgetPolicy())
+    assert plan.types[name] == "Q2_K" and plan.parameters["expert_guard"] is None
+    plan = budget_plan(target, scarce, budget, BudgetPolicy())
+    assert plan.types[name] == "Q3_K" == plan.parameters["expert_guard"]
+    assert budget_plan(target, scarce, budget, BudgetPolicy(expert_guard="q4_K")).types[name] == "Q4_K"
+    assert budget_plan(target, scarce, budget, BudgetPolicy(expert_guard=None)).types[name] == "Q2_K"
+    everywhere = known.model_copy(update={"scarce_experts": {name: {2: 0} for name in target.quantizable}})
+    with pytest.raises(
+        SamqError,
+        match=r"or calibrate on more text, since \d+ tensors have experts that saw few tokens and get at least Q3_K",
+    ):
+        budget_plan(target, everywhere, parse_budget("2.8bpw", target), BudgetPolicy())
+
+
 def test_a_tensor_that_is_published_in_mxfp4_keeps_it_unless_the_budget_asks(toolchain, tmp_path):
     name = "blk.0.ffn_up.weight"
     target = OpenTarget.open(write_tiny_gguf(tmp_path / "in.gguf", mxfp4=[name]), toolchain)

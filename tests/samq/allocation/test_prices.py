@@ -15,7 +15,8 @@ from samq.gguf.file import HashedFile, read_tensors, read_weights
 from samq.llamacpp.programs import quantize
 from samq.records import Metric, SensitivityMap, TensorSensitivity
 from samq.sensitivity.fisher import Fisher
-from tests.conftest import write_tiny_gguf
+from tests.conftest import write_stacked_gguf, write_tiny_gguf
+from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 Q8_0 = GGMLQuantizationType.Q8_0
 TYPES = ("Q2_K", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")
@@ -141,6 +142,35 @@ def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatc
     change = rounded - weights.astype(float)
     assert table.tensors[name].types["Q8_0"].kl_nats == pytest.approx((products * change**2).sum() / 2, rel=1e-5)
     assert table.length_changes["Q8_0"] == pytest.approx((change * weights).sum() / (weights**2).sum(), abs=1e-7)
+
+
+def test_experts_that_saw_few_tokens_are_counted(toolchain, tmp_path):
+    name, other = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_down_exps.weight"
+    full = write_stacked_gguf(tmp_path / "full.gguf", GGMLQuantizationType.F16)
+
+    def few(sums, counts):
+        counts[:, 0] = 64, 63, 2
+
+    def many(sums, counts):
+        counts[:] = 1000
+
+    imatrix = write_tiny_imatrix(tmp_path / "imatrix.gguf", full, changed={name: few, other: many})
+    target = OpenTarget.open(full, toolchain, imatrix)
+    fisher = {
+        tensor: Fisher(np.ones(info.shape[:-1], np.float32), np.ones((*info.shape[:-2], info.row_length), np.float32))
+        for tensor, info in target.quantizable.items()
+    }
+    assert price(target, fisher=fisher).scarce_experts == {name: {1: 63, 2: 2}}
+    rows = fisher[other].rows.copy()
+    rows[0] = 0
+    fisher[other] = Fisher(rows, fisher[other].columns)
+    assert price(target, fisher=fisher).scarce_experts == {name: {1: 63, 2: 2}}, "the gate has a gradient"
+    rows = fisher[name].rows.copy()
+    rows[0] = 0
+    fisher[name] = Fisher(rows, fisher[name].columns)
+    assert price(target, fisher=fisher).scarce_experts == {name: {0: 0, 1: 63, 2: 2}, other: {0: 0}}
+    without = OpenTarget.open(full, toolchain)
+    assert price(without, fisher=fisher).scarce_experts == {name: {0: 0}, other: {0: 0}}
 
 
 def test_a_plan_costs_the_sum_of_its_prices(target):

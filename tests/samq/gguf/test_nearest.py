@@ -10,36 +10,8 @@ from samq.gguf.formats import NEEDS_IMATRIX, TYPES
 from samq.gguf.imatrix import importances
 from samq.gguf.nearest import NearestRounding
 from samq.llamacpp.programs import quantize
-from tests.conftest import write_tiny_gguf
+from tests.conftest import write_stacked_gguf, write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
-
-
-def write_stacked(path, dtype):
-    """A mixture of 3 experts: what llama-quantize looks at."""
-    random = np.random.default_rng(5)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(256)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(40)
-    writer.add_head_count(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(64)
-    writer.add_expert_count(3)
-    writer.add_expert_used_count(2)
-    for name, shape in {
-        "token_embd.weight": (64, 256),
-        "blk.0.attn_q.weight": (128, 256),
-        "blk.0.ffn_gate_exps.weight": (3, 40, 256),
-        "blk.0.ffn_down_exps.weight": (3, 256, 96),
-    }.items():
-        values = random.normal(0, 0.05, shape).astype(np.float32)
-        writer.add_tensor(name, gguf.quantize(values, dtype), raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def no_token_for_the_second(sums, counts):
@@ -56,7 +28,7 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     files = {"dense": write_tiny_gguf(folder / "dense.gguf", blocks=1)}
     files |= {
-        name: write_stacked(folder / f"{name}.gguf", gguf.GGMLQuantizationType[name.split()[-1]])
+        name: write_stacked_gguf(folder / f"{name}.gguf", gguf.GGMLQuantizationType[name.split()[-1]])
         for name in SOURCES[1:]
     }
     without = {"dense": ["token_embd.weight"]}
@@ -109,7 +81,7 @@ def test_a_type_that_the_file_has_is_left_as_it_is(sources, name):
 
 
 def test_importances_are_means_and_ones_where_no_token_came(tmp_path):
-    full = write_stacked(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+    full = write_stacked_gguf(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
     name, seen = "blk.0.ffn_gate_exps.weight", []
 
     def change(sums, counts):

@@ -1,20 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from samq.allocation.target import OpenTarget, make_plan
 from samq.allocation.types import uniform_plan
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_codes, write_codes
+from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_codes, read_grid, write_codes
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.nearest import NearestRounding
 from samq.quantization import gptq
-from samq.quantization.compensation import compensated_prices, share_left, write_compensated
+from samq.quantization.compensation import compensated_prices, expected_errors, write_compensated
 from samq.quantization.gptq import Compensator, cholesky_upper_, invert_upper_
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Price, PriceTable, TensorPrices
 from samq.sensitivity.gram import Moments, Piece
-from tests.conftest import write_tiny_gguf
+from tests.conftest import write_stacked_gguf, write_tiny_gguf
 
 DAMPING = 0.01
 
@@ -126,6 +127,44 @@ def test_files_that_are_made_together_are_those_that_are_made_alone(target, piec
         assert together[name][1] == errors
 
 
+def test_each_expert_is_compensated_by_its_own_inputs_and_counts_by_its_tokens(toolchain, tmp_path):
+    target = OpenTarget.open(write_stacked_gguf(tmp_path / "full.gguf", GGMLQuantizationType.F16), toolchain)
+    name, kind = "blk.0.ffn_gate_exps.weight", "Q4_K"
+    grams = [torch.tensor(random_gram(256, seed)).float() for seed in range(2)]
+    pooled = torch.tensor(random_gram(256, 9)).float()
+    shares = {0: 0.75, 2: 0.25}
+    moments = [
+        Moments((name,), int(1e6 * share), gram, expert, pooled, share)
+        for (expert, share), gram in zip(shares.items(), grams, strict=True)
+    ]
+    plan = uniform_plan(target, kind)
+    path, errors = compensate(target, {"it": plan}, [Piece(0, [of_one]) for of_one in moments], tmp_path / "it")["it"]
+    nearest = nearest_of(target, plan, tmp_path / "nearest.gguf")
+    full, before, after = (read_weights(file, name).reshape(3, 40, 256) for file in (target.full.path, nearest, path))
+    assert (before[1] == after[1]).all(), "the second has no input"
+    expected = []
+    for rounded in (before, after):
+        change = (rounded - full).astype(float)
+        parts = [
+            of_one.share * np.einsum("ij,jk,ik->", change[of_one.expert], of_one.gram.double(), change[of_one.expert])
+            for of_one in moments
+        ]
+        expected.append(sum(parts))
+    assert errors.keys() == {name}
+    assert errors[name].nearest == pytest.approx(expected[0], rel=1e-2)
+    assert errors[name].compensated == pytest.approx(expected[1], rel=1e-2)
+    assert errors[name].ratio < 0.75
+    for of_one in moments:  # as the expert alone would be
+        alone = Compensator(of_one.estimate)
+        blocks = NearestRounding(target.full.path).blocks(
+            name, kind, slice(40 * of_one.expert, 40 * of_one.expert + 40)
+        )
+        grid = read_grid(kind, blocks)
+        (codes,) = alone.codes([(full[of_one.expert], grid)])
+        values = grid.levels[codes - grid.first] * grid.scale + grid.offset
+        assert np.isclose(values, after[of_one.expert], atol=1e-6).mean() > 0.98
+
+
 def test_a_process_that_goes_on_gives_the_same_file_and_errors(target, pieces, tmp_path):
     plan = uniform_plan(target, "Q4_K")
     whole = compensate(target, {"it": plan}, pieces, tmp_path / "whole")["it"]
@@ -231,7 +270,8 @@ def prices_of(target):
 
 
 def test_prices_fall_by_what_the_inputs_tell_of_each_other(target, pieces):
-    shares = {name: share_left(m) for piece in pieces for m in piece.moments for name in m.tensors}
+    errors = {name: expected_errors(m) for piece in pieces for m in piece.moments for name in m.tensors}
+    shares = {name: left / whole for name, (whole, left) in errors.items()}
     table = compensated_prices(prices_of(target), shares)
     assert table.rounding == "compensated"
     for name, tensor in table.tensors.items():
@@ -256,7 +296,7 @@ def test_a_matrix_that_cannot_be_inverted_is_an_error(target, tmp_path):
     moments = Moments(("output.weight",), 1, torch.diag(torch.linspace(-1, 2, 256)))
     message = r"the Gram matrix of output\.weight cannot be inverted .*; measure it on more text"
     with pytest.raises(SamqError, match=message):
-        share_left(moments)
+        expected_errors(moments)
     with pytest.raises(SamqError, match=message):
         compensate(target, {"it": uniform_plan(target, "Q4_K")}, [Piece(0, [moments])], tmp_path)
 

@@ -1,5 +1,7 @@
 """What the layers' inputs tell: llama-imatrix's importance matrix, and what compensation can do."""
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from samq.gguf.file import open_gguf, read_tensors
 from samq.gguf.imatrix import importances, usable_entries, write_imatrix
 from samq.llamacpp.programs import measure_imatrix
 from samq.llamacpp.runtime import Model
+from samq.quantization import inputs
+from samq.quantization.gptq import Compensator
 from samq.quantization.inputs import measure_inputs
+from samq.sensitivity.gram import input_moments
 from samq.sensitivity.layout import weights_of
 from samq.sensitivity.memory import Memory
 from tests.tiny_models import byte_tokenizer, names_of, random_tokens, tiny_llama, tiny_mixtral, write_llama_gguf
@@ -51,9 +56,21 @@ def test_experts_have_their_own_squares_and_tokens(shares, tmp_path):
     entry = statistics.importance["blk.0.ffn_down_exps.weight"]
     assert entry.sums.shape == (4, 40) and entry.tokens.sum() == 2 * 80, "two experts a token"
     assert (entry.sums.any(axis=1) == (entry.tokens > 0)).all()
-    assert (
-        "blk.0.attn_q.weight" in statistics.shares
-    ) == shares and "blk.0.ffn_down_exps.weight" not in statistics.shares
+    names = {"blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight", "blk.1.ffn_gate_exps.weight"}
+    assert statistics.shares.keys() & names == (names if shares else set())
+
+
+def test_the_share_of_experts_counts_each_by_its_tokens(monkeypatch):
+    model, tokens = tiny_mixtral(), random_tokens(lengths=(40, 40))
+    name = "blk.1.ffn_up_exps.weight"
+    weights = weights_of(model, names_of(model))
+    moments = [m for piece in input_moments(model, tokens, weights) for m in piece.moments if name in m.tensors]
+    makers = [Compensator(of_expert.estimate) for of_expert in moments]
+    errors = [of_expert.tokens * maker.variance for of_expert, maker in zip(moments, makers, strict=True)]
+    expected = np.average([maker.share_left for maker in makers], weights=errors)
+    assert measure(model, tokens, shares=True).shares[name] == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(inputs, "input_moments", partial(input_moments, matrices_bytes=1))  # each matrix is a piece
+    assert measure(model, tokens, shares=True).shares[name] == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_expert_without_a_token_has_ones(tmp_path):
@@ -84,9 +101,10 @@ def test_the_embedding_has_a_share_and_no_importance_where_it_is_the_output():
     assert "output.weight" in own.shares and "output.weight" in own.importance
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 @pytest.mark.parametrize("shares", [False, True])
-def test_a_measurement_that_was_killed_goes_on_and_gives_the_same(shares, tmp_path, monkeypatch):
-    model, tokens = tiny_llama(num_hidden_layers=5), random_tokens()
+def test_a_measurement_that_was_killed_goes_on_and_gives_the_same(make, shares, tmp_path):
+    model, tokens = make(num_hidden_layers=5), random_tokens()
     whole = measure(model, tokens, shares=shares, batch_size=2)
     memory, told = Memory(folder=tmp_path / "kept"), []
 

@@ -44,10 +44,11 @@ def test_every_form_of_a_budget_can_be_read_aloud(sweep, budget, words):
 
 def test_guards_and_a_gap_of_the_solver_are_said(sweep):
     plan = sweep.result("budget-size-of-Q4_K_M").plan
-    guarded = {**plan.parameters, "output_guard": "Q6_K", "least_type": "Q4_0"}
+    guarded = {**plan.parameters, "output_guard": "Q6_K", "least_type": "Q4_0", "expert_guard": "Q3_K"}
     plan = plan.model_copy(update={"parameters": guarded, "solver_gap": 0.012, "types": {"output.weight": "Q8_0"}})
     assert describe_plan(plan).endswith(
-        "bits per weight, with Q8_0; the output at least Q6_K, every tensor at least Q4_0; the best may be 1.2 % lower."
+        "bits per weight, with Q8_0; the output at least Q6_K, experts that saw few tokens at least Q3_K, every tensor at least "
+        "Q4_0; the best may be 1.2 % lower."
     )
 
 

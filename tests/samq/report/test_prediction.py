@@ -136,11 +136,11 @@ def test_a_check_of_a_plan_that_rounds_nothing_is_no_error(sweep):
 def test_of_a_mixture_of_experts_the_report_says_what_the_prediction_leaves_out(sweep):
     dense = "\n".join(prediction_section(sweep))
     assert "experts" not in dense
-    mixture = dataclasses.replace(sweep, routing=Routing(16, {"blk.1": (3, 7)}))
+    mixture = dataclasses.replace(sweep, routing=Routing(16, {"blk.1": {3: 0, 7: 41}}))
     report = "\n".join(prediction_section(mixture))
     assert "its predictions are too low" in report
     assert (
-        "**2 of 16 experts saw no calibration token (blk.1: 3, 7).** Their weights look as if they cost nothing"
+        "**2 of 16 experts saw fewer than 64 calibration tokens (blk.1: 3 saw none, 7 saw 41).** What their weights cost is "
         in report
     )
     assert "saw no" not in "\n".join(prediction_section(dataclasses.replace(sweep, routing=Routing(16))))

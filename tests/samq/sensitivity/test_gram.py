@@ -60,7 +60,7 @@ def test_matrices_are_the_mean_products_of_what_enters(kind, batch_size, matrice
     model, tokens = make(), random_tokens()
     moments = moments_of(model, tokens, architecture, batch_size=batch_size, matrices_bytes=matrices_bytes)
     inputs_by_name = inputs_of(model, tokens, names_of(model, architecture))
-    assert moments.keys() == {(name, None) for name in inputs_by_name}
+    assert {key for key in moments if key[1] is None} == {(name, None) for name in inputs_by_name}
     for name, inputs in inputs_by_name.items():
         of_input = moments[name, None]
         assert of_input.tokens == len(inputs) == tokens.lengths.sum()
@@ -78,9 +78,8 @@ def test_squares_alone_are_the_diagonals(kind):
         np.testing.assert_allclose(of_input.squares, whole[key].squares, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("matrices", [True, False])
-def test_an_expert_has_the_squares_of_the_tokens_that_it_gets(matrices):
-    model, tokens = tiny_mixtral(), random_tokens()
+def expert_inputs(model, tokens):
+    """(block, expert) -> what enters its gate and up matrices, and its down matrix."""
     inputs, products = defaultdict(list), defaultdict(list)
 
     def keep(number, module, arguments):
@@ -100,15 +99,58 @@ def test_an_expert_has_the_squares_of_the_tokens_that_it_gets(matrices):
             model(input_ids=ids)
     for handle in handles:
         handle.remove()
+    return tuple({key: torch.cat(vectors) for key, vectors in of_part.items()} for of_part in (inputs, products))
+
+
+@pytest.mark.parametrize("matrices", [True, False])
+def test_an_expert_has_the_squares_of_the_tokens_that_it_gets(matrices):
+    model, tokens = tiny_mixtral(), random_tokens()
+    inputs, products = expert_inputs(model, tokens)
     before = model.get_experts_implementation()
-    moments = moments_of(model, tokens, matrices=matrices, experts=True, batch_size=4)
+    moments = moments_of(model, tokens, matrices=matrices, batch_size=4)
     assert model.get_experts_implementation() == before
     for part, entering in {"gate": inputs, "up": inputs, "down": products}.items():
-        for (number, expert), vectors in entering.items():
-            of_input, expected = moments[f"blk.{number}.ffn_{part}_exps.weight", expert], torch.cat(vectors)
+        for (number, expert), expected in entering.items():
+            of_input = moments[f"blk.{number}.ffn_{part}_exps.weight", expert]
             assert of_input.tokens == len(expected) > 0
             np.testing.assert_allclose(of_input.squares, expected.square().mean(0), rtol=1e-4, atol=1e-6)
-    assert moments["blk.0.attn_q.weight", None].gram.ndim == 1 + matrices
+    assert {of_input.gram.ndim for of_input in moments.values()} == {1 + matrices}
+
+
+@pytest.mark.parametrize("matrices_bytes", [1, 10_000, 2**30])
+def test_an_expert_has_a_matrix_of_its_own_and_that_of_all(matrices_bytes):
+    model, tokens = tiny_mixtral(), random_tokens()
+    inputs, products = expert_inputs(model, tokens)
+    moments = moments_of(model, tokens, matrices_bytes=matrices_bytes)
+    for part, entering in {"gate": inputs, "up": inputs, "down": products}.items():
+        for (number, expert), vectors in entering.items():
+            of_input = moments[f"blk.{number}.ffn_{part}_exps.weight", expert]
+            together = torch.cat([entering[number, other] for other in range(4)])
+            own, pooled = (x.T @ x / len(x) for x in (vectors, together))
+            assert of_input.share == len(vectors) / len(together)
+            np.testing.assert_allclose(of_input.gram, own, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(of_input.pooled, pooled, rtol=1e-4, atol=1e-6)
+            borrowed = len(own)
+            expected = (own * len(vectors) + pooled * borrowed) / (len(vectors) + borrowed)
+            np.testing.assert_allclose(of_input.estimate, expected, rtol=1e-4, atol=1e-6)
+    gate, up = (moments[f"blk.0.ffn_{part}_exps.weight", 2] for part in ("gate", "up"))
+    assert gate is up, "they share an input"
+
+
+def test_an_expert_without_a_token_has_the_matrix_of_all():
+    model, tokens = tiny_mixtral(), random_tokens()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()  # ties go to the first experts
+    moments = moments_of(model, tokens)
+    of_experts = [moments["blk.1.ffn_down_exps.weight", expert] for expert in range(4)]
+    unseen = [of_input for of_input in of_experts if of_input.tokens == 0]
+    assert len(unseen) == 2
+    for of_input in unseen:
+        assert of_input.share == 0 and not of_input.gram.any() and of_input.pooled.any()
+        torch.testing.assert_close(of_input.estimate, of_input.pooled)
+        key = "blk.1.ffn_down_exps.weight", of_input.expert
+        assert key not in moments_of(model, tokens, matrices=False)
 
 
 def test_a_tensor_of_another_order_of_columns_has_the_matrix_of_that_order():
@@ -168,13 +210,11 @@ def test_between_two_pieces_others_compute_as_always():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_stacked_experts_are_known_to_have_no_matrix():
+def test_what_torch_does_not_show_is_known_before():
     dense, mixture = tiny_llama(), tiny_mixtral()
     assert without_input(dense, weights_of(dense, names_of(dense))) == []
     weights = weights_of(mixture, names_of(mixture))
-    parts = ("gate_inp", "gate_exps", "up_exps", "down_exps")
-    assert without_input(mixture, weights) == [f"blk.{b}.ffn_{part}.weight" for b in range(2) for part in parts]
-    assert without_input(mixture, weights, experts=True) == [f"blk.{b}.ffn_gate_inp.weight" for b in range(2)]
+    assert without_input(mixture, weights) == [f"blk.{b}.ffn_gate_inp.weight" for b in range(2)]
 
 
 def test_the_same_text_gives_the_same_bits():
