@@ -34,8 +34,8 @@ def reset_peak_rss() -> None:
 class Stages:
     """Stage -> its figures.
 
-    `peak_gpu_bytes` is what torch allocated on the GPU with most. `peak_device_bytes` is all memory of the GPUs, as the driver (NVML) sees it, with
-    CUDA's own share and that of child processes, less what was in use at the start.
+    `peak_gpu_bytes` is what torch allocated on the GPU with most. `peak_device_bytes` is all memory of the GPUs, as the driver
+    (NVML) sees it, with CUDA's own share and that of child processes, less what was in use at the start.
     """
 
     def __init__(self, folder: Path, *, cuda: bool) -> None:
