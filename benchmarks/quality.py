@@ -40,9 +40,10 @@ def main() -> None:
     """Measure, print the table and write it as JSON."""
     arguments = parse_arguments()
     bench = open_bench(arguments)
+    compensated_plans = plans_of(bench)
     rows, priced = [], []
-    for mixture in MIXTURES:
-        row, plans = at_mixture(bench, mixture, arguments.seed)
+    for mixture, compensated in compensated_plans.items():
+        row, plans = at_mixture(bench, mixture, compensated, arguments.seed)
         rows.append(row)
         priced += plans
         show(row)
@@ -50,7 +51,7 @@ def main() -> None:
     spearman = rank_correlation(points)
     print(f"rank correlation of predicted and measured KL over {len(points)} plans: {spearman:.4f}")
     others = [seed for seed in range(arguments.seeds + 1) if seed != arguments.seed][: arguments.seeds]
-    seeds = [other_seed(arguments, bench, seed) for seed in others]
+    seeds = [other_seed(arguments, compensated_plans, seed) for seed in others]
     spread = seed_spread({row["mixture"]: row["kld_samq"] for row in rows}, seeds)
     first = identities(bench) if arguments.repeats else {}
     repeats = [identities(again(arguments, number)) for number in range(1, arguments.repeats + 1)]
@@ -78,13 +79,21 @@ def parse_arguments() -> argparse.Namespace:
     return options.parse_args()
 
 
-def at_mixture(bench: Bench, mixture: str, seed: int) -> tuple[dict, list[tuple[Plan, PriceTable]]]:
+def plans_of(bench: Bench) -> dict[str, Plan]:
+    """Mixture -> the compensated plan with no more bytes. The GGUFs of all of them are built in one pass."""
+    sizes = {mixture: stock_plan(bench.target, mixture).tensor_bytes for mixture in MIXTURES}
+    plans = {mixture: bench.at_bytes(size, bench.compensated, f"size-of:{mixture}") for mixture, size in sizes.items()}
+    bench.build_together(list(plans.values()))
+    return plans
+
+
+def at_mixture(bench: Bench, mixture: str, compensated: Plan, seed: int) -> tuple[dict, list[tuple[Plan, PriceTable]]]:
     """The row of a mixture's size, and its plans with the prices that predict them."""
     stock = stock_plan(bench.target, mixture)
     size, name = stock.tensor_bytes, f"size-of:{mixture}"
     plans = {
         "stock": (stock, bench.nearest),
-        "samq": (bench.at_bytes(size, bench.compensated, name), bench.compensated),
+        "samq": (compensated, bench.compensated),
         "samq_nearest": (bench.at_bytes(size, bench.nearest, name), bench.nearest),
     }
     if threshold := best_threshold_plan(bench, size):
@@ -133,9 +142,9 @@ def further_plans(bench: Bench, bits: Sequence[float]) -> list[tuple[Plan, Price
     weights = sum(tensor.weights for tensor in bench.target.tensors.values())
     uniform = [(uniform_plan(bench.target, name), bench.nearest) for name in bench.types]
     sizes = {f"{number}bpw": int(number * weights / 8) for number in bits}
-    return uniform + [
-        (bench.at_bytes(size, bench.compensated, name), bench.compensated) for name, size in sizes.items()
-    ]
+    budgets = [bench.at_bytes(size, bench.compensated, name) for name, size in sizes.items()]
+    bench.build_together(budgets)
+    return uniform + [(plan, bench.compensated) for plan in budgets]
 
 
 def prediction_points(bench: Bench, priced: Sequence[tuple[Plan, PriceTable]]) -> list[dict]:
@@ -157,13 +166,11 @@ def rank_correlation(points: Sequence[dict]) -> float:
     return float(predicted.rank().corr(measured.rank()))
 
 
-def other_seed(arguments: argparse.Namespace, bench: Bench, seed: int) -> dict[str, object]:
+def other_seed(arguments: argparse.Namespace, first_plans: dict[str, Plan], seed: int) -> dict[str, object]:
     """Another seed's plans by mixture: mean KLD, and the share of tensors of another type than in the first seed's plan."""
     other, row = open_bench(arguments, seed=seed), {"seed": seed}
-    for mixture in MIXTURES:
-        size = stock_plan(bench.target, mixture).tensor_bytes
-        plan, first = (one.at_bytes(size, one.compensated, f"size-of:{mixture}") for one in (other, bench))
-        changed = sum(first.types[name] != kind for name, kind in plan.types.items()) / len(plan.types)
+    for mixture, plan in plans_of(other).items():
+        changed = sum(first_plans[mixture].types[name] != kind for name, kind in plan.types.items()) / len(plan.types)
         kld = float(other.measure(plan)["kld"].mean())
         row[mixture] = {"kld": kld, "changed_tensors": changed}
         print(f"seed {seed} {mixture}: mean KLD {kld:.6f}, {changed:.0%} of the tensors have another type", flush=True)
@@ -182,12 +189,7 @@ def seed_spread(first: dict[str, float], others: Sequence[dict]) -> dict[str, fl
 
 def identities(bench: Bench) -> dict[str, list[str]]:
     """Mixture -> the digest of the plan at its bytes, and the SHA-256 of that plan's GGUF."""
-    by_mixture = {}
-    for mixture in MIXTURES:
-        size = stock_plan(bench.target, mixture).tensor_bytes
-        plan = bench.at_bytes(size, bench.compensated, f"size-of:{mixture}")
-        by_mixture[mixture] = [plan.digest(), bench.sha256(plan)]
-    return by_mixture
+    return {mixture: [plan.digest(), bench.sha256(plan)] for mixture, plan in plans_of(bench).items()}
 
 
 def judge(rows: Sequence[dict], spearman: float, plans: int) -> dict[str, bool]:

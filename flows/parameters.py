@@ -161,6 +161,12 @@ class CandidateParameters(Parameters):
         description="type of tensors that are not measured, such as layers for multi-token prediction, which transformers does "
         "not load; a tensor that is smaller already keeps its type",
     )
+    keep: Finalists = Field(
+        default="all",
+        description="whose files stay when the sweep is over: all; front: the Pareto front of bytes and KL, with the best and "
+        "the stock mixture of its size; best: those two. Full precision and files that an alias points at always stay. A "
+        "file that was dropped is made again when a later run needs it",
+    )
 
     @field_validator("stock")
     @classmethod

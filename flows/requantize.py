@@ -30,6 +30,7 @@ from samq.tracking.tracked import FLOW_RUN, TrackedSweep, TrackingSettings
 from samq.workspace import Workspace
 from tasks.benchmark import compare_with_references, find_benchmarks
 from tasks.compare import compare
+from tasks.drop import drop_files
 from tasks.evaluate import evaluate
 from tasks.plan import FULL, plan_stock
 from tasks.price import choose_types
@@ -111,7 +112,9 @@ def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     tracking = tracking_settings(parameters, sweep.made_from.source.name)
     sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
     markdown = report(sweep, parameters.cost)
-    return FinishedSweep(sweep, markdown, track(tracking, sweep, markdown))
+    tracked = track(tracking, sweep, markdown)
+    drop_files(at, sweep, parameters.candidates.keep, tracking.tracking_uri)
+    return FinishedSweep(sweep, markdown, tracked)
 
 
 def tracking_settings(parameters: RequantizeParameters, model: str) -> TrackingSettings:

@@ -201,6 +201,19 @@ class Store:
                 shutil.rmtree(folder)
         return freed
 
+    def forget(self, files: Collection[Path]) -> int:
+        """Remove the artifacts that have one of the files, or another name of it; return the files' bytes.
+
+        What is needed again is made again.
+        """
+        statuses = [path.stat() for path in files]
+        gone = {status.st_ino: status.st_size for status in statuses}
+        for artifact in list(self.artifacts()):
+            paths = [artifact.folder / name for name in artifact.files]
+            if any(path.exists() and path.stat().st_ino in gone for path in paths):
+                shutil.rmtree(artifact.folder)
+        return sum(gone.values())
+
     def _remove_leftovers(self) -> None:
         for lock_path in self._temporary.glob("*.lock"):
             try:

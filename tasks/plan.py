@@ -46,7 +46,7 @@ def plan_threshold(
     threshold_plan(target.open(at.toolchain), sensitivity, threshold, policy, unmeasured).save(folder / PLAN_NAME)
 
 
-@stage("plan", version=4, run_name="plan budget {budget}", keyed_by=("toolchain",), packages=("llama-cpp-python",))
+@stage("plan", version=5, run_name="plan budget {budget}", keyed_by=("toolchain",), packages=("llama-cpp-python",))
 def plan_budget(
     at: Workspace, folder: Path, target: Target, prices: Artifact, budget: str, policy: BudgetPolicy
 ) -> None:

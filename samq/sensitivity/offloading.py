@@ -4,6 +4,7 @@ A parameter on disk is on torch's meta device, and `keep_on_disk` notes in it wh
 brought to the device for as long as it runs, and those of the next one meanwhile, by another thread.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from torch import nn
 
 from samq.sensitivity.transfer import Transfer, now
+
+logger = logging.getLogger(__name__)
 
 READERS = 4  # threads that read a block's weights
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
@@ -134,6 +137,8 @@ class Residence:
         placed = (self._coming.pop(number, None) or self._fetch(number))()
         if then is not None and 0 <= then < len(self._parts) and then not in self._coming:
             self._coming[then] = self._fetch(then)
+        if number < len(self._parts) - 1:
+            logger.debug("block %d runs, then block %s", number, then)
         try:
             yield placed
         finally:

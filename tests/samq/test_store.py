@@ -167,6 +167,18 @@ def test_prune_leaves_what_others_refer_to(store):
     assert store.find("stage", other.key) is None
 
 
+def test_a_forgotten_file_takes_the_artifacts_with_its_other_names_along(store):
+    kept, lost = publish(store), publish(store, "other")
+    with store.publish("together", "k") as folder:
+        for artifact in (kept, lost):
+            os.link(artifact.path(next(iter(artifact.files))), folder / artifact.key)
+    file = lost.path(next(iter(lost.files)))
+    assert store.forget([file]) == 5
+    assert store.find("stage", lost.key) is None and store.find("together", "k") is None
+    assert store.find("stage", kept.key) == kept and kept.path(next(iter(kept.files))).read_bytes()
+    assert store.forget([]) == 0
+
+
 def test_of_failed_work_the_logs_stay_until_they_are_old(store):
     with pytest.raises(ZeroDivisionError), store.publish("stage", "k") as folder:
         (folder / "half.gguf").write_text("half")

@@ -1,0 +1,23 @@
+"""Step: drop the files of candidates that lost."""
+
+import logging
+
+from samq.store import Store
+from samq.sweep.selection import Finalists
+from samq.sweep.sweep import Sweep
+from samq.tracking.registry import aliased_files, connect
+from samq.workspace import Workspace
+from tasks.stage import step
+
+log = logging.getLogger("samq.drop")
+
+
+@step("drop files")
+def drop_files(at: Workspace, sweep: Sweep, keep: Finalists, tracking_uri: str) -> None:
+    """Remove from the store the GGUFs of all candidates but those to keep, and what MLflow's aliases point at."""
+    if keep == "all":
+        return
+    kept, spared = sweep.finalists(keep), {path.resolve() for path in aliased_files(connect(tracking_uri))}
+    dropped = [result for result in sweep.results if result.name not in kept and result.gguf.resolve() not in spared]
+    freed = Store(at.store).forget([result.gguf for result in dropped])
+    log.info("dropped the files of %s: %.1f MB", ", ".join(result.name for result in dropped) or "nobody", freed / 1e6)
