@@ -68,8 +68,8 @@ def commands_page() -> str:
         "",
         f"{root.help}",
         "",
-        "Exit codes: 0 on success, 1 if `samq doctor` finds something missing or a service of `samq ui` or `samq up` ends, "
-        "2 for an error that you can fix, 3 if `samq promote` refuses a version.",
+        "Exit codes: 0 on success, 1 if `samq doctor` finds something missing or too little, or if a service of `samq ui` or "
+        "`samq up` ends, 2 for an error that you can fix, 3 if `samq promote` refuses a version.",
     ]
     for path, command in _leaves("samq", root):
         context = command.context_class(command, info_name=path)

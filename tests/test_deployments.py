@@ -1,10 +1,12 @@
 """Prefect drops unknown keys of prefect.yaml without a word, so they are refused here."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from prefect.cli.deploy._models import (
     ConcurrencyLimitSpec,
     DeploymentConfig,
@@ -14,13 +16,22 @@ from prefect.cli.deploy._models import (
 )
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
+from transformers import LlamaConfig
 
 from flows.parameters import CandidateParameters, RequantizeParameters, load_parameters, read_parameters
+from flows.requirements import estimate
 from samq.errors import SamqError
+from samq.requirements.memory import TorchRun, compensation
+from samq.requirements.outline import read_outline
 
 ROOT = Path(__file__).parent.parent
 PREFECT_YAML = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 DEPLOYMENTS = PREFECT_YAML["deployments"]
+LARGE = ["llama-70b-24gb", "llama-70b-80gb"]
+LLAMA_70B = dict(
+    hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, num_hidden_layers=80,
+    vocab_size=128256,
+)  # fmt: skip
 PARAMETER_FILES = sorted((ROOT / "deployments" / "parameters").glob("*.yaml"))
 
 
@@ -85,10 +96,37 @@ def test_nightly_runs_once_a_night_in_a_time_zone_and_one_at_a_time():
     assert nightly["work_pool"]["name"] == "samq"
 
 
-def test_a_deployment_asks_for_the_disk_that_its_parameters_reckon():
-    asked = {deployment["name"]: re.findall(r"\d+ GB of disk", deployment["description"]) for deployment in DEPLOYMENTS}
-    reckoned = {path.stem: re.findall(r"\d+ GB of disk", path.read_text()) for path in PARAMETER_FILES}
-    assert asked["llama-70b-80gb"] == reckoned["llama-70b-80gb"] != []
+@pytest.mark.parametrize("name", LARGE)
+def test_a_deployment_asks_for_the_disk_that_its_parameters_reckon(name):
+    (asked,) = [deployment["description"] for deployment in DEPLOYMENTS if deployment["name"] == name]
+    reckoned = (ROOT / "deployments" / "parameters" / f"{name}.yaml").read_text()
+    assert re.findall(r"\d+ GB of disk", asked) == re.findall(r"\d+ GB of disk", reckoned) != []
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_parameter_file_reckons_with_what_doctor_says(name, tmp_path, monkeypatch, samq_home):
+    path = ROOT / "deployments" / "parameters" / f"{name}.yaml"
+    parameters = load_parameters(path)
+    organisation, model = parameters.model.source.split("/")
+    cache = tmp_path / "hub" / f"models--{organisation}--{model}"
+    LlamaConfig(**LLAMA_70B, architectures=["LlamaForCausalLM"]).save_pretrained(cache / "snapshots" / "0")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    on_cpu = parameters.model.model_copy(update={"memory_limit": "20GiB", "device": "cpu"})
+    needed = estimate(parameters.model_copy(update={"model": on_cpu}))
+    stages, text = {stage.name: stage.taken for stage in needed.stages}, path.read_text()
+    (disk,) = [resource for resource in needed.resources if resource.name == "disk"]
+    hub = stages["convert"].kept  # as large as the files that are still to come
+    assert re.findall(r"(\d+) GB of disk", text) == [str(math.ceil((disk.needed - hub) / 1e9))]
+    candidates = stages["quantize"].kept + stages["compensate"].kept
+    assert re.findall(r"(\d+) for the \d+ candidates", text) == [str(round(candidates / 1e9))]
+    assert f"{round(hub / 1e9)} for the BF16 GGUF" in text
+    outline = read_outline(parameters.model.source, "main", "BF16", tmp_path)
+    calibration = parameters.calibration
+    run = TorchRun(outline, 2, True, 20 * 2**30, calibration.batch_size, calibration.sequence_tokens)
+    gpu = compensation(run, calibration.gram_tokens).gpu
+    assert f"{gpu / 2**30:.1f} GiB of" in text
 
 
 @pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda path: path.stem)

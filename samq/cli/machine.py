@@ -4,19 +4,34 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from samq.cli.options import MlflowPort, PrefectPort
+from samq.cli.requirements import show_requirements
 from samq.cli.start import PROJECT, loading_packages, prepare_prefect
 from samq.home import store_folder
 from samq.progress import bar, console
 
 
-def doctor() -> None:
-    """Check this machine, and say how to get what is missing."""
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Parameter file of `samq requantize`: say what its run needs of this machine, and how long it may take."
+        ),
+    ] = None,
+) -> None:
+    """Check this machine, and say how to get what is missing.
+
+    With --config, compare the GPU memory, RAM and disk that a run needs with what is free, before anything starts.
+    """
+    if config is not None:
+        show_requirements(config)
+        return
     from samq.doctor import diagnose
 
     with bar("check this machine"):  # a program's first start may take a minute

@@ -115,6 +115,11 @@ def is_file(name: str) -> bool:
     )
 
 
+def is_on_hub(name: str) -> bool:
+    """Whether a data set's name is neither a packaged data set's nor a file's."""
+    return name not in _PACKAGED and not is_file(name)
+
+
 def _rows(spec: DatasetSpec) -> tuple[Sequence[Row], tuple[str, ...]]:
     """All rows of the data set, and the fields that form a text."""
     if spec.name in _PACKAGED:

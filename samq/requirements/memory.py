@@ -1,0 +1,170 @@
+"""Memory and disk that each stage takes, by formulas that follow the code of the stages.
+
+They were compared with what runs took: gradients of 8B in memory (30.2 GiB by the formula, 29.9 measured), of a 70B shape with
+its blocks on disk (10.3 and 10.1), and its layers' inputs (21.5 and 20.7), by benchmarks/large_model.py on an H200; on a
+processor, beside Python itself, of 2B from disk (1.9 and 2.0) and of 135M in memory (1.3 and 1.4). They are for transformers of
+linear layers; what a model keeps beside those (states of Mamba, windows of attention) they do not know.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+from samq.requirements.outline import Outline
+from samq.sensitivity.gram import MATRICES_BYTES
+from samq.sensitivity.placement import WORKING_SHARE
+
+FLOAT, DOUBLE = 4, 8
+# Weights that compensation rounds at a time, on a GPU and on a processor (samq.quantization.compensation)
+ROUNDED_AT_ONCE = {True: 2**27, False: 2**24}
+PRICED_AT_ONCE = 2**22  # weights that a thread prices at a time (samq.allocation.prices)
+STATES_SHARE = 3  # hidden states are on the GPU if so many times their bytes are free (samq.sensitivity.memory)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Bytes that a stage takes."""
+
+    gpu: int = 0
+    ram: int = 0
+    scratch: int = 0  # of the disk, until the stage has ended
+    kept: int = 0  # of the disk, afterwards
+
+    def beside(self, other: Self) -> "Taken":
+        """Of both at once."""
+        return Taken(self.gpu + other.gpu, self.ram + other.ram, self.scratch + other.scratch, self.kept + other.kept)
+
+
+@dataclass(frozen=True)
+class TorchRun:
+    """How torch runs the model over sequences."""
+
+    outline: Outline
+    itemsize: int  # bytes of a weight and of an activation
+    on_gpu: bool
+    room: int  # bytes of the device that the model may take: what is free, or the limit
+    batch_size: int
+    sequence_tokens: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights in torch's type."""
+        return self.outline.weights * self.itemsize
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights are on the device: as `samq.sensitivity.placement` decides. Else blocks wait elsewhere."""
+        waits_nowhere = self.outline.is_gguf and not self.on_gpu
+        return waits_nowhere or self.weights * WORKING_SHARE <= self.room
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights on the device: all; or what is around the blocks, the block that runs and the one that comes.
+
+        On a processor the pages of the file that are being read count as well.
+        """
+        if self.is_whole:
+            return self.weights
+        block = sum(tensor.weights for tensor in self.outline.largest_block)
+        at_once = 2 if self.on_gpu else 3
+        return (self.outline.weights - self.outline.weights_in_blocks + at_once * block) * self.itemsize
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch, with its padding."""
+        return self.batch_size * self.sequence_tokens
+
+    @cached_property
+    def activations(self) -> int:
+        """Bytes of what enters and leaves the layers of a block, a token."""
+        matrices = [tensor for tensor in self.outline.largest_block if len(tensor.shape) > 1]
+        values = 0.0
+        for tensor in matrices:
+            *stacked, rows, row_length = tensor.shape
+            values += (stacked[0] if stacked else 1) * self.outline.share(tensor) * (rows + row_length)
+        return int(values * self.itemsize)
+
+    @cached_property
+    def gram_bytes(self) -> list[int]:
+        """Bytes of the Gram matrices of a block's matrices; those with one input share one, and are counted once each."""
+        matrices = [tensor for tensor in self.outline.largest_block if len(tensor.shape) == 2]
+        return [FLOAT * tensor.row_length**2 for tensor in matrices]
+
+    def states(self, positions: int) -> int:
+        """Bytes of the hidden states of so many tokens before a block."""
+        return positions * self.outline.width * self.itemsize
+
+    def on_device(self, size: int, *, ram: int = 0) -> Taken:
+        """Taken on the device that computes, and so much on the host."""
+        waiting = self.weights if self.outline.is_gguf and self.on_gpu else 0  # transformers reads a GGUF into RAM
+        return Taken(gpu=size, ram=ram + waiting) if self.on_gpu else Taken(ram=size + ram)
+
+
+def gradients(run: TorchRun, sequences: int) -> Taken:
+    """Backward passes over all sequences (`samq.sensitivity.backpropagation`).
+
+    Autograd keeps what enters and leaves the layers, and backward has as much again in gradients. By blocks that is of one
+    block, and the slopes of all sequences are on the device; the states before each block lie on disk, or on the GPU if the
+    model and they fit. Whole, on a processor, it is of all blocks, with logits, their gradient and two copies of both.
+    """
+    logits, depth = FLOAT * run.outline.vocabulary, len(run.outline.blocks)
+    positions = sequences * run.sequence_tokens
+    activations = 2 * run.activations * run.batch_tokens
+    if run.is_whole and not run.on_gpu:
+        return run.on_device(run.weights + depth * activations + 4 * logits * run.batch_tokens)
+    slopes, states = run.states(positions), (depth + 1) * run.states(positions)
+    working = run.resident + slopes + max(activations, 4 * logits * run.sequence_tokens)
+    if run.is_whole and STATES_SHARE * states <= run.room - run.weights:
+        return run.on_device(working + states)
+    # On the host: states before this block and the next, and those that a thread is writing. On disk: two sets of slopes.
+    return run.on_device(working, ram=3 * slopes).beside(Taken(scratch=states + 2 * slopes))
+
+
+def check(run: TorchRun, sequences: int) -> Taken:
+    """Gradients that a plan's rounding errors are multiplied with, a weight's at a time (`samq.allocation.prediction_check`)."""
+    errors = FLOAT * max(tensor.weights for tensor in run.outline.tensors.values())
+    return gradients(run, sequences).beside(Taken(gpu=errors) if run.on_gpu else Taken(ram=errors))
+
+
+def layer_inputs(run: TorchRun, tokens: int, *, matrices: bool) -> Taken:
+    """Moments of the layers' inputs (`samq.sensitivity.gram`), and with `matrices` what compensation leaves of an error.
+
+    A matrix is factored in float64, from a copy in float32 (`samq.quantization.gptq`).
+    """
+    factor = (FLOAT + DOUBLE) // FLOAT * max(run.gram_bytes) if matrices else 0
+    return _inputs(run, tokens, factor, matrices=matrices)
+
+
+def compensation(run: TorchRun, tokens: int) -> Taken:
+    """Compensated rounding of all plans (`samq.quantization.compensation`).
+
+    Beside the Gram matrices there is a factor while it is made, or afterwards the factor and the weights that are rounded at a
+    time. Each of these has weight, scale and offset in float32, twice, since columns are put in order, and two codes; on the
+    host weight, scale, offset and error, and blocks.
+    """
+    largest = max(run.gram_bytes)
+    at_once = min(ROUNDED_AT_ONCE[run.on_gpu], len(run.gram_bytes) * max(t.weights for t in run.outline.largest_block))
+    rounding = largest + (2 * 3 * FLOAT + 2) * at_once
+    taken = _inputs(run, tokens, max((FLOAT + DOUBLE) // FLOAT * largest, rounding), matrices=True)
+    return taken.beside(Taken(ram=(4 * FLOAT + 4) * at_once))
+
+
+def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken:
+    sums = min(sum(run.gram_bytes), max(MATRICES_BYTES, *run.gram_bytes)) if matrices else 0
+    logits = 2 * FLOAT * run.outline.vocabulary * run.sequence_tokens
+    states = run.states(tokens)
+    device = run.resident + sums + factor + max(run.activations * run.batch_tokens, logits)
+    if run.on_gpu and run.is_whole and STATES_SHARE * 3 * states <= run.room - run.weights:
+        return run.on_device(device + 3 * states)
+    return run.on_device(device, ram=3 * states).beside(Taken(scratch=3 * states))
+
+
+def pricing() -> Taken:
+    """Prices: each thread has some weights, rounded, their error, and the blocks."""
+    return Taken(ram=len(os.sched_getaffinity(0)) * 4 * FLOAT * PRICED_AT_ONCE)
+
+
+def llama_quantize(outline: Outline) -> Taken:
+    """llama-quantize has the largest tensor in float32, and room of that size for what it becomes (src/llama-quant.cpp)."""
+    return Taken(ram=2 * FLOAT * max(tensor.weights for tensor in outline.tensors.values()))

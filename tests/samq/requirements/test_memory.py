@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+
+from samq.allocation import prices
+from samq.data.tokens import TokenBatch
+from samq.quantization import compensation
+from samq.quantization.inputs import measure_inputs
+from samq.requirements import memory
+from samq.requirements.memory import Taken, TorchRun, gradients, layer_inputs
+from samq.requirements.outline import read_outline
+from samq.sensitivity import memory as placing
+from samq.sensitivity.checkpoint import describe_source
+from samq.sensitivity.hf_model import load_model
+from samq.sensitivity.hidden_states import HiddenStates
+from samq.sensitivity.layout import GgufLayout, weights_of
+from samq.sensitivity.loss import Labelling
+from samq.sensitivity.measure import Origin, measure_sensitivity
+from samq.sensitivity.memory import Memory
+from samq.sensitivity.offloading import has_offloaded
+from tests.samq.requirements.conftest import LLAMA_8B, LLAMA_70B
+from tests.tiny_models import VOCABULARY, names_of, save_folder, tiny_llama
+
+GIB = 2**30
+SEQUENCES, TOKENS = 12, 48
+
+
+def run_of(outline, **settings):
+    return TorchRun(
+        outline, **dict(itemsize=4, on_gpu=False, room=GIB, batch_size=2, sequence_tokens=TOKENS) | settings
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_folder(tiny_llama(num_hidden_layers=4), tmp_path / "model")
+
+
+def on_disk(folder):
+    model, _ = load_model(describe_source(folder), device="cpu", memory_limit=1)
+    random = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, TOKENS), dtype=np.int32)
+    return model, TokenBatch(random, np.full(SEQUENCES, TOKENS, dtype=np.int32))
+
+
+def bytes_in(folder):
+    """Of the tensors in a folder's safetensors, without their headers."""
+    return sum(path.stat().st_size - 8 - header_of(path) for path in folder.glob("*.safetensors"))
+
+
+def header_of(path):
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def test_states_on_disk_are_what_a_backward_pass_writes(folder, tmp_path):
+    model, tokens = on_disk(folder)
+    largest = 0
+
+    def look(*_):
+        nonlocal largest
+        largest = max(largest, bytes_in(tmp_path / "scratch"))
+
+    measure_sensitivity(
+        model,
+        tokens,
+        GgufLayout(weights_of(model, names_of(model))),
+        Origin("", ""),
+        labelling=Labelling("model"),
+        batch_size=2,
+        memory=Memory(None, tmp_path / "scratch"),
+        progress=look,
+    )
+    taken = gradients(run_of(read_outline(str(folder), None, "F16", tmp_path), room=1), SEQUENCES)
+    states = SEQUENCES * TOKENS * 32 * 4
+    assert taken.scratch == (4 + 1 + 2) * states
+    assert 0.7 * taken.scratch < largest < 1.1 * taken.scratch  # beside the states there are sums of each weight
+
+
+def test_states_on_disk_are_what_a_pass_over_inputs_writes(folder, tmp_path, monkeypatch):
+    model, tokens = on_disk(folder)
+    largest, drop = 0, HiddenStates.drop
+
+    def look(states, block):
+        nonlocal largest
+        scratch = tmp_path / "scratch"
+        largest = max(largest, sum(path.stat().st_size for path in scratch.glob("inputs-*.safetensors")))
+        drop(states, block)
+
+    monkeypatch.setattr(HiddenStates, "drop", look)
+    weights = weights_of(model, names_of(model))
+    measure_inputs(model, tokens, weights, shares=True, memory=Memory(None, tmp_path / "scratch"))
+    taken = layer_inputs(run_of(read_outline(str(folder), None, "F16", tmp_path)), SEQUENCES * TOKENS, matrices=True)
+    assert taken.scratch == 3 * SEQUENCES * TOKENS * 32 * 4
+    assert 0.5 * taken.scratch < largest < 1.1 * taken.scratch
+
+
+@pytest.mark.parametrize("share, whole", [(1.0, False), (1.24, False), (1.26, True)])
+def test_a_model_is_whole_where_it_is_loaded_whole(folder, tmp_path, share, whole):
+    outline = read_outline(str(folder), None, "F16", tmp_path)
+    room = int(share * 4 * outline.weights)
+    model, _ = load_model(describe_source(folder), device="cpu", memory_limit=room)
+    run = run_of(outline, room=room)
+    assert run.is_whole is not has_offloaded(model)
+    assert run.is_whole is whole
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    around = outline.weights - sum(blocks)
+    assert run.resident == 4 * (outline.weights if whole else around + 3 * max(blocks))
+    on_gpu = run_of(outline, room=room, on_gpu=True)
+    assert on_gpu.resident == 4 * (outline.weights if whole else around + 2 * max(blocks))
+
+
+def test_what_h200s_took_is_what_the_formulas_say(outline_of):
+    """docs/benchmarks.md: 96 sequences of 512 tokens in bfloat16; inputs of 16 sequences."""
+    on_card = dict(itemsize=2, on_gpu=True, sequence_tokens=512)
+    of_8b = gradients(run_of(outline_of("8b", **LLAMA_8B), **on_card, room=140 * GIB, batch_size=16), 96)
+    assert of_8b.gpu / GIB == pytest.approx(29.9, rel=0.05)
+    assert (of_8b.scratch, of_8b.ram) == (0, 0)
+    some = outline_of("70b", **LLAMA_70B | {"num_hidden_layers": 16})
+    of_70b = gradients(run_of(some, **on_card, room=20 * GIB, batch_size=8), 96)
+    assert of_70b.gpu / GIB == pytest.approx(10.1, rel=0.05)
+    assert of_70b.scratch == (16 + 3) * 96 * 512 * 8192 * 2
+    run = run_of(some, **on_card, room=20 * GIB, batch_size=4)
+    for taken in (layer_inputs(run, 16 * 512, matrices=True), memory.compensation(run, 16 * 512)):
+        assert taken.gpu / GIB == pytest.approx(20.7, rel=0.05)
+    diagonals = layer_inputs(run, 16 * 512, matrices=False)
+    assert diagonals.gpu < run.resident + GIB
+
+
+def test_a_processor_takes_in_ram_what_a_gpu_takes_of_its_own(folder, tmp_path):
+    outline = read_outline(str(folder), None, "F16", tmp_path)
+    on_gpu, on_processor = (
+        layer_inputs(run_of(outline, room=room, on_gpu=gpu), 100, matrices=True)
+        for gpu, room in ((True, 1), (False, GIB))
+    )
+    assert on_gpu.gpu > 0 == on_processor.gpu
+    assert on_processor.ram > on_processor.scratch
+
+
+def test_more_sequences_and_larger_batches_take_more(folder, tmp_path):
+    outline = read_outline(str(folder), None, "F16", tmp_path)
+    few, many = (gradients(run_of(outline, room=1, on_gpu=True), count) for count in (10, 20))
+    assert many.scratch == 2 * few.scratch
+    assert many.gpu - few.gpu == 10 * TOKENS * 32 * 4  # the slopes
+    whole = [gradients(run_of(outline, batch_size=size), 10).ram for size in (1, 2)]
+    assert whole[1] - whole[0] == whole[0] - 4 * outline.weights
+
+
+def test_a_gguf_waits_in_ram_beside_a_gpu(tiny_gguf, tmp_path):
+    run = run_of(read_outline(str(tiny_gguf), None, "F16", tmp_path), on_gpu=True, room=1)
+    assert not run.is_whole
+    assert run.on_device(5, ram=7) == Taken(gpu=5, ram=7 + run.weights)
+    assert run_of(run.outline, room=1).is_whole  # on a processor it waits nowhere else
+
+
+def test_llama_quantize_has_the_largest_tensor_twice_in_float32(tiny_gguf, tmp_path):
+    outline = read_outline(str(tiny_gguf), None, "F16", tmp_path)
+    assert memory.llama_quantize(outline) == Taken(ram=2 * 4 * 256 * 512)
+
+
+def test_limits_are_those_of_the_stages():
+    assert memory.ROUNDED_AT_ONCE == {
+        True: compensation._GPU_WEIGHTS_AT_A_TIME,
+        False: compensation._WEIGHTS_AT_A_TIME,
+    }
+    assert memory.PRICED_AT_ONCE == prices._SLAB_WEIGHTS
+    assert memory.STATES_SHARE == placing._SHARE
+
+
+def test_both_at_once():
+    assert Taken(1, 2, 3, 4).beside(Taken(10, 20, 30, 40)) == Taken(11, 22, 33, 44)
