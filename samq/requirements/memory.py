@@ -151,10 +151,11 @@ def compensation(run: TorchRun, tokens: int) -> Taken:
 
 
 def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken:
-    sums = min(sum(run.gram_bytes), max(MATRICES_BYTES, *run.gram_bytes)) if matrices else 0
+    # as much again while they are added up: those of a run of batches, and those of all before
+    sums = min(sum(run.gram_bytes), max(MATRICES_BYTES // 2, *run.gram_bytes)) if matrices else 0
     logits = 2 * FLOAT * run.outline.vocabulary * run.sequence_tokens
     states = run.states(tokens)
-    device = run.resident + sums + factor + max(run.activations * run.batch_tokens, logits)
+    device = run.resident + sums + max(sums, factor) + max(run.activations * run.batch_tokens, logits)
     if run.on_gpu and run.is_whole and STATES_SHARE * 3 * states <= run.room - run.weights:
         return run.on_device(device + 3 * states)
     return run.on_device(device, ram=3 * states).beside(Taken(scratch=3 * states))
