@@ -49,7 +49,7 @@ from tasks.price import choose_types, price, price_compensated
 from tasks.target import Target
 from tasks.text import FirstSequences
 
-SHAPE = (256, 704, 4, 2, 8, 512)  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
+SHAPE = (256, 512, 4, 2, 8, 512)  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
 BLOCKS = SHAPE[4]
 TYPES = ["Q4_K", "Q6_K", "Q8_0"]
 BUDGETS = ["5bpw", "6bpw"]
@@ -90,7 +90,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict, dict[str
     assert seconds is not None, "nobody kills it"
     expected, computed, start_s = undisturbed.files(), undisturbed.computed(), undisturbed.first_block_s()
     print(f"undisturbed: {seconds:.1f} s, {len(expected)} files, {computed.total()} times a block", flush=True)
-    once = [killed_once(folder, model, moments.uniform(0, seconds), expected) for _ in range(arguments.kills)]
+    once: list[dict] = []
+    while sum(run["killed"] for run in once) < arguments.kills:  # a run may end before it is killed
+        once.append(killed_once(folder, model, moments.uniform(0, seconds), expected))
     short = seconds / max(arguments.kills, 1) / 2
     delays_s = [start_s + moments.uniform(0, 2 * short) for _ in range(arguments.kills)]
     often = killed_often(folder, model, delays_s, expected)

@@ -8,10 +8,13 @@ peak memory of the device and of the process, seconds, and the rates of arithmet
 of both, which are measured in the same run. --blocks takes fewer blocks than the shape has; the time of all is then a product.
 With --device auto, all GPUs share the sequences (or --devices of them). The pass then runs on one of them as well: `several` has
 the speed-up, and whether the bits are the same.
-With --budgets the rest follows: full-precision GGUF, inputs of layers, prices, and a compensated GGUF for each budget.
+With --budgets all stages run: full-precision GGUF, agreement of torch and llama.cpp, gradients, inputs of layers, prices, plans,
+a compensated GGUF for each budget, the baseline's logits, and each GGUF's KL divergence (in llama.cpp, on a GPU if it was built
+for one; with --memory-limit no more of the GPU is free). Needs none of prefect, mlflow, datasets and lm-eval.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -22,6 +25,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
@@ -129,7 +134,12 @@ def ceilings(device: str, dtype: str, files: list[Path], cold: bool) -> dict:
 
 
 def by_part(steps: list[float], blocks: int) -> dict[str, float]:
-    """Seconds of the parts of a pass, from the times at its start, after each block there and back, and at its end."""
+    """Seconds of the parts of a pass, from the times at its start, after each block there and back, and at its end.
+
+    Empty for a model that went through whole.
+    """
+    if len(steps) < 2 * blocks + 2:
+        return {}
     each = [after - before for before, after in pairwise(steps)]
     return {
         "forward_s": steps[blocks],
@@ -138,6 +148,15 @@ def by_part(steps: list[float], blocks: int) -> dict[str, float]:
         "forward_block_s": statistics.median(each[:blocks]),
         "backward_block_s": statistics.median(each[blocks + 1 : 2 * blocks]),
     }
+
+
+def installed(*packages: str) -> dict[str, str | None]:
+    """Package -> its version; None if it is here without its metadata."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def peak_gpu_bytes(figure: str) -> int | None:
@@ -165,14 +184,10 @@ def digest(measured: tuple) -> str:
     return content.hexdigest()
 
 
-def peak_rss() -> int:
-    """Peak resident memory of this process, with mapped pages of files."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> dict:
-    """Load the model and measure its sensitivities; what that took."""
+def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> tuple[dict, dict[str, Path]]:
+    """Load the model, measure its sensitivities, and write GGUFs for the budgets; what that took, and the files."""
     import numpy as np
+    from large_stages import peak_rss
 
     from samq.data.tokens import TokenBatch
     from samq.gguf.file import gguf_names
@@ -187,11 +202,12 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
 
     if arguments.whole:
         Blocks.of = lambda _: None  # type: ignore[method-assign,assignment]
-    cuda = compute_device(arguments.device).startswith("cuda")
+    cuda, limit = compute_device(arguments.device).startswith("cuda"), arguments.limit
+    devices = compute_devices(arguments.device)[: arguments.devices]
     before = peak_rss()
-    started = time.perf_counter()
-    model, _ = load_model(describe_source(folder), arguments.dtype, arguments.device, memory_limit=limit)
-    loaded = time.perf_counter() - started
+    with stages.of("load"):
+        source = describe_source(folder)
+        model, _ = load_model(source, arguments.dtype, arguments.device, memory_limit=limit)
     blocks = model.config.num_hidden_layers
     names = gguf_names({"general.architecture": "llama", "llama.block_count": blocks})
     random = np.random.default_rng(SEED)
@@ -200,8 +216,11 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         random.integers(0, vocabulary, (arguments.sequences, arguments.tokens), dtype=np.int32),
         np.full(arguments.sequences, arguments.tokens, dtype=np.int32),
     )
-    layout, steps = GgufLayout(weights_of(model, names)), list[float]()
-    devices = compute_devices(arguments.device)[: arguments.devices]
+    layout, steps, figures = GgufLayout(weights_of(model, names)), list[float](), {}
+    if arguments.budgets:
+        from large_rounding import measure_rounding, prepare
+
+        layout, figures["agreement"] = prepare(model, source, names, arguments.dtype, work / "full.gguf", stages)
 
     def run(sequences: int, devices: tuple):
         """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""
@@ -226,19 +245,20 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
         run(2 * len(devices), devices)  # loads CUDA's libraries
     if arguments.cold:
         drop_page_cache()
-    sensitivities, seconds = run(arguments.sequences, devices), steps[-1]
+    with stages.of("gradients") if arguments.budgets else nullcontext():
+        sensitivities, seconds = run(arguments.sequences, devices), steps[-1]
     in_blocks = sum(p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2)
     head = model.lm_head.weight.numel()
     positions = arguments.sequences * arguments.tokens
-    figures = {
+    figures |= {
         "loss_nats": sensitivities[0].loss_nats,
         "blocks": blocks,
         "on_disk": has_offloaded(model),
         "weights": in_blocks + 2 * head,
         "weights_in_blocks": in_blocks,
-        "load_s": loaded,
+        "load_s": stages.figures["load"]["seconds"],
         "seconds": seconds,
-        **({} if arguments.whole else by_part(steps, blocks)),
+        **by_part(steps, blocks),
         "devices": len(devices),
         "flop": 6 * (in_blocks + head) * positions,
         "flops": 6 * (in_blocks + head) * positions / seconds,
@@ -258,24 +278,14 @@ def measure(folder: Path, arguments: argparse.Namespace, limit: int | None) -> d
             "same_bits": digest(alone) == digest(sensitivities),
             "one_device": {"seconds": steps[-1], **by_part(steps, blocks)},
         }
+    files = {}
     if arguments.budgets:
-        from large_rounding import measure_rounding
-
-        figures["stages"] = measure_rounding(
-            folder,
-            model,
-            tokens,
-            sensitivities,
-            batch_size=arguments.batch_size,
-            memory=Memory(limit, devices=devices),
-            budgets=arguments.budgets,
-            types=arguments.types,
-        )
-        figures["peak_rss_of_all_bytes"] = peak_rss()
-    return figures
+        memory = Memory(limit, devices=devices)
+        files = measure_rounding(model, layout, tokens, sensitivities, work / "full.gguf", memory, arguments, stages)
+    return figures, files
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="2b")
     parser.add_argument("--blocks", type=int, help="fewer than the shape has")
@@ -296,19 +306,26 @@ def main() -> None:
     parser.add_argument(
         "--budgets", nargs="*", default=[], help="write compensated GGUFs of these sizes, such as 4.5bpw"
     )
+    parser.add_argument("--chunks", type=int, default=4, help="of 512 tokens that the GGUFs are evaluated on; 0: none")
     parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="that budgets choose from")
     parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
 
     import torch
     import transformers
+    from large_stages import Stages
 
     from samq.allocation.budget_notation import read_budget
     from samq.sensitivity.hf_model import compute_device
 
     device = compute_device(arguments.device)
-    limit = read_budget(arguments.memory_limit).bytes if arguments.memory_limit else None
+    cuda = device.startswith("cuda")
+    limit = arguments.limit = read_budget(arguments.memory_limit).bytes if arguments.memory_limit else None
     shape = SHAPES[arguments.shape]
     blocks = arguments.blocks or shape[4]
     folder = arguments.work / f"llama-{arguments.shape}-{blocks}"
@@ -318,11 +335,26 @@ def main() -> None:
     written = time.perf_counter() - started
     files = [folder / f"block-{number:03}.safetensors" for number in range(min(4, blocks))]
     most = ceilings(device, arguments.dtype, files, arguments.cold)
-    if device.startswith("cuda"):
+    if cuda:
         torch.cuda.empty_cache()
         for number in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(number)
-    measured = measure(folder, arguments, limit)
+    work = folder.with_name(f"{folder.name}-work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    stages = Stages(arguments.work, cuda=cuda)
+    measured, ggufs = measure(folder, work, arguments, stages)
+    if ggufs:
+        gc.collect()  # the torch model, before llama.cpp's
+        if arguments.chunks:
+            from large_evaluation import evaluate
+
+            measured["evaluation"] = evaluate(work / "full.gguf", ggufs, arguments.chunks, limit, stages)
+        measured["stages"] = stages.figures
+        for figure in ("peak_gpu_bytes", "peak_device_bytes", "peak_rss_bytes", "disk_peak_bytes"):
+            measured[f"{figure.removesuffix('_bytes')}_of_all_bytes"] = stages.most(figure)
+        measured["seconds_of_all"] = sum(figures["seconds"] for figures in stages.figures.values())
+    shutil.rmtree(work)
     if not arguments.keep:
         shutil.rmtree(folder)
     result = {
@@ -340,6 +372,7 @@ def main() -> None:
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **installed("llama-cpp-python", "gguf", "safetensors", "numpy"),
             "python": sys.version.split()[0],
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         },
@@ -350,12 +383,20 @@ def main() -> None:
     result["share_of_bound"] = result["bound_s"] / measured["seconds"]
     result["share_of_products"] = measured["flops"] / most["product_flops"] / measured["devices"]
     result["all_blocks_s"] = measured["seconds"] * shape[4] / blocks
+    show(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def show(result: dict) -> None:
+    """Print the main figures."""
+    measured, most = result["measured"], result["ceilings"]
     for label, value in (
         (
             "weights",
             f"{measured['weights'] / 1e9:.2f} billion, blocks {'on disk' if measured['on_disk'] else 'in memory'}",
         ),
-        ("written in", f"{written:.1f} s, loaded in {measured['load_s']:.1f} s"),
+        ("written in", f"{result['write_s']:.1f} s, loaded in {measured['load_s']:.1f} s"),
         ("seconds", f"{measured['seconds']:.1f}"),
         *(
             (f"... {name.removesuffix('_s')}", f"{value:.2f}")
@@ -380,8 +421,6 @@ def main() -> None:
         ),
     ):
         print(f"{label:26} {value}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

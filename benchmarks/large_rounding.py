@@ -1,10 +1,8 @@
-"""What follows the gradients in large_model.py: layers' inputs, prices, plans, and compensated GGUFs, each with what it took."""
+"""Full-precision GGUF, layers' inputs, prices, plans and compensated GGUFs in large_model.py, each with what it took."""
 
+import argparse
 import json
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from large_evaluation import compare_with_torch
+from large_stages import Stages
 from safetensors import safe_open
 
 from samq.allocation.budget import BudgetPolicy, budget_plan, parse_budget
@@ -20,49 +20,23 @@ from samq.allocation.target import OpenTarget
 from samq.allocation.types import legal_types, types_to_price
 from samq.data.tokens import TokenBatch
 from samq.gguf.audit import audit, provenance_metadata
-from samq.gguf.file import HashedFile, gguf_names, read_metadata
+from samq.gguf.file import HashedFile, gguf_names
 from samq.gguf.imatrix import write_imatrix
 from samq.gguf.nearest import NearestRounding
 from samq.llamacpp.toolchain import find_toolchain
 from samq.quantization.compensation import compensated_prices, write_compensated
 from samq.quantization.inputs import measure_inputs
 from samq.quantization.planned_file import PlannedFile
-from samq.records import SensitivityMap
+from samq.records import ModelSource, SensitivityMap
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.gram import input_moments
-from samq.sensitivity.layout import read_layout
+from samq.sensitivity.layout import GgufLayout, read_layout
 from samq.sensitivity.memory import Memory
-
-
-class Stages:
-    """Figures of stages: seconds, peak memory of the GPU and of the process, and bytes on disk."""
-
-    def __init__(self, work: Path, *, cuda: bool) -> None:
-        self.figures: dict[str, dict[str, Any]] = {}
-        self._work, self._cuda = work, cuda
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[dict[str, Any]]:
-        """Measure what happens within; more figures may be added to what this gives."""
-        figures = self.figures[name] = {}
-        gpus = range(torch.cuda.device_count()) if self._cuda else []
-        torch.cuda.empty_cache()
-        for gpu in gpus:
-            torch.cuda.reset_peak_memory_stats(gpu)
-        started = time.perf_counter()
-        yield figures
-        for gpu in gpus:
-            torch.cuda.synchronize(gpu)
-            figures["peak_gpu_bytes"] = max(figures.get("peak_gpu_bytes", 0), torch.cuda.max_memory_allocated(gpu))
-        figures["seconds"] = time.perf_counter() - started
-        figures["disk_bytes"] = sum(file.stat().st_size for file in self._work.rglob("*") if file.is_file())
-        gpu = f", {figures.get('peak_gpu_bytes', 0) / 2**30:.2f} GiB of the GPU" if self._cuda else ""
-        disk = figures["disk_bytes"] / 1e9
-        print(f"{name:26} {figures['seconds']:.1f} s{gpu}, {disk:.1f} GB on disk", flush=True)
+from samq.sensitivity.views import rotary_row_order
 
 
 def write_gguf(folder: Path, path: Path) -> Path:
-    """The BF16 GGUF of the folder's Llama, one tensor at a time."""
+    """The BF16 GGUF of the folder's Llama, one tensor at a time, as llama.cpp's converter stores it, but without a tokenizer."""
     config = json.loads((folder / "config.json").read_text())
     names = gguf_names({"general.architecture": "llama", "llama.block_count": config["num_hidden_layers"]})
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -75,6 +49,7 @@ def write_gguf(folder: Path, path: Path) -> Path:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     shapes = {}
     for name, file in index.items():
@@ -91,33 +66,42 @@ def write_gguf(folder: Path, path: Path) -> Path:
     for name, file in index.items():
         with safe_open(folder / file, "pt") as content:
             values = content.get_tensor(name)
+        if heads := {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(
+            name.split(".")[-2]
+        ):
+            values = values[rotary_row_order(len(values), heads)]
         stored = values.view(torch.uint8).numpy() if values.ndim > 1 else values.float().numpy()
         writer.write_tensor_data(stored)
     writer.close()
     return path
 
 
+def prepare(
+    model: Any, source: ModelSource, names: Callable[[str], str | None], dtype: str, full: Path, stages: Stages
+) -> tuple[GgufLayout, dict[str, Any]]:
+    """Write the full-precision GGUF, and compare weights and predictions: the layout, and the agreement."""
+    with stages.of("full-precision GGUF"):
+        write_gguf(source.folder, full)
+    with stages.of("compare with the GGUF"):
+        layout = read_layout(model, names, full)
+    if layout.unknown:
+        raise SystemExit(layout.unmeasured)
+    return layout, compare_with_torch(model, source, dtype, full, stages)
+
+
 def measure_rounding(
-    folder: Path,
     model: Any,
+    layout: GgufLayout,
     tokens: TokenBatch,
     measured: tuple[SensitivityMap, dict[str, Fisher]],
-    *,
-    batch_size: int,
+    full: Path,
     memory: Memory,
-    budgets: list[str],
-    types: list[str],
-) -> dict[str, dict[str, Any]]:
-    """Stage -> its figures."""
-    work = folder.with_name(f"{folder.name}-rounding")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    stages = Stages(folder.parent, cuda=torch.cuda.is_available() and next(model.lm_head.parameters()).is_cuda)
+    arguments: argparse.Namespace,
+    stages: Stages,
+) -> dict[str, Path]:
+    """Measure the stages, and write a compensated GGUF for each of `arguments.budgets` beside `full`: budget -> file."""
+    work, batch_size = full.parent, arguments.batch_size
     toolchain = find_toolchain()
-    with stages.of("full-precision GGUF"):
-        full = write_gguf(folder, work / "full.gguf")
-    with stages.of("compare with the GGUF"):
-        layout = read_layout(model, gguf_names(read_metadata(full)), full, lambda *_: None)
     with stages.of("inputs of layers"):
         of_inputs = replace(memory, folder=work / "going-on-inputs")
         statistics = measure_inputs(model, tokens, layout.weights, shares=True, batch_size=batch_size, memory=of_inputs)
@@ -131,14 +115,15 @@ def measure_rounding(
     )
     target = OpenTarget.open(HashedFile(full, "full"), toolchain, HashedFile(matrix, "matrix"))
     with stages.of("prices") as figures:
-        types = types_to_price(target, types)
+        types = types_to_price(target, arguments.types)
         table = price_table(target, legal_types(target, types), *measured)
         figures["weights_per_s"] = len(types) * sum(tensor.weights for tensor in target.quantizable.values())
     figures["weights_per_s"] /= figures["seconds"]
     with stages.of("plans"):
         prices = compensated_prices(table, statistics.shares)
         plans = {
-            budget: budget_plan(target, prices, parse_budget(budget, target), BudgetPolicy()) for budget in budgets
+            budget: budget_plan(target, prices, parse_budget(budget, target), BudgetPolicy())
+            for budget in arguments.budgets
         }
     with stages.of("compensated GGUFs") as figures:
         files = {
@@ -155,5 +140,4 @@ def measure_rounding(
         ratios = sorted(error.ratio for error in errors[name].tensors.values())
         figures[f"error_left_{name}"] = ratios[len(ratios) // 2]
         print(f"{name:26} {len(ratios)} tensors keep {ratios[len(ratios) // 2]:.2f} of the output error (median)")
-    shutil.rmtree(work)
-    return stages.figures
+    return {name: file.path for name, file in files.items()}

@@ -59,9 +59,7 @@ def check(
             layout,
             batch_size=batch_size,
             seed=seed,
-            memory=Memory(
-                at.memory_limit, at.scratch
-            ),  # one device: the processor cannot read rounding errors for more
+            memory=Memory(at.memory_limit, at.scratch),  # one device, since rounding errors are read for one
             progress=progress,
         )
     prediction.save(folder / CHECK_NAME)

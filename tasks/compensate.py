@@ -35,7 +35,7 @@ def _errors_name(name: str) -> str:
 
 @stage(
     "compensate",
-    version=3,
+    version=4,
     run_name="compensate {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),
@@ -94,7 +94,7 @@ def candidate(
 
 @stage(
     "compensate_file",
-    version=2,
+    version=3,
     run_name="compensate a file of {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),

@@ -3,6 +3,7 @@
 Both run as a child process: a crash or a hang inside llama.cpp fails that candidate, not the flow.
 """
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -10,12 +11,17 @@ from pathlib import Path
 from filelock import FileLock
 
 from samq.evaluation.settings import BaselineRequest, BenchmarkRequest, EvaluationRequest, EvaluationSettings
-from samq.files import GGUF_NAME, HELDOUT_NAME
+from samq.evaluation.vram import vram_warning
+from samq.files import EVALUATION_NAME, GGUF_NAME, HELDOUT_NAME
+from samq.llamacpp.gpu import release_torch_cache
 from samq.llamacpp.process import run
 from samq.progress import bar
+from samq.records import Evaluation
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.stage import stage
+
+log = logging.getLogger("samq.evaluate")
 
 
 @stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",))
@@ -52,6 +58,8 @@ def evaluate(
         settings=settings,
     )
     measure_alone(request, folder, f"evaluate {name}", at.timeout_s)
+    if warning := vram_warning(Evaluation.load(folder / EVALUATION_NAME)):
+        log.warning("%s", warning)
 
 
 def measure_alone(
@@ -67,4 +75,5 @@ def measure_alone(
 
         command: list[str | Path] = [sys.executable, "-m", "samq.evaluation", path]
         with FileLock(folder.parent / "measuring"):
+            release_torch_cache()
             run(command, log=folder / "evaluate.log", timeout_s=timeout_s, on_line=on_line)

@@ -40,7 +40,7 @@ class InputText:
 
 @stage(
     "layer_inputs",
-    version=2,
+    version=3,
     run_name="inputs of {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers"),

@@ -19,7 +19,8 @@ from jsonschema.exceptions import best_match
 
 from samq.evaluation.json_prompts import JsonPrompt, chat_tokens
 from samq.evaluation.settings import EvaluationSettings
-from samq.llamacpp.generation import Decoding, generate
+from samq.llamacpp.fit import Room
+from samq.llamacpp.generation import Decoding, generate, room_for
 from samq.llamacpp.runtime import Model
 from samq.progress import Progress, silent
 from samq.records import Metric
@@ -47,6 +48,11 @@ def measure_json(
     )
     items = pd.DataFrame([judge_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
     return summarize_answers(items), items
+
+
+def json_room(model: Model, prompts: Sequence[JsonPrompt], settings: EvaluationSettings) -> Room:
+    """The context in which the prompts are answered; the model needs no weights."""
+    return room_for([chat_tokens(model, prompt) for prompt in prompts], settings.json_tokens, settings.kv_type)
 
 
 def is_settled(answer: str) -> bool:

@@ -1,7 +1,7 @@
 """One candidate, or the baseline, from request to record."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,14 +11,18 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.evaluation.baseline import Baseline, cut_chunks, read_tokens, write_baseline
+from samq.evaluation.baseline import BASELINE_KV_TYPE, Baseline, cut_chunks, read_tokens, write_baseline
 from samq.evaluation.divergence import measure_divergence
-from samq.evaluation.json_compliance import measure_json
-from samq.evaluation.json_prompts import load_prompts
+from samq.evaluation.json_compliance import json_room, measure_json
+from samq.evaluation.json_prompts import JsonPrompt, load_prompts
+from samq.evaluation.metrics import VRAM
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.speed import measure_speed
+from samq.evaluation.vram import MEASURED as MEASURED_VRAM
+from samq.evaluation.vram import measure_vram, planned_vram, vram_room
 from samq.files import ANSWERS_NAME, DIVERGENCE_NAME, EVALUATION_NAME
 from samq.llamacpp import gpu
+from samq.llamacpp.fit import Room, choose_gpu_share
 from samq.llamacpp.memory import predict_memory
 from samq.llamacpp.runtime import Model, default_threads, system_info
 from samq.output import make_folder
@@ -31,7 +35,9 @@ def compute_baseline(request: BaselineRequest, report: Report) -> Baseline:
     """Write the full-precision model's logits, and `baseline.json`, into the request's output folder."""
     make_folder(request.output)
     token_ids = read_tokens(request.tokens)
-    with Model(request.gguf, gpu_layers=request.settings.gpu_layers) as model:
+    room = Room(request.settings.context_tokens, kv_type=BASELINE_KV_TYPE)
+    share = choose_gpu_share(request.gguf, request.settings.gpu_layers, lambda _: room)
+    with Model(request.gguf, gpu_layers=share) as model:
         chunks = _chunks(model, token_ids, request.settings)
         return write_baseline(
             model, request.sha256, chunks, request.settings, request.output, partial(report, "baseline")
@@ -50,6 +56,9 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     token_ids = read_tokens(request.tokens)
     metrics: dict[str, Metric] = {}
     missing: dict[str, str] = {}
+    prompts = load_prompts()[: settings.json_prompts]
+    share = choose_gpu_share(request.gguf, settings.gpu_layers, partial(_largest_room, prompts, settings))
+    planned: float | None = None
     try:
         metrics |= predict_memory(
             request.gguf,
@@ -58,9 +67,15 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
             gpu_layers=settings.gpu_layers,
             threads=settings.threads,
         )
+        planned = planned_vram(request.gguf, share, settings, metrics[VRAM].value)
     except SamqError as error:
         missing["memory"] = str(error)
-    with gpu.MemoryPeak() as peak, Model(request.gguf, gpu_layers=settings.gpu_layers) as model:
+    with gpu.MemoryPeak() as peak, Model(request.gguf, gpu_layers=share) as model:
+        if planned is not None:
+            try:
+                metrics |= measure_vram(model, token_ids, settings, planned, peak)
+            except SamqError as error:
+                missing[MEASURED_VRAM] = str(error)
         if request.baseline is None:
             missing["fidelity"] = "the request names no baseline"
         else:
@@ -74,7 +89,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
             )
             metrics |= found
             write_table(tokens, request.output / DIVERGENCE_NAME)
-        if prompts := load_prompts()[: settings.json_prompts]:
+        if prompts:
             found, items = measure_json(model, prompts, settings, partial(report, "json"))
             metrics |= found
             write_table(items, request.output / ANSWERS_NAME)
@@ -88,6 +103,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
         "threads": str(settings.threads or default_threads()),
         "cpu": _cpu_name(),
         "gpu": ", ".join(gpu.names()) or "none",
+        "gpu_layers": share.describe(model.layers + 1),  # llama.cpp counts the output as a layer
         "llama_cpp": version("llama-cpp-python"),
         "llama_cpp_features": system_info(),
     }
@@ -101,6 +117,17 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
     )
     evaluation.save(request.output / EVALUATION_NAME)
     return evaluation
+
+
+def _largest_room(prompts: Sequence[JsonPrompt], settings: EvaluationSettings, model: Model) -> Room:
+    """The largest of the contexts that an evaluation makes, one after the other."""
+    kv_type = settings.kv_type
+    rooms = [vram_room(settings), Room(settings.context_tokens, kv_type=kv_type)]
+    if prompts:
+        rooms.append(json_room(model, prompts, settings))
+    if settings.speed_requests:
+        rooms.append(Room(settings.speed_prompt_tokens + settings.speed_generated_tokens, kv_type=kv_type))
+    return max(rooms, key=lambda room: room.cells)
 
 
 def _chunks(model: Model, token_ids: NDArray[np.int32], settings: EvaluationSettings) -> NDArray[np.int32]:

@@ -48,7 +48,7 @@ class EvaluationSettings(BaseModel):
     gpu_layers: int | None = Field(
         default=None,
         ge=-1,
-        description="layers on the GPU, -1: all; None: all if llama.cpp was built for one, else 0",
+        description="layers on the GPU, -1: all; None: as many as fit, by llama.cpp's own plan",
     )
 
     @property

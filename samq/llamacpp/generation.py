@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from samq.errors import SamqError
 from samq.gguf.values import logits_not_finite
+from samq.llamacpp.fit import Room
 from samq.llamacpp.prefixes import Tokens, common_length
 from samq.llamacpp.runtime import Context, Model
 from samq.llamacpp.sampling import Sampling, choose_token
 from samq.progress import Progress, silent
 
-_PARALLEL = 16  # measured on one core, 135M weights at Q4_K_M, 16 prompts: 1 at a time 20 s, 8: 15 s, 16: 13 s
+PARALLEL = 16  # measured on one core, 135M weights at Q4_K_M, 16 prompts: 1 at a time 20 s, 8: 15 s, 16: 13 s
 _WORTH_SHARING = 32  # tokens; evaluating fewer again is faster than copying a cache or running a batch for them alone
 _GREEDY = Sampling()
 
@@ -66,10 +67,15 @@ def generate(
     index and the reason, and the other prompts are answered. Raises SamqError instead if there is no `failed`, and if
     there is not enough memory.
     """
-    longest = max(len(prompt) for prompt in prompts) + decoding.limit
-    parallel = min(_PARALLEL, len(prompts))
-    with model.context(longest, sequences=parallel, kv_type=kv_type, threads=threads) as context:
-        return _Generation(context, prompts, decoding, parallel, progress, failed).run()
+    room = room_for(prompts, decoding.limit, kv_type)
+    with model.context(room.tokens, sequences=room.sequences, kv_type=kv_type, threads=threads) as context:
+        return _Generation(context, prompts, decoding, room.sequences, progress, failed).run()
+
+
+def room_for(prompts: Sequence[Tokens], limit: int, kv_type: str) -> Room:
+    """The context in which `generate` continues the prompts by up to `limit` tokens."""
+    longest = max(len(prompt) for prompt in prompts) + limit
+    return Room(longest, min(PARALLEL, len(prompts)), kv_type)
 
 
 class _Generation:

@@ -1,6 +1,8 @@
 """The GPUs that this process may use, as NVIDIA's driver reports them: names, free memory, memory of this process."""
 
+import gc
 import os
+import sys
 from threading import Event, Thread
 from typing import Any, Self
 
@@ -20,7 +22,7 @@ class MemoryPeak:
     def __init__(self) -> None:
         """Look for NVML, without which nothing is sampled."""
         self._devices = _devices()
-        self._before = sum(_used(device) for device in self._devices)
+        self._before, self._own_before = self._used()
         self._own = 0
         self._increase = 0
         self._stop = Event()
@@ -43,6 +45,11 @@ class MemoryPeak:
         """The peak so far in bytes, of all GPUs together; None without NVML."""
         return (self._own or self._increase) if self._devices else None
 
+    def growth_now(self) -> int | None:
+        """Bytes in use now beyond those in use at the start, of all GPUs together; None without NVML."""
+        used, own = self._used()
+        return (own - self._own_before if own else used - self._before) if self._devices else None
+
     @property
     def source(self) -> str:
         """What `bytes` measures."""
@@ -50,8 +57,22 @@ class MemoryPeak:
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
-            self._own = max(self._own, sum(_used_by(device, os.getpid()) for device in self._devices))
-            self._increase = max(self._increase, sum(_used(device) for device in self._devices) - self._before)
+            used, own = self._used()
+            self._own = max(self._own, own)
+            self._increase = max(self._increase, used - self._before)
+
+    def _used(self) -> tuple[int, int]:
+        """Bytes in use now, by all processes and by this one."""
+        own = sum(_used_by(device, os.getpid()) for device in self._devices)
+        return sum(_used(device) for device in self._devices), own
+
+
+def release_torch_cache() -> None:
+    """Give the GPUs back what torch, if this process uses it, keeps for its next tensors: another process needs it now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def names() -> list[str]:

@@ -22,6 +22,7 @@ import psutil
 from numpy.typing import ArrayLike, NDArray
 
 from samq.errors import SamqError, TextError
+from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.tokenizing import stack_bytes, with_stack
 from samq.text import encode
 
@@ -77,11 +78,6 @@ def default_threads() -> int:
     return min(psutil.cpu_count(logical=False) or 1, allowed or 1)
 
 
-def default_gpu_layers() -> int:
-    """-1, which means all layers, if this llama.cpp was built for a GPU; 0 otherwise."""
-    return -1 if api.llama_supports_gpu_offload() else 0
-
-
 def system_info() -> str:
     """The features of llama.cpp's build and of the processor: `CPU : AVX2 = 1 | ...`."""
     _start_backend()
@@ -92,23 +88,22 @@ def system_info() -> str:
 class Model:
     """The weights and the vocabulary of one GGUF."""
 
-    def __init__(self, path: Path, *, gpu_layers: int | None = None, allocate: bool = True) -> None:
-        """Load the GGUF at `path`, with `gpu_layers` layers on the GPU (None: see `default_gpu_layers`).
+    def __init__(self, path: Path, *, gpu_layers: int | GpuShare | None = None, allocate: bool = True) -> None:
+        """Load the GGUF at `path`, with `gpu_layers` layers on the GPU (None: `GpuShare.default()`).
 
         Without `allocate` only the metadata is loaded, and contexts only log the memory that they would need. Raises
         SamqError, with llama.cpp's own reason, if the file cannot be loaded.
         """
         _start_backend()
         params = api.llama_model_default_params()
-        params.n_gpu_layers = self.gpu_layers = default_gpu_layers() if gpu_layers is None else gpu_layers
-        if params.n_gpu_layers == 0:  # llama.cpp would still use a GPU for large batches
-            no_devices = (ctypes.c_void_p * 1)(None)
-            params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+        self.gpu_share = GpuShare(gpu_layers) if isinstance(gpu_layers, int) else gpu_layers or GpuShare.default()
+        kept = self.gpu_share.put_into(params)
         if not allocate:
             params.no_alloc = True
             params.load_mode = api.LLAMA_LOAD_MODE_NONE  # llama.cpp cannot map a model that it does not allocate
         with captured_log(errors_only=True) as log:
             handle = api.llama_model_load_from_file(os.fsencode(path), params)
+        del kept
         if not handle:
             advice = (
                 "the GPU's memory does not hold it; set gpu_layers to fewer"
@@ -250,7 +245,7 @@ class Context:
         self.model = model
         self.tokens = tokens
         params = api.llama_context_default_params()
-        params.n_ctx = params.n_batch = _padded(tokens) * (1 if shared else sequences)
+        params.n_ctx = params.n_batch = padded(tokens) * (1 if shared else sequences)
         params.kv_unified = shared
         params.n_ubatch = PHYSICAL_BATCH_TOKENS
         params.n_seq_max = sequences
@@ -368,7 +363,7 @@ class Context:
             )
 
 
-def _padded(tokens: int) -> int:
+def padded(tokens: int) -> int:
     """The context length that llama.cpp allocates: the next multiple of 256."""
     return -(-tokens // 256) * 256
 

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 
 from samq.errors import SamqError
 from samq.gguf.ggml import quantize_rows
-from samq.llamacpp.runtime import default_gpu_layers
+from samq.llamacpp.gpu_share import GpuShare
 from samq.progress import Progress, silent
 
 _FILE_BYTES = 2**26  # written and read, or less of a disk that is almost full
@@ -64,7 +64,7 @@ def measure_rates(
     told(0)
     products = {name: _products(device, getattr(torch, name)) for name in {dtype, "float32", "float64"}}
     told(0)
-    on_gpu = default_gpu_layers() != 0 and torch.cuda.is_available()
+    on_gpu = GpuShare.default().layers != 0 and torch.cuda.is_available()
     return Rates(
         products=products,
         host_products=told(_products(torch.device("cpu"), torch.float32)),

@@ -14,6 +14,7 @@ from samq.sensitivity.shares import in_turn
 from samq.sensitivity.transfer import Transfer, now
 
 COPIERS = 4  # threads that copy states between GPUs and the host, each way
+PARTS = 4  # files of the states before a block: one thread does not write as fast as several GPUs compute
 
 
 class HiddenStates:
@@ -26,9 +27,9 @@ class HiddenStates:
         self._device = torch.device("cpu") if device is None else device
         self._kept: dict[int, dict[int, Future[torch.Tensor]]] = {}
         self._local = threading.local()  # a thread's way to the GPUs
-        self._leaving, self._coming, self._writing = (
+        self._leaving, self._coming, self._writing, self._closing = (
             ThreadPoolExecutor(threads, thread_name_prefix=f"states-{way}")
-            for way, threads in (("leave", COPIERS), ("come", COPIERS), ("write", 1))
+            for way, threads in (("leave", COPIERS), ("come", COPIERS), ("write", PARTS), ("close", 1))
         )
         self._written: dict[int, Future[None]] = {}
 
@@ -38,7 +39,7 @@ class HiddenStates:
 
     def __exit__(self, *_: object) -> None:
         """Wait until what was closed is on disk, also after an error: nothing comes into the folder after that."""
-        for threads in (self._coming, self._leaving, self._writing):
+        for threads in (self._coming, self._leaving, self._closing, self._writing):
             threads.shutdown()
 
     def put(self, block: int, batch: int, states: torch.Tensor) -> None:
@@ -58,14 +59,24 @@ class HiddenStates:
         if self.has(block):  # from a pass that was killed
             del self._kept[block]
             return
-        self._written[block] = self._writing.submit(self._write, block, dict(self._kept[block]))
+        self._written[block] = self._closing.submit(self._write, block, dict(self._kept[block]))
         for before in [before for before in self._written if before != block]:
             self._written.pop(before).result()
             del self._kept[before]
 
     def _write(self, block: int, kept: dict[int, "Future[torch.Tensor]"]) -> None:
+        """Write the states before a block in parts, and then an empty set, which says that all are there."""
         assert self._checkpoints is not None
-        self._checkpoints.save(self._set(block), {str(batch): states.result() for batch, states in kept.items()})
+        written = [self._writing.submit(self._write_part, block, part, kept) for part in range(PARTS)]
+        for future in written:
+            future.result()
+        self._checkpoints.save(self._set(block), {})
+
+    def _write_part(self, block: int, part: int, kept: dict[int, "Future[torch.Tensor]"]) -> None:
+        assert self._checkpoints is not None
+        states = {str(batch): states.result() for batch, states in kept.items() if batch % PARTS == part}
+        if states:
+            self._checkpoints.save(self._part(block, part), states)
 
     def wait(self) -> None:
         """Return when all that was closed is on disk."""
@@ -102,7 +113,7 @@ class HiddenStates:
             states = source.result()
         else:
             assert self._checkpoints is not None
-            one = partial(self._checkpoints.one, self._set(block), str(batch))
+            one = partial(self._checkpoints.one, self._part(block, batch % PARTS), str(batch))
             if device.type != "cuda":
                 return lambda: one().clone().to(device)  # else the file's pages stay in memory
             states = one()
@@ -130,7 +141,11 @@ class HiddenStates:
             self._written.pop(block).result()
         self._kept.pop(block, None)
         if self._checkpoints is not None:
-            self._checkpoints.drop(self._set(block))
+            for name in (self._set(block), *(self._part(block, part) for part in range(PARTS))):
+                self._checkpoints.drop(name)
 
     def _set(self, block: int) -> str:
         return f"{self._name}-{block:04}"
+
+    def _part(self, block: int, part: int) -> str:
+        return f"{self._set(block)}-{part}"

@@ -137,7 +137,8 @@ class Residence:
         placed = (self._coming.pop(number, None) or self._fetch(number))()
         if then is not None and 0 <= then < len(self._parts) and then not in self._coming:
             self._coming[then] = self._fetch(then)
-        logger.debug("block %d runs, then block %s", number, then)
+        if number < len(self._parts) - 1:
+            logger.debug("block %d runs, then block %s", number, then)
         try:
             yield placed
         finally:

@@ -9,8 +9,10 @@ import psutil
 
 from samq.errors import SamqError
 from samq.llamacpp import gpu
+from samq.llamacpp.fit import SPARE_BYTES
+from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.memory import predict_memory
-from samq.llamacpp.runtime import Context, Model, captured_log, default_gpu_layers, is_out_of_memory
+from samq.llamacpp.runtime import Context, Model, captured_log, is_out_of_memory
 from samq.serving.model import Loading, ServedModel
 from samq.serving.sampling import SamplerSettings
 from samq.serving.settings import ServingSettings
@@ -23,9 +25,6 @@ KV_Q4_WARNING = (
     "the length of the context; the evaluation that chose this model did not measure that error unless its kv_type was "
     "Q4_0 too: prefer Q8_0"
 )
-# GPU memory for computing, beside what loading took. If llama.cpp cannot allocate it, it ends the process (CUDA_CHECK in
-# ggml-cuda.cu). It leaves the same amount free when it chooses layers (fit_params_target in its common.h).
-GPU_SPARE_BYTES = 2**30
 _REPEATED = 8  # an answer of one token repeated so often is not sane
 
 
@@ -79,7 +78,7 @@ def fits_beside(gguf: ServedGguf, settings: ServingSettings) -> bool:
         threads=settings.threads,
     )
     if _gpu_layers(settings) and (free := gpu.free_bytes()):
-        return memory["memory/predicted_vram_bytes"].value < sum(each - GPU_SPARE_BYTES for each in free)
+        return memory["memory/predicted_vram_bytes"].value < sum(each - SPARE_BYTES for each in free)
     needed = sum(memory[f"memory/{part}_bytes"].value for part in ("file", "kv_cache", "compute_buffer"))
     return needed < psutil.virtual_memory().available
 
@@ -138,7 +137,7 @@ def _describe(gguf: ServedGguf) -> tuple[int, int]:
 
 
 def _gpu_layers(settings: ServingSettings) -> int:
-    return default_gpu_layers() if settings.gpu_layers is None else settings.gpu_layers
+    return GpuShare.default().layers if settings.gpu_layers is None else settings.gpu_layers
 
 
 def _fit(gguf: ServedGguf, settings: ServingSettings, degrade: bool) -> ServedModel:
@@ -186,10 +185,10 @@ def _load(gguf: ServedGguf, settings: ServingSettings, gpu_layers: int, tokens: 
             if is_out_of_memory(log()):
                 raise MemoryShort(str(error)) from error
             raise
-        if gpu_layers and (left := min(gpu.free_bytes(), default=GPU_SPARE_BYTES)) < GPU_SPARE_BYTES:
+        if gpu_layers and (left := min(gpu.free_bytes(), default=SPARE_BYTES)) < SPARE_BYTES:
             raise MemoryShort(
                 f"{left // 2**20} MiB of a GPU's memory would be left, but llama.cpp may need "
-                f"{GPU_SPARE_BYTES // 2**20} MiB to compute"
+                f"{SPARE_BYTES // 2**20} MiB to compute"
             )
         resources.pop_all()
     return model, context

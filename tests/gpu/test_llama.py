@@ -5,15 +5,19 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
 from samq.evaluation.divergence import compare_logits
 from samq.evaluation.measure import compute_baseline, evaluate
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
+from samq.evaluation.vram import ERROR, MEASURED, vram_warning
 from samq.llamacpp import gpu
+from samq.llamacpp.fit import SPARE_BYTES, Room, choose_gpu_share, planned_bytes
 from samq.llamacpp.generation import Decoding, generate
-from samq.llamacpp.memory import predict_memory
+from samq.llamacpp.gpu_share import GpuShare
+from samq.llamacpp.memory import predict_memory, weights_on_gpu
 from samq.llamacpp.runtime import Model, captured_log
 
 MIB = 2**20
@@ -35,7 +39,7 @@ def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(sharp_gguf):
         with Model(sharp_gguf, gpu_layers=layers) as model:
             found.append(logits(model))
             if layers is None:
-                assert model.gpu_layers == -1
+                assert model.gpu_share == GpuShare(-1)
                 assert np.array_equal(logits(model), found[-1])
     cpu, some, one, two = found
     assert np.array_equal(one, two)
@@ -90,9 +94,36 @@ def test_an_evaluation_says_what_it_ran_on_and_a_model_is_no_distance_from_itsel
     assert found.environment["gpu"] == ", ".join(gpu.names()) and "NVIDIA" in found.environment["gpu"]
     assert "CUDA" in found.environment["llama_cpp_features"]
     assert found.environment["measured_vram_peak_of"] == "this process"
+    assert found.environment["gpu_layers"] == "17 of 17"
+    assert vram_warning(found) is None, found.metrics[ERROR]
+    predicted = found.metrics["memory/predicted_vram_bytes"].value
+    assert found.metrics[MEASURED].value == pytest.approx(predicted * (1 + found.metrics[ERROR].value / 100))
     # with CUDA's own share, and what other tests of this process hold
     weights = found.metrics["memory/weights_bytes"].value
     assert weights < found.metrics["memory/measured_vram_peak_bytes"].value < weights + 4000 * MIB
+
+
+def test_as_many_layers_are_on_the_gpu_as_fit_and_that_is_recorded(sharp_gguf, leave, tmp_path):
+    room = Room(8192)
+    assert choose_gpu_share(sharp_gguf, None, lambda _: room) == GpuShare(-1)
+    weights = weights_on_gpu(sharp_gguf)
+    tokens = TokenBatch.of([np.random.default_rng(1).integers(3, 259, 1200).tolist()]).save(tmp_path / "tokens.npz")
+    with Model(sharp_gguf) as model, model.context(256):
+        pass  # CUDA's own share comes before what is left is counted
+    # llama-fit-params takes CUDA's own share of its process from what is left
+    with leave(SPARE_BYTES + 500 * MIB + weights // 2 + planned_bytes(sharp_gguf, GpuShare(-1), room) - weights):
+        share = choose_gpu_share(sharp_gguf, None, lambda _: room)
+        assert 0 < share.layers < 17, share
+        planned = planned_bytes(sharp_gguf, share, room)
+        assert 0 < planned < planned_bytes(sharp_gguf, GpuShare(-1), room)
+        request = EvaluationRequest(
+            name="half", gguf=sharp_gguf, sha256="0" * 64, tokens=tokens, output=tmp_path, settings=SETTINGS
+        )
+        found = evaluate(request, lambda *_: None)
+    layers = int(found.environment["gpu_layers"].removesuffix(" of 17"))
+    assert 0 < layers < 17
+    assert vram_warning(found) is None, found.metrics
+    assert found.metrics[MEASURED].value < found.metrics["memory/predicted_vram_bytes"].value
 
 
 def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(sharp_gguf, leave):
@@ -102,7 +133,16 @@ def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(sharp_gguf, leave):
     ):
         Model(sharp_gguf)
     with leave(200 * MIB), Model(sharp_gguf, gpu_layers=2) as model:
-        assert model.gpu_layers == 2
+        assert model.gpu_share == GpuShare(2)
+
+
+def test_what_torch_keeps_for_later_is_given_back():
+    tensor = torch.ones(2**30, dtype=torch.uint8, device="cuda")
+    del tensor
+    kept, free = torch.cuda.memory_reserved(), sum(gpu.free_bytes())
+    assert kept >= 2**30
+    gpu.release_torch_cache()
+    assert torch.cuda.memory_reserved() <= kept - 2**30 and sum(gpu.free_bytes()) >= free + 2**30 - 64 * MIB
 
 
 def test_gpus_that_cuda_may_not_use_are_not_counted(monkeypatch):

@@ -43,7 +43,7 @@ def test_a_model_that_accelerate_has_spread_gives_the_same(gpus, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("samq.sensitivity.hf_model.placement", lambda *_: "auto")
         model, _ = load_model(source, "float32", "auto")
-    assert {parameter.device for parameter in model.parameters()} == set(gpus)
+    assert len({parameter.device for parameter in model.parameters()}) > 1
     require_identical(measure(model, text(), batch_size=2, memory=Memory(devices=gpus)), one)
     require_identical(measure(model, text(), batch_size=2), one)
 

@@ -23,10 +23,12 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
 from samq.evaluation.lm_eval.harness import GgufLM, explain
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.measure import Report, write_table
 from samq.evaluation.sandbox.run import isolation
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, benchmark_key, metric_part
 from samq.files import EVALUATION_NAME, ITEMS_NAME
+from samq.llamacpp.fit import choose_gpu_share
 from samq.llamacpp.runtime import Model
 from samq.markdown import one_line
 from samq.output import make_folder
@@ -67,7 +69,8 @@ def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
     """
     make_folder(request.output)
     settings = request.settings
-    with Model(request.gguf, gpu_layers=settings.gpu_layers) as model:
+    room = partial(benchmark_room, request.benchmarks.context_tokens, settings.kv_type)
+    with Model(request.gguf, gpu_layers=choose_gpu_share(request.gguf, settings.gpu_layers, room)) as model:
         results = measure_benchmarks(
             model,
             request.benchmarks,

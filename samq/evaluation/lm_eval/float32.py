@@ -5,6 +5,7 @@ Next to a program that computes in float32, such as transformers on a processor,
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,16 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from samq.errors import SamqError
 from samq.gguf.file import open_gguf, read_rows
 from samq.gguf.header import copy_metadata
+from samq.llamacpp.fit import Room, choose_gpu_share
 from samq.llamacpp.runtime import Model
 
 _WIDENED = frozenset({GGMLQuantizationType.F16, GGMLQuantizationType.BF16})
 
 
-def load_float32(path: Path) -> Model:
+def load_float32(path: Path, room: Callable[[Model], Room]) -> Model:
     """The model of `path` with F16 and BF16 weights in F32; quantized weights stay as they are.
 
+    As many layers are on the GPU as fit there beside a context of `room`.
     The model takes twice the memory, and while it loads as much space in the temporary folder. Raises SamqError if the
     file cannot be loaded, or if there is no room for the copy.
     """
@@ -33,7 +36,7 @@ def load_float32(path: Path) -> Model:
             raise SamqError(
                 f"cannot write a float32 copy of {path} to {folder}: {error.strerror}; set TMPDIR to a folder with room"
             ) from error
-        model = Model(copy)
+        model = Model(copy, gpu_layers=choose_gpu_share(copy, None, room))
     model.path = path
     return model
 

@@ -14,7 +14,7 @@ from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -31,9 +31,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary
 from samq.evaluation.lm_eval.float32 import load_float32
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.lm_eval.scoring import Continuation, score
 from samq.evaluation.tasks import FOLDER
 from samq.llamacpp.chat import ChatMessage, render_chat
+from samq.llamacpp.fit import choose_gpu_share
 from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.runtime import KV_TYPES, Model
 from samq.llamacpp.sampling import Sampling
@@ -88,7 +90,10 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
             assert not float32, "the types of an open model are fixed"
             self.model = gguf
         else:
-            self.model = load_float32(Path(gguf)) if float32 else Model(Path(gguf))
+            path, room = Path(gguf), partial(benchmark_room, context_tokens, "F32" if float32 else kv_type)
+            self.model = (
+                load_float32(path, room) if float32 else Model(path, gpu_layers=choose_gpu_share(path, None, room))
+            )
         self.max_length = min(context_tokens or self.model.trained_tokens, self.model.trained_tokens)
         self.max_gen_toks = 256  # if a task does not set it, as for hf
         self._add_bos = self.model.adds_bos if add_bos_token is None else add_bos_token

@@ -1,5 +1,7 @@
+import gc
 import re
 import shutil
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp.process import run
 from samq.llamacpp.runtime import Model
 from samq.llamacpp.toolchain import environment, program
+from tests.conftest import write_tiny_gguf
 
 SETTINGS = EvaluationSettings(context_tokens=128, chunks=6)
 
@@ -192,3 +195,35 @@ def test_a_baseline_of_other_tokens_or_cut_short_is_refused(baseline, smollm2_f1
     ):
         write_baseline(model, "0" * 64, np.full_like(chunks, 60_000), SETTINGS, tmp_path)
     assert not list(tmp_path.glob("*logits*"))
+
+
+def traced(work):
+    """The most bytes of Python's and numpy's memory that some work holds at a time."""
+    gc.collect()
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_for_logits_does_not_grow_with_the_number_of_chunks(tmp_path):
+    """All logits of the largest run are 16 times those of a chunk; what is held is less than two chunks' more."""
+    vocabulary, settings = 20_000, EvaluationSettings(context_tokens=32, chunks=None, threads=1)
+    gguf = write_tiny_gguf(
+        tmp_path / "wide.gguf", vocabulary=vocabulary, add_tokenizer=lambda writer: writer.add_tokenizer_model("none")
+    )
+    chunk_bytes = settings.scored_per_chunk * vocabulary * 4
+    chunks = np.random.default_rng(0).integers(0, vocabulary, (16, 32)).astype(np.int32)
+    writing, comparing = {}, {}
+    with Model(gguf) as model:
+        for count in (2, 16):
+            folder = tmp_path / str(count)
+            folder.mkdir()
+            part = chunks[:count]
+            writing[count] = traced(lambda: write_baseline(model, "0" * 64, part, settings, folder))  # noqa: B023
+            comparing[count] = traced(lambda: measure_divergence(model, part, folder, settings))  # noqa: B023
+            assert (folder / "logits.npy").stat().st_size == pytest.approx(count * chunk_bytes, rel=1e-3)
+    assert chunk_bytes > 1e6
+    assert writing[16] < writing[2] + chunk_bytes < 3 * chunk_bytes
+    assert comparing[16] < comparing[2] + chunk_bytes

@@ -7,7 +7,8 @@ import pytest
 
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256
-from samq.serving.loading import GPU_SPARE_BYTES, KV_Q4_WARNING, attempts, fits_beside, load
+from samq.llamacpp.fit import SPARE_BYTES
+from samq.serving.loading import KV_Q4_WARNING, attempts, fits_beside, load
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource, find_source
 from tests.conftest import write_tiny_gguf
@@ -100,7 +101,7 @@ def test_what_proves_not_to_fit_beside_the_old_model_replaces_it_and_is_as_the_s
 
 def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf, monkeypatch):
     """Memory that ends while llama.cpp computes would end the server, so what loads with none to spare does not count."""
-    monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES - 1])
+    monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, SPARE_BYTES - 1])
     settings = ServingSettings(gpu_layers=-1, context_tokens=512)
     served = load(FileSource(chat_gguf)(), settings)
     assert (served.loading.gpu_layers, served.loading.context_tokens) == (0, 512)
@@ -108,7 +109,7 @@ def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf,
         "1023 MiB of a GPU's memory would be left, but llama.cpp may need 1024 MiB"
     )
     served.close()
-    monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, GPU_SPARE_BYTES])
+    monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda: [64 * 2**30, SPARE_BYTES])
     served = load(FileSource(chat_gguf)(), settings)
     assert served.loading.gpu_layers == 3 and not served.loading.notes
     served.close()
@@ -116,7 +117,7 @@ def test_layers_that_leave_too_little_of_a_gpu_to_compute_stay_off_it(chat_gguf,
 
 def test_what_would_leave_too_little_of_a_gpu_to_compute_does_not_fit_beside(chat_gguf, monkeypatch):
     gguf, settings = FileSource(chat_gguf)(), ServingSettings(gpu_layers=-1, context_tokens=512)
-    for free, fits in ((GPU_SPARE_BYTES + 64 * 2**20, True), (GPU_SPARE_BYTES, False)):
+    for free, fits in ((SPARE_BYTES + 64 * 2**20, True), (SPARE_BYTES, False)):
         monkeypatch.setattr("samq.llamacpp.gpu.free_bytes", lambda free=free: [free])
         assert fits_beside(gguf, settings) == fits
 

@@ -5,6 +5,7 @@ import re
 import string
 import subprocess
 import tempfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from samq.errors import SamqError
 from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary
 from samq.evaluation.lm_eval.float32 import load_float32
 from samq.evaluation.lm_eval.harness import GgufLM
+from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.settings import BenchmarkSettings
 from samq.gguf.file import read_tensors
 from samq.llamacpp.runtime import Model
@@ -31,6 +33,7 @@ from tests.samq.evaluation.nonsense import nonsense_after
 from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
 VOCABULARY = 264
+ROOM = partial(benchmark_room, None, "F32")
 LONGEST = 48  # tokens: the context of both models, so that requests are cut
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -347,13 +350,13 @@ def test_float32_rounds_nothing_and_keeps_what_is_quantized(pair, tmp_path, monk
     command = [program(toolchain, "llama-quantize"), pair.path, mixed, "Q8_0"]  # rows of 40 stay in F16
     subprocess.run(command, env=environment(toolchain), check=True, capture_output=True)
     assert {tensor.type for tensor in read_tensors(mixed).values()} == {"F16", "F32", "Q8_0"}
-    with load_float32(mixed) as wide, Model(mixed) as narrow:
+    with load_float32(mixed, ROOM) as wide, Model(mixed) as narrow:
         assert wide.tokenize("the man").tolist() == narrow.tokenize("the man").tolist()
         scores = [[score for score, _ in GgufLM(model, kv_type="F32").loglikelihood(made)] for model in (wide, narrow)]
     np.testing.assert_allclose(*scores, rtol=0, atol=0.3)  # what Q8_0 is multiplied with is rounded to 8 bits
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", no_space)
     with pytest.raises(SamqError, match=r"float32 copy of .*: No space left on device; set TMPDIR"):
-        load_float32(mixed)
+        load_float32(mixed, ROOM)
     assert list(tmp_path.iterdir()) == [mixed]
 
 

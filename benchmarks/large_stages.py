@@ -1,0 +1,96 @@
+"""What each stage of large_model.py takes: seconds, and peaks of GPU memory, of the process and of the disk."""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+
+from samq.llamacpp import gpu
+
+_INTERVAL_S = 0.1
+
+
+def peak_rss(process: int | str = "self") -> int:
+    """Peak resident memory of a process, with mapped pages of files; 0 if it is gone."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else 0
+
+
+def reset_peak_rss() -> None:
+    """Begin a new peak, where Linux allows that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Stages:
+    """Stage -> its figures.
+
+    `peak_gpu_bytes` is what torch allocated on the GPU with most. `peak_device_bytes` is all memory of the GPUs, as the driver
+    (NVML) sees it, with CUDA's own share and that of child processes, less what was in use at the start.
+    """
+
+    def __init__(self, folder: Path, *, cuda: bool) -> None:
+        """`folder` holds all files of the run."""
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.ballast_bytes = 0  # of GPU memory that is taken so that less is free
+        self._folder, self._cuda = folder, cuda
+        self._free = sum(gpu.free_bytes()) if cuda else 0
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[dict[str, Any]]:
+        """Measure what happens within; more figures may be added to what this gives."""
+        figures = self.figures[name] = {}
+        reset_peak_rss()
+        gpus = range(torch.cuda.device_count()) if self._cuda else range(0)
+        for number in gpus:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(number)
+        end = Event()
+        sampler = Thread(target=self._sample, args=(figures, end), daemon=True)
+        sampler.start()
+        started = time.perf_counter()
+        try:
+            yield figures
+            for number in gpus:
+                torch.cuda.synchronize(number)
+        finally:
+            seconds = time.perf_counter() - started
+            end.set()
+            sampler.join()
+        if self._cuda:
+            figures["peak_gpu_bytes"] = max(torch.cuda.max_memory_allocated(number) for number in gpus)
+        figures |= {"seconds": seconds, "disk_bytes": self._disk_bytes(), "peak_rss_bytes": peak_rss()}
+        peak = max(figures.get("peak_gpu_bytes", 0), figures.get("peak_device_bytes", 0))
+        on_gpu = f", {peak / 2**30:.2f} GiB of the GPU" if self._cuda else ""
+        rss, disk = figures["peak_rss_bytes"] / 2**30, figures["disk_peak_bytes"] / 1e9
+        print(f"{name:26} {seconds:.1f} s{on_gpu}, {rss:.2f} GiB of memory, {disk:.1f} GB on disk", flush=True)
+
+    def most(self, figure: str) -> int | None:
+        """The largest value of a figure over all stages; None if no stage has it."""
+        return max((figures[figure] for figures in self.figures.values() if figure in figures), default=None)
+
+    def _sample(self, figures: dict[str, Any], end: Event) -> None:
+        figures["disk_peak_bytes"] = 0
+        while True:
+            figures["disk_peak_bytes"] = max(figures["disk_peak_bytes"], self._disk_bytes())
+            if self._cuda and (free := gpu.free_bytes()):
+                used = self._free - sum(free) - self.ballast_bytes
+                figures["peak_device_bytes"] = max(figures.get("peak_device_bytes", 0), used)
+            if end.wait(_INTERVAL_S):
+                return
+
+    def _disk_bytes(self) -> int:
+        total = 0
+        for file in self._folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                total += file.stat().st_size if file.is_file() else 0
+        return total
