@@ -78,17 +78,16 @@ def estimate(parameters: RequantizeParameters, progress: Progress = silent) -> R
             outline,
             DTYPES[model.dtype].itemsize,
             on_gpu=machine.device.type == "cuda",
-            room=model.memory_limit_bytes or machine.gpu or machine.ram,
+            rooms=tuple(model.memory_limit_bytes or free for free in machine.gpus or (machine.ram,)),
             batch_size=calibration.batch_size,
             sequence_tokens=calibration.sequence_tokens,
         )
         types = {*plans.priced, *(kind for plan in plans.all for kind in plan.weights)}
         rates = measure_rates(machine.folder, machine.device, model.dtype, types, progress)
-        clock = Clock(
-            run, model.dtype, rates, machine.ram, gpu=0 if parameters.evaluation.gpu_layers == 0 else machine.gpu
-        )
+        gpu = 0 if parameters.evaluation.gpu_layers == 0 else sum(machine.gpus)
+        clock = Clock(run, model.dtype, rates, machine.ram, gpu)
         stages = _stages(parameters, plans, clock, machine)
-        found = resources(machine, stages, outline.download_bytes, waits_on_disk=not run.is_whole)
+        found = resources(machine, stages, outline.download_bytes, is_whole=run.is_whole, is_spread=run.is_spread)
         return Requirements(stages, found)
 
 

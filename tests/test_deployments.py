@@ -124,7 +124,7 @@ def test_a_parameter_file_reckons_with_what_doctor_says(name, tmp_path, monkeypa
     assert f"{round(hub / 1e9)} for the BF16 GGUF" in text
     outline = read_outline(parameters.model.source, "main", "BF16", tmp_path)
     calibration = parameters.calibration
-    run = TorchRun(outline, 2, True, 20 * 2**30, calibration.batch_size, calibration.sequence_tokens)
+    run = TorchRun(outline, 2, True, (20 * 2**30,), calibration.batch_size, calibration.sequence_tokens)
     gpu = compensation(run, calibration.gram_tokens).gpu
     assert f"{gpu / 2**30:.1f} GiB of" in text
 

@@ -20,7 +20,7 @@ class Machine:
     """What is free."""
 
     device: torch.device  # that torch computes on
-    gpu: int  # bytes of all GPUs that torch may use; 0 on a processor
+    gpus: tuple[int, ...]  # bytes of each GPU that torch may use; none on a processor
     ram: int
     python: int  # bytes of RAM that Python takes with its packages, and CUDA
     disk: int  # for the store
@@ -60,7 +60,7 @@ def look(device: str, store: Path) -> Machine:
         place = torch.device(compute_device(device))
         gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
         gpus = gpus if device == "auto" else [place] if place.type == "cuda" else []
-        gpu = sum(map(free_bytes, gpus))
+        free = tuple(map(free_bytes, gpus or [place]))
     except (RuntimeError, AssertionError) as error:  # torch's own, also if it was built without CUDA
         reason = str(error).strip().split("\n")[0]
         raise SamqError(f"torch cannot use {device} ({reason}); set model.device to auto or cpu") from error
@@ -68,7 +68,7 @@ def look(device: str, store: Path) -> Machine:
     folder, cache = (_present(path) for path in (store, Path(constants.HF_HUB_CACHE)))
     return Machine(
         device=place,
-        gpu=gpu,
+        gpus=free if gpus else (),
         ram=psutil.virtual_memory().available + python,
         python=python,
         disk=shutil.disk_usage(folder).free,
@@ -82,7 +82,7 @@ def _present(folder: Path) -> Path:
 
 
 def resources(
-    machine: Machine, stages: Sequence[StageNeeds], download: int, *, waits_on_disk: bool = True
+    machine: Machine, stages: Sequence[StageNeeds], download: int, *, is_whole: bool = False, is_spread: bool = False
 ) -> list[Resource]:
     """The peaks of all stages.
 
@@ -90,12 +90,14 @@ def resources(
         machine: what is free.
         stages: in the order in which they run.
         download: bytes that the hub still has to give.
-        waits_on_disk: whether the model's blocks wait on disk until they run.
+        is_whole: whether all weights are in memory; else the model's blocks wait until they run.
+        is_spread: whether they are on all GPUs; else the first needs the most.
     """
     found = [_of_memory("RAM", stages, [machine.python + stage.taken.ram for stage in stages], machine.ram)]
-    if machine.gpu:
-        gpu = _of_memory("GPU memory", stages, [stage.taken.gpu for stage in stages], machine.gpu)
-        if not waits_on_disk:
+    if machine.gpus:
+        free = sum(machine.gpus) if is_spread else machine.gpus[0]
+        gpu = _of_memory("GPU memory", stages, [stage.taken.gpu for stage in stages], free)
+        if is_whole:
             limit = "set model.memory_limit to a smaller size, so that the model's blocks stay on disk until they run"
             gpu = replace(gpu, advice=limit)
         found.insert(0, gpu)

@@ -1,11 +1,12 @@
 """Memory and disk that each stage takes, by formulas that follow the code of the stages.
 
 They were compared with what runs took: gradients of 8B in memory (30.2 GiB by the formula, 29.9 measured), of a 70B shape with
-its blocks on disk (10.3 and 10.1), and its layers' inputs (21.5 and 20.7), by benchmarks/large_model.py on an H200; on a
+its blocks on disk (10.3 and 10.1), and its layers' inputs (20.9 and 20.7), by benchmarks/large_model.py on an H200; on a
 processor, beside Python itself, of 2B from disk (1.9 and 2.0) and of 135M in memory (1.3 and 1.4). They are for transformers of
 linear layers; what a model keeps beside those (states of Mamba, windows of attention) they do not know.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +44,7 @@ class TorchRun:
     outline: Outline
     itemsize: int  # bytes of a weight and of an activation
     on_gpu: bool
-    room: int  # bytes of the device that the model may take: what is free, or the limit
+    rooms: tuple[int, ...]  # bytes of the device, or of each GPU, that the model may take: what is free, or the limit
     batch_size: int
     sequence_tokens: int
 
@@ -56,7 +57,17 @@ class TorchRun:
     def is_whole(self) -> bool:
         """Whether all weights are on the device: as `samq.sensitivity.placement` decides. Else blocks wait elsewhere."""
         waits_nowhere = self.outline.is_gguf and not self.on_gpu
-        return waits_nowhere or self.weights * WORKING_SHARE <= self.room
+        return waits_nowhere or self.weights * WORKING_SHARE <= sum(self.rooms)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the weights are on several GPUs, since the first does not hold all. Else the first needs the most."""
+        return self.is_whole and self.on_gpu and self.weights * WORKING_SHARE > self.rooms[0]
+
+    @property
+    def room(self) -> int:
+        """Bytes that the model may take where it is."""
+        return sum(self.rooms) if self.is_spread else self.rooms[0]
 
     @property
     def resident(self) -> int:
@@ -87,9 +98,9 @@ class TorchRun:
 
     @cached_property
     def gram_bytes(self) -> list[int]:
-        """Bytes of the Gram matrices of a block's matrices; those with one input share one, and are counted once each."""
-        matrices = [tensor for tensor in self.outline.largest_block if len(tensor.shape) == 2]
-        return [FLOAT * tensor.row_length**2 for tensor in matrices]
+        """Bytes of the Gram matrix of each matrix of a block and of each expert, some of which share an input."""
+        matrices = [tensor for tensor in self.outline.largest_block if len(tensor.shape) > 1]
+        return [FLOAT * tensor.row_length**2 for tensor in matrices for _ in range(math.prod(tensor.shape[:-2]))]
 
     def states(self, positions: int) -> int:
         """Bytes of the hidden states of so many tokens before a block."""
@@ -130,7 +141,8 @@ def check(run: TorchRun, sequences: int) -> Taken:
 def layer_inputs(run: TorchRun, tokens: int, *, matrices: bool) -> Taken:
     """Moments of the layers' inputs (`samq.sensitivity.gram`), and with `matrices` what compensation leaves of an error.
 
-    A matrix is factored in float64, from a copy in float32 (`samq.quantization.gptq`).
+    A matrix is factored in float64, from a copy in float32 (`samq.quantization.gptq`). While matrices are added up there are
+    two of each: of the batches at work, and of all before.
     """
     factor = (FLOAT + DOUBLE) // FLOAT * max(run.gram_bytes) if matrices else 0
     return _inputs(run, tokens, factor, matrices=matrices)

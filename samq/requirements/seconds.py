@@ -5,6 +5,7 @@ The products of a pass reach a share of the rate of one large product. On an H20
 Inputs of layers and llama.cpp reached 0.4 to 0.5 in the demo.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -53,9 +54,10 @@ class Clock:
         outline = self.run.outline
         products = self._products(2 * outline.active_weights * tokens, self.dtype)
         if matrices:
-            lengths = [tensor.row_length for tensor in outline.largest_block if len(tensor.shape) == 2]
-            sums = len(outline.blocks) * 2 * tokens * sum(length**2 for length in lengths)
-            factors = len(outline.blocks) * 2 / 3 * sum(length**3 for length in lengths)
+            tensors = [tensor for block in outline.blocks for tensor in block if len(tensor.shape) > 1]
+            each = [(math.prod(tensor.shape[:-2]), outline.share(tensor), tensor.row_length) for tensor in tensors]
+            sums = 2 * tokens * sum(experts * share * length**2 for experts, share, length in each)
+            factors = 2 / 3 * sum(experts * length**3 for experts, _, length in each)
             products += self._products(sums, "float32") + self._products(factors, "float64")
         return max(products, self._fetching(1))
 
@@ -66,7 +68,7 @@ class Clock:
     def compensation(self, weights: Iterable[Mapping[str, int]], tokens: int) -> float:
         """The nearest values of all plans, the pass over the inputs, and GPTQ with the errors of outputs before and after."""
         plans, outline = list(weights), self.run.outline
-        matrices = [tensor for block in outline.blocks for tensor in block if len(tensor.shape) == 2]
+        matrices = [tensor for block in outline.blocks for tensor in block if len(tensor.shape) > 1]
         gptq = 5 * len(plans) * sum(tensor.weights * tensor.row_length for tensor in matrices)
         return self.rounding(plans) + self.inputs(tokens, matrices=True) + self._products(gptq, "float32")
 

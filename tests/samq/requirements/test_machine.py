@@ -19,7 +19,7 @@ STAGES = [
 
 
 def machine(tmp_path, **free):
-    settings = dict(gpu=24, ram=64, python=4, disk=200, cache_disk=None)
+    settings = dict(gpus=(24, 10), ram=64, python=4, disk=200, cache_disk=None)
     return Machine(device=torch.device("cpu"), folder=tmp_path, **settings | free)
 
 
@@ -38,6 +38,12 @@ def test_the_peaks_are_of_memory_the_largest_stage_and_of_the_disk_what_is_there
     assert by_name(resources(machine(tmp_path), later, download=0))["disk"].needed == 180
 
 
+def test_the_first_gpu_counts_unless_the_weights_are_on_all(tmp_path):
+    for is_spread, free in ((False, 24), (True, 34)):
+        found = resources(machine(tmp_path), STAGES, download=0, is_whole=True, is_spread=is_spread)
+        assert by_name(found)["GPU memory"].free == free
+
+
 def test_what_the_hub_still_has_to_give_needs_room_on_its_disk(tmp_path):
     here = by_name(resources(machine(tmp_path), STAGES, download=40))
     assert here["disk"].needed == 40 + 170
@@ -50,12 +56,12 @@ def test_what_the_hub_still_has_to_give_needs_room_on_its_disk(tmp_path):
 
 
 def test_what_does_not_suffice_says_what_to_do(tmp_path):
-    found = by_name(resources(machine(tmp_path, gpu=7, ram=12, disk=169), STAGES, download=0))
+    found = by_name(resources(machine(tmp_path, gpus=(7, 99), ram=12, disk=169), STAGES, download=0))
     assert not any(resource.suffices for resource in found.values())
     assert "candidates.rounding to nearest" in found["GPU memory"].advice
     assert "calibration.batch_size" in found["RAM"].advice
     assert "SAMQ_HOME" in found["disk"].advice
-    whole = by_name(resources(machine(tmp_path, gpu=7), STAGES, download=0, waits_on_disk=False))
+    whole = by_name(resources(machine(tmp_path, gpus=(7,)), STAGES, download=0, is_whole=True))
     assert "model.memory_limit" in whole["GPU memory"].advice
 
 
@@ -64,7 +70,7 @@ def test_this_machine_without_a_gpu_has_ram_and_the_stores_disk(tmp_path, monkey
         pytest.skip("there is a GPU")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     seen = look("auto", tmp_path / "home" / "store")
-    assert (seen.device, seen.gpu, seen.folder, seen.cache_disk) == (torch.device("cpu"), 0, tmp_path, None)
+    assert (seen.device, seen.gpus, seen.folder, seen.cache_disk) == (torch.device("cpu"), (), tmp_path, None)
     assert seen.disk == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
     assert 0 < seen.python < seen.ram <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") + seen.python
     with pytest.raises(SamqError, match=r"torch cannot use cuda:0 .*set model.device to auto or cpu"):

@@ -18,15 +18,16 @@ from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.sensitivity.memory import Memory
 from samq.sensitivity.offloading import has_offloaded
 from tests.samq.requirements.conftest import LLAMA_8B, LLAMA_70B
-from tests.tiny_models import VOCABULARY, names_of, save_folder, tiny_llama
+from tests.tiny_models import VOCABULARY, names_of, save_folder, tiny_llama, tiny_mixtral
 
 GIB = 2**30
 SEQUENCES, TOKENS = 12, 48
 
 
-def run_of(outline, **settings):
+def run_of(outline, *, room=GIB, **settings):
+    rooms = room if isinstance(room, tuple) else (room,)
     return TorchRun(
-        outline, **dict(itemsize=4, on_gpu=False, room=GIB, batch_size=2, sequence_tokens=TOKENS) | settings
+        outline, **dict(itemsize=4, on_gpu=False, rooms=rooms, batch_size=2, sequence_tokens=TOKENS) | settings
     )
 
 
@@ -106,6 +107,26 @@ def test_a_model_is_whole_where_it_is_loaded_whole(folder, tmp_path, share, whol
     assert run.resident == 4 * (outline.weights if whole else around + 3 * max(blocks))
     on_gpu = run_of(outline, room=room, on_gpu=True)
     assert on_gpu.resident == 4 * (outline.weights if whole else around + 2 * max(blocks))
+
+
+def test_a_model_is_spread_over_gpus_if_the_first_does_not_hold_it(folder, tmp_path):
+    outline = read_outline(str(folder), None, "F16", tmp_path)
+    size = 4 * outline.weights
+    first, spread, neither = (
+        run_of(outline, on_gpu=True, room=rooms) for rooms in ((2 * size, 1), (size, size), (size // 2, size // 2))
+    )
+    assert (first.is_whole, first.is_spread, first.room) == (True, False, 2 * size)
+    assert (spread.is_whole, spread.is_spread, spread.room) == (True, True, 2 * size)
+    assert (neither.is_whole, neither.is_spread, neither.room) == (False, False, size // 2)
+
+
+def test_each_expert_has_a_gram_matrix(tmp_path):
+    outline = read_outline(str(save_folder(tiny_mixtral(), tmp_path / "moe")), None, "F16", tmp_path)
+    stacked = [tensor for tensor in outline.largest_block if len(tensor.shape) == 3]
+    others = [tensor for tensor in outline.largest_block if len(tensor.shape) == 2]
+    assert {tensor.shape[0] for tensor in stacked} == {4}
+    expected = [4 * t.row_length**2 for t in others] + 4 * [4 * t.row_length**2 for t in stacked]
+    assert sorted(run_of(outline).gram_bytes) == sorted(expected)
 
 
 def test_what_h200s_took_is_what_the_formulas_say(outline_of):

@@ -28,7 +28,7 @@ RATES = Rates(
 @pytest.fixture
 def clock(tiny_gguf, tmp_path):
     outline = read_outline(str(tiny_gguf), None, "F16", tmp_path)
-    run = TorchRun(outline, itemsize=4, on_gpu=False, room=10**9, batch_size=1, sequence_tokens=64)
+    run = TorchRun(outline, itemsize=4, on_gpu=False, rooms=(10**9,), batch_size=1, sequence_tokens=64)
     return Clock(run, "float32", RATES, ram=10**9, gpu=0)
 
 
@@ -50,7 +50,7 @@ def test_gradients_grow_with_tokens_and_with_states_on_disk(clock):
 
 
 def test_weights_on_disk_are_waited_for_where_that_takes_longer(clock):
-    run = replace(clock.run, on_gpu=True, room=1)
+    run = replace(clock.run, on_gpu=True, rooms=(1,))
     slow = replace(clock, run=run, ram=1, rates=replace(RATES, read_bytes=1000.0))
     assert not run.is_whole
     assert slow.gradients(1, states=0) == pytest.approx(2 * 2 * run.outline.weights_in_blocks / 1000)
