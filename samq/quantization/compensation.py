@@ -32,8 +32,8 @@ from samq.gguf.nearest import NearestRounding
 from samq.quantization.gptq import Compensator
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation, OutputError, PriceTable
-from samq.sensitivity.gram import Moments, Piece
 from samq.sensitivity.memory import needs_gpu_memory
+from samq.sensitivity.moments import Moments, Piece
 from samq.sensitivity.shares import over_devices
 
 _F16_ROUNDING = 2.0**-11  # the largest relative rounding error of F16

@@ -14,9 +14,10 @@ from samq.gguf.imatrix import ImatrixEntry
 from samq.progress import Progress, silent
 from samq.quantization.compensation import expected_errors
 from samq.sensitivity.checkpoints import Checkpoints
-from samq.sensitivity.gram import Moments, input_moments
+from samq.sensitivity.gram import input_moments
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
+from samq.sensitivity.moments import Moments
 from samq.sensitivity.shares import over_devices
 
 

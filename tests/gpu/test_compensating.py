@@ -9,7 +9,7 @@ from samq.gguf.nearest import NearestRounding
 from samq.quantization.compensation import write_compensated
 from samq.quantization.gptq import Compensator
 from samq.quantization.planned_file import PlannedFile
-from samq.sensitivity.gram import Moments, Piece
+from samq.sensitivity.moments import Moments, Piece
 from tests.samq.allocation.test_prediction_check import write_gguf
 from tests.samq.quantization.test_compensation import random_gram
 

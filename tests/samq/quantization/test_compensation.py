@@ -14,7 +14,7 @@ from samq.quantization.compensation import compensated_prices, expected_errors, 
 from samq.quantization.gptq import Compensator, cholesky_upper_, invert_upper_
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Price, PriceTable, TensorPrices
-from samq.sensitivity.gram import Moments, Piece
+from samq.sensitivity.moments import Moments, Piece
 from tests.conftest import write_stacked_gguf, write_tiny_gguf
 
 DAMPING = 0.01
