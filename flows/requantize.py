@@ -113,7 +113,8 @@ def requantize(parameters: RequantizeParameters) -> FinishedSweep:
     sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
     markdown = report(sweep, parameters.cost)
     tracked = track(tracking, sweep, markdown)
-    drop_files(at, sweep, parameters.candidates.keep, tracking.tracking_uri)
+    if parameters.candidates.keep != "all":
+        drop_files(at, sweep, parameters.candidates.keep, tracking.tracking_uri)
     return FinishedSweep(sweep, markdown, tracked)
 
 

@@ -15,8 +15,6 @@ log = logging.getLogger("samq.drop")
 @step("drop files")
 def drop_files(at: Workspace, sweep: Sweep, keep: Finalists, tracking_uri: str) -> None:
     """Remove from the store the GGUFs of all candidates but those to keep, and what MLflow's aliases point at."""
-    if keep == "all":
-        return
     kept, spared = sweep.finalists(keep), {path.resolve() for path in aliased_files(connect(tracking_uri))}
     dropped = [result for result in sweep.results if result.name not in kept and result.gguf.resolve() not in spared]
     freed = Store(at.store).forget([result.gguf for result in dropped])
