@@ -193,11 +193,11 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
     from samq.gguf.file import gguf_names
     from samq.sensitivity.blocks import Blocks
     from samq.sensitivity.checkpoint import describe_source
-    from samq.sensitivity.hf_model import compute_device, compute_devices, load_model
+    from samq.sensitivity.hf_model import load_model
     from samq.sensitivity.layout import GgufLayout, weights_of
     from samq.sensitivity.loss import Labelling
     from samq.sensitivity.measure import Origin, measure_sensitivity
-    from samq.sensitivity.memory import Memory
+    from samq.sensitivity.memory import Memory, compute_device, compute_devices
     from samq.sensitivity.offloading import has_offloaded
 
     if arguments.whole:
@@ -321,7 +321,7 @@ def main() -> None:
     from large_stages import Stages
 
     from samq.allocation.budget_notation import read_budget
-    from samq.sensitivity.hf_model import compute_device
+    from samq.sensitivity.memory import compute_device
 
     device = compute_device(arguments.device)
     cuda = device.startswith("cuda")

@@ -35,7 +35,7 @@ class Workspace:
     @property
     def compute_device(self) -> str:
         """The device that torch computes on, for `auto`: cuda if there is a GPU, else cpu."""
-        from samq.sensitivity.hf_model import compute_device  # torch takes seconds to import
+        from samq.sensitivity.memory import compute_device  # torch takes seconds to import
 
         return compute_device(self.device)
 

@@ -9,9 +9,9 @@ from samq.files import GGUF_NAME
 from samq.gguf.file import gguf_names, read_metadata
 from samq.progress import bar
 from samq.records import ModelSource
-from samq.sensitivity.hf_model import compute_devices, load_model
+from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, read_layout
-from samq.sensitivity.memory import Memory
+from samq.sensitivity.memory import Memory, compute_devices
 from samq.store import Artifact
 from samq.workspace import Workspace
 

@@ -13,6 +13,7 @@ from samq.errors import SamqError
 from samq.gguf.formats import EMBEDDING, MIXTURES, OUTPUT, bits_per_weight, check_type
 from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
+from samq.sensitivity.fisher import ENOUGH_TOKENS
 
 _NOTHING_NATS = 1e-7  # bytes spent on less in a tensor are wasted: llama.cpp's own rounding of activations costs 1e-4
 _METADATA_BYTES = 16 * 1024  # provenance, importance matrix's values and padding, beside the source's own metadata
@@ -29,11 +30,10 @@ class BudgetPolicy(BaseModel):
     least_type: str | None = Field(
         default=None, description="least type of every tensor, where second order is not to be trusted with fewer bits"
     )
-
     expert_guard: str | None = Field(
         default="Q3_K",
-        description="least type of stacked experts some of which saw fewer than 64 calibration tokens, too few to know their "
-        "price",
+        description=f"least type of stacked experts some of which saw fewer than {ENOUGH_TOKENS} calibration tokens, too few "
+        "to know their price",
     )
 
     @field_validator("output_guard", "embedding_guard", "least_type", "expert_guard")

@@ -104,7 +104,7 @@ class _Errors:
             self._known[tensor, kind][expert] = error and OutputError(**error)
 
     def matrices(self, tensor: str, kind: str) -> set[int | None]:
-        """The matrices that are known: all experts of a tensor are written as None if they have one input."""
+        """The matrices that are known: numbers of experts, or None for all of a tensor together."""
         return set(self._known.get((tensor, kind), ()))
 
     def add(self, tensor: str, kind: str, expert: int | None, error: OutputError | None) -> None:
@@ -250,8 +250,9 @@ def _write_others(
     for name in full.names:
         for kind, having in _by_type(files, name).items():
             written = errors.matrices(name, kind)
-            left = () if None in written else [*({*range(full.matrices(name))} - written)] if written else (None,)
-            for expert in left:
+            if None in written:
+                continue
+            for expert in {*range(full.matrices(name))} - written if written else {None}:
                 for rows in _slabs(full, name, expert, _SLAB_WEIGHTS):
                     blocks = rounded.blocks(name, kind, rows)
                     for file in having:

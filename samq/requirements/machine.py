@@ -11,8 +11,7 @@ from huggingface_hub import constants
 
 from samq.errors import SamqError
 from samq.requirements.memory import Taken
-from samq.sensitivity.hf_model import compute_device
-from samq.sensitivity.memory import free_bytes
+from samq.sensitivity.memory import compute_device, compute_devices, free_bytes
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def look(device: str, store: Path) -> Machine:
     """What is free on this machine; raises SamqError for a device that torch does not have."""
     try:
         place = torch.device(compute_device(device))
-        gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-        gpus = gpus if device == "auto" else [place] if place.type == "cuda" else []
+        gpus = [each for each in compute_devices(device) if each.type == "cuda"]
         free = tuple(map(free_bytes, gpus or [place]))
     except (RuntimeError, AssertionError) as error:  # torch's own, also if it was built without CUDA
         reason = str(error).strip().split("\n")[0]

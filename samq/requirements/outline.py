@@ -4,7 +4,6 @@ llama-quantize says of an outline which types a mixture has, as of the model its
 sizes of plans are known before anything is converted. The file is sparse and takes some megabytes of disk.
 """
 
-import importlib.util
 import math
 import os
 import re
@@ -19,8 +18,7 @@ import huggingface_hub
 import numpy as np
 import torch
 from gguf.constants import MODEL_ARCH_NAMES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, PreTrainedModel
 
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, gguf_names, read_metadata, read_tensors
@@ -28,7 +26,8 @@ from samq.gguf.formats import EMBEDDING, FULL_PRECISION, OUTPUT, tensor_bytes
 from samq.gguf.imatrix import ImatrixEntry, write_imatrix
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Plan
-from samq.sensitivity.checkpoint import HUB_ID, read_config, weight_files
+from samq.sensitivity.checkpoint import HUB_ID, local_path, read_config, weight_files
+from samq.sensitivity.hf_model import model_class_of
 from samq.sensitivity.published_types import dequantize_at_load, quantization_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -117,9 +116,7 @@ def read_outline(source: str, revision: str | None, precision: str, work: Path) 
     Raises:
         SamqError: the model is not on this machine, or transformers does not know it.
     """
-    path = Path(source.removeprefix("rescaled:"))
-    if str(path).startswith("package:"):
-        path = _in_package(str(path))
+    path = local_path(source.removeprefix("rescaled:"))
     if path.suffix == ".gguf":
         return _of_gguf(path, precision, work, is_rescaled=source.startswith("rescaled:"))
     if path.exists() or not HUB_ID.fullmatch(source):
@@ -145,14 +142,6 @@ def write_even_importance(outline: Outline, folder: Path) -> Path:
             )
     write_imatrix(folder / "even.gguf", entries, dataset="none", sequences=1, sequence_tokens=1)
     return folder / "even.gguf"
-
-
-def _in_package(name: str) -> Path:
-    module, _, file = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise SamqError(f"{name}: there is no package {module}; install it, or write package:<module>/<file>")
-    return Path(spec.origin).parent / file
 
 
 def _cached(hub_id: str, revision: str | None) -> Path:
@@ -235,10 +224,8 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         dequantize_at_load(config)
-        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        model_class: Any = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
         with torch.device("meta"):
-            model: PreTrainedModel = model_class.from_config(config)
+            model: PreTrainedModel = model_class_of(config).from_config(config)
     except (OSError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SamqError(f"transformers does not know the model in {folder} ({reason}); give a causal LM") from error

@@ -64,7 +64,7 @@ def describe_source(
         SamqError: a file is missing or cut short, or the model is not a causal LM that transformers knows.
     """
     name = str(model).removeprefix("rescaled:")
-    path = _in_package(name) if name.startswith("package:") else Path(name)
+    path = local_path(name)
     if name != str(model):
         path = _rescaled(path)
     if path.suffix == ".gguf":
@@ -99,8 +99,10 @@ def _describe_gguf(path: Path, folder: Path | None) -> ModelSource:
     )
 
 
-def _in_package(name: str) -> Path:
-    """The path behind package:<module>/<file>."""
+def local_path(name: str) -> Path:
+    """The path that a name stands for, which may be package:<module>/<file>; raises SamqError if there is no such package."""
+    if not name.startswith("package:"):
+        return Path(name)
     module, _, file = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or spec.origin is None:

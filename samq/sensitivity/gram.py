@@ -89,9 +89,7 @@ def _probe(tokens: TokenBatch) -> Sequences:
     return Sequences(ids, torch.ones_like(ids), Batch(0, [length]))
 
 
-def _whole(
-    model: PreTrainedModel, batches: list[Sequences], inputs: "InputSums", progress: Progress
-) -> Iterator[Piece]:
+def _whole(model: PreTrainedModel, batches: list[Sequences], inputs: InputSums, progress: Progress) -> Iterator[Piece]:
     device = main_device(model)
 
     def run(number: int, _: int) -> None:
@@ -106,7 +104,7 @@ def _whole(
 
 
 def _by_blocks(
-    blocks: Blocks, batches: list[Sequences], inputs: "InputSums", memory: Memory, progress: Progress
+    blocks: Blocks, batches: list[Sequences], inputs: InputSums, memory: Memory, progress: Progress
 ) -> Iterator[Piece]:
     device = main_device(blocks.model)
     devices = memory.sharing(device)
@@ -131,7 +129,7 @@ def _through(
     batches: list[Sequences],
     entered: list[Entered],
     turns: Rounds,
-    inputs: "InputSums",
+    inputs: InputSums,
     kept: tuple[HiddenStates, Residence],
     progress: Progress,
 ) -> Iterator[Piece]:

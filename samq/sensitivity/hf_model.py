@@ -100,7 +100,7 @@ def load_model(
                 config = config.get_text_config()  # a GGUF holds the text part alone
             else:
                 dequantize_at_load(config)
-            model_class = _model_class(config)
+            model_class = model_class_of(config)
             with torch.device("meta"):
                 skeleton = model_class.from_config(config, dtype=DTYPES[dtype])
             places = placement(skeleton, place, "cpu" if from_gguf else "disk", memory_limit)
@@ -136,7 +136,7 @@ def load_model(
     return model, tokenizer
 
 
-def _model_class(config: Any) -> Any:
+def model_class_of(config: Any) -> Any:
     """The class to load a model of this configuration with: of causal LMs if it is one, else of multimodal ones."""
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
 
@@ -155,18 +155,6 @@ def _keep_text_part(model: PreTrainedModel) -> None:
             # Gemma 3n looks every token up in the tables of its other vocabularies.
             if decoder not in parts and head not in parts and not hasattr(child, "vocab_offset"):
                 setattr(parent, name, None)
-
-
-def compute_device(device: str) -> str:
-    """The torch device for work without a model: for `auto` the first GPU, or the CPU if there is none."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def compute_devices(device: str) -> tuple[torch.device, ...]:
-    """The torch devices that share the sequences of a pass: for `auto` all GPUs, or the CPU if there is none."""
-    if device == "auto" and torch.cuda.is_available():
-        return tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
-    return (torch.device(compute_device(device)),)
 
 
 def _places(source: ModelSource) -> tuple[Path, dict[str, str]]:

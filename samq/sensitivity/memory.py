@@ -1,4 +1,4 @@
-"""Memory that measuring may take, and one sentence instead of torch's traceback where a GPU's does not suffice."""
+"""Devices that measure and their memory, and one sentence instead of torch's traceback where a GPU's does not suffice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +44,18 @@ class Memory:
 
 
 UNLIMITED = Memory()  # what is free
+
+
+def compute_device(device: str) -> str:
+    """The torch device for work without a model: for `auto` the first GPU, or the CPU if there is none."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def compute_devices(device: str) -> tuple[torch.device, ...]:
+    """The torch devices that share the sequences of a pass: for `auto` all GPUs, or the CPU if there is none."""
+    if device == "auto" and torch.cuda.is_available():
+        return tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
+    return (torch.device(compute_device(device)),)
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:

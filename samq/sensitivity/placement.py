@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from samq.errors import SamqError
 from samq.sensitivity.blocks import NotApart, block_list, cannot_run
-from samq.sensitivity.memory import free_bytes
+from samq.sensitivity.memory import compute_devices, free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
 
 # What a model that is measured takes at least, beside what a batch takes: in shares of its weights
@@ -24,8 +24,7 @@ _FIRST = "cuda:0"  # of all GPUs
 
 def _room(device: str, limit: int | None) -> list[int]:
     """Bytes that a model may take of the device, or of each GPU for `auto`."""
-    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count())] if device == "auto" else []
-    return [free_bytes(place) if limit is None else limit for place in gpus or [torch.device(device)]]
+    return [free_bytes(place) if limit is None else limit for place in compute_devices(device)]
 
 
 def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int | None) -> str | dict[str, str]:

@@ -7,9 +7,9 @@ from samq.quantization.inputs import measure_inputs
 from samq.sensitivity.blocks import main_device
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.gram import input_moments
-from samq.sensitivity.hf_model import compute_devices, load_model
+from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import weights_of
-from samq.sensitivity.memory import Memory
+from samq.sensitivity.memory import Memory, compute_devices
 from tests.gpu.test_measuring import WIDE, measure, text
 from tests.samq.sensitivity.test_block_pass import require_identical
 from tests.samq.sensitivity.test_shares import require_same_moments

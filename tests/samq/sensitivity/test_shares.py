@@ -13,12 +13,12 @@ from samq.sensitivity.blocks import Blocks
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import input_moments
-from samq.sensitivity.hf_model import compute_devices, load_model
+from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.hidden_states import HiddenStates
 from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
-from samq.sensitivity.memory import Memory
+from samq.sensitivity.memory import Memory, compute_devices
 from samq.sensitivity.offloading import StoredTensor
 from samq.sensitivity.shares import in_turn, over_devices, rounds, shares
 from tests.architectures.models import write_model
