@@ -1,8 +1,8 @@
 """Prices: the cost of each tensor in each type, in bytes and in predicted KL.
 
 The rounding error dW is not modelled: some rows at a time are rounded as llama-quantize rounds them, and the difference is
-weighed and forgotten (samq.gguf.nearest). With the Fisher information F (samq.sensitivity.fisher: means over rows and columns),
-a tensor in a type costs
+weighed and forgotten (samq.gguf.nearest). Of a large tensor a sample of rows is taken (samq.allocation.price_rows). With the
+Fisher information F (samq.sensitivity.fisher: means over rows and columns), a tensor in a type costs
 
     KL = sum over weights of F dW^2 / 2,  in nats per token,
 
@@ -12,7 +12,7 @@ its tensors.
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, ReaderTensor
 from numpy.typing import NDArray
 
+from samq.allocation.price_rows import Slab, slabs
 from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, mostly_unknown, read_rows
@@ -38,7 +39,6 @@ from samq.sensitivity.fisher import ENOUGH_TOKENS, Fisher, without_gradient
 LENGTHENING_LIMIT = 0.01
 # From this KL on, predicted or measured, rounding is no small change and second order fails.
 SECOND_ORDER_LIMIT_NATS = 0.3
-_SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 
 
 def price_table(
@@ -50,7 +50,7 @@ def price_table(
     unmeasured: str = UNMEASURED,
     progress: Progress = silent,
 ) -> PriceTable:
-    """Price every quantizable tensor in its own type and in the `types`, some rows at a time.
+    """Price every quantizable tensor in its own type and in the `types`, some rows at a time; a large one from a sample of rows.
 
     `types` maps tensor -> types that llama-quantize can write to it (`samq.allocation.types.legal_types`). A tensor that was
     not measured has only its own type and the type `unmeasured`, which seem to cost nothing. Raises SamqError if
@@ -110,62 +110,44 @@ class _RoundingError:
         )
 
 
-@dataclass(frozen=True)
-class _Slab:
-    """Some rows of a tensor, all of one expert; `rows` counts through all experts."""
-
-    name: str
-    expert: int
-    rows: slice
-
-
-def _slabs(tensor: TensorInfo) -> Iterator[_Slab]:
-    *stacked, rows, row_length = tensor.shape
-    step = max(1, _SLAB_WEIGHTS // row_length)
-    for expert in range(math.prod(stacked)):
-        for first in range(expert * rows, (expert + 1) * rows, step):
-            yield _Slab(tensor.name, expert, slice(first, min(first + step, (expert + 1) * rows)))
-
-
 def _rounding_of(
     target: OpenTarget, types: Mapping[str, Collection[str]], fisher: Mapping[str, Fisher], progress: Progress
 ) -> dict[tuple[str, str], _RoundingError]:
     """(tensor, type) -> what rounding to the nearest values does; slabs by several threads, summed in their order."""
     nearest = NearestRounding(target.full.path, target.imatrix.path if target.imatrix else None)
-    slabs = [slab for name in types for slab in _slabs(target.quantizable[name])]
+    parts = [slab for name in types for slab in slabs(target.quantizable[name], fisher[name])]
     sums: dict[tuple[str, str], _RoundingError] = {}
 
-    def round_slab(slab: _Slab) -> dict[str, _RoundingError]:
-        return _round_slab(nearest, slab, types[slab.name], fisher[slab.name])
+    def round_slab(slab: Slab) -> dict[str, _RoundingError]:
+        return _round_slab(nearest, slab, types[slab.tensor], fisher[slab.tensor])
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="price") as threads:
-        for done, (slab, errors) in enumerate(zip(slabs, threads.map(round_slab, slabs), strict=True)):
-            progress(done, len(slabs))
+        for done, (slab, errors) in enumerate(zip(parts, threads.map(round_slab, parts), strict=True)):
+            progress(done, len(parts))
             for kind, error in errors.items():
-                sums[slab.name, kind] = sums.get((slab.name, kind), _RoundingError()) + error
-    progress(len(slabs), len(slabs))
+                sums[slab.tensor, kind] = sums.get((slab.tensor, kind), _RoundingError()) + error
+    progress(len(parts), len(parts))
     return sums
 
 
 def _round_slab(
-    nearest: NearestRounding, slab: _Slab, kinds: Collection[str], fisher: Fisher
+    nearest: NearestRounding, slab: Slab, kinds: Collection[str], fisher: Fisher
 ) -> dict[str, _RoundingError]:
-    """Type -> the sums over a slab."""
-    weights = nearest.weights(slab.name, slab.rows)
-    means = fisher.rows.reshape(-1)[slab.rows].astype(np.float64)
+    """Type -> the sums over a slab, and over the rows that its rows stand for."""
+    weights = nearest.weights(slab.tensor, slab.rows)
     profile = fisher.profile().reshape(-1, weights.shape[1])[slab.expert]
     squares = math.fsum(
         np.einsum("ij,ij->i", weights, weights)
     )  # einsum adds up in the same order with any number of threads
     errors = {}
     for kind in kinds:
-        blocks = nearest.rounded(slab.name, kind, slab.rows, weights)
+        blocks = nearest.rounded(slab.tensor, kind, slab.rows, weights)
         error = to_float(GGMLQuantizationType[kind], blocks, weights.shape[1])
         error -= weights
         along = math.fsum(np.einsum("ij,ij->i", error, weights))
         np.square(error, out=error)
-        cost = float(np.vdot(means, np.einsum("ij,j->i", error, profile).astype(np.float64)))
-        errors[kind] = _RoundingError(cost, along, squares)
+        cost = float(np.vdot(slab.fisher, np.einsum("ij,j->i", error, profile).astype(np.float64)))
+        errors[kind] = _RoundingError(cost, slab.stands_for * along, slab.stands_for * squares)
     return errors
 
 

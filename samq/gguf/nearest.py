@@ -4,6 +4,8 @@ Nothing is written to disk. So what a type costs, and what compensated rounding 
 """
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from samq.errors import SamqError
 from samq.gguf.file import as_float, open_gguf, read_tensors
 from samq.gguf.ggml import empty_blocks, quantize_rows
 from samq.gguf.imatrix import importances
+
+Rows = slice | NDArray[np.intp]  # or their numbers, in rising order; those of stacked experts are counted through
 
 
 class NearestRounding:
@@ -47,39 +51,48 @@ class NearestRounding:
         """How many weights a row of a tensor has."""
         return self._infos[name].row_length
 
-    def weights(self, name: str, rows: slice) -> NDArray[np.float32]:
+    def weights(self, name: str, rows: Rows) -> NDArray[np.float32]:
         """Some rows of a tensor in full precision, (rows, row length)."""
         tensor = self._tensors[name]
         return as_float(tensor, self._stored(tensor, rows))
 
-    def blocks(self, name: str, kind: str, rows: slice) -> NDArray[np.uint8]:
+    def blocks(self, name: str, kind: str, rows: Rows) -> NDArray[np.uint8]:
         """Some rows of a tensor in a type: its blocks, (rows, bytes of a row); as they are if the file has it in that type."""
         tensor = self._tensors[name]
         if tensor.tensor_type.name == kind:
             return self._stored(tensor, rows).view(np.uint8)
         return self.rounded(name, kind, rows, self.weights(name, rows))
 
-    def rounded(self, name: str, kind: str, rows: slice, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def rounded(self, name: str, kind: str, rows: Rows, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """The same from the rows' `weights`, for who has them already."""
         importance = self._importance.get(name)
         of_one = self._infos[name].shape[-2] if len(self._infos[name].shape) > 1 else 1  # rows of an expert
-        start, stop, _ = rows.indices(self.rows(name))
-        parts, row = [empty_blocks(GGMLQuantizationType[kind], 0, weights.shape[1])], start
-        while row < stop:
-            expert = row // of_one
-            end = min(stop, (expert + 1) * of_one)
-            columns = None if importance is None else importance[expert]
-            parts.append(quantize_rows(GGMLQuantizationType[kind], weights[row - start : end - start], columns))
-            row = end
+        experts = self._numbers(name, rows) // of_one
+        parts = [empty_blocks(GGMLQuantizationType[kind], 0, weights.shape[1])]
+        for first, last in _runs(np.diff(experts) != 0, len(experts)):
+            columns = None if importance is None else importance[experts[first]]
+            parts.append(quantize_rows(GGMLQuantizationType[kind], weights[first:last], columns))
         return np.concatenate(parts)
 
-    def _stored(self, tensor: ReaderTensor, rows: slice) -> np.ndarray:
+    def _numbers(self, name: str, rows: Rows) -> NDArray[np.intp]:
+        return np.arange(*rows.indices(self.rows(name))) if isinstance(rows, slice) else rows
+
+    def _stored(self, tensor: ReaderTensor, rows: Rows) -> np.ndarray:
         """Rows as the file has them. Not through the memory map, whose pages would stay in memory."""
+        numbers = self._numbers(tensor.name, rows)
         data = tensor.data.reshape(-1, tensor.data.shape[-1])
-        start, stop, _ = rows.indices(len(data))
-        shape = stop - start, data.shape[1]
-        offset = int(tensor.data_offset) + start * data.strides[0]
-        stored = np.fromfile(self._file, data.dtype, math.prod(shape), offset=offset)
-        if len(stored) != math.prod(shape):
-            raise SamqError(f"{self._file} ends within {tensor.name}; copy or convert it again")
-        return stored.reshape(shape)
+        parts = [np.empty((0, data.shape[1]), data.dtype)]
+        with open(self._file, "rb", buffering=0) as file:
+            for first, last in _runs(np.diff(numbers) != 1, len(numbers)):
+                file.seek(int(tensor.data_offset) + int(numbers[first]) * data.strides[0])
+                part = np.fromfile(file, data.dtype, (last - first) * data.shape[1])
+                if len(part) != (last - first) * data.shape[1]:
+                    raise SamqError(f"{self._file} ends within {tensor.name}; copy or convert it again")
+                parts.append(part.reshape(-1, data.shape[1]))
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+
+def _runs(ends: NDArray[np.bool_], count: int) -> Iterator[tuple[int, int]]:
+    """The runs of `count` items, as first and last + 1; `ends` says whether one ends between an item and the next."""
+    edges = [0, *(np.flatnonzero(ends) + 1).tolist(), count]
+    return pairwise(edges) if count else iter(())

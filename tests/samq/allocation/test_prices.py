@@ -115,10 +115,30 @@ def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, 
 def test_the_threads_and_the_size_of_slabs_change_nothing_but_roundings(target, monkeypatch):
     one, again = price(target), price(target)
     assert one == again
-    monkeypatch.setattr("samq.allocation.prices._SLAB_WEIGHTS", 2000)
+    monkeypatch.setattr("samq.allocation.price_rows._SLAB_WEIGHTS", 2000)
     for name, tensor in price(target).tensors.items():
         for kind, cost in tensor.types.items():
             assert cost.kl_nats == pytest.approx(one.tensors[name].types[kind].kl_nats, rel=1e-5)
+
+
+def test_a_sample_of_rows_gives_nearly_the_price_of_all(tmp_path, toolchain, monkeypatch):
+    target = OpenTarget.open(
+        write_tiny_gguf(tmp_path / "tiny.gguf", width=256, hidden=4096, vocabulary=8192), toolchain
+    )
+    fisher, sensitivity = fisher_of(target, seed=1), sensitivity_of(target)
+    exact = price(target, sensitivity, fisher)
+    monkeypatch.setattr("samq.allocation.price_rows.LARGEST_WITHOUT_SAMPLE", 2**19)
+    monkeypatch.setattr("samq.allocation.price_rows.SAMPLED_WEIGHTS", 2**16)
+    sampled, differ = price(target, sensitivity, fisher), set()
+    assert sampled.length_changes == pytest.approx(exact.length_changes, rel=0.05, abs=1e-4)
+    for name, tensor in exact.tensors.items():
+        for kind, cost in tensor.types.items():
+            estimate = sampled.tensors[name].types[kind]
+            assert estimate.bytes == cost.bytes
+            assert estimate.kl_nats == pytest.approx(cost.kl_nats, rel=0.01)
+            if estimate.kl_nats != cost.kl_nats:
+                differ.add(name)
+    assert differ == {name for name, tensor in target.quantizable.items() if tensor.weights > 2**19} != set()
 
 
 def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatch):
@@ -136,7 +156,7 @@ def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatc
         quantizable=read_tensors(tmp_path / "full.gguf"), full=HashedFile(tmp_path / "full.gguf", ""), imatrix=None
     )
     # several slabs an expert, the last of them shorter
-    monkeypatch.setattr("samq.allocation.prices._SLAB_WEIGHTS", 4 * 64)
+    monkeypatch.setattr("samq.allocation.price_rows._SLAB_WEIGHTS", 4 * 64)
     table = price_table(target, {name: ["Q8_0"]}, sensitivity_of(target), {name: fisher})
     rounded = dequantize(quantize_by_numpy(weights.astype(np.float32), Q8_0), Q8_0)
     change = rounded - weights.astype(float)
