@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from large_stages import Stages, peak_rss
 
 from samq.data.tokens import TokenBatch
@@ -47,7 +46,9 @@ def random_tokens(count: int, vocabulary: int, path: Path) -> Path:
     return TokenBatch.of([ids.tolist()]).save(path)
 
 
-def compare_with_torch(model: Any, source: ModelSource, dtype: str, full: Path, stages: Stages) -> dict[str, Any]:
+def compare_with_torch(
+    model: Any, source: ModelSource, dtype: str, full: Path, limit: int | None, stages: Stages
+) -> dict[str, Any]:
     """The stage `agreement` on random tokens; ends the run if the two compute different models."""
     work, vocabulary = full.parent, model.config.vocab_size
     settings = settings_for(read_metadata(full)["llama.context_length"])
@@ -55,7 +56,8 @@ def compare_with_torch(model: Any, source: ModelSource, dtype: str, full: Path, 
     tokens = TokenBatch.of([ids.tolist()]).save(work / "agreement.npz")
     with stages.of("agreement") as figures:
         request = BaselineRequest(gguf=full, sha256="full", tokens=tokens, output=work / "agreement", settings=settings)
-        in_child(request, work, figures)
+        with stages.leaving(limit):
+            in_child(request, work, figures)
         chunks = cut_chunks(ids, settings.context_tokens, None)
         agreement = measure_agreement(model, dtype, chunks, work / "agreement", settings, full)
     require_agreement(agreement, source)
@@ -67,17 +69,13 @@ def evaluate(full: Path, files: dict[str, Path], chunks: int, limit: int | None,
     work, vocabulary = full.parent, int(read_metadata(full)["llama.vocab_size"])
     settings = EvaluationSettings(chunks=chunks, json_prompts=0, speed_requests=2, speed_warmup=1)
     tokens = random_tokens(chunks * settings.context_tokens, vocabulary, work / "heldout.npz")
-    ballast = None
-    if limit and torch.cuda.is_available() and (spare := torch.cuda.mem_get_info()[0] - limit) > 0:
-        ballast = torch.empty(spare, dtype=torch.uint8, device="cuda")
-        stages.ballast_bytes = spare
     folder = work / "baseline"
-    with stages.of("baseline logits") as figures:
+    with stages.of("baseline logits") as figures, stages.leaving(limit):
         request = BaselineRequest(gguf=full, sha256="full", tokens=tokens, output=folder, settings=settings)
         in_child(request, work, figures)
     found = {}
     for name, path in files.items():
-        with stages.of(f"evaluate {name}") as figures:
+        with stages.of(f"evaluate {name}") as figures, stages.leaving(limit):
             request = EvaluationRequest(
                 gguf=path,
                 sha256=name,
@@ -94,5 +92,4 @@ def evaluate(full: Path, files: dict[str, Path], chunks: int, limit: int | None,
         print(
             f"{name:26} mean KLD {kld:.5f} nats, layers on the GPU: {evaluation.environment['gpu_layers']}", flush=True
         )
-    del ballast
     return found

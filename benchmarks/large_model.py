@@ -220,7 +220,7 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
     if arguments.budgets:
         from large_rounding import measure_rounding, prepare
 
-        layout, figures["agreement"] = prepare(model, source, names, arguments.dtype, work / "full.gguf", stages)
+        layout, figures["agreement"] = prepare(model, source, names, work / "full.gguf", arguments, stages)
 
     def run(sequences: int, devices: tuple):
         """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""

@@ -77,7 +77,12 @@ def write_gguf(folder: Path, path: Path) -> Path:
 
 
 def prepare(
-    model: Any, source: ModelSource, names: Callable[[str], str | None], dtype: str, full: Path, stages: Stages
+    model: Any,
+    source: ModelSource,
+    names: Callable[[str], str | None],
+    full: Path,
+    arguments: argparse.Namespace,
+    stages: Stages,
 ) -> tuple[GgufLayout, dict[str, Any]]:
     """Write the full-precision GGUF, and compare weights and predictions: the layout, and the agreement."""
     with stages.of("full-precision GGUF"):
@@ -86,7 +91,7 @@ def prepare(
         layout = read_layout(model, names, full)
     if layout.unknown:
         raise SystemExit(layout.unmeasured)
-    return layout, compare_with_torch(model, source, dtype, full, stages)
+    return layout, compare_with_torch(model, source, arguments.dtype, full, arguments.limit, stages)
 
 
 def measure_rounding(

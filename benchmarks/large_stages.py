@@ -41,7 +41,8 @@ class Stages:
     def __init__(self, folder: Path, *, cuda: bool) -> None:
         """`folder` holds all files of the run."""
         self.figures: dict[str, dict[str, Any]] = {}
-        self.ballast_bytes = 0  # of GPU memory that is taken so that less is free
+        self._ballast_bytes = 0  # of GPU memory that is taken so that less is free
+        self._peak_before = 0  # of torch's memory, before the ballast was there
         self._folder, self._cuda = folder, cuda
         self._free = sum(gpu.free_bytes()) if cuda else 0
 
@@ -51,6 +52,7 @@ class Stages:
         figures = self.figures[name] = {}
         reset_peak_rss()
         gpus = range(torch.cuda.device_count()) if self._cuda else range(0)
+        self._peak_before = 0
         for number in gpus:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(number)
@@ -67,12 +69,33 @@ class Stages:
             end.set()
             sampler.join()
         if self._cuda:
-            figures["peak_gpu_bytes"] = max(torch.cuda.max_memory_allocated(number) for number in gpus)
+            figures["peak_gpu_bytes"] = max(self._peak_before, self._peak_of_torch())
         figures |= {"seconds": seconds, "disk_bytes": self._disk_bytes(), "peak_rss_bytes": peak_rss()}
         peak = max(figures.get("peak_gpu_bytes", 0), figures.get("peak_device_bytes", 0))
         on_gpu = f", {peak / 2**30:.2f} GiB of the GPU" if self._cuda else ""
         rss, disk = figures["peak_rss_bytes"] / 2**30, figures["disk_peak_bytes"] / 1e9
         print(f"{name:26} {seconds:.1f} s{on_gpu}, {rss:.2f} GiB of memory, {disk:.1f} GB on disk", flush=True)
+
+    @contextmanager
+    def leaving(self, limit: int | None) -> Iterator[None]:
+        """Leave other programs as much of the GPU as one of `limit` bytes would have beside torch; None: all that is free."""
+        if limit is None or not self._cuda:
+            yield
+            return
+        self._peak_before = max(self._peak_before, self._peak_of_torch())
+        torch.cuda.empty_cache()
+        self._ballast_bytes = max(0, torch.cuda.mem_get_info()[0] - (limit - torch.cuda.memory_reserved()))
+        ballast = torch.empty(self._ballast_bytes, dtype=torch.uint8, device="cuda")
+        try:
+            yield
+        finally:
+            del ballast
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._ballast_bytes = 0
+
+    def _peak_of_torch(self) -> int:
+        return max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
 
     def most(self, figure: str) -> int | None:
         """The largest value of a figure over all stages; None if no stage has it."""
@@ -83,7 +106,7 @@ class Stages:
         while True:
             figures["disk_peak_bytes"] = max(figures["disk_peak_bytes"], self._disk_bytes())
             if self._cuda and (free := gpu.free_bytes()):
-                used = self._free - sum(free) - self.ballast_bytes
+                used = self._free - sum(free) - self._ballast_bytes
                 figures["peak_device_bytes"] = max(figures.get("peak_device_bytes", 0), used)
             if end.wait(_INTERVAL_S):
                 return

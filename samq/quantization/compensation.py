@@ -29,7 +29,7 @@ from samq.errors import SamqError
 from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
 from samq.gguf.ggml import to_float
 from samq.gguf.nearest import NearestRounding
-from samq.quantization.gptq import Compensator
+from samq.quantization.gptq import Compensator, variances
 from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation, OutputError, PriceTable
 from samq.sensitivity.memory import needs_gpu_memory
@@ -288,8 +288,8 @@ def expected_errors(moments: Moments) -> tuple[float, float]:
     An expert's are times its share of the tokens. Raises SamqError if the Gram matrix cannot be inverted.
     """
     with _on_device(moments.tensors[0]):
-        compensator = Compensator(moments.estimate)
-    return compensator.variance * moments.share, compensator.unexplained_variance * moments.share
+        together, unexplained = variances(moments.estimate)
+    return together * moments.share, unexplained * moments.share
 
 
 def compensated_prices(prices: PriceTable, shares: Mapping[str, float]) -> PriceTable:

@@ -29,20 +29,8 @@ class Compensator:
         """Raises torch.linalg.LinAlgError if the Gram matrix, (row length, row length), cannot be inverted."""
         self.device = gram.device
         self._gram = gram
-        damping = _DAMPING * gram.diagonal().double().mean()
-        self._order = torch.argsort(gram.diagonal().double() + damping, descending=True, stable=True)
-        factor = gram[self._order][:, self._order].double()
-        factor.diagonal().add_(damping)
-        self.variance = float(factor.diagonal().sum())  # of all inputs
-        invert_upper_(cholesky_upper_(factor))
+        self._order, factor = _inverse_factor(gram)
         self._factor = factor.float()
-        # 1 / U[j, j]^2 is the variance of input j that the inputs after it do not explain.
-        self.unexplained_variance = float((factor.diagonal() ** -2).sum())
-
-    @property
-    def share_left(self) -> float:
-        """The share of the output's error that compensation leaves, if the errors of all columns are equally large."""
-        return self.unexplained_variance / self.variance
 
     def codes(self, parts: Sequence[tuple[NDArray[np.float32], CodeGrid]]) -> list[NDArray[np.uint8]]:
         """The codes, uint8, for weights (rows, row length) on the grids of their blocks; several tensors and types at once.
@@ -149,6 +137,33 @@ def _joined(
         for end in (0, -1)
     )
     return weights, scale, offset, _WholeLevels(first, last)
+
+
+def variances(gram: torch.Tensor) -> tuple[float, float]:
+    """The variance of all inputs together, damped, and of each input that which the inputs after it do not explain.
+
+    With errors of all columns equally large, the ratio of the two is the share of the output's error that compensation leaves.
+    Raises torch.linalg.LinAlgError as `Compensator` does.
+    """
+    order, factor = _inverse_factor(gram)
+    together = (gram.diagonal()[order].double() + _damping(gram)).sum()
+    return float(together), float(
+        (factor.diagonal() ** -2).sum()
+    )  # 1 / U[j, j]^2 is what the inputs after j do not explain
+
+
+def _damping(gram: torch.Tensor) -> float:
+    return _DAMPING * float(gram.diagonal().double().mean())
+
+
+def _inverse_factor(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of the columns, largest inputs first, and U in that order, in float64."""
+    order = torch.argsort(gram.diagonal().double() + _damping(gram), descending=True, stable=True)
+    factor = torch.empty_like(gram, dtype=torch.float64)
+    for rows, numbers in zip(factor.split(_BLOCK), order.split(_BLOCK), strict=True):  # the matrix is large
+        rows.copy_(gram[numbers][:, order])
+    factor.diagonal().add_(_damping(gram))
+    return order, invert_upper_(cholesky_upper_(factor))
 
 
 def cholesky_upper_(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Devices that measure and their memory, and one sentence instead of torch's traceback where a GPU's does not suffice."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class Memory:
 
 
 UNLIMITED = Memory()  # what is free
+
+
+# Matrices of many sizes come and go. In segments of fixed sizes what is free falls to pieces: 8 GiB of 32 on a 70B model.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch's first allocation on a GPU
 
 
 def compute_device(device: str) -> str:

@@ -16,6 +16,19 @@ def gpu():
         pytest.skip("no NVIDIA GPU")
 
 
+@pytest.fixture(autouse=True)
+def _first_gpu(gpu):
+    """llama.cpp, in this process, leaves its last GPU as the current one."""
+    torch.cuda.set_device(0)
+
+
+@pytest.fixture(scope="session")
+def one_gpu(gpu):
+    """For what counts the memory of a GPU."""
+    if torch.cuda.device_count() > 1:
+        pytest.skip("several GPUs: CUDA_VISIBLE_DEVICES=0")
+
+
 @pytest.fixture(scope="session")
 def cuda_build(gpu):
     if not api.llama_supports_gpu_offload():
@@ -55,7 +68,7 @@ def other_gguf(cuda_build, tmp_path_factory):
 
 
 @pytest.fixture
-def leave(gpu):
+def leave(one_gpu):
     """A context manager that takes the GPU's memory, but for some bytes."""
 
     @contextmanager

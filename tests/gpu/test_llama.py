@@ -56,7 +56,7 @@ def test_answers_are_the_same_every_time(sharp_gguf):
 
 
 @pytest.mark.parametrize("kv_type", ["F16", "Q8_0"])
-def test_weights_and_cache_are_as_large_as_predicted(sharp_gguf, kv_type):
+def test_weights_and_cache_are_as_large_as_predicted(one_gpu, sharp_gguf, kv_type):
     memory = predict_memory(sharp_gguf, 8192, kv_type=kv_type)
     predicted = {name: metric.value for name, metric in memory.items()}
     with captured_log() as log, Model(sharp_gguf) as model, model.context(8192, outputs=1, kv_type=kv_type):

@@ -89,8 +89,9 @@ def test_bfloat16_is_near_float32():
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_check_of_a_prediction_is_that_of_the_cpu(kind, tmp_path):
     make, architecture = MODELS[kind]
-    arguments = quantized(make(), tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
-    one, two = (check(make().to(device), random_tokens(), **arguments) for device in ("cpu", "cuda"))
+    model = make()
+    arguments = quantized(model, tmp_path, ["Q4_0", "F16", "Q8_0"], architecture)
+    one, two = (check(model.to(device), random_tokens(), **arguments) for device in ("cpu", "cuda"))
     for figure in ("additive", "by_tensor", "joint"):
         assert getattr(two, figure).value == pytest.approx(getattr(one, figure).value, rel=1e-3)
 

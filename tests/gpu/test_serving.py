@@ -69,7 +69,7 @@ def serve_with(gguf, free):
 
 
 @pytest.mark.parametrize("free", [2000, 1200, 300])
-def test_where_gpu_memory_is_short_fewer_layers_go_there_and_long_prompts_are_answered(chat_gguf, free):
+def test_where_gpu_memory_is_short_fewer_layers_go_there_and_long_prompts_are_answered(one_gpu, chat_gguf, free):
     done = serve_with(chat_gguf, free * MIB)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -13,7 +13,7 @@ from samq.gguf.imatrix import importances, usable_entries, write_imatrix
 from samq.llamacpp.programs import measure_imatrix
 from samq.llamacpp.runtime import Model
 from samq.quantization import inputs
-from samq.quantization.gptq import Compensator
+from samq.quantization.gptq import variances
 from samq.quantization.inputs import measure_inputs
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.layout import weights_of
@@ -65,9 +65,9 @@ def test_the_share_of_experts_counts_each_by_its_tokens(monkeypatch):
     name = "blk.1.ffn_up_exps.weight"
     weights = weights_of(model, names_of(model))
     moments = [m for piece in input_moments(model, tokens, weights) for m in piece.moments if name in m.tensors]
-    makers = [Compensator(of_expert.estimate) for of_expert in moments]
-    errors = [of_expert.tokens * maker.variance for of_expert, maker in zip(moments, makers, strict=True)]
-    expected = np.average([maker.share_left for maker in makers], weights=errors)
+    of_experts = [variances(of_expert.estimate) for of_expert in moments]
+    errors = [of_expert.tokens * together for of_expert, (together, _) in zip(moments, of_experts, strict=True)]
+    expected = np.average([unexplained / together for together, unexplained in of_experts], weights=errors)
     assert measure(model, tokens, shares=True).shares[name] == pytest.approx(expected, rel=1e-9)
     monkeypatch.setattr(inputs, "input_moments", partial(input_moments, matrices_bytes=1))  # each matrix is a piece
     assert measure(model, tokens, shares=True).shares[name] == pytest.approx(expected, rel=1e-6)
