@@ -243,6 +243,7 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
 
     if cuda and (len(devices) > 1 or not has_offloaded(model)):
         run(2 * len(devices), devices)  # loads CUDA's libraries
+    os.sync()  # what the run itself has written goes to disk first, and not beside the pass
     if arguments.cold:
         drop_page_cache()
     with stages.of("gradients") if arguments.budgets else nullcontext():

@@ -82,6 +82,7 @@ def write_compensated(
             piece.moments,
             devices,
         )
+        del piece  # its matrices, before those of the next one come
     if everything:
         _write_others(files, full, rounded, errors)
     return {name: errors.of(file.types) for name, file in files.items()}

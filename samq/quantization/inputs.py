@@ -17,7 +17,7 @@ from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
-from samq.sensitivity.moments import Moments
+from samq.sensitivity.moments import Moments, Piece
 from samq.sensitivity.shares import over_devices
 
 
@@ -81,13 +81,19 @@ def measure_inputs(
         model, tokens, weights, matrices=shares, batch_size=batch_size, memory=memory, progress=progress
     )
     for piece in pieces:
-        new = InputStatistics()
-        errors = over_devices(_errors_of, piece.moments, memory.devices)
-        for moments, of_one in zip(piece.moments, errors, strict=True):
-            _add(new, moments, of_one, shapes)
+        new = _measured(piece, shapes, memory)
+        del piece  # its matrices, before those of the next one come
         kept.save(f"measured-{count:06}", _state(new))
         statistics.add(new)
         count += 1
+    return statistics
+
+
+def _measured(piece: Piece, shapes: dict[str, tuple[int, ...]], memory: Memory) -> InputStatistics:
+    statistics = InputStatistics()
+    errors = over_devices(_errors_of, piece.moments, memory.devices)
+    for moments, of_one in zip(piece.moments, errors, strict=True):
+        _add(statistics, moments, of_one, shapes)
     return statistics
 
 

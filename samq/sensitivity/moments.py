@@ -205,11 +205,12 @@ class InputSums(TorchFunctionMode):
                 sums = torch.zeros_like(pooled)
             if sums is None:
                 continue
-            if not torch.isfinite(sums).all():
+            squares = sums if sums.ndim == 1 else sums.diagonal()  # |x y| is at most the larger of x^2 and y^2
+            if not torch.isfinite(squares).all():
                 raise SamqError(
                     f"the input of {name} has NaN or Inf on the calibration text; load the model in float32"
                 )
-            if sums.any() or (pooled is not None and not count):  # an input that is always zero has no use
+            if squares.any() or (pooled is not None and not count):  # an input that is always zero has no use
                 share = 1.0 if pooled is None else count / self._pool_tokens[name, None]
                 taken.append(Moments(tuple(tensors[name]), count, sums.div_(max(count, 1)), expert, pooled, share))
         self._sums, self._tokens = {}, defaultdict(int)

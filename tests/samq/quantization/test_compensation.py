@@ -1,3 +1,6 @@
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -340,3 +343,23 @@ def test_the_squares_of_an_experts_inputs_compensate_nothing(target, tmp_path):
     path, errors = compensate(target, {"it": plan}, [piece], tmp_path)["it"]
     assert errors == {}
     assert path.read_bytes() == nearest_of(target, plan, tmp_path / "nearest.gguf").read_bytes()
+
+
+def test_matrices_are_gone_before_those_of_the_next_block_come(target, pieces, tmp_path):
+    gone = []
+    compensate(target, {"it": uniform_plan(target, "Q4_K")}, forgotten(pieces, gone), tmp_path)
+    assert gone == [True] * len(pieces)
+
+
+def forgotten(pieces, gone):
+    """Copies of the pieces; notes of each whether nobody has its matrices any more when the next is asked for."""
+
+    def copy(piece, held):
+        moments = [replace(of_input, gram=of_input.gram.clone()) for of_input in piece.moments]
+        held += [weakref.ref(of_input.gram) for of_input in moments]
+        return Piece(piece.part, moments)
+
+    for piece in pieces:
+        held = []
+        yield copy(piece, held)
+        gone.append(bool(held) and not any(reference() is not None for reference in held))

@@ -18,6 +18,7 @@ from samq.quantization.inputs import measure_inputs
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.layout import weights_of
 from samq.sensitivity.memory import Memory
+from tests.samq.quantization.test_compensation import forgotten
 from tests.tiny_models import byte_tokenizer, names_of, random_tokens, tiny_llama, tiny_mixtral, write_llama_gguf
 
 TEXT = " ".join(f"the man ran {number} times and the {number * 7 % 13} others sang" for number in range(60))
@@ -71,6 +72,13 @@ def test_the_share_of_experts_counts_each_by_its_tokens(monkeypatch):
     assert measure(model, tokens, shares=True).shares[name] == pytest.approx(expected, rel=1e-9)
     monkeypatch.setattr(inputs, "input_moments", partial(input_moments, matrices_bytes=1))  # each matrix is a piece
     assert measure(model, tokens, shares=True).shares[name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_matrices_are_gone_before_those_of_the_next_block_come(monkeypatch):
+    model, gone = tiny_llama(), []
+    monkeypatch.setattr(inputs, "input_moments", lambda *some, **named: forgotten(input_moments(*some, **named), gone))
+    measure(model, random_tokens(), shares=True)
+    assert gone and all(gone)
 
 
 def test_an_expert_without_a_token_has_ones(tmp_path):
