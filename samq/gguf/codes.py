@@ -65,12 +65,15 @@ _LAYOUTS = {
 TYPES_WITH_CODES = frozenset(_LAYOUTS)
 
 
+GROUP = 16  # weights in a row, from the row's start on, that have the same scale and offset in every type
+
+
 @dataclass(frozen=True)
 class CodeGrid:
     """The values that each weight of some rows can have: `scale * level + offset`, for the codes from `first` on."""
 
-    scale: NDArray[np.float32]  # (rows, row length)
-    offset: NDArray[np.float32]  # (rows, row length)
+    scale: NDArray[np.float32]  # (rows, row length / GROUP)
+    offset: NDArray[np.float32]  # (rows, row length / GROUP)
     levels: NDArray[np.float32]  # in rising order; of codes first, first + 1, ...
     first: int
 
@@ -100,13 +103,14 @@ def write_codes(kind: str, blocks: NDArray[np.uint8], codes: NDArray[np.uint8]) 
 
 
 def read_grid(kind: str, blocks: NDArray[np.uint8]) -> CodeGrid:
-    """Read the grid of each weight from the scales in the blocks (rows, bytes of a row) of a type."""
+    """Read the grid of each group of weights from the scales in the blocks (rows, bytes of a row) of a type."""
     layout = _LAYOUTS[kind]
     row_length = blocks.shape[1] // layout.bytes * layout.weights
 
     def value_of(code: int) -> NDArray[np.float32]:
         codes = np.full((len(blocks), row_length), code, np.uint8)
-        return to_float(GGMLQuantizationType[kind], write_codes(kind, blocks, codes), row_length)
+        values = to_float(GGMLQuantizationType[kind], write_codes(kind, blocks, codes), row_length)
+        return values[:, ::GROUP].copy()
 
     levels = np.array(layout.levels, np.float32)
     low, scale = value_of(0), value_of(len(levels) - 1)  # dequantization is linear in the level, so two values suffice

@@ -40,7 +40,7 @@ _F16_ROUNDING = 2.0**-11  # the largest relative rounding error of F16
 _SLAB_WEIGHTS = 2**22  # that a thread reads, quantizes and packs at a time
 # Weights rounded at a time. The columns are sequential, so a GPU takes as long for few rows as for many.
 _WEIGHTS_AT_A_TIME = 2**24
-_GPU_WEIGHTS_AT_A_TIME = 2**27
+_GPU_WEIGHTS_AT_A_TIME = 2**28  # they take 2 GiB there
 
 
 def write_compensated(

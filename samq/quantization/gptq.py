@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from samq.gguf.codes import CodeGrid
+from samq.gguf.codes import GROUP, CodeGrid
 
 _DAMPING = 0.01  # times the diagonal's mean, added to the diagonal as in GPTQ, since other texts differ from this one
 _BAND = 128  # columns that are rounded before their errors reach the columns after the band
@@ -29,8 +29,7 @@ class Compensator:
         """Raises torch.linalg.LinAlgError if the Gram matrix, (row length, row length), cannot be inverted."""
         self.device = gram.device
         self._gram = gram
-        self._order, factor = _inverse_factor(gram)
-        self._factor = factor.float()
+        self._order, self._factor = _inverse_factor(gram)  # in float64: another copy would take half as much again
 
     def codes(self, parts: Sequence[tuple[NDArray[np.float32], CodeGrid]]) -> list[NDArray[np.uint8]]:
         """The codes, uint8, for weights (rows, row length) on the grids of their blocks; several tensors and types at once.
@@ -40,42 +39,59 @@ class Compensator:
         codes: dict[int, NDArray[np.uint8]] = {}
         for numbers in _of_like_levels([grid for _, grid in parts]):
             some = [parts[number] for number in numbers]
-            together = self._codes(*_joined(some, self.device))
+            together = self._codes(some)
             ends = np.cumsum([len(weights) for weights, _ in some])
             for number, of_part in zip(numbers, np.split(together, ends[:-1]), strict=True):
                 codes[number] = of_part + np.uint8(parts[number][1].first)
         return [codes[number] for number in range(len(parts))]
 
-    def _codes(
-        self, weights: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, levels: "_Levels"
-    ) -> NDArray[np.uint8]:
-        """The numbers of the levels, (rows, row length), for weights, scales and offsets of that shape."""
+    def _codes(self, parts: Sequence[tuple[NDArray[np.float32], CodeGrid]]) -> NDArray[np.uint8]:
+        """The numbers of the levels, (rows, row length), of parts with like levels."""
+        levels = _levels([(len(weights), grid) for weights, grid in parts], self.device)
         # transposed, so that a column is contiguous
-        remaining, scale, offset = (part.t()[self._order] for part in (weights, scale, offset))
+        scale, offset = (
+            torch.cat([torch.from_numpy(array).to(self.device) for array in arrays]).t().contiguous()
+            for arrays in zip(*((grid.scale, grid.offset) for _, grid in parts), strict=True)
+        )
         scale[scale == 0] = 1  # a block with one value, which every code stands for
-        ordered_codes = torch.empty(remaining.shape, dtype=torch.uint8, device=remaining.device)
-        columns = len(remaining)
+        columns, rows = len(self._order), [len(weights) for weights, _ in parts]
+        remaining = torch.empty(columns, sum(rows), device=self.device)
+        for of_part, (weights, _) in zip(remaining.split(rows, dim=1), parts, strict=True):
+            of_part.copy_(torch.from_numpy(weights).to(self.device).t()[self._order])
+        groups = self._order // GROUP
+        codes = torch.empty(remaining.shape, dtype=torch.uint8, device=self.device)
         for first in range(0, columns, _BAND):
-            band = range(first, min(first + _BAND, columns))
-            errors = torch.empty(len(band), remaining.shape[1], device=remaining.device)
-            for index, column in enumerate(band):
-                exact = remaining[column]
-                code, level = levels.nearest((exact - offset[column]).div_(scale[column]))
-                rounded = level.mul_(scale[column]).add_(offset[column])
-                torch.sub(exact, rounded, out=errors[index]).div_(self._factor[column, column])
-                remaining[column + 1 : band.stop].addr_(
-                    self._factor[column, column + 1 : band.stop], errors[index], alpha=-1
-                )
-                ordered_codes[column] = code
-            remaining[band.stop :].addmm_(self._factor[first : band.stop, band.stop :].t(), errors, alpha=-1)
-        codes = torch.empty_like(ordered_codes)
-        codes[self._order] = ordered_codes
+            band = slice(first, min(first + _BAND, columns))
+            factor = self._factor[band].float()
+            of_band, errors = _round_band(
+                remaining[band], scale[groups[band]], offset[groups[band]], factor[:, band], levels
+            )
+            codes[self._order[band]] = of_band
+            remaining[band.stop :].addmm_(factor[:, band.stop :].t(), errors, alpha=-1)
         return codes.t().contiguous().cpu().numpy()
 
     def output_error(self, error: NDArray[np.float32]) -> NDArray[np.float64]:
         """The mean square over tokens of each row's output error, (rows,), from the weights' errors (rows, row length)."""
         change = torch.from_numpy(error).to(self._gram.device)
         return ((change @ self._gram) * change).sum(1, dtype=torch.float64).cpu().numpy()
+
+
+def _round_band(
+    remaining: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor, levels: "_Levels"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of the levels of a band's columns, and their errors over the diagonal of U, both (columns, rows).
+
+    `remaining`, which is changed, `scale` and `offset` are (columns, rows); `factor` is U, (columns, columns).
+    """
+    codes = torch.empty(remaining.shape, dtype=torch.uint8, device=remaining.device)
+    errors = torch.empty_like(remaining)
+    for column, exact in enumerate(remaining):
+        code, level = levels.nearest((exact - offset[column]).div_(scale[column]))
+        rounded = level.mul_(scale[column]).add_(offset[column])
+        torch.sub(exact, rounded, out=errors[column]).div_(factor[column, column])
+        remaining[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+        codes[column] = code
+    return codes, errors
 
 
 class _Levels(Protocol):
@@ -121,22 +137,17 @@ def _of_like_levels(grids: Sequence[CodeGrid]) -> list[list[int]]:
     return list(alike.values())
 
 
-def _joined(
-    parts: Sequence[tuple[NDArray[np.float32], CodeGrid]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Levels]:
-    """Weights, scales and offsets of all rows, and their levels."""
-    weights, scale, offset = (
-        torch.cat([torch.from_numpy(array).to(device) for array in arrays])
-        for arrays in zip(*((weights, grid.scale, grid.offset) for weights, grid in parts), strict=True)
-    )
-    if not _is_whole(parts[0][1]):
-        return weights, scale, offset, _AnyLevels(torch.from_numpy(parts[0][1].levels).to(device))
-    rows = torch.tensor([len(some) for some, _ in parts], device=device)
+def _levels(parts: Sequence[tuple[int, CodeGrid]], device: torch.device) -> "_Levels":
+    """The levels of rows, so many of each grid."""
+    grids = [grid for _, grid in parts]
+    if not _is_whole(grids[0]):
+        return _AnyLevels(torch.from_numpy(grids[0].levels).to(device))
+    rows = torch.tensor([count for count, _ in parts], device=device)
     first, last = (
-        torch.tensor([float(grid.levels[end]) for _, grid in parts], device=device).repeat_interleave(rows)
+        torch.tensor([float(grid.levels[end]) for grid in grids], device=device).repeat_interleave(rows)
         for end in (0, -1)
     )
-    return weights, scale, offset, _WholeLevels(first, last)
+    return _WholeLevels(first, last)
 
 
 def variances(gram: torch.Tensor) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from samq.gguf.codes import CodeGrid
+from samq.gguf.codes import GROUP, CodeGrid
 from samq.gguf.nearest import NearestRounding
 from samq.quantization.compensation import write_compensated
 from samq.quantization.gptq import Compensator, variances
@@ -17,11 +17,11 @@ DEVICES = ("cpu", "cuda", "cuda")
 
 
 def test_codes_and_shares_are_those_of_the_cpu():
-    random, gram = np.random.default_rng(3), torch.tensor(random_gram(700), dtype=torch.float32)
-    weights = random.normal(0, 1, (200, 700)).astype(np.float32)
+    random, gram = np.random.default_rng(3), torch.tensor(random_gram(704), dtype=torch.float32)
+    weights = random.normal(0, 1, (200, 704)).astype(np.float32)
     grid = CodeGrid(
-        random.uniform(0.2, 0.4, weights.shape).astype(np.float32),
-        random.uniform(-1.2, -0.8, weights.shape).astype(np.float32),
+        random.uniform(0.2, 0.4, (200, 704 // GROUP)).astype(np.float32),
+        random.uniform(-1.2, -0.8, (200, 704 // GROUP)).astype(np.float32),
         np.arange(8, dtype=np.float32),
         0,
     )

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from samq.gguf.codes import TYPES_WITH_CODES, read_codes, read_grid, write_codes
+from samq.gguf.codes import GROUP, TYPES_WITH_CODES, read_codes, read_grid, write_codes
 from samq.gguf.ggml import to_float
 from samq.gguf.nearest import NearestRounding
 from tests.conftest import write_tiny_gguf
@@ -30,7 +30,8 @@ def test_a_weight_is_the_level_of_its_code_on_the_blocks_grid(quantized):
     kind, blocks = quantized
     grid, codes = read_grid(kind, blocks), read_codes(kind, blocks)
     assert codes.min() >= grid.first
-    values = grid.scale * grid.levels[codes - grid.first] + grid.offset
+    scale, offset = (np.repeat(part, GROUP, axis=1) for part in (grid.scale, grid.offset))
+    values = scale * grid.levels[codes - grid.first] + offset
     expected = gguf.dequantize(blocks, GGMLQuantizationType[kind])
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-6)
     assert (np.diff(grid.levels) > 0).all()
@@ -47,5 +48,5 @@ def test_another_code_changes_its_own_weight_alone(quantized):
         before = to_float(GGMLQuantizationType[kind], blocks, ROW_LENGTH)
         assert (values[:, others] == before[:, others]).all()
         level = grid.levels[changed[:, column] - grid.first]
-        expected = grid.scale[:, column] * level + grid.offset[:, column]
+        expected = grid.scale[:, column // GROUP] * level + grid.offset[:, column // GROUP]
         np.testing.assert_allclose(values[:, column], expected, rtol=1e-4, atol=1e-6)

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from samq.allocation.target import OpenTarget, make_plan
 from samq.allocation.types import uniform_plan
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_codes, read_grid, write_codes
+from samq.gguf.codes import GROUP, TYPES_WITH_CODES, CodeGrid, read_codes, read_grid, write_codes
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.nearest import NearestRounding
 from samq.quantization import gptq
@@ -82,6 +82,11 @@ def rounded(request, target, pieces, tmp_path_factory):
     folder, plan = tmp_path_factory.mktemp("rounded"), uniform_plan(target, request.param)
     nearest = nearest_of(target, plan, folder / "nearest.gguf")
     return request.param, nearest, *compensate(target, {"it": plan}, pieces, folder)["it"]
+
+
+def values_of(grid, codes):
+    scale, offset = (np.repeat(part, GROUP, axis=1) for part in (grid.scale, grid.offset))
+    return grid.levels[codes - grid.first] * scale + offset
 
 
 def output_error(path, target, gram, name):
@@ -166,7 +171,7 @@ def test_each_expert_is_compensated_by_its_own_inputs_and_counts_by_its_tokens(t
         )
         grid = read_grid(kind, blocks)
         (codes,) = alone.codes([(full[of_one.expert], grid)])
-        values = grid.levels[codes - grid.first] * grid.scale + grid.offset
+        values = values_of(grid, codes)
         assert np.isclose(values, after[of_one.expert], atol=1e-6).mean() > 0.98
 
 
@@ -237,11 +242,11 @@ def test_a_matrix_is_factored_block_by_block_as_it_is_at_once(monkeypatch):
 
 def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
     """Against the plain way: after each column the best values of those to come, by least squares."""
-    random, size = np.random.default_rng(3), 150  # more than a band
+    random, size = np.random.default_rng(3), 160  # more than a band
     gram, weights = random_gram(size), random.normal(0, 1, (6, size)).astype(np.float32)
     grid = CodeGrid(
-        random.uniform(0.2, 0.4, weights.shape).astype(np.float32),
-        random.uniform(-1.2, -0.8, weights.shape).astype(np.float32),
+        random.uniform(0.2, 0.4, (6, size // GROUP)).astype(np.float32),
+        random.uniform(-1.2, -0.8, (6, size // GROUP)).astype(np.float32),
         np.arange(8, dtype=np.float32),
         2,
     )
@@ -252,7 +257,7 @@ def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
         fixed, rest = order[:count], order[count:]
         shift = -error[:, fixed] @ damped[np.ix_(fixed, rest)] @ np.linalg.inv(damped[np.ix_(rest, rest)])
         value = weights[:, column] + shift[:, 0]
-        levels = grid.scale[:, [column]] * grid.levels + grid.offset[:, [column]]
+        levels = grid.scale[:, [column // GROUP]] * grid.levels + grid.offset[:, [column // GROUP]]
         expected[:, column] = np.abs(levels - value[:, None]).argmin(1)
         error[:, column] = levels[np.arange(len(levels)), expected[:, column]] - weights[:, column]
     (codes,) = Compensator(torch.tensor(gram, dtype=torch.float32)).codes([(weights, grid)])
@@ -261,20 +266,20 @@ def test_codes_are_those_of_rounding_column_by_column_with_the_rest_free():
 
 
 def test_tensors_of_several_types_are_rounded_together_as_each_alone():
-    random, size = np.random.default_rng(4), 200
+    random, size = np.random.default_rng(4), 208
     compensator = Compensator(torch.tensor(random_gram(size), dtype=torch.float32))
     uneven = np.array([-127, -104, -83, -49, -10, 1, 13, 38, 89, 113], np.float32)
     parts = []
     for rows, levels, first in ((5, np.arange(4), 0), (3, uneven, 0), (7, np.arange(1, 256), 1), (2, np.arange(4), 0)):
         weights = random.normal(0, 1, (rows, size)).astype(np.float32)
-        step = np.full(weights.shape, 6 / (levels[-1] - levels[0]), np.float32)
+        step = np.full((rows, size // GROUP), 6 / (levels[-1] - levels[0]), np.float32)
         offset = (-3 - step * levels[0]).astype(np.float32)
         parts.append((weights, CodeGrid(step, offset, levels.astype(np.float32), first)))
     together = compensator.codes(parts)
     for (weights, grid), codes in zip(parts, together, strict=True):
         (alone,) = compensator.codes([(weights, grid)])
         assert codes.shape == weights.shape and (codes == alone).mean() > 0.99
-        error = grid.levels[codes - grid.first] * grid.scale + grid.offset - weights
+        error = values_of(grid, codes) - weights
         assert len(np.unique(codes)) > 2 and np.abs(error).mean() < np.diff(grid.levels).max() * grid.scale.max()
 
 
