@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flows.parameters import RequantizeParameters
+from samq.allocation.price_rows import priced_weights
 from samq.allocation.target import OpenTarget, stock_plan
 from samq.allocation.types import legal_types, threshold_types, types_to_price
 from samq.data.datasets import is_on_hub, load_texts
@@ -46,7 +47,7 @@ class _Plans:
     nearest: list[Candidate]  # mixtures and thresholds, by llama-quantize
     budgets: list[Candidate]
     are_compensated: bool  # the budgets' plans; else llama-quantize writes them as well
-    priced: dict[str, int]  # type -> weights
+    priced: dict[str, int]  # type -> weights that are rounded to it
 
     @property
     def quantized(self) -> list[Candidate]:
@@ -102,7 +103,7 @@ def _plans(parameters: RequantizeParameters, outline: Outline, work: Path) -> _P
     priced: dict[str, int] = {}
     for name, kinds in legal_types(target, types).items():
         for kind in kinds:
-            priced[kind] = priced.get(kind, 0) + target.tensors[name].weights
+            priced[kind] = priced.get(kind, 0) + priced_weights(target.tensors[name])
     budgets = [of_budget(target, budget, wanted.ladder) for budget in wanted.budgets]
     nearest = [of_mixture(target, mixture) for mixture in wanted.mixtures]
     if policy:

@@ -36,7 +36,7 @@ def show_requirements(config: Path) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     lacking = [resource for resource in needed.resources if not resource.suffices]
     for resource in lacking:
-        line = f"samq: the {resource.name} is too little for {resource.stage}: {resource.advice}"
+        line = f"samq: {resource.stage} needs more {resource.name} than is free; {resource.advice}"
         console.print(line, style="red", highlight=False, soft_wrap=True)
     if lacking:
         raise typer.Exit(1)

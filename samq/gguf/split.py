@@ -45,7 +45,7 @@ class Part:
             return SamqError(f"{self}; {self._rename()}, and merge the parts with `{_merge_program()} --merge`")
         merged = first.with_name(first.name.replace(f"-00001-of-{self.count:05}", ""))
         command = f"{_merge_program()} --merge {shlex.quote(str(first))} {shlex.quote(str(merged))}"
-        return SamqError(f"{self}, and not the model; {get}merge the parts with `{command}` and give {merged.name}")
+        return SamqError(f"{self}, and not the model; {get}merge the parts with `{command}` and give {merged}")
 
     def all_files(self) -> list[Path]:
         """The files of all parts, in order; raises SamqError if this is not the first or one is missing."""

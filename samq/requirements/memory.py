@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
+from samq.gguf.codes import GROUP
 from samq.requirements.outline import Outline
 from samq.sensitivity.gram import MATRICES_BYTES
 from samq.sensitivity.placement import WORKING_SHARE
 
 FLOAT, DOUBLE = 4, 8
 # Weights that compensation rounds at a time, on a GPU and on a processor (samq.quantization.compensation)
-ROUNDED_AT_ONCE = {True: 2**27, False: 2**24}
-PRICED_AT_ONCE = 2**22  # weights that a thread prices at a time (samq.allocation.prices)
+ROUNDED_AT_ONCE = {True: 2**28, False: 2**24}
+PRICED_AT_ONCE = 2**22  # weights that a thread prices at a time (samq.allocation.price_rows)
 STATES_SHARE = 3  # hidden states are on the GPU if so many times their bytes are free (samq.sensitivity.memory)
 
 
@@ -141,25 +142,24 @@ def check(run: TorchRun, sequences: int) -> Taken:
 def layer_inputs(run: TorchRun, tokens: int, *, matrices: bool) -> Taken:
     """Moments of the layers' inputs (`samq.sensitivity.gram`), and with `matrices` what compensation leaves of an error.
 
-    A matrix is factored in float64, from a copy in float32 (`samq.quantization.gptq`). While matrices are added up there are
-    two of each: of the batches at work, and of all before.
+    A matrix is factored in float64 (`samq.quantization.gptq`). While matrices are added up there are two of each: of the
+    batches at work, and of all before.
     """
-    factor = (FLOAT + DOUBLE) // FLOAT * max(run.gram_bytes) if matrices else 0
+    factor = DOUBLE // FLOAT * max(run.gram_bytes) if matrices else 0
     return _inputs(run, tokens, factor, matrices=matrices)
 
 
 def compensation(run: TorchRun, tokens: int) -> Taken:
     """Compensated rounding of all plans (`samq.quantization.compensation`).
 
-    Beside the Gram matrices there is a factor while it is made, or afterwards the factor and the weights that are rounded at a
-    time. Each of these has weight, scale and offset in float32, twice, since columns are put in order, and two codes; on the
-    host weight, scale, offset and error, and blocks.
+    Beside the Gram matrices there are a factor in float64 and the weights that are rounded at a time. Each of these is there in
+    float32 and has two codes, and some share a scale and an offset; on the host it has its errors before and after, and blocks.
     """
-    largest = max(run.gram_bytes)
     at_once = min(ROUNDED_AT_ONCE[run.on_gpu], len(run.gram_bytes) * max(t.weights for t in run.outline.largest_block))
-    rounding = largest + (2 * 3 * FLOAT + 2) * at_once
-    taken = _inputs(run, tokens, max((FLOAT + DOUBLE) // FLOAT * largest, rounding), matrices=True)
-    return taken.beside(Taken(ram=(4 * FLOAT + 4) * at_once))
+    of_groups = 2 * 2 * FLOAT // GROUP  # scales and offsets, in two orders
+    factor_and_weights = DOUBLE // FLOAT * max(run.gram_bytes) + (FLOAT + of_groups + 2) * at_once
+    taken = _inputs(run, tokens, factor_and_weights, matrices=True)
+    return taken.beside(Taken(ram=(3 * FLOAT + 4) * at_once))
 
 
 def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken:

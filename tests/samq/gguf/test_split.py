@@ -52,7 +52,7 @@ def test_a_part_is_refused_with_the_command_that_merges_all(whole, parts):
     command = str(error.value).split("`")[1]
     subprocess.run(["sh", "-c", command], check=True, capture_output=True)
     merged = parts[0].with_name("a model.gguf")
-    assert str(error.value).endswith("and give a model.gguf")
+    assert str(error.value).endswith(f"and give {merged}")
     assert gguf_files(merged) == [merged]
     assert read_tensors(merged) == read_tensors(whole)
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from samq.allocation import prices
+from samq.allocation import price_rows
 from samq.data.tokens import TokenBatch
 from samq.quantization import compensation
 from samq.quantization.inputs import measure_inputs
@@ -130,7 +130,7 @@ def test_each_expert_has_a_gram_matrix(tmp_path):
 
 
 def test_what_h200s_took_is_what_the_formulas_say(outline_of):
-    """docs/benchmarks.md: 96 sequences of 512 tokens in bfloat16; inputs of 16 sequences."""
+    """docs/benchmarks.md: 96 sequences of 512 tokens in bfloat16."""
     on_card = dict(itemsize=2, on_gpu=True, sequence_tokens=512)
     of_8b = gradients(run_of(outline_of("8b", **LLAMA_8B), **on_card, room=140 * GIB, batch_size=16), 96)
     assert of_8b.gpu / GIB == pytest.approx(29.9, rel=0.05)
@@ -139,11 +139,10 @@ def test_what_h200s_took_is_what_the_formulas_say(outline_of):
     of_70b = gradients(run_of(some, **on_card, room=20 * GIB, batch_size=8), 96)
     assert of_70b.gpu / GIB == pytest.approx(10.1, rel=0.05)
     assert of_70b.scratch == (16 + 3) * 96 * 512 * 8192 * 2
-    run = run_of(some, **on_card, room=20 * GIB, batch_size=4)
-    for taken in (layer_inputs(run, 16 * 512, matrices=True), memory.compensation(run, 16 * 512)):
-        assert taken.gpu / GIB == pytest.approx(20.7, rel=0.05)
+    run = run_of(some, **on_card, room=20 * GIB, batch_size=8)
+    assert layer_inputs(run, 96 * 512, matrices=True).gpu / GIB == pytest.approx(18.9, rel=0.05)
     diagonals = layer_inputs(run, 16 * 512, matrices=False)
-    assert diagonals.gpu < run.resident + GIB
+    assert diagonals.gpu < run.resident + 1.5 * GIB
 
 
 def test_a_processor_takes_in_ram_what_a_gpu_takes_of_its_own(folder, tmp_path):
@@ -182,7 +181,7 @@ def test_limits_are_those_of_the_stages():
         True: compensation._GPU_WEIGHTS_AT_A_TIME,
         False: compensation._WEIGHTS_AT_A_TIME,
     }
-    assert memory.PRICED_AT_ONCE == prices._SLAB_WEIGHTS
+    assert memory.PRICED_AT_ONCE == price_rows._SLAB_WEIGHTS
     assert memory.STATES_SHARE == placing._SHARE
 
 
