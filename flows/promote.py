@@ -14,11 +14,10 @@ from pydantic import Field, model_validator
 from flows.parameters import Parameters
 from samq.errors import SamqError
 from samq.home import mlflow_uri
-from samq.promotion.gate_report import describe
-from samq.promotion.history import MAX_REASON_CHARACTERS, Event
+from samq.promotion.history import MAX_REASON_CHARACTERS, Event, describe
 from samq.promotion.move import Judgement
 from samq.promotion.policy import PromotionPolicy, load_policy
-from samq.tracking.registry import CANDIDATE_ALIAS
+from samq.tracking.registry import CANDIDATE_ALIAS, VERSION
 from tasks.promote import judge, move
 
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
@@ -27,9 +26,11 @@ logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
 class PromoteParameters(Parameters):
     """One run of the promotion flow."""
 
-    model: str = Field(description="registered model")
-    version: str | None = Field(default=None, description="version of it; default: the one with the alias")
-    alias: str = Field(default=CANDIDATE_ALIAS, description="alias of the version, if that is not given")
+    model: str = Field(min_length=1, description="registered model")
+    version: str | None = Field(
+        default=None, pattern=VERSION, description="version of it; default: the one with the alias"
+    )
+    alias: str = Field(default=CANDIDATE_ALIAS, min_length=1, description="alias of the version, if that is not given")
     policy: PromotionPolicy = Field(description="gates; see deployments/promotion/")
     force: bool = Field(default=False, description="promote even if gates fail; needs a reason")
     reason: str = Field(default="", max_length=MAX_REASON_CHARACTERS, description="recorded with what is done")
@@ -66,7 +67,7 @@ class RefusedError(SamqError):
 def promote(parameters: PromoteParameters) -> Promotion:
     """Judge and promote. Raises RefusedError, so that the run shows as failed, if the gates refuse the version."""
     uri = parameters.tracking_uri or mlflow_uri()
-    judgement = judge(uri, parameters.model, parameters.version, parameters.alias, parameters.policy)
+    judgement = judge(uri, parameters.model, parameters.version, parameters.alias, parameters.policy, parameters.force)
     event = move(uri, judgement, parameters.force, parameters.reason)
     promotion = Promotion(judgement, event)
     if event.action == "refused":

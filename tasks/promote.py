@@ -12,12 +12,14 @@ from samq.tracking.registry import connect, find_version, resolve
 
 
 @task(name="judge", task_run_name="judge {model}")
-def judge(tracking_uri: str, model: str, version: str | None, alias: str, policy: PromotionPolicy) -> Judgement:
+def judge(
+    tracking_uri: str, model: str, version: str | None, alias: str, policy: PromotionPolicy, force: bool
+) -> Judgement:
     """Hold a version, or the one that an alias points at, against the policy. Not cached: production changes."""
     client = connect(tracking_uri)
-    found = find_version(client, model, version) if version else resolve(client, model, alias)
+    found = find_version(client, model, version) if version is not None else resolve(client, model, alias)
     with bar(f"judge {model} version {found.version}"):
-        return judge_version(client, found, policy)
+        return judge_version(client, found, policy, force=force)
 
 
 @task(name="move", task_run_name="move {judgement.version.name}")

@@ -21,7 +21,10 @@ def promote(
     policy: Annotated[
         Path, typer.Option(help=f"Policy file of the gates (YAML). [default: {POLICY}]", show_default=False)
     ] = PROJECT / POLICY,
-    force: Annotated[bool, typer.Option("--force", help="Promote even if gates fail. Needs --reason.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Promote even if gates fail or MLflow lost the measurements. Needs --reason."),
+    ] = False,
     reason: Annotated[str, typer.Option(help="Reason to record.")] = "",
 ) -> None:
     """Move the production alias to a version that passes the gates.
@@ -29,16 +32,19 @@ def promote(
     If a gate fails, the command changes nothing and exits with code 3.
     """
     with loading_packages():
-        from samq.promotion.history import check_reason
+        from samq.promotion.history import check_reason, describe
         from samq.promotion.policy import load_policy
+        from samq.tracking.registry import check_version
 
+    if version is not None:
+        check_version(name, version)
     gates = load_policy(policy)
     reason = check_reason(reason, "--force") if force or reason else ""
     prepare_prefect()
     with bar("start Prefect"):
         from flows.promote import PromoteParameters, RefusedError
         from flows.promote import promote as flow
-        from samq.promotion.gate_report import describe, gates_table
+        from samq.promotion.gate_report import gates_table
 
         require_prefect()
     try:
@@ -52,15 +58,18 @@ def promote(
 
 
 def rollback(name: RegisteredModel, reason: Annotated[str, typer.Option(help="Reason to record.")]) -> None:
-    """Restore the version that was in production before. Run it again to undo."""
+    """Restore the version that was in production before. Run it again to undo.
+
+    Goes by the recorded history, so it also undoes a move of the alias in MLflow.
+    """
     with loading_packages():
         from samq.home import mlflow_uri
-        from samq.promotion.gate_report import describe
-        from samq.promotion.move import rollback as swap
-        from samq.tracking.registry import connect
+        from samq.promotion.history import describe
+        from samq.promotion.rollback import rollback as swap
+        from samq.tracking.registry import connect_registry
 
     with bar(f"roll back {name}"):
-        event = swap(connect(mlflow_uri()), name, reason)
+        event = swap(connect_registry(mlflow_uri()), name, reason)
     console.print(f"{name} {describe(event)}", highlight=False, soft_wrap=True)
 
 
@@ -68,19 +77,22 @@ def status(
     name: Annotated[str | None, typer.Argument(help="Name of the registered model. [default: all]")] = None,
     last: Annotated[int, typer.Option(min=1, help="Number of versions and of events to show.")] = 10,
 ) -> None:
-    """Show aliases, versions, and the history of promotions."""
+    """Show aliases, versions, and the history of promotions, with moves of production that were made in MLflow."""
     with loading_packages():
         from samq.home import mlflow_uri
-        from samq.promotion.gate_report import history_table, status_table
-        from samq.promotion.history import history
-        from samq.tracking.registry import aliases, connect, model_names, notable_versions
+        from samq.promotion.history import history, with_moves_by_hand
+        from samq.promotion.status import history_table, rollback_note, status_table
+        from samq.tracking.registry import PRODUCTION_ALIAS, aliases, connect_registry, model_names, notable_versions
 
     with bar("query MLflow"):
-        client = connect(mlflow_uri())
+        client = connect_registry(mlflow_uri())
         for model in [name] if name else model_names(client):
-            console.print(status_table(model, aliases(client, model), notable_versions(client, model, last)))
-            if events := history(client, model)[:last]:
+            found = aliases(client, model)
+            console.print(status_table(model, found, notable_versions(client, model, last)))
+            if events := with_moves_by_hand(history(client, model), found.get(PRODUCTION_ALIAS))[:last]:
                 console.print(history_table(events))
+            if note := rollback_note(client, model, found):
+                console.print(note, highlight=False, soft_wrap=True)
 
 
 def serve(

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import re
+import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +20,14 @@ from samq.errors import SamqError
 from samq.gguf.ggml import to_float
 from samq.gguf.header import LazyReader, UnknownTypeError
 from samq.gguf.split import Part
+
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +66,12 @@ def open_gguf(path: Path, *, is_part: bool = False) -> LazyReader:
     Raises SamqError if it is missing, not a GGUF, cut short, or one part of several where `is_part` does not allow that.
     """
     path = Path(path)
-    if not path.is_file():
-        raise SamqError(f"there is no GGUF file at {path}; check the path")
-    status = path.stat()
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        reason = "" if isinstance(error, FileNotFoundError | NotADirectoryError) else f" ({_reason(error)})"
+        raise SamqError(f"there is no GGUF file at {path}{reason}; check the path") from error
+    require_regular(path, status)
     reader = _open(path, status.st_size, status.st_mtime_ns)
     if not is_part and (part := Part.of(path, reader.fields)):
         raise part.refused()
@@ -190,9 +203,22 @@ class HashedFile:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content; raises SamqError if it cannot be read."""
+    """SHA-256 (hex) of a file's content; raises SamqError if it cannot be read, or is no regular file."""
     try:
+        require_regular(path, path.stat())
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SamqError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (OSError, ValueError) as error:
+        raise SamqError(f"cannot read {path}: {_reason(error)}; check the path") from error
+
+
+def require_regular(path: Path, status: os.stat_result) -> None:
+    """Raise SamqError for a folder, device, pipe or socket: reading one may never end. `status` is that of the path."""
+    if stat.S_ISREG(status.st_mode):
+        return
+    kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "special file")
+    raise SamqError(f"{path} is a {kind}, not a regular file; name a file")
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -15,10 +15,9 @@ from pathlib import Path
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from samq.errors import SamqError
+from samq.errors import SamqError, UnreachableError
 from samq.files import ANSWERS_NAME, EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
 from samq.records import Evaluation, Plan
 from samq.sweep.benchmarking import join_items
@@ -101,6 +100,8 @@ def _full_precision(client: MlflowClient, run: Run) -> Reference:
             if not full_runs:
                 raise SamqError(f"the sweep {parent or 'of this version'} has no full-precision run; run it again")
             return Reference(kind, kind, _measured(client, full_runs[0], kind))
+    except UnreachableError:  # what cannot be read now is not lost
+        raise
     except SamqError as error:
         return Reference(kind, kind, None, str(error))
 
@@ -115,6 +116,8 @@ def _production(client: MlflowClient, name: str, version: str | None) -> Referen
         with _reading(f"the measurements of version {version}, which is in production"):
             run = client.get_run(find_version(client, name, version).run_id)
             return Reference(kind, label, _measured(client, run, label))
+    except UnreachableError:
+        raise
     except SamqError as error:
         return Reference(kind, label, None, str(error))
 
@@ -148,6 +151,8 @@ def _reading(what: str) -> Iterator[None]:
     """Say in one sentence what could not be read from MLflow."""
     try:
         yield
-    except (MlflowException, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except SamqError:
+        raise
+    except Exception as error:  # anybody can replace artifacts, and readers raise errors of any kind on damaged ones
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SamqError(f"cannot read {what} from MLflow: {reason}; run the sweep again") from error

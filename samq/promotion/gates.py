@@ -18,6 +18,7 @@ from samq.promotion.evidence import Evidence, Measured, Reference
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Evaluation
 from samq.sweep.significance import JSON_ITEMS, PairedComparison, compare_items
+from samq.tracking.registry import RegisteredGguf
 
 GateVerdict = Literal["pass", "fail", "not applicable"]
 LATENCY = "speed/latency_p99_ms"
@@ -50,6 +51,12 @@ def judge(evidence: Evidence, policy: PromotionPolicy) -> tuple[Gate, ...]:
     )
 
 
+def judge_without_evidence(version: RegisteredGguf, policy: PromotionPolicy, reason: str) -> tuple[Gate, ...]:
+    """The gates for a version whose plan or measurements are lost, for the `reason` given. Reads the whole GGUF."""
+    lost = Gate(name="evidence", limit="its plan and measurements in MLflow", verdict="fail", reason=reason)
+    return lost, _content(version) if policy.audit else _not_required("content")
+
+
 def failed(gates: Sequence[Gate]) -> list[Gate]:
     """The gates that failed."""
     return [gate for gate in gates if gate.verdict == "fail"]
@@ -77,6 +84,20 @@ def _audit(evidence: Evidence) -> Gate:
     except SamqError as error:
         return Gate(name="audit", value=value, limit=limit, verdict="fail", reason=str(error))
     return Gate(name="audit", value=value, limit=limit, verdict="pass")
+
+
+def _content(version: RegisteredGguf) -> Gate:
+    """The file is the registered one: all of the audit that needs no plan."""
+    limit = f"sha256 {version.sha256[:12]}"
+    try:
+        sha256 = file_sha256(version.path)
+    except SamqError as error:
+        return Gate(name="content", limit=limit, verdict="fail", reason=str(error))
+    value = f"sha256 {sha256[:12]}"
+    if sha256 != version.sha256:
+        reason = f"{version.path} is not the registered file; build it again"
+        return Gate(name="content", value=value, limit=limit, verdict="fail", reason=reason)
+    return Gate(name="content", value=value, limit=limit, verdict="pass")
 
 
 def _provenance(evidence: Evidence, required: Sequence[str]) -> Gate:

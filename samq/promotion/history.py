@@ -2,6 +2,9 @@
 
 Each event has its own tag. Two events written at the same time do not overwrite each other, and the history of a version
 outlives the version.
+
+Anybody can move an alias in MLflow's page or by its client, of which MLflow keeps no record. Each event tells what was in
+production before it, so a move by hand shows as a gap between one event and the next.
 """
 
 import time
@@ -16,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from samq.errors import SamqError
 from samq.tracking.registry import mlflow_errors, user
 
-Action = Literal["promoted", "refused", "kept", "rolled back"]  # kept: it was already in production
+# kept: it was already in production; moved by hand: inferred, never recorded
+Action = Literal["promoted", "refused", "kept", "rolled back", "moved by hand"]
 _KEY = "samq.event."
 MAX_REASON_CHARACTERS = 1000
 _MAX_FAILED = 20  # failed gates that an event names; MLflow's database limits a tag to 5000 characters
@@ -28,7 +32,7 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     action: Action
-    version: str = Field(description="the version that was to be served from then on")
+    version: str = Field(description="the version that was to be served from then on; empty: none was")
     replaced: str | None = Field(description="the version that was in production until then; None: there was none")
     at: str = Field(description="time, UTC, ISO 8601")
     who: str
@@ -37,10 +41,27 @@ class Event(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """The gates' verdict in one word; empty for a rollback, which has no gates."""
-        if self.action == "rolled back":
+        """The gates' verdict in one word; empty for what has no gates."""
+        if self.action in ("rolled back", "moved by hand"):
             return ""
         return "passed" if not self.failed else "forced" if self.action == "promoted" else "failed"
+
+
+def describe(event: Event) -> str:
+    """The decision in one line."""
+    instead = f" in place of version {event.replaced}" if event.replaced else ""
+    match event.action:
+        case "promoted":
+            by_force = f", by force: {', '.join(event.failed)} failed" if event.failed else ""
+            return f"version {event.version} is in production{instead}{by_force}"
+        case "kept":
+            return f"version {event.version} is already in production"
+        case "rolled back":
+            return f"version {event.version} is in production again{instead}"
+        case "refused":
+            return f"version {event.version} is refused: {', '.join(event.failed)} failed"
+        case "moved by hand":
+            return f"version {event.version} is in production{instead}, moved by hand"
 
 
 def check_reason(reason: str | None, needed_for: str) -> str:
@@ -83,7 +104,43 @@ def history(client: MlflowClient, name: str) -> list[Event]:
     events = []
     for key in sorted((key for key in tags if key.startswith(_KEY)), reverse=True):
         try:
-            events.append(Event.model_validate_json(tags[key]))
+            event = Event.model_validate_json(tags[key])
         except ValidationError:
             continue
+        if event.action != "moved by hand":
+            events.append(event)
     return events
+
+
+def served_before(events: Sequence[Event], current: str | None) -> str | None:
+    """The last version other than `current` that the events (newest first) saw in production; None if there is none."""
+    seen = (version for event in events for version in (_after(event), event.replaced))
+    return next((version for version in seen if version and version != current), None)
+
+
+def with_moves_by_hand(events: Sequence[Event], current: str | None) -> list[Event]:
+    """The events, newest first, and among them the moves of production that they do not tell of.
+
+    `current` is the version in production now. Of several moves by hand between two events, only the last is seen.
+    """
+    result, after, when = [], current, f"after {events[0].at}" if events else "unknown"
+    for event in events:
+        if _after(event) != after:
+            result.append(_by_hand(after, _after(event), when))
+        result.append(event)
+        after, when = event.replaced, f"before {event.at}"
+    if after is not None:
+        result.append(_by_hand(after, None, when))
+    return result
+
+
+def _after(event: Event) -> str | None:
+    """The version in production after an event."""
+    return event.version if event.action in ("promoted", "rolled back") else event.replaced
+
+
+def _by_hand(version: str | None, replaced: str | None, when: str) -> Event:
+    reason = "in MLflow, or by a command that was broken off"
+    return Event(
+        action="moved by hand", version=version or "", replaced=replaced, at=when, who="unknown", reason=reason
+    )

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 
 from samq.errors import SamqError
@@ -38,7 +38,11 @@ def alias_lock(client: MlflowClient, name: str) -> Iterator[None]:
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
     try:
-        lock = FileLock(path).acquire()
+        lock = FileLock(path).acquire(_PATIENCE_S)
+    except Timeout as error:
+        raise SamqError(
+            f"another process has held {path} for {_PATIENCE_S:.0f} seconds; end it, then try again"
+        ) from error
     except OSError as error:
         raise SamqError(f"cannot lock {path}: {error.strerror}; make its folder writable") from error
     with lock:
@@ -72,5 +76,13 @@ def _others(client: MlflowClient, name: str, mine: str) -> list[str]:
     return [
         key
         for key, value in tags.items()
-        if key.startswith(CLAIM) and key != mine and now - float(value.split()[0]) < STALE_S
+        if key.startswith(CLAIM) and key != mine and abs(now - _claimed_at(value)) < STALE_S
     ]
+
+
+def _claimed_at(value: str) -> float:
+    """When a claim was made, in seconds since 1970; for a tag that somebody edited, long ago."""
+    try:
+        return float(value.split()[0])
+    except (ValueError, IndexError):
+        return 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samq.errors import SamqError, UnreachableError
-from samq.gguf.file import file_sha256, open_gguf
+from samq.gguf.file import file_sha256, open_gguf, require_regular
 from samq.home import mlflow_uri
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def find_source(target: str) -> Source:
         return registry_source(match["name"], match["alias"], mlflow_uri())
     if target.startswith("models:"):
         raise SamqError(f"{target} does not name a model by its alias; write models:/NAME@production")
-    if not Path(target).is_file():
+    if not Path(target).exists():
         raise SamqError(f"the file {target} does not exist; give a GGUF file, or models:/NAME@production")
     open_gguf(Path(target))
     return FileSource(Path(target))
@@ -93,12 +93,13 @@ def content_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file. Reads the file again only if it looks changed: 40 GB take tens of seconds.
 
     Writing to a file changes its `st_ctime_ns`, which unlike `st_mtime_ns` cannot be set back. Raises UnreachableError if
-    the file does not exist, and SamqError if it cannot be read.
+    the file does not exist, and SamqError if it cannot be read: a device or a pipe could be read for ever.
     """
     try:
         stat = path.stat()
     except OSError as error:
         raise UnreachableError(f"cannot read {path}: {error.strerror}; put the GGUF back") from error
+    require_regular(path, stat)
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     known = _hashes.get(path)
     if known is None or known[0] != stamp:

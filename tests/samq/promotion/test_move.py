@@ -18,7 +18,8 @@ from mlflow.exceptions import MlflowException
 from samq.errors import SamqError
 from samq.promotion.history import MAX_REASON_CHARACTERS, history
 from samq.promotion.lock import CLAIM, STALE_S, alias_lock
-from samq.promotion.move import judge_version, promote, rollback
+from samq.promotion.move import judge_version, promote
+from samq.promotion.rollback import rollback
 from samq.services import mlflow_page
 from samq.tracking.registry import aliases, connect, find_version, notable_versions
 from tests.samq.versions import NAME, POLICY, three_nights
