@@ -68,7 +68,7 @@ def rollback(name: RegisteredModel, reason: Annotated[str, typer.Option(help="Re
         from samq.promotion.rollback import rollback as swap
         from samq.tracking.registry import connect_registry
 
-    with bar(f"roll back {name}"):
+    with loading_packages(f"roll back {name}"):  # MLflow imports the most when it connects
         event = swap(connect_registry(mlflow_uri()), name, reason)
     console.print(f"{name} {describe(event)}", highlight=False, soft_wrap=True)
 
@@ -84,7 +84,7 @@ def status(
         from samq.promotion.status import history_table, rollback_note, status_table
         from samq.tracking.registry import PRODUCTION_ALIAS, aliases, connect_registry, model_names, notable_versions
 
-    with bar("query MLflow"):
+    with loading_packages("query MLflow"):
         client = connect_registry(mlflow_uri())
         for model in [name] if name else model_names(client):
             found = aliases(client, model)

@@ -126,6 +126,8 @@ def _plan(client: MlflowClient, run: Run) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         path = client.download_artifacts(run.info.run_id, PLAN_NAME, folder)
         fields = json.loads(Path(path).read_text())
+        if not isinstance(fields, dict):
+            raise SamqError(f"{PLAN_NAME} of run {run.info.run_id} is not a plan; run the sweep again")
         fields.pop("schema", None)  # older runs lack it
         return Plan.model_validate(fields)
 
@@ -155,4 +157,6 @@ def _reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # anybody can replace artifacts, and readers raise errors of any kind on damaged ones
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if isinstance(error, LookupError):
+            reason = f"a table lacks {reason}"
         raise SamqError(f"cannot read {what} from MLflow: {reason}; run the sweep again") from error
