@@ -56,8 +56,8 @@ def _claim_lock(client: MlflowClient, name: str) -> Iterator[None]:
         client.set_registered_model_tag(name, mine, f"{time.time():.0f} {os.getpid()}")
     try:
         deadline = time.monotonic() + _PATIENCE_S
-        while others := _others(client, name, mine):
-            if min(others) < mine or time.monotonic() > deadline:
+        while claims := others(client, name, mine):
+            if min(claims) < mine or time.monotonic() > deadline:
                 raise SamqError(
                     f"somebody else is moving the aliases of {name}; look at `samq status {name}`, then try again"
                 )
@@ -68,7 +68,7 @@ def _claim_lock(client: MlflowClient, name: str) -> Iterator[None]:
             client.delete_registered_model_tag(name, mine)
 
 
-def _others(client: MlflowClient, name: str, mine: str) -> list[str]:
+def others(client: MlflowClient, name: str, mine: str) -> list[str]:
     """The claims of other processes that are not stale."""
     with mlflow_errors(client, f"no model {name}"):
         tags = client.get_registered_model(name).tags

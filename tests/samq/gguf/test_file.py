@@ -1,4 +1,7 @@
+import os
+import socket
 import struct
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 
 from samq.errors import SamqError
 from samq.gguf.file import (
+    file_sha256,
     gguf_names,
     open_gguf,
     read_metadata,
@@ -13,6 +17,7 @@ from samq.gguf.file import (
     read_tensors,
     read_weights,
 )
+from samq.serving.source import content_sha256
 from tests.conftest import write_tiny_gguf
 
 
@@ -93,3 +98,39 @@ def test_a_type_that_only_a_fork_has_is_named(tmp_path):
     message = r"cannot read .*fork\.gguf: blk\.0\.attn_q\.weight has type 139, which is none of ggml's"
     with pytest.raises(SamqError, match=message):
         read_tensors(path)
+
+
+def special_files(folder):
+    """Kind -> a path that is no regular file; reading some of them never ends."""
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(folder / "socket"))
+    return {
+        "device": Path("/dev/zero"),
+        "pipe": folder / "pipe",
+        "socket": folder / "socket",
+        "folder": folder,
+    }
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    kinds = [*special_files(Path()).items(), ("device", tmp_path / "link"), ("device", Path("/dev/null"))]
+    for kind, path in kinds:
+        for read in (file_sha256, open_gguf, content_sha256):
+            with pytest.raises(SamqError, match=f"{path} is a {kind}, not a regular file; name a file"):
+                read(path)
+
+
+def test_a_path_that_cannot_be_is_one_sentence():
+    for path in (Path("/" + "x" * 5000), Path("a\0b")):
+        for read, words in {file_sha256: "cannot read", open_gguf: "there is no GGUF file at"}.items():
+            with pytest.raises(SamqError, match=f"{words} .*(too long|null byte).*; check the path"):
+                read(path)
+
+
+def test_an_empty_file_is_not_a_whole_gguf(tmp_path):
+    (tmp_path / "empty.gguf").touch()
+    with pytest.raises(SamqError, match=r"empty\.gguf is not a whole GGUF file \(cannot mmap an empty file\)"):
+        open_gguf(tmp_path / "empty.gguf")

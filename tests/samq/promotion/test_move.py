@@ -16,10 +16,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from samq.errors import SamqError
-from samq.promotion.history import MAX_REASON_CHARACTERS, history
-from samq.promotion.lock import CLAIM, STALE_S, alias_lock
+from samq.promotion.history import MAX_REASON_CHARACTERS, history, with_moves_by_hand
+from samq.promotion.lock import CLAIM, STALE_S, alias_lock, others
 from samq.promotion.move import judge_version, promote
-from samq.promotion.rollback import rollback
+from samq.promotion.rollback import rollback, rollback_target
+from samq.promotion.status import rollback_note
 from samq.services import mlflow_page
 from samq.tracking.registry import aliases, connect, find_version, notable_versions
 from tests.samq.versions import NAME, POLICY, three_nights
@@ -216,6 +217,164 @@ def test_an_answer_that_is_lost_undoes_nothing(two_promoted):
     with pytest.raises(SamqError, match="no answer"):
         rollback(Lost(two_promoted.tracking_uri, two_promoted.tracking_uri), NAME, "a test")
     assert in_use(two_promoted) == ("1", "2")
+
+
+def by_hand(client, alias, version):
+    """Move an alias as MLflow's page does, which no history tells of."""
+    if version is None:
+        client.delete_registered_model_alias(NAME, alias)
+    else:
+        client.set_registered_model_alias(NAME, alias, version)
+
+
+@pytest.mark.parametrize(
+    ("moves", "target"),
+    [
+        ([("production", "3")], "2"),  # `previous` still names 1
+        ([("production", "1")], "2"),  # what a person thinks of as a rollback
+        ([("previous", "3")], "1"),  # 3 never served
+        ([("previous", None)], "1"),
+        ([("production", "3"), ("previous", "3")], "2"),
+        ([("production", None)], "2"),
+        ([("production", None), ("previous", None)], "2"),
+    ],
+)
+def test_a_rollback_after_a_move_by_hand_goes_to_what_served(two_promoted, moves, target):
+    for alias, version in moves:
+        by_hand(two_promoted, alias, version)
+    moved_to, _ = in_use(two_promoted)
+    assert rollback_target(two_promoted, NAME) == target
+    event = rollback(two_promoted, NAME, "a test")
+    assert (event.version, event.replaced) == (target, moved_to)
+    assert in_use(two_promoted)[0] == target
+    if moved_to:
+        assert in_use(two_promoted)[1] == moved_to
+        assert rollback(two_promoted, NAME, "undo it").version == moved_to
+
+
+def test_a_refusal_is_a_sighting_of_what_served(two_promoted):
+    by_hand(two_promoted, "production", "1")
+    promote(two_promoted, judged(two_promoted, "3"))  # refused, and recorded beside version 1
+    by_hand(two_promoted, "production", "3")
+    assert rollback(two_promoted, NAME, "a test").version == "1"
+
+
+def test_without_a_history_a_rollback_goes_by_the_alias(client):
+    by_hand(client, "production", "2")
+    by_hand(client, "previous", "1")
+    assert rollback(client, NAME, "a test").version == "1"
+
+
+def test_a_rollback_says_why_it_goes_nowhere(two_promoted):
+    by_hand(two_promoted, "previous", None)
+    two_promoted.delete_model_version(NAME, "1")
+    with pytest.raises(
+        SamqError, match=r"version 1 of llama, which served before version 2, is deleted; promote another"
+    ):
+        rollback(two_promoted, NAME, "a test")
+    by_hand(two_promoted, "production", "3")
+    two_promoted.set_model_version_tag(NAME, "2", "sha256", "edited")
+    with pytest.raises(SamqError, match=r"the tag sha256 of version 2 of llama is 'edited', not a SHA-256"):
+        rollback(two_promoted, NAME, "a test")
+    assert in_use(two_promoted) == ("3", None)
+    assert len(history(two_promoted, NAME)) == 2
+
+
+def test_an_alias_on_a_version_that_never_served_is_no_version_to_go_back_to(client):
+    promote(client, judged(client, "1"))
+    by_hand(client, "previous", "2")
+    with pytest.raises(
+        SamqError, match=r"no version before the one in production \(the alias previous names version 2, but"
+    ):
+        rollback(client, NAME, "a test")
+
+
+def moves_by_hand(client):
+    production, _ = in_use(client)
+    events = with_moves_by_hand(history(client, NAME), production)
+    return [(event.replaced, event.version) for event in events if event.action == "moved by hand"]
+
+
+def test_moves_by_hand_are_seen_between_events_and_after_the_last(client):
+    by_hand(client, "production", "3")
+    promote(client, judged(client, "1"), force=True, reason="a test")
+    promote(client, judged(client, "2"))
+    assert moves_by_hand(client) == [(None, "3")]
+    by_hand(client, "production", "1")
+    promote(client, judged(client, "3"))  # refused: production stays
+    assert moves_by_hand(client) == [("2", "1"), (None, "3")]
+    by_hand(client, "production", None)
+    assert moves_by_hand(client) == [("1", ""), ("2", "1"), (None, "3")]
+    actions = [event.action for event in with_moves_by_hand(history(client, NAME), None)]
+    assert actions == ["moved by hand", "refused", "moved by hand", "promoted", "promoted", "moved by hand"]
+
+
+def test_promotions_and_rollbacks_alone_are_no_moves_by_hand(two_promoted):
+    rollback(two_promoted, NAME, "a test")
+    promote(two_promoted, judged(two_promoted, "3"))
+    assert moves_by_hand(two_promoted) == []
+
+
+def test_a_note_says_where_a_rollback_leads_if_the_alias_does_not(two_promoted):
+    def note():
+        return rollback_note(two_promoted, NAME, aliases(two_promoted, NAME))
+
+    assert note() is None
+    by_hand(two_promoted, "production", "3")
+    assert (
+        note() == "the alias previous names version 1, but `samq rollback llama` goes to version 2, which served last"
+    )
+    two_promoted.set_model_version_tag(NAME, "2", "size_bytes", "")
+    assert note().startswith("a rollback is not possible: the tag size_bytes of version 2 of llama is ''")
+
+
+def test_a_claim_that_somebody_edited_holds_nobody_off(client):
+    for number, value in enumerate(("", "hello", "nan", "inf", "-1e999", f"{time.time() + 10 * STALE_S}")):
+        client.set_registered_model_tag(NAME, f"{CLAIM}{number}", value)
+    assert others(client, NAME, "mine") == []
+    client.set_registered_model_tag(NAME, f"{CLAIM}fresh", f"{time.time():.0f} 1")
+    assert others(client, NAME, "mine") == [f"{CLAIM}fresh"]
+
+
+def lose(client, version, artifact, content):
+    """Let an artifact of a version's run be what somebody wrote there; None: nothing at all. Leaves the original alone."""
+    run_id = find_version(client, NAME, version).run_id
+    path = Path(client.get_run(run_id).info.artifact_uri) / artifact
+    original = path.read_bytes()
+    path.write_text(content) if content is not None else path.unlink()
+    return lambda: path.write_bytes(original)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "null", '{"name": "x"}', '{"a":' + "[" * 100_000, "\0"])
+@pytest.mark.parametrize("artifact", ["plan.json", "evaluation/evaluation.json", "evaluation/json.parquet"])
+def test_lost_evidence_is_one_sentence_and_by_force_a_failed_gate(two_promoted, artifact, content):
+    if (artifact, content) == ("evaluation/json.parquet", None):
+        pytest.skip("a version may have no JSON answers; the gate then says that they were not measured")
+    restore = lose(two_promoted, "3", artifact, content)
+    try:
+        with pytest.raises(SamqError, match=r"or promote it unjudged with --force and --reason$") as told:
+            judged(two_promoted, "3")
+        version = find_version(two_promoted, NAME, "3")
+        judgement = judge_version(two_promoted, version, POLICY, force=True)
+    finally:
+        restore()
+    assert "\n" not in str(told.value)
+    assert judgement.production == "2"
+    assert [(gate.name, gate.verdict) for gate in judgement.gates] == [("evidence", "fail"), ("content", "pass")]
+    event = promote(two_promoted, judgement, force=True, reason="the run was deleted")
+    assert (event.action, event.failed, event.verdict) == ("promoted", ("evidence",), "forced")
+    assert in_use(two_promoted) == ("3", "2")
+    assert gate_tags(two_promoted, "3").keys() == {"evidence", "content"}
+
+
+def test_by_force_without_evidence_another_file_fails_and_no_force_refuses(two_promoted):
+    version = dataclasses.replace(find_version(two_promoted, NAME, "3"), run_id="0" * 32, sha256="0" * 64)
+    judgement = judge_version(two_promoted, version, POLICY, force=True)
+    assert judgement.failed == ("evidence", "content")
+    assert judgement.gates[1].reason.endswith("is not the registered file; build it again")
+    assert promote(two_promoted, judgement).action == "refused"
+    off = POLICY.model_copy(update={"audit": False})
+    assert judge_version(two_promoted, version, off, force=True).failed == ("evidence",)
 
 
 def test_a_model_that_is_not_registered_is_one_sentence(client):

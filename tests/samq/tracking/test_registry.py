@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
-from samq.tracking.registry import aliased_files, connect, name_mmproj, register, resolve
+from samq.tracking.registry import aliased_files, connect, find_version, name_mmproj, register, resolve
 
 
 def candidate_run(client):
@@ -163,6 +163,42 @@ def test_a_gguf_on_another_machine_has_no_path_here(sweep, mlflow_uri):
     client.set_model_version_tag("llama-3.1", version, "gguf_uri", "s3://bucket/model.gguf")
     with pytest.raises(SamqError, match=r"is at s3://bucket/model\.gguf, not on this machine"):
         _ = resolve(client, "llama-3.1").path
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "meaning"),
+    [
+        ("size_bytes", "large", "a number of bytes"),
+        ("size_bytes", "-1", "a number of bytes"),
+        ("size_bytes", "1e9", "a number of bytes"),
+        ("size_bytes", "9" * 5000, "a number of bytes"),
+        ("sha256", "0123", "a SHA-256"),
+        ("sha256", "G" * 64, "a SHA-256"),
+        ("plan_digest", " ", "a plan's SHA-256"),
+        ("gguf_uri", " ", "the place of a file"),
+        ("gguf_uri", "file://[", "the place of a file"),
+        ("gguf_uri", "file:///a%00b", "the place of a file"),
+    ],
+)
+def test_a_tag_that_somebody_edited_is_one_sentence(sweep, mlflow_uri, tag, value, meaning):
+    client = connect(mlflow_uri)
+    version, _ = register_result(client, sweep.result("threshold-0.2"))
+    client.set_model_version_tag("llama-3.1", version, tag, value)
+    for look_up in (lambda: resolve(client, "llama-3.1"), lambda: find_version(client, "llama-3.1", version)):
+        with pytest.raises(
+            SamqError, match=f"the tag {tag} of version 1 of llama-3.1 is '.{{,81}}', not {meaning}; set it"
+        ):
+            look_up()
+
+
+@pytest.mark.parametrize("version", ["", " ", "0", "-1", "07", " 1", "1\n", "1.0", "one", "9" * 30, "latest"])
+def test_a_version_that_is_no_number_is_one_sentence(sweep, mlflow_uri, version):
+    client = connect(mlflow_uri)
+    register_result(client, sweep.result("threshold-0.2"))
+    with pytest.raises(
+        SamqError, match=r"is no version of llama-3\.1; give a number such as 7, see `samq status llama-3\.1`"
+    ):
+        find_version(client, "llama-3.1", version)
 
 
 @pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/mlflow.db", "ftp://host/mlflow"])
