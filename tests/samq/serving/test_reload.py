@@ -310,6 +310,18 @@ def test_a_file_that_is_not_what_was_registered_is_not_served(registered, mlflow
         assert server.client.get("/ready").status_code == 503
 
 
+def test_a_version_that_is_no_file_does_not_stop_the_watcher(registered, mlflow_uri, tmp_path, chat_gguf):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    uri = registered.get_model_version("tiny-llama", "1").tags["gguf_uri"]
+    with running(registry_source("tiny-llama", "production", mlflow_uri), wait=False) as server:
+        for path, kind in {tmp_path / "pipe": "pipe", tmp_path / "link": "device", tmp_path: "folder"}.items():
+            registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", path.as_uri())
+            server.wait(lambda told=f"{path} is a {kind}, not": told in (server.ready()["problem"] or ""))
+        registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", uri)
+        server.wait(serves(server, chat_gguf))
+
+
 def missing(gguf, wanted):
     gguf.unlink()
 

@@ -174,7 +174,7 @@ def test_a_gguf_on_another_machine_has_no_path_here(sweep, mlflow_uri):
         ("size_bytes", "9" * 5000, "a number of bytes"),
         ("sha256", "0123", "a SHA-256"),
         ("sha256", "G" * 64, "a SHA-256"),
-        ("plan_digest", " ", "a plan's SHA-256"),
+        ("plan_digest", " ", "a plan's digest"),
         ("gguf_uri", " ", "the place of a file"),
         ("gguf_uri", "file://[", "the place of a file"),
         ("gguf_uri", "file:///a%00b", "the place of a file"),
