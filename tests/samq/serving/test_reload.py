@@ -314,6 +314,7 @@ def test_a_version_that_is_no_file_does_not_stop_the_watcher(registered, mlflow_
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     uri = registered.get_model_version("tiny-llama", "1").tags["gguf_uri"]
+    registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", (tmp_path / "pipe").as_uri())
     with running(registry_source("tiny-llama", "production", mlflow_uri), wait=False) as server:
         for path, kind in {tmp_path / "pipe": "pipe", tmp_path / "link": "device", tmp_path: "folder"}.items():
             registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", path.as_uri())
