@@ -153,13 +153,14 @@ def compensation(run: TorchRun, tokens: int) -> Taken:
     """Compensated rounding of all plans (`samq.quantization.compensation`).
 
     Beside the Gram matrices there are a factor in float64 and the weights that are rounded at a time. Each of these is there in
-    float32 and has two codes, and some share a scale and an offset; on the host it has its errors before and after, and blocks.
+    float32 and has two codes, and some share a scale and an offset. On the host it has its errors before and after, and blocks,
+    and the next ones are read and rounded.
     """
     at_once = min(ROUNDED_AT_ONCE[run.on_gpu], len(run.gram_bytes) * max(t.weights for t in run.outline.largest_block))
     of_groups = 2 * 2 * FLOAT // GROUP  # scales and offsets, in two orders
     factor_and_weights = DOUBLE // FLOAT * max(run.gram_bytes) + (FLOAT + of_groups + 2) * at_once
     taken = _inputs(run, tokens, factor_and_weights, matrices=True)
-    return taken.beside(Taken(ram=(3 * FLOAT + 4) * at_once))
+    return taken.beside(Taken(ram=(5 * FLOAT + 6) * at_once))
 
 
 def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken:
