@@ -1,6 +1,8 @@
 """The promotion flow and its commands, on a real registry: exit codes, the report on the flow run's page, a rollback."""
 
 import shutil
+import sqlite3
+from contextlib import closing
 
 import pytest
 import yaml
@@ -79,6 +81,26 @@ def test_a_refusal_is_a_failed_run_that_names_the_gates(prefect_home, home):
 def test_force_without_a_reason_is_no_run_at_all():
     with pytest.raises(ValidationError, match="force needs a reason"):
         PromoteParameters(model=NAME, policy=POLICY, force=True, reason=" ")
+
+
+@pytest.mark.parametrize("fault", [{"version": ""}, {"version": "latest"}, {"alias": ""}, {"model": ""}])
+def test_an_empty_or_impossible_version_is_no_run_at_all(fault):
+    with pytest.raises(ValidationError, match=next(iter(fault))):
+        PromoteParameters(**{"model": NAME, "policy": POLICY, **fault})
+
+
+def test_by_force_a_version_without_evidence_goes_into_production(prefect_home, home):
+    client = connect(f"sqlite:///{home / 'mlflow.db'}")
+    run_id = client.get_model_version(NAME, "3").run_id
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:  # as `mlflow gc` does
+        database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (str(home / "gone"), run_id))
+    assert "promote it unjudged with --force" in run(version="3").message
+    assert in_use(home) == (None, None)
+    assert run(version="3", force=True, reason="the run is gone").is_completed()
+    assert in_use(home) == ("3", None)
+    (report,) = [text for text in reports() if "reason: the run is gone" in text]
+    assert report.startswith("# llama: version 3 is in production, by force: evidence failed\n")
+    assert "| ✓ pass | content |" in report
 
 
 def test_the_commands_promote_refuse_roll_back_and_tell(prefect_home, home, policy):

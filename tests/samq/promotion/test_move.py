@@ -22,7 +22,7 @@ from samq.promotion.move import judge_version, promote
 from samq.promotion.rollback import rollback, rollback_target
 from samq.promotion.status import rollback_note
 from samq.services import mlflow_page
-from samq.tracking.registry import aliases, connect, find_version, notable_versions
+from samq.tracking.registry import aliases, connect, connect_registry, find_version, notable_versions
 from tests.samq.versions import NAME, POLICY, three_nights
 
 
@@ -499,6 +499,9 @@ def server(running_server, database):
 @pytest.mark.e2e
 def test_promotions_and_rollbacks_on_a_server(server):
     check_promotion(connect(server))
+    alone = connect_registry(server)
+    assert rollback(alone, NAME, "through the registry alone").version == "2"
+    assert in_use(alone) == in_use(connect(server)) == ("2", "3")
 
 
 @pytest.mark.e2e
