@@ -77,7 +77,10 @@ def status(
     name: Annotated[str | None, typer.Argument(help="Name of the registered model. [default: all]")] = None,
     last: Annotated[int, typer.Option(min=1, help="Number of versions and of events to show.")] = 10,
 ) -> None:
-    """Show aliases, versions, and the history of promotions, with moves of production that were made in MLflow."""
+    """Show aliases, versions, and the history of promotions.
+
+    The history includes moves of the production alias that were made in MLflow.
+    """
     with loading_packages():
         from samq.home import mlflow_uri
         from samq.promotion.history import history, with_moves_by_hand
