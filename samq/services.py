@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 
 from samq.errors import SamqError
-from samq.home import home, mlflow_uri
+from samq.home import home, mlflow_uri, sqlite_file
 from samq.llamacpp.process import kill_group
+from samq.relocation import relocate
 
 WORK_POOL = "samq"
 PATIENCE_S = 15
@@ -42,6 +43,8 @@ def mlflow_page(port: int) -> Iterator[str]:
     if uri.startswith("http"):
         yield uri.rstrip("/")
         return
+    if database := sqlite_file(uri):
+        relocate(database)
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
     command += ["--artifacts-destination", str(home() / "mlartifacts")]  # by default they go into the working directory
     # SAMQ does not use MLflow's jobs, which would be six more processes of 250 MB.

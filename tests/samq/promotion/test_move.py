@@ -34,7 +34,8 @@ def database(tmp_path_factory, empty_database, toolchain):
 
 @pytest.fixture
 def client(database, tmp_path):
-    return connect(f"sqlite:///{shutil.copy(database, tmp_path / 'mlflow.db')}")
+    home = shutil.copytree(database.parent, tmp_path / "home")
+    return connect(f"sqlite:///{home / 'mlflow.db'}")
 
 
 def judged(client, version):
