@@ -210,9 +210,9 @@ def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
         folder = sqlite_folder(settings.tracking_uri)
         location = settings.artifact_location or (str(folder / "mlartifacts") if folder else None)
         tags = {**_EXPERIMENT_KIND, MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE}
-        local = folder and location and not urlsplit(location).scheme
-        if local and (place := relative_place(Path(location), folder)):
-            tags[ARTIFACTS_TAG] = place
+        if folder and location and not urlsplit(location).scheme:
+            place = relative_place(Path(location), folder)
+            tags |= {ARTIFACTS_TAG: place} if place else {}
         try:
             made = client.create_experiment(settings.experiment, location)
             for key, value in tags.items():

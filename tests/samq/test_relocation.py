@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import sqlite3
+import urllib.request
 from contextlib import closing
 
 import pytest
@@ -11,6 +13,7 @@ from samq.errors import UnreachableError
 from samq.home import place_of, place_uri
 from samq.promotion.evidence import gather
 from samq.relocation import ARTIFACTS_TAG, relative_manifests, relocate
+from samq.services import mlflow_page
 from samq.store import MANIFEST, Store
 from samq.tracking.registry import connect, find_version, resolve
 from samq.tracking.sweep_runs import track_sweep
@@ -161,6 +164,21 @@ def test_a_folder_may_move_into_or_out_of_its_old_place(old, tmp_path, sweep, in
     assert resolve(connect(uri_of(home)), NAME).path.is_relative_to(home / "store")
     assert gather(connect(uri_of(home)), resolve(connect(uri_of(home)), NAME)).plan.digest()
     assert relocate(home / "mlflow.db") == []
+
+
+@pytest.mark.e2e
+def test_the_pages_of_a_moved_folder_show_its_own_files(new, samq_home, monkeypatch, sweep):
+    monkeypatch.setenv("SAMQ_HOME", str(new))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mlflow_page(port) as address:
+        client = connect(address)
+        version = resolve(client, NAME)
+        assert version.path == new / "store" / "candidate" / sweep.result(BEST).model.sha256 / "model.gguf"
+        plan = f"{address}/get-artifact?path=plan.json&run_uuid={version.run_id}"
+        with urllib.request.urlopen(plan, timeout=60) as answer:
+            assert json.load(answer)["name"] == BEST
 
 
 def test_an_experiment_without_runs_moves_too(old, tmp_path):
