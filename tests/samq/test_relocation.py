@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import urllib.request
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -167,7 +168,7 @@ def test_a_folder_may_move_into_or_out_of_its_old_place(old, tmp_path, sweep, in
 
 
 @pytest.mark.e2e
-def test_the_pages_of_a_moved_folder_show_its_own_files(new, samq_home, monkeypatch, sweep):
+def test_the_pages_of_a_moved_folder_show_its_own_files(new, samq_home, monkeypatch, sweep, tmp_path):
     monkeypatch.setenv("SAMQ_HOME", str(new))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -179,6 +180,13 @@ def test_the_pages_of_a_moved_folder_show_its_own_files(new, samq_home, monkeypa
         plan = f"{address}/get-artifact?path=plan.json&run_uuid={version.run_id}"
         with urllib.request.urlopen(plan, timeout=60) as answer:
             assert json.load(answer)["name"] == BEST
+        run_id = client.create_run(client.create_experiment("over the server")).info.run_id
+        client.log_text(run_id, "over the server", "note.txt")
+    further = tmp_path / "further"
+    shutil.move(new, further)
+    client = connect(uri_of(further))
+    assert client.get_run(run_id).info.artifact_uri.startswith(f"{further}/mlartifacts/")
+    assert Path(client.download_artifacts(run_id, "note.txt", str(tmp_path))).read_text() == "over the server"
 
 
 def test_an_experiment_without_runs_moves_too(old, tmp_path):
