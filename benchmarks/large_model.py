@@ -226,7 +226,7 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
         """The map and the Fisher information; `steps` are the seconds at the start, after each block, and at the end."""
         steps.clear()
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
+        with tempfile.TemporaryDirectory(dir=work) as scratch:
             sensitivity, fisher = measure_sensitivity(
                 model,
                 tokens.part(0, sequences),
@@ -343,7 +343,7 @@ def main() -> None:
     work = folder.with_name(f"{folder.name}-work")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    stages = Stages(arguments.work, cuda=cuda)
+    stages = Stages([folder, work], cuda=cuda)
     measured, ggufs = measure(folder, work, arguments, stages)
     if ggufs:
         gc.collect()  # the torch model, before llama.cpp's

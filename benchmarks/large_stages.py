@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -38,12 +39,12 @@ class Stages:
     (NVML) sees it, with CUDA's own share and that of child processes, less what was in use at the start.
     """
 
-    def __init__(self, folder: Path, *, cuda: bool) -> None:
-        """`folder` holds all files of the run."""
+    def __init__(self, folders: list[Path], *, cuda: bool) -> None:
+        """`folders` hold all files of the run."""
         self.figures: dict[str, dict[str, Any]] = {}
         self._ballast_bytes = 0  # of GPU memory that is taken so that less is free
         self._peak_before = 0  # of torch's memory, before the ballast was there
-        self._folder, self._cuda = folder, cuda
+        self._folders, self._cuda = folders, cuda
         self._free = sum(gpu.free_bytes()) if cuda else 0
 
     @contextmanager
@@ -113,7 +114,7 @@ class Stages:
 
     def _disk_bytes(self) -> int:
         total = 0
-        for file in self._folder.rglob("*"):
+        for file in chain.from_iterable(folder.rglob("*") for folder in self._folders):
             with contextlib.suppress(FileNotFoundError):
                 total += file.stat().st_size if file.is_file() else 0
         return total

@@ -16,28 +16,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
+from itertools import islice
 from operator import add
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.gguf.codes import TYPES_WITH_CODES, CodeGrid, read_grid, write_codes
-from samq.gguf.ggml import to_float
+from samq.gguf.codes import TYPES_WITH_CODES
 from samq.gguf.nearest import NearestRounding
 from samq.quantization.gptq import Compensator, variances
 from samq.quantization.planned_file import PlannedFile
+from samq.quantization.slabs import Place, Slab, groups_of_slabs, prepared, rows_in_slabs
 from samq.records import Compensation, OutputError, PriceTable
 from samq.sensitivity.memory import needs_gpu_memory
 from samq.sensitivity.moments import Moments, Piece
 from samq.sensitivity.shares import over_devices
 
-_F16_ROUNDING = 2.0**-11  # the largest relative rounding error of F16
-_SLAB_WEIGHTS = 2**22  # that a thread reads, quantizes and packs at a time
 # Weights rounded at a time. The columns are sequential, so a GPU takes as long for few rows as for many.
 _WEIGHTS_AT_A_TIME = 2**24
 _GPU_WEIGHTS_AT_A_TIME = 2**28  # they take 2 GiB there
@@ -77,11 +75,7 @@ def write_compensated(
     """
     errors = _Errors(log)
     for piece in pieces:
-        over_devices(
-            lambda moments, device: _compensate_input(files, full, rounded, moments.on(device), errors),
-            piece.moments,
-            devices,
-        )
+        _compensate_piece(files, full, rounded, piece, errors, devices)
         del piece  # its matrices, before those of the next one come
     if everything:
         _write_others(files, full, rounded, errors)
@@ -125,24 +119,61 @@ class _Errors:
         return Compensation(tensors={name: reduce(add, of_one) for name, of_one in errors.items() if of_one})
 
 
-def _compensate_input(
-    files: Mapping[str, PlannedFile], full: NearestRounding, rounded: NearestRounding, moments: Moments, errors: _Errors
+@dataclass(frozen=True)
+class _Input:
+    """What several tensors have as input, and their rows in the types that files have them in."""
+
+    moments: Moments
+    tensors: list[tuple[str, str]]
+    groups: list[list[Place]]  # of slabs that are rounded at a time
+
+
+def _inputs(files: Mapping[str, PlannedFile], full: NearestRounding, piece: Piece) -> list[_Input]:
+    """The inputs of tensors that can be compensated."""
+    found = []
+    for moments in piece.moments:
+        tensors = [
+            (name, kind)
+            for name in moments.tensors
+            for kind in _by_type(files, name)
+            if kind in TYPES_WITH_CODES and kind != full.kind(name)
+        ]
+        if moments.gram.ndim > 1 and tensors:
+            limit = _WEIGHTS_AT_A_TIME if moments.gram.device.type == "cpu" else _GPU_WEIGHTS_AT_A_TIME
+            found.append(_Input(moments, tensors, groups_of_slabs(full, tensors, moments.expert, limit)))
+    return found
+
+
+def _compensate_piece(
+    files: Mapping[str, PlannedFile],
+    full: NearestRounding,
+    rounded: NearestRounding,
+    piece: Piece,
+    errors: _Errors,
+    devices: Sequence[torch.device],
 ) -> None:
-    """Round the tensors that have an input, in each type that a file has them in."""
-    tensors = [
-        (name, kind)
-        for name in moments.tensors
-        for kind in _by_type(files, name)
-        if kind in TYPES_WITH_CODES and kind != full.kind(name)
-    ]
-    if moments.gram.ndim == 1 or not tensors:
-        return
-    found: dict[tuple[str, str], OutputError | None] = dict.fromkeys(tensors)
+    """Round the tensors of a part of the model, in each type that a file has them in."""
+    inputs = _inputs(files, full, piece)
+    of_all = prepared([group for of_one in inputs for group in of_one.groups], full, rounded)
+
+    def compensate(of_one: _Input, device: torch.device | None) -> None:
+        # devices that share the inputs take them in an order of their own
+        slabs = of_all if device is None else prepared(of_one.groups, full, rounded)
+        _compensate_input(files, replace(of_one, moments=of_one.moments.on(device)), slabs, errors)
+
+    over_devices(compensate, inputs, devices)
+
+
+def _compensate_input(
+    files: Mapping[str, PlannedFile], of_one: _Input, slabs: Iterator[list[Slab]], errors: _Errors
+) -> None:
+    """Round the tensors that have an input; `slabs` begin with its groups."""
+    moments = of_one.moments
+    found: dict[tuple[str, str], OutputError | None] = dict.fromkeys(of_one.tensors)
     with _on_device(moments.tensors[0]):
         compensator = Compensator(moments.estimate)
-        limit = _WEIGHTS_AT_A_TIME if compensator.device.type == "cpu" else _GPU_WEIGHTS_AT_A_TIME
-        for places in _together(full, tensors, moments.expert, limit):
-            for slab, blocks, error in _compensate_slabs(places, full, rounded, compensator):
+        for some in islice(slabs, len(of_one.groups)):
+            for slab, blocks, error in _compensate_slabs(some, compensator):
                 for file in _by_type(files, slab.name)[slab.kind]:
                     file.write(slab.name, slab.rows.start, blocks)
                 before = found[slab.tensor]
@@ -151,80 +182,14 @@ def _compensate_input(
         errors.add(name, kind, moments.expert, error and error * moments.share)
 
 
-@dataclass(frozen=True)
-class _Slab:
-    """Some rows of a tensor in a type."""
-
-    name: str
-    kind: str
-    rows: slice
-    weights: NDArray[np.float32]
-    blocks: NDArray[np.uint8]
-
-    @property
-    def tensor(self) -> tuple[str, str]:
-        """The tensor and its type."""
-        return self.name, self.kind
-
-    @cached_property
-    def grid(self) -> CodeGrid:
-        """What values the weights can have."""
-        return read_grid(self.kind, self.blocks)
-
-    @cached_property
-    def change(self) -> NDArray[np.float32]:
-        """The rounding errors, (rows, row length)."""
-        return self._change_of(self.blocks)
-
-    @cached_property
-    def is_exact(self) -> bool:
-        """Whether the error is within F16's own rounding, as if the full-precision GGUF was itself made from this type."""
-        squares = [float(np.square(part).sum(dtype=np.float64)) for part in (self.change, self.weights)]
-        return squares[0] <= _F16_ROUNDING**2 * squares[1]
-
-    def with_codes(self, codes: NDArray[np.uint8]) -> "_Slab":
-        """The same rows with other codes on their own scales."""
-        other = replace(self, blocks=write_codes(self.kind, self.blocks, codes))
-        _ = other.change
-        return other
-
-    def _change_of(self, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return to_float(GGMLQuantizationType[self.kind], blocks, self.weights.shape[1]) - self.weights
-
-
-def _together(
-    full: NearestRounding, tensors: Iterable[tuple[str, str]], expert: int | None, limit: int
-) -> Iterator[list[tuple[str, str, slice]]]:
-    """The rows of all tensors, or of one of their experts, in slabs, in lists of no more weights than the limit."""
-    some: list[tuple[str, str, slice]] = []
-    weights = 0
-    for name, kind in tensors:
-        for rows in _slabs(full, name, expert, min(limit, _SLAB_WEIGHTS)):
-            size = (rows.stop - rows.start) * full.row_length(name)
-            if some and weights + size > limit:
-                yield some
-                some, weights = [], 0
-            some.append((name, kind, rows))
-            weights += size
-    yield some
-
-
 def _compensate_slabs(
-    places: list[tuple[str, str, slice]], full: NearestRounding, rounded: NearestRounding, compensator: Compensator
-) -> Iterator[tuple[_Slab, NDArray[np.uint8], OutputError | None]]:
+    slabs: list[Slab], compensator: Compensator
+) -> Iterator[tuple[Slab, NDArray[np.uint8], OutputError | None]]:
     """Yield each slab with its new blocks, and its errors before and after, or None if it is as exact as F16."""
-
-    def prepare(place: tuple[str, str, slice]) -> _Slab:
-        name, kind, rows = place
-        slab = _Slab(name, kind, rows, full.weights(name, rows), rounded.blocks(name, kind, rows))
-        _ = slab.is_exact or slab.grid  # by this thread
-        return slab
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="round") as threads:
-        slabs = list(threads.map(prepare, places))
-        inexact = [slab for slab in slabs if not slab.is_exact]
-        codes = compensator.codes([(slab.weights, slab.grid) for slab in inexact])
-        compensated = dict(zip(map(id, inexact), threads.map(_Slab.with_codes, inexact, codes), strict=True))
+    inexact = [slab for slab in slabs if not slab.is_exact]
+    codes = compensator.codes([(slab.weights, slab.grid) for slab in inexact])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="pack") as threads:
+        compensated = dict(zip(map(id, inexact), threads.map(Slab.with_codes, inexact, codes), strict=True))
     for slab in slabs:
         if slab.is_exact:
             yield slab, slab.blocks, None
@@ -254,20 +219,10 @@ def _write_others(
             if None in written:
                 continue
             for expert in {*range(full.matrices(name))} - written if written else {None}:
-                for rows in _slabs(full, name, expert, _SLAB_WEIGHTS):
+                for rows in rows_in_slabs(full, name, expert):
                     blocks = rounded.blocks(name, kind, rows)
                     for file in having:
                         file.write(name, rows.start, blocks)
-
-
-def _slabs(full: NearestRounding, name: str, expert: int | None, slab_weights: int) -> Iterator[slice]:
-    """The rows of a tensor, or of one of its experts, in slabs; the rows of stacked experts are numbered through."""
-    rows, row_length = full.rows(name), full.row_length(name)
-    of_one = rows // full.matrices(name)
-    start, stop = (0, rows) if expert is None else (expert * of_one, (expert + 1) * of_one)
-    step = max(1, slab_weights // row_length)
-    for first in range(start, stop, step):
-        yield slice(first, min(first + step, stop))
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Memory and disk that each stage takes, by formulas that follow the code of the stages.
 
-They were compared with what runs took: gradients of 8B in memory (30.2 GiB by the formula, 29.9 measured), of a 70B shape with
-its blocks on disk (10.3 and 10.1), and its layers' inputs (20.9 and 20.7), by benchmarks/large_model.py on an H200; on a
-processor, beside Python itself, of 2B from disk (1.9 and 2.0) and of 135M in memory (1.3 and 1.4). They are for transformers of
-linear layers; what a model keeps beside those (states of Mamba, windows of attention) they do not know.
+They were compared with what runs took: gradients of 8B in memory (30.2 GiB by the formula, 29.9 measured), and of a 70B shape
+with its blocks on disk (10.3 and 10.1), by benchmarks/large_model.py on an H200; on a processor, beside Python itself, of 2B from
+disk (1.9 and 2.0) and of 135M in memory (1.3 and 1.4). They are for transformers of linear layers; what a model keeps beside
+those (states of Mamba, windows of attention) they do not know.
 """
 
 import math
@@ -78,9 +78,13 @@ class TorchRun:
         """
         if self.is_whole:
             return self.weights
-        block = sum(tensor.weights for tensor in self.outline.largest_block)
-        at_once = 2 if self.on_gpu else 3
-        return (self.outline.weights - self.outline.weights_in_blocks + at_once * block) * self.itemsize
+        around = self.outline.weights - self.outline.weights_in_blocks
+        return around * self.itemsize + (2 if self.on_gpu else 3) * self.block
+
+    @property
+    def block(self) -> int:
+        """Bytes of the weights of the largest block."""
+        return sum(tensor.weights for tensor in self.outline.largest_block) * self.itemsize
 
     @property
     def batch_tokens(self) -> int:
@@ -153,13 +157,14 @@ def compensation(run: TorchRun, tokens: int) -> Taken:
     """Compensated rounding of all plans (`samq.quantization.compensation`).
 
     Beside the Gram matrices there are a factor in float64 and the weights that are rounded at a time. Each of these is there in
-    float32 and has two codes, and some share a scale and an offset; on the host it has its errors before and after, and blocks.
+    float32 and has two codes, and some share a scale and an offset. On the host it has its errors before and after, and blocks,
+    and the next ones are read and rounded.
     """
     at_once = min(ROUNDED_AT_ONCE[run.on_gpu], len(run.gram_bytes) * max(t.weights for t in run.outline.largest_block))
     of_groups = 2 * 2 * FLOAT // GROUP  # scales and offsets, in two orders
     factor_and_weights = DOUBLE // FLOAT * max(run.gram_bytes) + (FLOAT + of_groups + 2) * at_once
     taken = _inputs(run, tokens, factor_and_weights, matrices=True)
-    return taken.beside(Taken(ram=(3 * FLOAT + 4) * at_once))
+    return taken.beside(Taken(ram=(5 * FLOAT + 6) * at_once))
 
 
 def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken:
@@ -167,7 +172,12 @@ def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken
     sums = min(sum(run.gram_bytes), max(MATRICES_BYTES // 2, *run.gram_bytes)) if matrices else 0
     logits = 2 * FLOAT * run.outline.vocabulary * run.sequence_tokens
     states = run.states(tokens)
-    device = run.resident + sums + max(sums, factor) + max(run.activations * run.batch_tokens, logits)
+    block = (
+        0 if run.is_whole else run.block
+    )  # the next one is fetched afterwards, and this one gone before the last factor
+    passing = run.resident - block + 2 * sums + max(run.activations * run.batch_tokens, logits)
+    stays = block if sums < sum(run.gram_bytes) else 0  # it runs again for each part of the matrices
+    device = max(passing, run.resident - 2 * block + stays + sums + factor)
     if run.on_gpu and run.is_whole and STATES_SHARE * 3 * states <= run.room - run.weights:
         return run.on_device(device + 3 * states)
     return run.on_device(device, ram=3 * states).beside(Taken(scratch=3 * states))

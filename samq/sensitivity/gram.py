@@ -141,7 +141,8 @@ def _through(
         states.close(0)
     for block in range(done, count):
         progress(block, count + 1)
-        with resident.part(block, min(block + 1, count - 1)) as placed:
+        # Fetching the next block meanwhile would save little time, and take memory that the matrices need.
+        with resident.part(block, None) as placed:
 
             def run(number: int, share: int, block: int = block, placed: Placed = placed) -> None:
                 hidden = states.get(block, number, placed.devices[share])
@@ -149,7 +150,7 @@ def _through(
                     inputs.about(batches[number].mask)
                     states.put(block + 1, number, blocks.run(block, hidden, entered[number].calls[block]))
 
-            yield from inputs.measure(block, list(placed.module.modules()), run, turns)
+            yield from inputs.measure(block, list(placed.module.modules()), run, turns, placed.release)
         states.close(block + 1)  # by a thread; those before this block are on disk now
         states.drop(block - 1)
     progress(count, count + 1)

@@ -134,11 +134,16 @@ class InputSums(TorchFunctionMode):
         self._experts_at = {stack.data_ptr(): (stack, uses) for stack, uses in stacks}
 
     def measure(
-        self, part: int, modules: list[nn.Module], run: Callable[[int, int], None], turns: Rounds
+        self,
+        part: int,
+        modules: list[nn.Module],
+        run: Callable[[int, int], None],
+        turns: Rounds,
+        finished: Callable[[], None] = lambda: None,
     ) -> Iterator[Piece]:
         """Run the batches of `turns` through a part of the model, after batch 0, which shows what layers share an input.
 
-        `run` takes the number of a batch and that of its device.
+        `run` takes the number of a batch and that of its device; `finished` is called when all has run, before the last piece.
         """
         self._source, self._measured, self._pooling = {}, frozenset(), False
         self._pools, self._pool_tokens = {}, defaultdict(int)
@@ -146,13 +151,16 @@ class InputSums(TorchFunctionMode):
         self._of_part = [(module, name, uses) for (module, name), uses in self._stacks.items() if module in inside]
         with self._watching():
             run(0, 0)
-        for number, group in enumerate(_groups(self._sizes(modules), self._matrices_bytes)):
+        groups = _groups(self._sizes(modules), self._matrices_bytes)
+        for number, group in enumerate(groups):
             self._measured, self._pooling = frozenset(group), number == 0 and self._matrices_bytes > 0
             advice = "use a smaller batch size, shorter sequences, or more GPUs"
             what = f"{len(group)} inputs' Gram matrices beside the model and a batch"
             with self._watching(), needs_gpu_memory(what, advice):
                 for of_round in turns:
                     self._run(of_round, run)
+            if number == len(groups) - 1:
+                finished()
             yield Piece(part, self._taken(group))
 
     def _sizes(self, modules: list[nn.Module]) -> dict[_Key, int]:

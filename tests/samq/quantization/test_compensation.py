@@ -223,7 +223,7 @@ def test_full_precision_stays(target, pieces, tmp_path):
 
 def test_slabs_of_rows_do_not_matter(target, pieces, rounded, tmp_path, monkeypatch):
     kind, _, compensated, _ = rounded
-    monkeypatch.setattr("samq.quantization.compensation._SLAB_WEIGHTS", 10_000)
+    monkeypatch.setattr("samq.quantization.slabs._SLAB_WEIGHTS", 10_000)
     monkeypatch.setattr("samq.quantization.compensation._WEIGHTS_AT_A_TIME", 25_000)
     path, _ = compensate(target, {"it": uniform_plan(target, kind)}, pieces, tmp_path)["it"]
     for one, other in zip(open_gguf(compensated).tensors, open_gguf(path).tensors, strict=True):

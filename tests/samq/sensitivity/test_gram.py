@@ -1,3 +1,4 @@
+import weakref
 from collections import defaultdict
 
 import numpy as np
@@ -8,11 +9,14 @@ from transformers.pytorch_utils import Conv1D
 
 from samq.data.tokens import batches
 from samq.errors import SamqError
+from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.gram import input_moments, without_input
+from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import Weight, weights_of
 from samq.sensitivity.memory import Memory
+from samq.sensitivity.offloading import Residence
 from samq.sensitivity.views import View
-from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
+from tests.tiny_models import names_of, random_tokens, save_folder, tiny_gpt2, tiny_llama, tiny_mixtral
 
 MODELS = {
     "untied llama": (tiny_llama, "llama"),
@@ -198,6 +202,32 @@ def test_blocks_come_in_turn_and_what_is_around_them_last():
     pieces = list(input_moments(model, tokens, weights_of(model, names_of(model))))
     parts = [(piece.part, {name.split(".")[1] for m in piece.moments for name in m.tensors}) for piece in pieces]
     assert parts == [(0, {"0"}), (1, {"1"}), (2, {"weight"})]
+
+
+def test_a_block_of_the_disk_is_in_memory_only_while_it_runs(tmp_path, monkeypatch):
+    """The matrices that follow need the room: neither it nor the next block is there when they come."""
+    source = describe_source(save_folder(tiny_llama(num_hidden_layers=3), tmp_path / "model"))
+    model, _ = load_model(source, device="cpu", memory_limit=1)
+    copies, fetch = [], Residence._fetch
+
+    def fetched(residence, number):
+        wait = fetch(residence, number)
+
+        def note():
+            placed = wait()
+            copies.extend(weakref.ref(copy) for of_device in placed._copies.values() for _, copy in of_device)
+            return placed
+
+        return note
+
+    monkeypatch.setattr(Residence, "_fetch", fetched)
+    weights, memory = weights_of(model, names_of(model)), Memory(folder=tmp_path / "states")
+    counts = []
+    for piece in input_moments(model, random_tokens(), weights, memory=memory):
+        counts.append((piece.part, len(copies)))
+        assert not any(copy() is not None for copy in copies), piece.part
+    per_block = len(list(model.model.layers[0].parameters()))
+    assert counts == [(block, (block + 1) * per_block) for block in range(3)] + [(3, 3 * per_block)]
 
 
 def test_between_two_pieces_others_compute_as_always():
