@@ -119,9 +119,8 @@ def _old_folders(connection: sqlite3.Connection, folder: Path) -> list[Path]:
 def _without(path: Path, place: str) -> Path | None:
     """The folder in which `path` is the relative place; None if it is in none."""
     parts = Path(place).parts
-    return (
-        Path(*path.parts[: len(path.parts) - len(parts)]) if path.parts[-len(parts) :] == parts or not parts else None
-    )
+    base = len(path.parts) - len(parts)
+    return Path(*path.parts[:base]) if path.parts[base:] == parts else None
 
 
 def _by_runs(connection: sqlite3.Connection, experiment: int, location: Path, folder: Path) -> Path | None:
