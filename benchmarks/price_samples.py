@@ -28,6 +28,9 @@ from samq.files import FISHER_NAME
 from samq.records import PriceTable
 from samq.sensitivity.fisher import load_fisher
 
+MIXTURE = "Q4_K_M"
+BUDGET = f"size-of:{MIXTURE}"
+
 
 def main() -> None:
     """Measure, print the table and write it as JSON."""
@@ -36,14 +39,14 @@ def main() -> None:
     arguments = options.parse_args()
     bench = open_bench(arguments)
     exact, seconds = priced(bench, None)
-    budget = stock_plan(bench.target, "Q4_K_M").tensor_bytes
-    best = bench.at_bytes(budget, exact, "exact")
-    print(f"all rows: {seconds:.1f} s, predicted KL at Q4_K_M's bytes {plan_cost(exact, best.types).value:.5f} nats")
+    budget = stock_plan(bench.target, MIXTURE).tensor_bytes
+    best = bench.at_bytes(budget, exact, BUDGET)
+    print(f"all rows: {seconds:.1f} s, predicted KL at {MIXTURE}'s bytes {plan_cost(exact, best.types).value:.5f} nats")
     rows = []
     for count in arguments.rows:
         sampled, seconds = priced(bench, count)
         errors = price_errors(bench, exact, sampled, count)
-        plan = bench.at_bytes(budget, sampled, f"{count} rows")
+        plan = bench.at_bytes(budget, sampled, BUDGET)
         known = plan_cost(exact, best.types).value
         row = {
             "rows": count,

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 
 from samq.errors import SamqError
-from samq.home import home, mlflow_uri
+from samq.home import home, mlflow_uri, sqlite_file, sqlite_folder
 from samq.llamacpp.process import kill_group
+from samq.relocation import relocate
 
 WORK_POOL = "samq"
 PATIENCE_S = 15
@@ -43,7 +44,12 @@ def mlflow_page(port: int) -> Iterator[str]:
         yield uri.rstrip("/")
         return
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", uri]
-    command += ["--artifacts-destination", str(home() / "mlartifacts")]  # by default they go into the working directory
+    artifacts = str((sqlite_folder(uri) or home()) / "mlartifacts")  # by default they go into the working directory
+    command += ["--artifacts-destination", artifacts]
+    if database := sqlite_file(uri):
+        relocate(database)
+        # Without it, runs over this server would name their artifacts in a way that only its clients can resolve.
+        command += ["--default-artifact-root", artifacts]
     # SAMQ does not use MLflow's jobs, which would be six more processes of 250 MB.
     with _service("MLflow", command, port, "/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as address:
         yield address

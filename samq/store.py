@@ -44,7 +44,7 @@ class Artifact(Record):
 
     stage: str
     key: str
-    folder: Path
+    folder: Path = Field(description="absolute; in the manifest relative to the store, which may be moved")
     files: dict[str, FileEntry]
     made_by: dict[str, str] = Field(default={}, description="versions of what made it, for people to read")
 
@@ -167,7 +167,8 @@ class Store:
 
     def _move_into_place(self, work: Path, target: Path, made_by: dict[str, str]) -> None:
         files = {path.name: _entry(path) for path in sorted(work.iterdir())}
-        made = Artifact(stage=target.parent.name, key=target.name, folder=target, files=files, made_by=made_by)
+        relative = target.relative_to(self.root)
+        made = Artifact(stage=target.parent.name, key=target.name, folder=relative, files=files, made_by=made_by)
         made.save(work / MANIFEST)
         _fsync(work)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,16 +185,25 @@ class Store:
         for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
             yield Artifact.load(manifest).model_copy(update={"folder": manifest.parent})
 
-    def prune(self, older_than_days: float, keep: Collection[Path] = ()) -> int:
+    def having(self, contents: Collection[str]) -> set[str]:
+        """Those of the SHA-256 hashes that a whole file in the store has."""
+        return {
+            entry.sha256
+            for artifact in self.artifacts()
+            for name, entry in artifact.files.items()
+            if entry.sha256 in contents and _intact(artifact.folder / name, entry, thorough=False)
+        }
+
+    def prune(self, older_than_days: float, keep: Collection[str] = ()) -> int:
         """Remove artifacts not used, and logs of failures not written, for so many days; return the artifacts' bytes.
 
-        What is needed again is made again; artifacts with a file among `keep`, which others refer to, stay.
+        What is needed again is made again. Artifacts with a file whose SHA-256 is among `keep`, which others refer to, stay.
         """
-        kept = {path.resolve().parent for path in keep}
         freed = 0
         latest = time.time() - older_than_days * 86400
         for artifact in self.artifacts():
-            if (artifact.folder / MANIFEST).stat().st_mtime < latest and artifact.folder.resolve() not in kept:
+            kept = any(entry.sha256 in keep for entry in artifact.files.values())
+            if (artifact.folder / MANIFEST).stat().st_mtime < latest and not kept:
                 freed += sum(entry.bytes for entry in artifact.files.values())
                 shutil.rmtree(artifact.folder)
         for folder in self._temporary.iterdir():

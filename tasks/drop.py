@@ -2,10 +2,12 @@
 
 import logging
 
+from samq.home import registry_uris
 from samq.store import Store
 from samq.sweep.selection import Finalists
 from samq.sweep.sweep import Sweep
-from samq.tracking.registry import aliased_files, connect
+from samq.tracking.aliased import aliased_content, aliased_files
+from samq.tracking.registry import connect
 from samq.workspace import Workspace
 from tasks.stage import step
 
@@ -14,8 +16,9 @@ log = logging.getLogger("samq.drop")
 
 @step("drop files")
 def drop_files(at: Workspace, sweep: Sweep, keep: Finalists, tracking_uri: str) -> None:
-    """Remove from the store the GGUFs of all candidates but those to keep, and what MLflow's aliases point at."""
-    kept, spared = sweep.finalists(keep), {path.resolve() for path in aliased_files(connect(tracking_uri))}
-    dropped = [result for result in sweep.results if result.name not in kept and result.gguf.resolve() not in spared]
+    """Remove from the store the GGUFs of all candidates but those to keep, and but what MLflow's aliases point at."""
+    files = [file for uri in registry_uris(tracking_uri) for file in aliased_files(connect(uri))]
+    kept, spared = sweep.finalists(keep), aliased_content(files)
+    dropped = [result for result in sweep.results if result.name not in kept and result.model.sha256 not in spared]
     freed = Store(at.store).forget([result.gguf for result in dropped])
     log.info("dropped the files of %s: %.1f MB", ", ".join(result.name for result in dropped) or "nobody", freed / 1e6)

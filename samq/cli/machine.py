@@ -1,4 +1,4 @@
-"""Commands about this machine: `samq doctor`, `samq prune`, `samq ui` and `samq up`."""
+"""Commands about this machine: `samq doctor`, `samq prune`, `samq relocate`, `samq ui` and `samq up`."""
 
 import os
 import signal
@@ -46,19 +46,52 @@ def doctor(
 
 def prune(
     older_than_days: Annotated[float, typer.Option(min=0, help="Age of the last use, in days.")],
+    even_if_missing: Annotated[
+        bool, typer.Option("--even-if-missing", help="Delete although a file that an alias points at is missing.")
+    ] = False,
 ) -> None:
     """Delete stored files that no recent run has used.
 
-    Keeps the GGUFs that an alias in MLflow points at.
+    Keeps what an alias in MLflow points at, by its SHA-256. If such a file is missing, the command deletes nothing.
     """
     with loading_packages():
-        from samq.home import mlflow_uri
+        from samq.home import mlflow_uri, registry_uris
         from samq.store import Store
-        from samq.tracking.registry import aliased_files, connect
+        from samq.tracking.aliased import aliased_content, aliased_files, check_none_is_missing
+        from samq.tracking.registry import connect
 
     with bar("delete old files"):
-        freed = Store(store_folder()).prune(older_than_days, keep=aliased_files(connect(mlflow_uri())))
+        store = Store(store_folder())
+        files = [file for uri in registry_uris(mlflow_uri()) for file in aliased_files(connect(uri))]
+        if not even_if_missing:
+            check_none_is_missing(files, store)
+        freed = store.prune(older_than_days, keep=aliased_content(files))
     console.print(f"freed {freed / 1e6:,.1f} MB in {store_folder()}", highlight=False, soft_wrap=True)
+
+
+def relocate(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes without making them.")] = False,
+) -> None:
+    """Make a SAMQ folder that was moved or copied use its own files.
+
+    Rewrites the absolute paths in the folder's MLflow database and store, and shows what changes. Other commands do the same
+    for the database when they open it.
+    """
+    from samq.home import mlflow_uri, registry_uris, sqlite_file
+    from samq.relocation import relative_manifests
+    from samq.relocation import relocate as rewrite
+
+    for database in filter(None, map(sqlite_file, registry_uris(mlflow_uri()))):
+        changes = rewrite(database, dry_run=dry_run)
+        for change in changes:
+            _say(f"{change.what}: {change.before} -> {change.after}")
+        _say(f"{len(changes)} paths in {database}")
+    _say(f"{relative_manifests(store_folder(), dry_run=dry_run)} manifests in {store_folder()}")
+    _say("nothing was changed" if dry_run else "all paths are those of this folder")
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def ui(

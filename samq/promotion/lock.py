@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 
 from samq.errors import SamqError
-from samq.tracking.registry import mlflow_errors, sqlite_folder
+from samq.home import sqlite_folder
+from samq.tracking.registry import mlflow_errors
 
 CLAIM = "samq.claim."
 STALE_S = 120.0  # moving aliases takes under a second

@@ -1,7 +1,7 @@
 """MLflow's model registry: GGUFs as versions of a registered model, found by alias.
 
-A version points at the GGUF and holds no copy of it. Its tags give the location (`gguf_uri`), the content (`sha256`) and
-the size (`size_bytes`); its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
+A version points at the GGUF and holds no copy of it. Its tags give the place (`gguf_uri`, see `samq.home`), the content
+(`sha256`) and the size (`size_bytes`); its metrics are those of the candidate's run. Nothing here sets MLflow's global state.
 """
 
 import getpass
@@ -23,6 +23,8 @@ from mlflow.tracking._model_registry.client import ModelRegistryClient
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
+from samq.home import local_path, place_of, place_uri, sqlite_file
+from samq.relocation import relocate
 from samq.tracking.patience import check_database, is_of_database, patient, quiet, unusable
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class RegisteredGguf:
 
     name: str
     version: str
-    uri: str
+    uri: str  # absolute
     sha256: str
     size_bytes: int
     plan_digest: str
@@ -69,18 +71,20 @@ class RegisteredGguf:
     @property
     def path(self) -> Path:
         """The GGUF on this machine; raises SamqError if it is elsewhere."""
-        if urlsplit(self.uri).scheme != "file":
+        path = local_path(self.uri)
+        if path is None:
             raise SamqError(
                 f"version {self.version} of {self.name} is at {self.uri}, not on this machine; copy it here"
             )
-        return _local(self.uri)
+        return path
 
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of one MLflow server or database; creates a SQLite file that does not exist.
 
     Several processes may connect to a new SQLite file at the same time. MLflow creates its tables without a lock, so this
-    function takes one. Raises UnreachableError if MLflow cannot be used there, as do the client's calls if another process
+    function takes one. If the SQLite file's folder was moved or copied, the paths in the file follow (`samq.relocation`).
+    Raises UnreachableError if MLflow cannot be used there, as do the client's calls if another process
     keeps the SQLite file locked.
     """
 
@@ -105,15 +109,18 @@ def connect_registry(tracking_uri: str) -> MlflowClient:
 
 
 def _connect(tracking_uri: str, open_client: Callable[[], Any]) -> MlflowClient:
-    folder = sqlite_folder(tracking_uri)
+    database = sqlite_file(tracking_uri)
     quiet()
     try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".mlflow.lock", timeout=_OPEN_S) if folder else nullcontext():
-            if folder:
-                check_database(folder / Path(tracking_uri).name, tracking_uri)
-            return patient(open_client())
+        if database:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(database.parent / ".mlflow.lock", timeout=_OPEN_S) if database else nullcontext():
+            if database:
+                check_database(database, tracking_uri)
+            client = open_client()
+            if database:
+                relocate(database)
+        return patient(client)
     except Timeout as error:
         raise UnreachableError(
             f"another process has been opening MLflow at {tracking_uri} for {_OPEN_S:.0f} seconds; end it, then try again"
@@ -122,12 +129,6 @@ def _connect(tracking_uri: str, open_client: Callable[[], Any]) -> MlflowClient:
         if isinstance(error, MlflowException | OSError) or is_of_database(error):
             raise unusable(tracking_uri, error) from error
         raise
-
-
-def sqlite_folder(tracking_uri: str) -> Path | None:
-    """Folder of the SQLite file that a tracking URI names; None for a server."""
-    prefix = "sqlite:///"
-    return Path(tracking_uri.removeprefix(prefix)).absolute().parent if tracking_uri.startswith(prefix) else None
 
 
 def register(
@@ -146,14 +147,14 @@ def register(
     A GGUF (by SHA-256) that is already a version keeps that version, so a sweep with the same result registers nothing.
     `run_id` is the candidate's run. The version shows its metrics and parameters.
     """
-    uri = gguf.absolute().as_uri()
+    place = place_of(gguf, client.tracking_uri)
     try:
         _create_registered_model(client, name)
         version = _find(client, name, model.sha256)
         if version is None:
-            version = _create_version(client, name, client.get_run(run_id), model, uri, plan, evaluation)
-        elif version.tags.get("gguf_uri") != uri:  # the same bytes at another place
-            client.set_model_version_tag(name, version.version, "gguf_uri", uri)
+            version = _create_version(client, name, client.get_run(run_id), model, place, plan, evaluation)
+        elif version.tags.get("gguf_uri") != place:  # the same bytes at another place
+            client.set_model_version_tag(name, version.version, "gguf_uri", place)
         client.set_registered_model_alias(name, alias, version.version)
     except MlflowException as error:
         raise SamqError(f"cannot register {gguf} as {name}: {str(error).splitlines()[0]}") from error
@@ -161,23 +162,30 @@ def register(
 
 
 def name_mmproj(client: MlflowClient, name: str, version: str, mmproj: Path) -> None:
-    """Tag a version with the place of its vision or audio part (`mmproj_uri`); raises SamqError if MLflow refuses."""
+    """Tag a version with the place and content of its vision or audio part (`mmproj_uri`, `mmproj_sha256`).
+
+    Raises SamqError if the file cannot be read, or if MLflow refuses.
+    """
+    from samq.gguf.file import file_sha256  # slow to import, and a rollback does not need it
+
+    tags = {"mmproj_uri": place_of(mmproj, client.tracking_uri), "mmproj_sha256": file_sha256(mmproj)}
     with mlflow_errors(client, f"no version {version} of a model {name}"):
-        client.set_model_version_tag(name, version, "mmproj_uri", mmproj.absolute().as_uri())
+        for tag, value in tags.items():
+            client.set_model_version_tag(name, version, tag, value)
 
 
 def resolve(client: MlflowClient, name: str, alias: str = CANDIDATE_ALIAS) -> RegisteredGguf:
     """The version that an alias points at; raises SamqError if there is none, or if SAMQ did not register it."""
     with mlflow_errors(client, f"no model {name} with the alias {alias}"):
         version = client.get_model_version_by_alias(name, alias)
-    return _registered_gguf(version, f"move the alias {alias} to one that it did")
+    return _registered_gguf(client, version, f"move the alias {alias} to one that it did")
 
 
 def find_version(client: MlflowClient, name: str, version: str) -> RegisteredGguf:
     """A version by its number; raises SamqError if there is none, or if SAMQ did not register it."""
     check_version(name, version)
     with mlflow_errors(client, f"no version {version} of a model {name}"):
-        return _registered_gguf(client.get_model_version(name, version), "name one that it did")
+        return _registered_gguf(client, client.get_model_version(name, version), "name one that it did")
 
 
 def check_version(name: str, version: str) -> None:
@@ -218,7 +226,7 @@ def user() -> str:
         return "unknown"
 
 
-def _registered_gguf(version: ModelVersion, advice: str) -> RegisteredGguf:
+def _registered_gguf(client: MlflowClient, version: ModelVersion, advice: str) -> RegisteredGguf:
     """The version as its tags describe it; raises SamqError if SAMQ did not write them so: anybody can edit tags."""
     tags = version.tags
     where = f"version {version.version} of {version.name}"
@@ -233,7 +241,7 @@ def _registered_gguf(version: ModelVersion, advice: str) -> RegisteredGguf:
     return RegisteredGguf(
         name=version.name,
         version=str(version.version),
-        uri=tags["gguf_uri"],
+        uri=place_uri(tags["gguf_uri"], client.tracking_uri),
         sha256=tags["sha256"],
         size_bytes=int(tags["size_bytes"]),
         plan_digest=tags["plan_digest"],
@@ -241,23 +249,10 @@ def _registered_gguf(version: ModelVersion, advice: str) -> RegisteredGguf:
     )
 
 
-def aliased_files(client: MlflowClient) -> list[Path]:
-    """The files on this machine of versions that an alias points at: GGUFs that are served or needed for a rollback.
-
-    With them come the vision or audio parts of multimodal models.
-    """
-    uris = []
-    for model in _registered_models(client):
-        for version in sorted(set(model.aliases.values())):
-            tags = client.get_model_version(model.name, version).tags
-            uris += [tags[tag] for tag in ("gguf_uri", "mmproj_uri") if tag in tags]
-    return [_local(uri) for uri in uris if urlsplit(uri).scheme == "file"]
-
-
 def model_names(client: MlflowClient) -> list[str]:
     """Names of the registered models, sorted."""
     with mlflow_errors(client, "no registered models"):
-        return sorted(model.name for model in _registered_models(client))
+        return sorted(model.name for model in registered_models(client))
 
 
 def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelVersion]:
@@ -270,16 +265,13 @@ def notable_versions(client: MlflowClient, name: str, count: int) -> list[ModelV
     return sorted(known.values(), key=lambda version: -int(version.version))
 
 
-def _registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
+def registered_models(client: MlflowClient) -> Iterator[RegisteredModel]:
+    """All registered models."""
     token = None
     while token != "":
         page = client.search_registered_models(page_token=token)
         yield from page
         token = page.token or ""
-
-
-def _local(uri: str) -> Path:
-    return Path(unquote(urlsplit(uri).path))
 
 
 def _create_registered_model(client: MlflowClient, name: str) -> None:
@@ -302,7 +294,13 @@ def _find(client: MlflowClient, name: str, sha256: str) -> ModelVersion | None:
 
 
 def _create_version(
-    client: MlflowClient, name: str, run: Run, model: "QuantizedModel", uri: str, plan: "Plan", evaluation: "Evaluation"
+    client: MlflowClient,
+    name: str,
+    run: Run,
+    model: "QuantizedModel",
+    place: str,
+    plan: "Plan",
+    evaluation: "Evaluation",
 ) -> ModelVersion:
     description = _description(model, plan, evaluation)
     # mlflow.create_external_model does the same with a global tracking URI.
@@ -326,7 +324,7 @@ def _create_version(
         description=description,
         tags={
             "candidate": plan.name,
-            "gguf_uri": uri,
+            "gguf_uri": place,
             "sha256": model.sha256,
             "size_bytes": str(model.file_bytes),
             "plan_digest": model.plan_digest,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -28,7 +29,9 @@ from mlflow.utils.mlflow_tags import (
 from samq import __version__
 from samq.errors import SamqError
 from samq.files import EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
+from samq.home import place_of, relative_place, sqlite_folder
 from samq.records import CalibrationSet, TextSet
+from samq.relocation import ARTIFACTS_TAG
 from samq.report.description import describe_plan
 from samq.report.figures import pareto_figure, prediction_figure
 from samq.report.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
@@ -39,7 +42,7 @@ from samq.sweep.selection import Failure, Result
 from samq.sweep.sweep import MadeFrom, Sweep
 from samq.tracking import mlflow_view
 from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
-from samq.tracking.registry import HELDOUT, connect, name_mmproj, register, sqlite_folder, user
+from samq.tracking.registry import HELDOUT, connect, name_mmproj, register, user
 from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings
 
 logger = logging.getLogger(__name__)
@@ -206,9 +209,13 @@ def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
     if found is None:
         folder = sqlite_folder(settings.tracking_uri)
         location = settings.artifact_location or (str(folder / "mlartifacts") if folder else None)
+        tags = {**_EXPERIMENT_KIND, MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE}
+        if folder and location and not urlsplit(location).scheme:
+            place = relative_place(Path(location), folder)
+            tags |= {ARTIFACTS_TAG: place} if place else {}
         try:
             made = client.create_experiment(settings.experiment, location)
-            for key, value in {**_EXPERIMENT_KIND, MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE}.items():
+            for key, value in tags.items():
                 client.set_experiment_tag(made, key, value)
             return str(made)
         except MlflowException as error:
@@ -246,7 +253,7 @@ def _log_result(
 ) -> None:
     tags = {
         MLFLOW_RUN_NOTE: describe_plan(result.plan),
-        "samq.gguf": str(result.gguf),
+        "samq.gguf": place_of(result.gguf, client.tracking_uri),
         # Not parameters: the compare page would draw an axis for whatever differs between runs.
         "samq.gguf_sha256": result.model.sha256,
         "samq.plan_digest": result.model.plan_digest,

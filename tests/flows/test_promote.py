@@ -30,9 +30,7 @@ def home_of_nights(tmp_path_factory, toolchain):
 
 @pytest.fixture
 def home(home_of_nights, samq_home):
-    samq_home.mkdir()
-    shutil.copy(home_of_nights / "mlflow.db", samq_home)
-    return samq_home
+    return shutil.copytree(home_of_nights, samq_home)
 
 
 @pytest.fixture

@@ -159,12 +159,20 @@ def test_prune_removes_what_was_not_used(store):
 
 
 def test_prune_leaves_what_others_refer_to(store):
-    kept, other = publish(store), publish(store, "other")
+    kept, other = publish(store), publish(store, "other", "other text")
     for artifact in (kept, other):
         os.utime(artifact.folder / MANIFEST, (0, 0))
-    store.prune(older_than_days=1, keep=[kept.path(next(iter(kept.files)))])
+    store.prune(older_than_days=1, keep={kept.files["file.txt"].sha256})
     assert store.find("stage", kept.key) == kept
     assert store.find("stage", other.key) is None
+
+
+def test_content_is_in_the_store_only_while_a_file_has_it(store):
+    artifact = publish(store)
+    sha256 = artifact.files["file.txt"].sha256
+    assert store.having({sha256, "0" * 64}) == {sha256}
+    artifact.path("file.txt").write_text("jello")
+    assert store.having({sha256}) == set()
 
 
 def test_a_forgotten_file_takes_the_artifacts_with_its_other_names_along(store):

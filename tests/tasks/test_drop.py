@@ -30,7 +30,8 @@ def test_files_of_candidates_that_lost_are_dropped_but_not_those_served(keep, at
     assert bool(lost) == (keep != "all") and sweep.best.name in kept and sweep.full.name in kept
     client, served = MlflowClient(tracking_uri=mlflow_uri), (lost or sweep.results)[-1]
     client.create_registered_model("model")
-    version = client.create_model_version("model", served.folder.as_uri(), tags={"gguf_uri": served.gguf.as_uri()})
+    tags = {"gguf_uri": "file:///where/it/was/before/model.gguf", "sha256": served.model.sha256}
+    version = client.create_model_version("model", served.folder.as_uri(), tags=tags)
     client.set_registered_model_alias("model", "production", version.version)
     drop_files.fn(at, sweep, keep, mlflow_uri)
     left = {result.name for result in sweep.results if result.gguf.exists()}

@@ -1,6 +1,7 @@
 """`samq doctor`, `samq prune` and `samq ui`; tests/end_to_end has `samq up`."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import psutil
 import pytest
 
 from samq.cli.requirements import duration
+from tests.command_line import refused
+from tests.samq.registered import age, make_home
 
 
 def test_doctor_and_prune_show_progress(shown, mlflow_uri, monkeypatch):
@@ -17,6 +20,55 @@ def test_doctor_and_prune_show_progress(shown, mlflow_uri, monkeypatch):
     assert "check this machine" in shown("doctor")
     bars = shown("prune", "--older-than-days", 1)
     assert "load Python packages" in bars and "delete old files" in bars
+
+
+@pytest.fixture
+def home(samq_home, empty_database, tmp_path):
+    make_home(samq_home, empty_database, tmp_path / "scratch")
+    return samq_home
+
+
+def ggufs(home):
+    return {path.read_bytes() for path in home.glob("store/*/*/model.gguf")}
+
+
+def test_prune_in_a_moved_folder_keeps_what_is_in_production(samq, home, tmp_path):
+    moved = shutil.move(home, tmp_path / "moved")
+    age(moved)
+    done = samq("prune", "--older-than-days", 1, SAMQ_HOME=str(moved))
+    assert done.returncode == 0, done.stderr
+    assert ggufs(moved) == {b"GGUF Q4_K_M"}
+
+
+def test_prune_heeds_the_folders_own_registry_whichever_mlflow_is_used(samq, home, mlflow_uri):
+    age(home)
+    assert samq("prune", "--older-than-days", 1, MLFLOW_TRACKING_URI=mlflow_uri).returncode == 0
+    assert ggufs(home) == {b"GGUF Q4_K_M"}
+
+
+def test_prune_deletes_nothing_if_a_file_in_production_is_missing(samq, home):
+    (lost,) = [path for path in home.glob("store/*/*/model.gguf") if path.read_bytes() == b"GGUF Q4_K_M"]
+    lost.unlink()
+    age(home)
+    done = samq("prune", "--older-than-days", 1)
+    assert refused(done, f"version 1 of llama (candidate, production) needs {lost}, which is missing or altered")
+    assert ggufs(home) == {b"GGUF F16"}
+    assert samq("prune", "--older-than-days", 1, "--even-if-missing").returncode == 0
+    assert ggufs(home) == set()
+
+
+def test_relocate_shows_the_changes_of_a_moved_folder_and_makes_them_once(samq, home, tmp_path):
+    moved = shutil.move(home, tmp_path / "moved")
+    for arguments, changes, said in (
+        (["--dry-run"], 7, "nothing was changed"),
+        ([], 7, "all paths are those of this folder"),
+        ([], 0, "all paths are those of this folder"),
+    ):
+        done = samq("relocate", *arguments, SAMQ_HOME=str(moved))
+        assert done.returncode == 0, done.stderr
+        assert f"{changes} paths in {moved / 'mlflow.db'}\n0 manifests in {moved / 'store'}\n{said}\n" in done.stderr
+        line = f"experiments.artifact_location: {home / 'mlartifacts'} -> {moved / 'mlartifacts'}\n"
+        assert (line in done.stderr) == bool(changes)
 
 
 @pytest.mark.e2e

@@ -21,6 +21,7 @@ from samq.promotion.lock import CLAIM, STALE_S, alias_lock, others
 from samq.promotion.move import judge_version, promote
 from samq.promotion.rollback import rollback, rollback_target
 from samq.promotion.status import rollback_note
+from samq.relocation import relocate
 from samq.services import mlflow_page
 from samq.tracking.registry import aliases, connect, connect_registry, find_version, notable_versions
 from tests.samq.versions import NAME, POLICY, three_nights
@@ -36,7 +37,8 @@ def database(tmp_path_factory, empty_database, toolchain):
 
 @pytest.fixture
 def client(database, tmp_path):
-    return connect(f"sqlite:///{shutil.copy(database, tmp_path / 'mlflow.db')}")
+    home = shutil.copytree(database.parent, tmp_path / "home")
+    return connect(f"sqlite:///{home / 'mlflow.db'}")
 
 
 def judged(client, version):
@@ -476,7 +478,7 @@ def test_of_two_promotions_at_once_in_sqlite_one_wins_and_the_other_is_told(clie
 def running_server(tmp_path_factory, empty_database):
     """(address, database) of MLflow's server."""
     home = tmp_path_factory.mktemp("server")
-    path = shutil.copy(empty_database, home / "mlflow.db")
+    path = Path(shutil.copy(empty_database, home / "mlflow.db"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -493,6 +495,8 @@ def server(running_server, database):
     address, path = running_server
     with closing(sqlite3.connect(database)) as nights, closing(sqlite3.connect(path)) as served:
         nights.backup(served)
+    shutil.copytree(database.parent, path.parent, dirs_exist_ok=True, ignore=shutil.ignore_patterns("mlflow.db*"))
+    relocate(path)
     return address
 
 

@@ -12,7 +12,7 @@ from mlflow.entities import Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
-from samq.tracking.registry import aliased_files, connect, find_version, name_mmproj, register, resolve
+from samq.tracking.registry import connect, find_version, register, resolve
 
 
 def candidate_run(client):
@@ -67,27 +67,6 @@ def check_registration(client, sweep, tmp_path):
 
 def test_registration_in_sqlite(sweep, mlflow_uri, tmp_path):
     check_registration(connect(mlflow_uri), sweep, tmp_path)
-
-
-def test_files_that_an_alias_points_at_are_known_and_no_others(sweep, mlflow_uri):
-    client = connect(mlflow_uri)
-    register_result(client, sweep.result("threshold-0.2"))
-    latest = sweep.result("threshold-0.4")
-    register_result(client, latest)
-    client.create_registered_model("of somebody else")
-    client.create_model_version("of somebody else", source="/elsewhere", run_id=None)
-    client.set_registered_model_alias("of somebody else", "candidate", "1")
-    assert aliased_files(client) == [latest.gguf]
-
-
-def test_the_vision_part_of_a_version_is_kept_as_long_as_the_version(sweep, mlflow_uri, tmp_path):
-    client, mmproj = connect(mlflow_uri), tmp_path / "of images" / "mmproj.gguf"
-    for name in ("threshold-0.2", "threshold-0.4"):
-        version, _ = register_result(client, sweep.result(name))
-        name_mmproj(client, "llama-3.1", version, mmproj.with_name(f"{name}.gguf"))
-    latest = mmproj.with_name("threshold-0.4.gguf")
-    assert client.get_model_version("llama-3.1", "2").tags["mmproj_uri"] == latest.as_uri()
-    assert aliased_files(client) == [sweep.result("threshold-0.4").gguf, latest]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import mlflow
 import pytest
 
 from samq.errors import SamqError
+from samq.gguf.file import file_sha256
 from samq.records import Plan, SensitivityMap
 from samq.report.markdown_report import markdown_report
 from samq.sweep.comparison import compare_sweep
@@ -279,10 +280,12 @@ def test_the_best_is_registered_once_however_many_nights_bring_it(few, mlflow_ur
 
 
 def test_the_registered_version_of_a_multimodal_model_names_its_vision_part(few, mlflow_uri, tmp_path):
+    (tmp_path / "mmproj.gguf").write_bytes(b"of images")
     made_from = replace(few.made_from, mmproj=tmp_path / "mmproj.gguf")
     track(replace(few, made_from=made_from), settings(mlflow_uri, registered_model="model"))
     version = connect(mlflow_uri).get_model_version("model", "1")
     assert version.tags["mmproj_uri"] == (tmp_path / "mmproj.gguf").as_uri()
+    assert version.tags["mmproj_sha256"] == file_sha256(tmp_path / "mmproj.gguf")
 
 
 def test_a_registration_that_fails_costs_nothing_else(few, mlflow_uri):
