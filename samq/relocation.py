@@ -17,7 +17,6 @@ from urllib.parse import unquote, urlsplit
 
 from samq.errors import SamqError, UnreachableError
 from samq.home import local_path, relative_place
-from samq.store import MANIFEST, Artifact
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +78,8 @@ def _relocate(database: Path, dry_run: bool) -> list[Change]:
 
 def relative_manifests(store: Path, *, dry_run: bool = False) -> int:
     """Rewrite the manifests of a store that name its absolute path; returns how many. Nothing reads that path."""
+    from samq.store import MANIFEST, Artifact  # slow to import, and a rollback does not need it
+
     count = 0
     for path in sorted(store.glob(f"*/*/{MANIFEST}")):
         try:
