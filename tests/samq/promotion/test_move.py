@@ -490,9 +490,10 @@ def running_server(tmp_path_factory, empty_database):
 
 
 @pytest.fixture
-def server(running_server, database):
-    """MLflow's server over the three nights as they were."""
+def server(running_server, database, monkeypatch):
+    """MLflow's server over the three nights as they were, in the SAMQ folder that their files' places are relative to."""
     address, path = running_server
+    monkeypatch.setenv("SAMQ_HOME", str(path.parent))
     with closing(sqlite3.connect(database)) as nights, closing(sqlite3.connect(path)) as served:
         nights.backup(served)
     shutil.copytree(database.parent, path.parent, dirs_exist_ok=True, ignore=shutil.ignore_patterns("mlflow.db*"))
