@@ -427,10 +427,11 @@ def test_a_version_whose_run_is_gone_cannot_be_judged(client, database):
 
 
 PROMOTE = """
-import sys, time
+import os, sys, time
 from samq.promotion.move import judge_version, promote
 from samq.tracking.registry import connect, find_version
 from tests.samq.versions import NAME, POLICY
+os.environ["SAMQ_HOME"] = sys.argv[3]  # which the tests' own modules have set anew
 client = connect(sys.argv[1])
 judgement = judge_version(client, find_version(client, NAME, sys.argv[2]), POLICY)
 print("judged", flush=True)
@@ -443,7 +444,7 @@ def race(uri):
     """Versions 1 and 2 are promoted at once, in a process each; returns what the one that lost was told."""
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", PROMOTE, uri, version],
+            [sys.executable, "-c", PROMOTE, uri, version, os.environ["SAMQ_HOME"]],
             text=True,
             **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
         )
