@@ -65,7 +65,7 @@ def place_uri(place: str, tracking_uri: str) -> str:
     return place if urlsplit(place).scheme else (_base(tracking_uri) / unquote(place)).as_uri()
 
 
-def local_path(uri: str) -> Path | None:
+def path_of(uri: str) -> Path | None:
     """The path that a file URI names; None for another URI."""
     parts = urlsplit(uri)
     return Path(unquote(parts.path)) if parts.scheme == "file" else None

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from samq.errors import SamqError, UnreachableError
-from samq.home import local_path, relative_place
+from samq.home import path_of, relative_place
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _path(value: str | None) -> Path | None:
     """The absolute path that a path or file URI names; None for another URI."""
     if not value:
         return None
-    return local_path(value) if urlsplit(value).scheme else Path(value) if value.startswith("/") else None
+    return path_of(value) if urlsplit(value).scheme else Path(value) if value.startswith("/") else None
 
 
 def _same(one: Path, other: Path) -> bool:

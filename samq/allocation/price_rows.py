@@ -37,22 +37,21 @@ class Slab:
 
 def priced_weights(tensor: TensorInfo) -> int:
     """How many weights of a tensor are rounded to price it, at most."""
+    return _priced_rows(tensor) * tensor.row_length
+
+
+def _priced_rows(tensor: TensorInfo) -> int:
+    rows = tensor.weights // tensor.row_length
     if tensor.weights <= LARGEST_WITHOUT_SAMPLE:
-        return tensor.weights
-    return min(tensor.weights, _sampled_rows(tensor) * tensor.row_length)
-
-
-def _sampled_rows(tensor: TensorInfo) -> int:
-    return max(SAMPLED_ROWS, SAMPLED_WEIGHTS // tensor.row_length)
+        return rows
+    return min(rows, max(SAMPLED_ROWS, SAMPLED_WEIGHTS // tensor.row_length))
 
 
 def slabs(tensor: TensorInfo, fisher: Fisher) -> Iterator[Slab]:
     """Yield the rows that price a tensor, in slabs."""
     *stacked, rows, row_length = tensor.shape
     means = fisher.rows.reshape(-1).astype(np.float64)
-    chosen, sums = np.arange(len(means)), means
-    if tensor.weights > LARGEST_WITHOUT_SAMPLE:
-        chosen, sums = draw(means, _sampled_rows(tensor))
+    chosen, sums = draw(means, _priced_rows(tensor))
     step = max(1, _SLAB_WEIGHTS // row_length)
     for expert in range(math.prod(stacked)):
         first, last = np.searchsorted(chosen, (expert * rows, (expert + 1) * rows))

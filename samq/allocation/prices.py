@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from samq.allocation.price_rows import Slab, slabs
 from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
-from samq.gguf.file import TensorInfo, mostly_unknown, read_rows
+from samq.gguf.file import Rows, TensorInfo, mostly_unknown, read_rows
 from samq.gguf.formats import UNMEASURED, fallback, smaller, tensor_bytes
 from samq.gguf.ggml import to_float
 from samq.gguf.imatrix import expert_tokens
@@ -220,9 +220,7 @@ def _check(tensor: TensorInfo, fisher: Mapping[str, Fisher]) -> None:
         )
 
 
-def rounding_error(
-    original: ReaderTensor, rounded: ReaderTensor, rows: slice | NDArray[np.intp]
-) -> NDArray[np.float32]:
+def rounding_error(original: ReaderTensor, rounded: ReaderTensor, rows: Rows) -> NDArray[np.float32]:
     """The rounding error of some rows: dequantized minus original, (rows, row length)."""
     error = read_rows(rounded, rows)
     error -= read_rows(original, rows)

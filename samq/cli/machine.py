@@ -55,14 +55,13 @@ def prune(
     Keeps what an alias in MLflow points at, by its SHA-256. If such a file is missing, the command deletes nothing.
     """
     with loading_packages():
-        from samq.home import mlflow_uri, registry_uris
+        from samq.home import mlflow_uri
         from samq.store import Store
-        from samq.tracking.aliased import aliased_content, aliased_files, check_none_is_missing
-        from samq.tracking.registry import connect
+        from samq.tracking.aliased import aliased_content, check_none_is_missing, files_that_may_be_stored
 
     with bar("delete old files"):
         store = Store(store_folder())
-        files = [file for uri in registry_uris(mlflow_uri()) for file in aliased_files(connect(uri))]
+        files = files_that_may_be_stored(mlflow_uri())
         if not even_if_missing:
             check_none_is_missing(files, store)
         freed = store.prune(older_than_days, keep=aliased_content(files))

@@ -131,11 +131,11 @@ def read_weights(path: Path, name: str) -> np.ndarray:
     raise SamqError(f"{path} has no tensor {name}; list them with `samq inspect {path}`")
 
 
-def read_rows(tensor: ReaderTensor, rows: slice | NDArray[np.intp]) -> NDArray[np.float32]:
-    """Dequantize some rows of a tensor with llama.cpp: float32, (rows, row length).
+Rows = slice | NDArray[np.intp]  # or their numbers, in rising order; those of stacked experts are counted through
 
-    The rows of stacked experts are numbered through, expert by expert.
-    """
+
+def read_rows(tensor: ReaderTensor, rows: Rows) -> NDArray[np.float32]:
+    """Dequantize some rows of a tensor with llama.cpp: float32, (rows, row length)."""
     return as_float(tensor, tensor.data.reshape(-1, tensor.data.shape[-1])[rows])
 
 

@@ -13,11 +13,9 @@ from gguf import GGMLQuantizationType, ReaderTensor
 from numpy.typing import NDArray
 
 from samq.errors import SamqError
-from samq.gguf.file import as_float, open_gguf, read_tensors
+from samq.gguf.file import Rows, as_float, open_gguf, read_tensors
 from samq.gguf.ggml import empty_blocks, quantize_rows
 from samq.gguf.imatrix import importances
-
-Rows = slice | NDArray[np.intp]  # or their numbers, in rising order; those of stacked experts are counted through
 
 
 class NearestRounding:

@@ -3,6 +3,8 @@
 Somebody may have moved either alias in MLflow. It imports nothing that judges, since a rollback must be quick.
 """
 
+from collections.abc import Mapping
+
 from mlflow import MlflowClient
 
 from samq.errors import NotRegisteredError, SamqError
@@ -20,7 +22,7 @@ def rollback(client: MlflowClient, name: str, reason: str) -> Event:
     reason = check_reason(reason, "a rollback")
     before = aliases(client, name)
     current = before.get(PRODUCTION_ALIAS)
-    target = rollback_target(client, name)
+    target = rollback_target(client, name, before)
     with alias_lock(client, name):
         move_aliases(client, name, unmoved_aliases(client, name, current, target), target)
         if current is None and before.get(PREVIOUS_ALIAS) == target:
@@ -30,10 +32,9 @@ def rollback(client: MlflowClient, name: str, reason: str) -> Event:
         return record(client, name, new_event("rolled back", target, current, reason=reason))
 
 
-def rollback_target(client: MlflowClient, name: str) -> str:
+def rollback_target(client: MlflowClient, name: str, current_aliases: Mapping[str, str]) -> str:
     """The version that a rollback would let serve; raises SamqError, which says why, if there is none."""
-    found = aliases(client, name)
-    current, previous = found.get(PRODUCTION_ALIAS), found.get(PREVIOUS_ALIAS)
+    current, previous = current_aliases.get(PRODUCTION_ALIAS), current_aliases.get(PREVIOUS_ALIAS)
     events = history(client, name)
     target = served_before(events, current) if events else previous
     if target is None or target == current:

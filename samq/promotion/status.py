@@ -47,7 +47,7 @@ def rollback_note(client: MlflowClient, name: str, aliases: Mapping[str, str]) -
     previous = aliases.get(PREVIOUS_ALIAS)
     says = f"the alias previous names version {previous}" if previous else "there is no alias previous"
     try:
-        target = rollback_target(client, name)
+        target = rollback_target(client, name, aliases)
     except UnreachableError:
         raise
     except SamqError as error:

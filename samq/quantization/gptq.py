@@ -157,23 +157,26 @@ def variances(gram: torch.Tensor) -> tuple[float, float]:
     Raises torch.linalg.LinAlgError as `Compensator` does.
     """
     order, factor = _inverse_factor(gram)
-    together = (gram.diagonal()[order].double() + _damping(gram)).sum()
+    together = _damped(gram)[order].sum()
     return float(together), float(
         (factor.diagonal() ** -2).sum()
     )  # 1 / U[j, j]^2 is what the inputs after j do not explain
 
 
-def _damping(gram: torch.Tensor) -> float:
-    return _DAMPING * float(gram.diagonal().double().mean())
+def _damped(gram: torch.Tensor) -> torch.Tensor:
+    """The diagonal with the damping, in float64."""
+    diagonal = gram.diagonal().double()
+    return diagonal + _DAMPING * diagonal.mean()
 
 
 def _inverse_factor(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The order of the columns, largest inputs first, and U in that order, in float64."""
-    order = torch.argsort(gram.diagonal().double() + _damping(gram), descending=True, stable=True)
+    damped = _damped(gram)
+    order = torch.argsort(damped, descending=True, stable=True)
     factor = torch.empty_like(gram, dtype=torch.float64)
     for rows, numbers in zip(factor.split(_BLOCK), order.split(_BLOCK), strict=True):  # the matrix is large
         rows.copy_(gram[numbers][:, order])
-    factor.diagonal().add_(_damping(gram))
+    factor.diagonal().copy_(damped[order])
     return order, invert_upper_(cholesky_upper_(factor))
 
 

@@ -172,9 +172,8 @@ def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken
     sums = min(sum(run.gram_bytes), max(MATRICES_BYTES // 2, *run.gram_bytes)) if matrices else 0
     logits = 2 * FLOAT * run.outline.vocabulary * run.sequence_tokens
     states = run.states(tokens)
-    block = (
-        0 if run.is_whole else run.block
-    )  # the next one is fetched afterwards, and this one gone before the last factor
+    # The next block is fetched afterwards, and this one is gone before the last factor.
+    block = 0 if run.is_whole else run.block
     passing = run.resident - block + 2 * sums + max(run.activations * run.batch_tokens, logits)
     stays = block if sums < sum(run.gram_bytes) else 0  # it runs again for each part of the matrices
     device = max(passing, run.resident - 2 * block + stays + sums + factor)

@@ -9,9 +9,9 @@ from mlflow.entities.model_registry import ModelVersion
 
 from samq.errors import SamqError
 from samq.gguf.file import file_sha256
-from samq.home import local_path, place_uri
+from samq.home import path_of, place_uri, registry_uris
 from samq.store import Store
-from samq.tracking.registry import mlflow_errors, registered_models
+from samq.tracking.registry import connect, mlflow_errors, registered_models
 
 _TAGS = {"gguf_uri": "sha256", "mmproj_uri": "mmproj_sha256"}  # tag of the place -> tag of the content
 
@@ -29,7 +29,7 @@ class AliasedFile:
     @property
     def path(self) -> Path | None:
         """Where it is to be on this machine; None if it is elsewhere."""
-        return local_path(self.uri)
+        return path_of(self.uri)
 
     def content(self) -> str | None:
         """Its SHA-256, as registered or (which reads the file) as it is; None if neither is known."""
@@ -50,6 +50,11 @@ def aliased_files(client: MlflowClient) -> list[AliasedFile]:
                 names = tuple(sorted(alias for alias, version in model.aliases.items() if version == number))
                 files += _files_of(client, client.get_model_version(model.name, number), names)
     return files
+
+
+def files_that_may_be_stored(tracking_uri: str) -> list[AliasedFile]:
+    """Those of all registries that may name files of the store."""
+    return [file for uri in registry_uris(tracking_uri) for file in aliased_files(connect(uri))]
 
 
 def aliased_content(files: Collection[AliasedFile]) -> set[str]:

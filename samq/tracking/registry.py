@@ -23,7 +23,7 @@ from mlflow.tracking._model_registry.client import ModelRegistryClient
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
-from samq.home import local_path, place_of, place_uri, sqlite_file
+from samq.home import path_of, place_of, place_uri, sqlite_file
 from samq.relocation import relocate
 from samq.tracking.patience import check_database, is_of_database, patient, quiet, unusable
 
@@ -71,7 +71,7 @@ class RegisteredGguf:
     @property
     def path(self) -> Path:
         """The GGUF on this machine; raises SamqError if it is elsewhere."""
-        path = local_path(self.uri)
+        path = path_of(self.uri)
         if path is None:
             raise SamqError(
                 f"version {self.version} of {self.name} is at {self.uri}, not on this machine; copy it here"

@@ -245,7 +245,7 @@ def test_a_rollback_after_a_move_by_hand_goes_to_what_served(two_promoted, moves
     for alias, version in moves:
         by_hand(two_promoted, alias, version)
     moved_to, _ = in_use(two_promoted)
-    assert rollback_target(two_promoted, NAME) == target
+    assert rollback_target(two_promoted, NAME, aliases(two_promoted, NAME)) == target
     event = rollback(two_promoted, NAME, "a test")
     assert (event.version, event.replaced) == (target, moved_to)
     assert in_use(two_promoted)[0] == target
