@@ -55,7 +55,7 @@ def relocate(database: Path, *, dry_run: bool = False) -> list[Change]:
         return _relocate(database, dry_run)
     except sqlite3.Error as error:
         raise UnreachableError(
-            f"cannot let the paths in {database} follow its folder: {error}; stop what writes to the file, and make it writable"
+            f"cannot update the paths in {database}: {error}; stop programs that write to the file, and make it writable"
         ) from error
 
 

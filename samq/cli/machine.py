@@ -47,7 +47,7 @@ def doctor(
 def prune(
     older_than_days: Annotated[float, typer.Option(min=0, help="Age of the last use, in days.")],
     even_if_missing: Annotated[
-        bool, typer.Option("--even-if-missing", help="Delete although a file that an alias points at is missing.")
+        bool, typer.Option("--even-if-missing", help="Delete even if a file that an alias points at is missing.")
     ] = False,
 ) -> None:
     """Delete stored files that no recent run has used.

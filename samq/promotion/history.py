@@ -140,7 +140,7 @@ def _after(event: Event) -> str | None:
 
 
 def _by_hand(version: str | None, replaced: str | None, when: str) -> Event:
-    reason = "in MLflow, or by a command that was broken off"
+    reason = "in MLflow, or by an interrupted command"
     return Event(
         action="moved by hand", version=version or "", replaced=replaced, at=when, who="unknown", reason=reason
     )

@@ -71,8 +71,8 @@ def check_none_is_missing(files: Collection[AliasedFile], store: Store) -> None:
         file, others = missing[0], len(missing) - 1
         raise SamqError(
             f"version {file.version} of {file.model} ({', '.join(file.aliases)}) needs {file.path}, which is missing or "
-            f"altered{f', and so are {others} others' if others else ''}; put the file back or move the alias, or delete "
-            "all the same with --even-if-missing"
+            f"altered{f' ({others} other files are, too)' if others else ''}; put the file back or move the alias, or delete "
+            "anyway with --even-if-missing"
         )
 
 

@@ -224,7 +224,7 @@ def test_a_database_that_cannot_be_rewritten_is_one_sentence(old, tmp_path, monk
     monkeypatch.setattr("samq.relocation._PATIENCE_S", 0.05)
     with closing(sqlite3.connect(new / "mlflow.db")) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(UnreachableError, match=r"follow its folder: database is locked; stop what writes to"):
+        with pytest.raises(UnreachableError, match=r"cannot update the paths in .*: database is locked; stop programs"):
             relocate(new / "mlflow.db")
     assert len(relocate(new / "mlflow.db")) > 5
 
