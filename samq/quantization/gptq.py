@@ -5,7 +5,7 @@ pushed onto the columns that follow, by what the Gram matrix says of how they va
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,12 +60,11 @@ class Compensator:
             of_part.copy_(torch.from_numpy(weights).to(self.device).t()[self._order])
         groups = self._order // GROUP
         codes = torch.empty(remaining.shape, dtype=torch.uint8, device=self.device)
+        round_band = _RoundBand(levels)
         for first in range(0, columns, _BAND):
             band = slice(first, min(first + _BAND, columns))
             factor = self._factor[band].float()
-            of_band, errors = _round_band(
-                remaining[band], scale[groups[band]], offset[groups[band]], factor[:, band], levels
-            )
+            of_band, errors = round_band(remaining[band], scale[groups[band]], offset[groups[band]], factor[:, band])
             codes[self._order[band]] = of_band
             remaining[band.stop :].addmm_(factor[:, band.stop :].t(), errors, alpha=-1)
         return codes.t().contiguous().cpu().numpy()
@@ -74,6 +73,40 @@ class Compensator:
         """The mean square over tokens of each row's output error, (rows,), from the weights' errors (rows, row length)."""
         change = torch.from_numpy(error).to(self._gram.device)
         return ((change @ self._gram) * change).sum(1, dtype=torch.float64).cpu().numpy()
+
+
+class _RoundBand:
+    """`_round_band` for bands of the same rows. A GPU replays a CUDA graph of it: kernels run faster than they are launched."""
+
+    def __init__(self, levels: "_Levels") -> None:
+        self._levels = levels
+        self._seen: list[torch.Size] = []  # of the band before
+        self._graph: Any = None
+
+    def __call__(self, *of_band: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `_round_band` returns; valid until the next call."""
+        shapes = [tensor.shape for tensor in of_band]
+        if not of_band[0].is_cuda or shapes != self._seen:  # runs once before it is recorded, which loads the kernels
+            self._seen = shapes
+            return _round_band(*of_band, self._levels)
+        if self._graph is None:
+            self._record(of_band)
+        for own, given in zip(self._inputs, of_band, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._outputs
+
+    def _record(self, of_band: tuple[torch.Tensor, ...]) -> None:
+        device = of_band[0].device
+        with torch.cuda.device(device):
+            self._inputs = [tensor.clone(memory_format=torch.contiguous_format) for tensor in of_band]
+            self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._graph.capture_begin(capture_error_mode="thread_local")  # other threads use other GPUs meanwhile
+                self._outputs = _round_band(*self._inputs, self._levels)
+                self._graph.capture_end()
+            torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _round_band(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import nn
 
 from samq.data.tokens import TokenBatch, batches
 from samq.progress import Progress
-from samq.sensitivity.blocks import Blocks, Call, main_device
+from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, Call, main_device
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch, SampleGradients
-from samq.sensitivity.hidden_states import HiddenStates
+from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.loss import Loss
 from samq.sensitivity.memory import Memory, needs_gpu_memory
 from samq.sensitivity.offloading import Placed, Residence, has_offloaded
@@ -105,10 +106,12 @@ class BlockPass:
 
     def _pass(self, weights: Residence) -> None:
         self._calls, self._steps = [], 0
+        self._saved = len(self.blocks) + 1  # the states of blocks from here on are not needed any more
         self._shares = shares(range(len(self.batches)), len(self.devices))
         with (
-            HiddenStates(self._place, self.checkpoints) as self._states,
-            HiddenStates(self._place, self.checkpoints, "slopes") as self._kept_slopes,
+            HiddenStates(self._place, self.checkpoints, writer := Writer()) as self._states,
+            HiddenStates(self._place, self.checkpoints, writer, "slopes") as self._kept_slopes,
+            writer as self._writer,  # leaves first
         ):
             with torch.no_grad():
                 self._enter()
@@ -127,6 +130,7 @@ class BlockPass:
         return (len(self.blocks) + 1) * positions * width * embedding.element_size()
 
     def _enter(self) -> None:
+        self._probe = self.blocks.enter(*(part[:1, :PROBE_TOKENS] for part in self.batches[0].on(self.device)))
         for share, numbers in enumerate(self._shares):
             for number in numbers:
                 entered = self.blocks.enter(*self.batches[number].on(self.device)).on(self.devices[share])
@@ -151,9 +155,10 @@ class BlockPass:
         """Find out which weights of a block are used without their module, if it was not in memory before."""
         if block in self._not_looked_at:
             self._not_looked_at.remove(block)
-            hidden, gradients = self._states.get(block, 0, placed.devices[0]), self.work.gradients
+            hidden = self._states.get(block, 0, placed.devices[0])[:1, :PROBE_TOKENS]
+            call, gradients = self._probe.calls[block], self.work.gradients
             with placed.on(placed.devices[0]) as layer:
-                gradients.require_calls(lambda: self.blocks.run(block, hidden, self._calls[0][block]), layer)
+                gradients.require_calls(lambda: self.blocks.run(block, hidden, call), layer)
             if gradients.one_sample_only and any(len(sequences.batch.lengths) > 1 for sequences in self.batches):
                 raise _OneByOneError
 
@@ -180,8 +185,9 @@ class BlockPass:
         self.work.sums.add_shares()
         self.work.loss.summed()  # before the way back, which a loss that is not finite would spoil
         self._save(last)
-        self._kept_slopes.wait()
-        self.checkpoints.save("turned", self.work.loss.state() | self.work.gradients.pending())
+        state = self.work.loss.state() | self.work.gradients.pending()
+        copies = {name: tensor.clone() for name, tensor in state.items()}  # the way back may alter them
+        self._writer.submit(partial(self.checkpoints.save, "turned", copies))
 
     def _turn_one(self, share: int, hidden: torch.Tensor, ids: torch.Tensor, batch: Batch) -> None:
         """One sequence from its last hidden states to the loss and back."""
@@ -199,7 +205,6 @@ class BlockPass:
                         self._back_through(block, layer, share, number, hidden)
                 self.work.sums.add_shares()
             self._save(block)
-            self._states.drop(block + 1)  # those before this block are needed until its slopes are on disk
             self._tell(1)
 
     def _back_through(self, block: int, layer: nn.Module, share: int, number: int, hidden: torch.Tensor) -> None:
@@ -212,13 +217,22 @@ class BlockPass:
         self._slopes[number] = _gradient(hidden)
 
     def _save(self, block: int) -> None:
-        """Keep what a pass that goes on here needs: the sums of this block's weights, and the slopes before it."""
+        """Keep what a pass that goes on here needs: the sums of this block's weights, and the slopes before it.
+
+        Where the disk is slower than the computation, not of every block: a killed pass would run some again.
+        """
         if self._place is None:
             self.checkpoints.save(f"sums-{block:04}", self.work.sums.changes())
+            if self._writer.is_full() and block < len(self.blocks):
+                return
             for number, slopes in self._slopes.items():
                 self._kept_slopes.put(block, number, slopes)
-            self._kept_slopes.close(block)  # by a thread; those after the next block are there now
-            self._kept_slopes.drop(block + 2)
+            self._kept_slopes.close(block)
+            if self._saved > block:
+                self._kept_slopes.drop(self._saved)
+        for after in range(block, self._saved):
+            self._states.drop(after)
+        self._saved = block
 
     def _restore(self) -> int:
         """Have what a killed pass had, if that got to its turn; returns the number of blocks whose backward is to come."""
@@ -233,6 +247,7 @@ class BlockPass:
         turned = self.checkpoints.load("turned")
         self.work.loss.restore(turned)
         self.work.gradients.restore_pending(turned)
+        self._saved = there
         self._tell(2 * len(self.blocks) - there)
         return there
 

@@ -22,7 +22,7 @@ from samq.sensitivity.block_pass import Sequences, batched
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, Entered, main_device
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch
-from samq.sensitivity.hidden_states import HiddenStates
+from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.moments import InputSums, Piece, Rounds
@@ -118,7 +118,8 @@ def _by_blocks(
     size = 3 * sum(batch.hidden.nbytes for batch in entered)
     place = memory.place(size, devices, offloaded=has_offloaded(blocks.model))
     with (
-        HiddenStates(place, Checkpoints(memory.folder if place is None else None), "inputs") as states,
+        HiddenStates(place, Checkpoints(memory.folder if place is None else None), writer := Writer(), "inputs") as states,
+        writer,  # leaves first
         blocks.resident(devices) as resident,
     ):
         yield from _through(blocks, batches, entered, turns, inputs, (states, resident), progress)
@@ -151,8 +152,8 @@ def _through(
                     states.put(block + 1, number, blocks.run(block, hidden, entered[number].calls[block]))
 
             yield from inputs.measure(block, list(placed.module.modules()), run, turns, placed.release)
-        states.close(block + 1)  # by a thread; those before this block are on disk now
-        states.drop(block - 1)
+        states.close(block + 1)
+        states.drop(block)
     progress(count, count + 1)
 
     def run_around(number: int, _: int) -> None:
@@ -165,8 +166,7 @@ def _through(
     inside = {module for layer in blocks.layers for module in layer.modules()}
     around = [module for module in blocks.model.modules() if module not in inside]
     yield from inputs.measure(count, around, run_around, rounds(range(1, len(batches)), 1))
-    for block in (count - 1, count):
-        states.drop(block)
+    states.drop(count)
     progress(count + 1, count + 1)
 
 

@@ -1,12 +1,13 @@
 """What all sequences have between the blocks of a model: hidden states, or gradients with respect to them."""
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Self
 
+import psutil
 import torch
 
 from samq.sensitivity.checkpoints import Checkpoints
@@ -17,19 +18,69 @@ COPIERS = 4  # threads that copy states between GPUs and the host, each way
 PARTS = 4  # files of the states before a block: one thread does not write as fast as several GPUs compute
 
 
+class Writer:
+    """Changes the files of a folder in the order in which it is asked to, while the computation goes on.
+
+    A disk may be slower than the GPUs. What waits for it stays in memory, up to a quarter of what is free at the start.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._room = psutil.virtual_memory().available // 4
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        """Nothing is written yet."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Nothing changes in the folder after this. After an error, what was asked for is done; else nobody needs it."""
+        self._thread.shutdown(cancel_futures=kind is None)
+
+    def submit(self, change: Callable[[], None], size: int = 0) -> "Future[None]":
+        """Ask for a change, for which so many bytes stay in memory; raises the error of an earlier one."""
+        future = self._thread.submit(self._change, change)
+        self._waiting.append((future, size))
+        return future
+
+    def is_full(self) -> bool:
+        """Whether more waits than there is room for; raises the error of a change."""
+        while self._waiting and self._waiting[0][0].done():
+            self._waiting.popleft()[0].result()
+        return sum(size for _, size in self._waiting) > self._room
+
+    def wait_for_room(self) -> None:
+        """Return when no more waits than there is room for, or one set of states; raises the error of a change."""
+        while self.is_full() and sum(size > 0 for _, size in self._waiting) > 1:
+            self._waiting.popleft()[0].result()
+
+    def _change(self, change: Callable[[], None]) -> None:
+        if self._error is not None:  # what follows needs what has failed
+            raise self._error
+        try:
+            change()
+        except BaseException as error:
+            self._error = error
+            raise
+
+
 class HiddenStates:
     """`put` and `get` the states before a block, of a batch: kept on a device, on the host, or on disk."""
 
-    def __init__(self, device: torch.device | None, checkpoints: Checkpoints, name: str = "states") -> None:
+    def __init__(
+        self, device: torch.device | None, checkpoints: Checkpoints, writer: Writer, name: str = "states"
+    ) -> None:
         """`device` is where they are kept: the host, or the GPUs that give them; None: among the checkpoints by the name."""
-        self._name = name
+        self._name, self._writer = name, writer
         self._checkpoints = checkpoints if device is None else None
         self._device = torch.device("cpu") if device is None else device
         self._kept: dict[int, dict[int, Future[torch.Tensor]]] = {}
+        self._bytes: dict[int, int] = defaultdict(int)
         self._local = threading.local()  # a thread's way to the GPUs
-        self._leaving, self._coming, self._writing, self._closing = (
+        self._leaving, self._coming, self._writing = (
             ThreadPoolExecutor(threads, thread_name_prefix=f"states-{way}")
-            for way, threads in (("leave", COPIERS), ("come", COPIERS), ("write", PARTS), ("close", 1))
+            for way, threads in (("leave", COPIERS), ("come", COPIERS), ("write", PARTS))
         )
         self._written: dict[int, Future[None]] = {}
 
@@ -38,8 +89,8 @@ class HiddenStates:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait until what was closed is on disk, also after an error: nothing comes into the folder after that."""
-        for threads in (self._coming, self._leaving, self._closing, self._writing):
+        """End the threads; the writer has ended before."""
+        for threads in (self._coming, self._leaving, self._writing):
             threads.shutdown()
 
     def put(self, block: int, batch: int, states: torch.Tensor) -> None:
@@ -51,18 +102,21 @@ class HiddenStates:
         else:
             kept.set_result(states)
         self._kept.setdefault(block, {})[batch] = kept
+        self._bytes[block] += states.nbytes
 
     def close(self, block: int) -> None:
-        """Say that the states of all batches before a block are there: they may go to disk."""
+        """Say that the states of all batches before a block are there: they go to disk, and then out of memory."""
         if self._checkpoints is None:
             return
         if self.has(block):  # from a pass that was killed
             del self._kept[block]
             return
-        self._written[block] = self._closing.submit(self._write, block, dict(self._kept[block]))
-        for before in [before for before in self._written if before != block]:
-            self._written.pop(before).result()
-            del self._kept[before]
+        self._writer.wait_for_room()
+        write = partial(self._write, block, dict(self._kept[block]))
+        self._written[block] = self._writer.submit(write, self._bytes.pop(block))
+        for number in [number for number, written in self._written.items() if written.done()]:
+            self._written.pop(number).result()
+            self._kept.pop(number, None)
 
     def _write(self, block: int, kept: dict[int, "Future[torch.Tensor]"]) -> None:
         """Write the states before a block in parts, and then an empty set, which says that all are there."""
@@ -77,11 +131,6 @@ class HiddenStates:
         states = {str(batch): states.result() for batch, states in kept.items() if batch % PARTS == part}
         if states:
             self._checkpoints.save(self._part(block, part), states)
-
-    def wait(self) -> None:
-        """Return when all that was closed is on disk."""
-        for written in self._written.values():
-            written.result()
 
     def has(self, block: int) -> bool:
         """Whether the states of all batches before a block are on disk."""
@@ -136,13 +185,15 @@ class HiddenStates:
         return transfer
 
     def drop(self, block: int) -> None:
-        """Forget the states before a block."""
-        if block in self._written:
-            self._written.pop(block).result()
+        """Forget the states before a block, on disk when all that was asked of the writer before is done."""
         self._kept.pop(block, None)
+        self._written.pop(block, None)
         if self._checkpoints is not None:
-            for name in (self._set(block), *(self._part(block, part) for part in range(PARTS))):
-                self._checkpoints.drop(name)
+            self._writer.submit(partial(self._drop, self._checkpoints, block))
+
+    def _drop(self, checkpoints: Checkpoints, block: int) -> None:
+        for name in (self._set(block), *(self._part(block, part) for part in range(PARTS))):
+            checkpoints.drop(name)
 
     def _set(self, block: int) -> str:
         return f"{self._name}-{block:04}"

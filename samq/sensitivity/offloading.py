@@ -21,7 +21,8 @@ from samq.sensitivity.transfer import Transfer, now
 
 logger = logging.getLogger(__name__)
 
-READERS = 4  # threads that read a block's weights
+READERS = 8  # threads that read a block's weights
+_VALUES_AT_A_TIME = 2**25  # that a thread copies
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
 
 
@@ -152,7 +153,10 @@ class Residence:
             devices = [device for device in copies if device != original.device]
             # Memory for all, from what the computing stream has freed: a thread's own stream would have a pool of its own.
             into = [torch.empty(original.shape, dtype=original.dtype, device=device) for device in devices]
-            futures.append(self._threads.submit(self._copy, original, into, [now(device) for device in devices]))
+            free = [now(device) for device in devices]
+            futures += [
+                self._threads.submit(self._copy, original, into, free, some) for some in _parts(original) if devices
+            ]
             for device, copy in zip(devices, into, strict=True):
                 own = nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
                 copies[device] += [(place, own) for place in places]
@@ -164,16 +168,15 @@ class Residence:
 
         return wait
 
-    def _copy(self, original: torch.Tensor, copies: list[torch.Tensor], free: list[Any]) -> None:
-        """Fill the copies, which nothing uses after the events `free`; what is on disk is read once."""
-        if not copies:
-            return
+    def _copy(self, original: torch.Tensor, copies: list[torch.Tensor], free: list[Any], some: slice) -> None:
+        """Fill some of the values of the copies, which nothing uses after the events `free`; what is on disk is read once."""
         stored: StoredTensor | None = getattr(original, _STORED, None)
-        with stored.opened() if stored is not None else nullcontext(original.detach()) as values:
-            if copies[0].is_cuda:
-                self._transfer().to_gpus(values, copies, free)
+        with stored.opened() if stored is not None else nullcontext(original.detach()) as whole:
+            values, into = whole.reshape(-1)[some], [copy.view(-1)[some] for copy in copies]
+            if into[0].is_cuda:
+                self._transfer().to_gpus(values, into, free)
                 return
-            for copy in copies:
+            for copy in into:
                 copy.copy_(values)
 
     def _transfer(self) -> Transfer:
@@ -199,6 +202,13 @@ class _Part:
             if any(tensor.device != device for device in self.devices):
                 places.setdefault(id(tensor), (tensor, []))[1].append(place)
         return list(places.values())
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[slice]:
+    """The tensor's values in parts that threads copy, by their numbers in order."""
+    step = _VALUES_AT_A_TIME if is_offloaded(tensor) or tensor.is_contiguous() else max(1, tensor.numel())
+    for first in range(0, tensor.numel(), step):
+        yield slice(first, first + step)
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[_Place, torch.Tensor]]:

@@ -27,21 +27,21 @@ class Transfer:
         self._pinned = torch.empty(0, dtype=torch.uint8)
 
     def to_host(self, tensor: torch.Tensor, computed: Any) -> torch.Tensor:
-        """A copy on the host, of what is there after the event `computed`. Returns when it is there."""
-        pinned, stream = self._pinned_like(tensor), self._stream(tensor.device)
+        """A copy in page-locked memory, of what is there after the event `computed`. Returns when it is there."""
+        pinned, stream = torch.empty_like(tensor, device="cpu", pin_memory=True), self._stream(tensor.device)
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
             tensor.record_stream(stream)
             pinned.copy_(tensor, non_blocking=True)
         stream.synchronize()
-        return pinned.clone()
+        return pinned
 
     def to_gpus(self, tensor: torch.Tensor, copies: Sequence[torch.Tensor], free: Sequence[Any]) -> None:
         """Fill the copies, each on a GPU, all of one type. Nothing uses a copy after its event in `free`.
 
         The tensor is read once, on the host or on a GPU, where nothing writes it. Returns when all copies are there.
         """
-        source = tensor if tensor.is_cuda else self._pinned_like(copies[0]).copy_(tensor)
+        source = tensor if tensor.is_cuda or tensor.is_pinned() else self._pinned_like(copies[0]).copy_(tensor)
         for copy, event in zip(copies, free, strict=True):
             stream = self._stream(copy.device)
             with ExitStack() as streams:

@@ -7,6 +7,7 @@ from samq.data.tokens import TokenBatch
 from samq.sensitivity.blocks import Blocks
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.hf_model import load_model
+from samq.sensitivity.hidden_states import Writer
 from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
@@ -106,6 +107,27 @@ def test_a_pass_that_is_killed_again_and_again_ends(killing, by_blocks, tmp_path
         assert kills > 3
         return
     raise AssertionError("never ended")
+
+
+def test_with_a_slow_disk_a_pass_goes_on_at_an_earlier_block_and_gives_the_same(
+    killing, by_blocks, tmp_path, monkeypatch
+):
+    model, tokens = tiny_llama(num_hidden_layers=5), random_tokens()
+    killing(-1)
+    whole = measure(model, tokens, tmp_path / "undisturbed")
+    checks = []
+    # in turn full, so that the slopes before a block are not kept, and not full
+    monkeypatch.setattr(Writer, "is_full", lambda _: checks.append(0) or len(checks) % 2 == 1)
+    monkeypatch.setattr(Writer, "wait_for_room", lambda _: None)
+    for after in range(22, 35, 2):  # on the way back
+        folder = tmp_path / f"killed-{after}"
+        killing(after)
+        with pytest.raises(Killed):
+            measure(model, tokens, folder)
+        killing(-1)
+        require_identical(measure(model, tokens, folder), whole)
+        assert not folder.exists()
+    assert len(checks) > 20
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Qwen2.5, tied"])

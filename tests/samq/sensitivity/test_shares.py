@@ -14,7 +14,7 @@ from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.hf_model import load_model
-from samq.sensitivity.hidden_states import HiddenStates
+from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
@@ -220,12 +220,13 @@ def test_blocks_run_where_their_inputs_are_and_not_where_accelerate_sends_them()
 @pytest.mark.parametrize("kept", ["in memory", "on disk"])
 def test_states_come_for_one_batch_of_each_device_in_turn(kept, tmp_path):
     checkpoints = Checkpoints(tmp_path / "kept" if kept == "on disk" else None)
-    with HiddenStates(torch.device("cpu") if kept == "in memory" else None, checkpoints) as states:
+    device = torch.device("cpu") if kept == "in memory" else None
+    with HiddenStates(device, checkpoints, writer := Writer()) as states, writer:
         for block in range(3):
             for batch in range(6):
                 states.put(block, batch, torch.full((2,), 10.0 * block + batch))
             states.close(block)
-        states.wait()
+        writer.submit(lambda: None).result()  # all before it is on disk
         for block in range(3):
             come = list(states.each(block, [range(3), range(3, 4), range(4, 6)], cpus(3)))
             assert [(share, batch) for share, batch, _ in come] == [(0, 0), (1, 3), (2, 4), (0, 1), (2, 5), (0, 2)]
