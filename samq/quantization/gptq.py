@@ -88,7 +88,7 @@ class _RoundBand:
         shapes = [tensor.shape for tensor in of_band]
         if not of_band[0].is_cuda or shapes != self._seen:  # runs once before it is recorded, which loads the kernels
             self._seen = shapes
-            return _round_band(*of_band, self._levels)
+            return _round_band(self._levels, *of_band)
         if self._graph is None:
             self._record(of_band)
         for own, given in zip(self._inputs, of_band, strict=True):
@@ -104,13 +104,13 @@ class _RoundBand:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 self._graph.capture_begin(capture_error_mode="thread_local")  # other threads use other GPUs meanwhile
-                self._outputs = _round_band(*self._inputs, self._levels)
+                self._outputs = _round_band(self._levels, *self._inputs)
                 self._graph.capture_end()
             torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _round_band(
-    remaining: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor, levels: "_Levels"
+    levels: "_Levels", remaining: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers of the levels of a band's columns, and their errors over the diagonal of U, both (columns, rows).
 

@@ -144,21 +144,23 @@ class BlockPass:
         self._tell(done)
         for block in range(done, last + 1):
             with weights.part(block, min(block + 1, last)) as placed:
-                self._look_at(block, placed)
                 for share, number, hidden in self._states.each(block, self._shares, placed.devices):
+                    self._look_at(block, placed, hidden)
                     with self.batches[number].memory(), placed.on(placed.devices[share]):
                         self._states.put(block + 1, number, self.blocks.run(block, hidden, self._calls[number][block]))
             self._states.close(block + 1)
             self._tell(1)
 
-    def _look_at(self, block: int, placed: Placed) -> None:
-        """Find out which weights of a block are used without their module, if it was not in memory before."""
+    def _look_at(self, block: int, placed: Placed, hidden: torch.Tensor) -> None:
+        """Find out which weights of a block are used without their module, if it was not in memory before.
+
+        `hidden` is the input of the first batch on the first device.
+        """
         if block in self._not_looked_at:
             self._not_looked_at.remove(block)
-            hidden = self._states.get(block, 0, placed.devices[0])[:1, :PROBE_TOKENS]
             call, gradients = self._probe.calls[block], self.work.gradients
             with placed.on(placed.devices[0]) as layer:
-                gradients.require_calls(lambda: self.blocks.run(block, hidden, call), layer)
+                gradients.require_calls(lambda: self.blocks.run(block, hidden[:1, :PROBE_TOKENS], call), layer)
             if gradients.one_sample_only and any(len(sequences.batch.lengths) > 1 for sequences in self.batches):
                 raise _OneByOneError
 
@@ -199,8 +201,8 @@ class BlockPass:
     def _backward(self, weights: Residence) -> None:
         for block in reversed(range(self._restore())):
             with weights.part(block, block - 1) as placed:
-                self._look_at(block, placed)
                 for share, number, hidden in self._states.each(block, self._shares, placed.devices):
+                    self._look_at(block, placed, hidden)
                     with self.batches[number].memory(), placed.on(placed.devices[share]) as layer:
                         self._back_through(block, layer, share, number, hidden)
                 self.work.sums.add_shares()
@@ -222,7 +224,7 @@ class BlockPass:
         Where the disk is slower than the computation, not of every block: a killed pass would run some again.
         """
         if self._place is None:
-            self.checkpoints.save(f"sums-{block:04}", self.work.sums.changes())
+            self._writer.submit(partial(self.checkpoints.save, f"sums-{block:04}", self.work.sums.changes()))
             if self._writer.is_full() and block < len(self.blocks):
                 return
             for number, slopes in self._slopes.items():

@@ -118,7 +118,9 @@ def _by_blocks(
     size = 3 * sum(batch.hidden.nbytes for batch in entered)
     place = memory.place(size, devices, offloaded=has_offloaded(blocks.model))
     with (
-        HiddenStates(place, Checkpoints(memory.folder if place is None else None), writer := Writer(), "inputs") as states,
+        HiddenStates(
+            place, Checkpoints(memory.folder if place is None else None), writer := Writer(), "inputs"
+        ) as states,
         writer,  # leaves first
         blocks.resident(devices) as resident,
     ):

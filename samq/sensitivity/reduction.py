@@ -76,11 +76,11 @@ class Sums:
         return tuple(total.cpu() for total in self._totals.get(index, ()))
 
     def changes(self) -> dict[str, torch.Tensor]:
-        """What `restore` takes, of the weights that gradients came for since this was asked last."""
+        """What `restore` takes, of the weights that gradients came for since this was asked last: copies, where they are."""
         state = {}
         for index in sorted(self._changed):
-            state[f"numbers.{index}"] = self._numbers[index].cpu()
-            state |= {f"total.{index}.{place}": total.cpu() for place, total in enumerate(self._totals[index])}
+            state[f"numbers.{index}"] = self._numbers[index].clone()
+            state |= {f"total.{index}.{place}": total.clone() for place, total in enumerate(self._totals[index])}
         self._changed.clear()
         return state
 

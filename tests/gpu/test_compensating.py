@@ -6,6 +6,7 @@ import torch
 
 from samq.gguf.codes import GROUP, CodeGrid
 from samq.gguf.nearest import NearestRounding
+from samq.quantization import gptq
 from samq.quantization.compensation import write_compensated
 from samq.quantization.gptq import Compensator, variances
 from samq.quantization.planned_file import PlannedFile
@@ -32,6 +33,19 @@ def test_codes_and_shares_are_those_of_the_cpu():
     assert variances(gram.to("cuda")) == pytest.approx(variances(gram), rel=1e-6)
     errors = [maker.output_error(weights) for maker in makers]
     np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [np.arange(8.0), [-2.1, -1.3, -0.6, 0.1, 0.9, 1.7]])
+def test_replayed_bands_give_the_same_codes(levels, monkeypatch):
+    columns = 5 * 128 + 64  # bands of two shapes
+    random, gram = np.random.default_rng(4), torch.tensor(random_gram(columns), dtype=torch.float32, device="cuda")
+    scale = random.uniform(0.2, 0.4, (300, columns // GROUP)).astype(np.float32)
+    grid = CodeGrid(scale, -4 * scale, np.array(levels, np.float32), 0)
+    weights = random.normal(0, 1, (300, columns)).astype(np.float32)
+    maker = Compensator(gram)
+    replayed = maker.codes([(weights, grid)])[0]
+    monkeypatch.setattr(gptq._RoundBand, "__call__", lambda self, *band: gptq._round_band(self._levels, *band))
+    assert np.array_equal(maker.codes([(weights, grid)])[0], replayed)
 
 
 def test_a_compensated_file_is_as_near_as_the_cpus(tmp_path):
