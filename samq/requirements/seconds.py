@@ -39,11 +39,11 @@ class Clock:
         return 2 * self.run.outline.bytes / self.rates.hash_bytes
 
     def gradients(self, sequences: int, states: int) -> float:
-        """Backward passes: 6 operations a weight and token, weights read twice, and the states of hidden layers written."""
+        """Backward passes: 6 operations a weight and token; weights are read twice, and states written, meanwhile."""
         tokens = sequences * self.run.sequence_tokens
         operations = 6 * self.run.outline.active_weights * tokens
         products = operations / (GRADIENTS_SHARE[self.run.on_gpu] * self.rates.products[self.dtype])
-        return max(products, self._fetching(2)) + states / self.rates.write_bytes
+        return max(products, self._fetching(2), states / self.rates.write_bytes)
 
     def check(self, size: int, sequences: int, states: int) -> float:
         """The same, and a plan's file of such a size read with the full-precision one."""
