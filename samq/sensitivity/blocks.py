@@ -261,12 +261,17 @@ def _taken_apart(model: PreTrainedModel) -> Blocks:
         zeros.on(device),
     ):
         blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
-        used_before, used_after = _uses_around(blocks, ids)
-    if not has_offloaded(model):
-        _require_equal_logits(blocks, ids)
-        return blocks
-    needed = [frozenset(id(parameters[name]) for name in names) for names in (used_before, used_after)]
-    return Blocks(model, layers, blocks.outputs, Needed(*needed))
+        with _trainable_outside(blocks) as outside:
+            entered = blocks.enter(ids, torch.ones_like(ids))
+            _require_independent_arguments(entered.calls)
+            if has_offloaded(model):
+                of_both = _leaves(entered.hidden), _leaves(blocks.logits(entered.hidden.detach(), ids))
+                needed = [
+                    frozenset(id(parameters[name]) for name in outside if id(outside[name]) in of) for of in of_both
+                ]
+                return Blocks(model, layers, blocks.outputs, Needed(*needed))
+    _require_equal_logits(blocks, ids)
+    return blocks
 
 
 def block_list(model: PreTrainedModel) -> nn.ModuleList:
@@ -312,12 +317,9 @@ def _with_outputs_as_the_model_takes_them(model: PreTrainedModel, layers: list[n
     raise reason
 
 
-def _uses_around(blocks: Blocks, ids: torch.Tensor) -> tuple[set[str], set[str]]:
-    """Names of parameters: what hidden states before the first block depend on, and what logits do beside those after the last.
-
-    Only through the hidden states may a block's arguments depend on weights, and none may be an object that blocks alter: else
-    NotApart is raised.
-    """
+@contextmanager
+def _trainable_outside(blocks: Blocks) -> Iterator[dict[str, nn.Parameter]]:
+    """Let autograd see what depends on the parameters outside the blocks; gives these by their names."""
     inside = {id(parameter) for layer in blocks.layers for parameter in layer.parameters()}
     outside = {name: parameter for name, parameter in blocks.model.named_parameters() if id(parameter) not in inside}
     before = [parameter.requires_grad for parameter in outside.values()]
@@ -325,21 +327,19 @@ def _uses_around(blocks: Blocks, ids: torch.Tensor) -> tuple[set[str], set[str]]
         for parameter in outside.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            entered = blocks.enter(ids, torch.ones_like(ids))
-            logits = blocks.logits(entered.hidden.detach(), ids)
+            yield outside
     finally:
         for parameter, trainable in zip(outside.values(), before, strict=True):
             parameter.requires_grad_(trainable)
-    for call in entered.calls:
+
+
+def _require_independent_arguments(calls: Sequence[Call]) -> None:
+    """Only through the hidden states may a block's arguments depend on weights, and none may be an object that blocks alter."""
+    for call in calls:
         for place, value in enumerate(call.positional):
             _require_independent(str(place), value)
         for name, value in call.named.items():
             _require_independent(name, value)
-    of_hidden, of_logits = _leaves(entered.hidden), _leaves(logits)
-    return (
-        {name for name, parameter in outside.items() if id(parameter) in of_hidden},
-        {name for name, parameter in outside.items() if id(parameter) in of_logits},
-    )
 
 
 def _leaves(output: torch.Tensor) -> set[int]:

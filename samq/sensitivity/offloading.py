@@ -7,7 +7,7 @@ runs twice: before the first block and after the last. Each time no more weights
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ READERS = 4  # threads that read a block's weights
 READ_AT_ONCE = 2**25  # bytes of a tensor that a thread reads at a time, whose pages are in memory meanwhile
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
 
-_Rows = slice | EllipsisType  # some rows of a tensor, or all
+Rows = slice | EllipsisType  # some rows of a tensor, or all
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,24 @@ class StoredTensor:
     device: torch.device
 
     @contextmanager
-    def opened(self, rows: _Rows = ...) -> Iterator[torch.Tensor]:
+    def opened(self, rows: Rows = ...) -> Iterator[torch.Tensor]:
         """Its values as the file has them, whose pages are in memory as long as the tensor."""
         with safe_open(self.file, "pt") as file:
             yield file.get_tensor(self.name) if rows is ... else file.get_slice(self.name)[rows]
 
-    def read_into(self, copies: Sequence[torch.Tensor], fill: "_Fill") -> None:
-        """Fill the copies, `READ_AT_ONCE` bytes at a time."""
-        for rows in _parts(copies[0]):
-            with self.opened(rows) as values:
-                fill(values, [copy[rows] for copy in copies])
-
-    def has_values_of(self, other: "StoredTensor", shape: torch.Size) -> bool:
-        """Whether two tensors of this shape are equal."""
+    def has_values_of(self, other: "StoredTensor", parameter: torch.Tensor) -> bool:
+        """Whether two tensors of the parameter's shape are equal."""
         if (self.file, self.name) == (other.file, other.name):
             return True
-        for rows in _parts(torch.empty(shape, dtype=self.dtype, device="meta")):
+        for rows in parts_of(parameter):
             with self.opened(rows) as values, other.opened(rows) as others:
                 if not torch.equal(values.to(self.dtype), others.to(other.dtype)):
                     return False
         return True
 
 
-_Fill = Callable[[torch.Tensor, list[torch.Tensor]], None]  # copy some rows into those of the copies
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[_Rows]:
-    """The rows that are read at a time."""
+def parts_of(tensor: torch.Tensor) -> Iterator[Rows]:
+    """The rows of a tensor on disk that are read at a time."""
     step = max(1, READ_AT_ONCE // max(1, tensor[0].nbytes)) if tensor.ndim and len(tensor) else 0
     if tensor.ndim == 0 or len(tensor) <= step:
         yield ...
@@ -107,18 +98,15 @@ def values_of(parameter: torch.Tensor) -> torch.Tensor:
     if (stored := stored_of(parameter)) is None:
         return parameter.detach()
     values = torch.empty(parameter.shape, dtype=stored.dtype)
-    stored.read_into([values], _copy_to_host)
+    for rows in parts_of(parameter):
+        with stored.opened(rows) as part:
+            values[rows].copy_(part)
     return values
 
 
 def without_values(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Zeros in the parameter's place, which take no memory."""
     return torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-
-
-def _copy_to_host(values: torch.Tensor, copies: list[torch.Tensor]) -> None:
-    for copy in copies:
-        copy.copy_(values)
 
 
 _Place = tuple[dict[str, Any], str]  # the parameters or the buffers of a module, and a name
@@ -233,7 +221,10 @@ class Residence:
                 continue
             # Memory for all, from what the computing stream has freed: a thread's own stream would have a pool of its own.
             into = [torch.empty(original.shape, dtype=original.dtype, device=device) for device in devices]
-            futures.append(self._threads.submit(self._copy, original, into, [now(device) for device in devices]))
+            free = [now(device) for device in devices]
+            for rows in parts_of(original) if is_offloaded(original) else [...]:
+                of_rows = [copy[rows] for copy in into]
+                futures.append(self._threads.submit(self._copy, original, rows, of_rows, free))
             for device, copy in zip(devices, into, strict=True):
                 own = nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
                 copies[device] += [(place, own) for place in places]
@@ -245,19 +236,17 @@ class Residence:
 
         return wait
 
-    def _copy(self, original: torch.Tensor, copies: list[torch.Tensor], free: list[Any]) -> None:
-        """Fill the copies, which nothing uses after the events `free`; what is on disk is read once."""
+    def _copy(self, original: torch.Tensor, rows: Rows, copies: list[torch.Tensor], free: list[Any]) -> None:
+        """Fill the copies of some rows, which nothing uses after the events `free`; what is on disk is read once."""
         if not copies:
             return
-
-        def to_gpus(values: torch.Tensor, copies: list[torch.Tensor]) -> None:
-            self._transfer().to_gpus(values, copies, free)
-
-        fill, stored = to_gpus if copies[0].is_cuda else _copy_to_host, stored_of(original)
-        if stored is None:
-            fill(original.detach(), copies)
-        else:
-            stored.read_into(copies, fill)
+        stored = stored_of(original)
+        with stored.opened(rows) if stored is not None else nullcontext(original.detach()) as values:
+            if copies[0].is_cuda:
+                self._transfer().to_gpus(values, copies, free)
+                return
+            for copy in copies:
+                copy.copy_(values)
 
     def _transfer(self) -> Transfer:
         """This thread's way to the GPUs."""

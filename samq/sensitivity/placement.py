@@ -156,7 +156,7 @@ def _tie(model: PreTrainedModel) -> None:
         if one is None or other is None or one is other:
             continue
         stored, others = stored_of(one), stored_of(other)
-        if stored and others and not stored.has_values_of(others, one.shape):
+        if stored and others and not stored.has_values_of(others, one):
             model.all_tied_weights_keys.pop(target)  # a file with two that differ
         elif stored or others:
             name, kept = (target, one) if stored else (source, other)
