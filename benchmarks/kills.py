@@ -187,14 +187,14 @@ class Run:
 
     def first_block_s(self) -> float:
         """Seconds from the start of the first process to the first block that it computed."""
-        return next(at for at, message in self._logged() if BLOCK_RUNS.fullmatch(message)) - self._started
+        return next(at for at, message in self._logged() if computed_in([message])) - self._started
 
     def where(self) -> str:
         """The stage that the last process was in, and the block if that was one's turn."""
         messages = [message for _, message in self._logged()]
         stages = [message for message in messages if message.startswith("stage ")]
-        block = BLOCK_RUNS.fullmatch(messages[-1]) if messages else None
-        return "{} {}".format(*computed_in(messages)[-1]) if block else stages[-1] if stages else "start"
+        computed = computed_in(messages) if messages and computed_in(messages[-1:]) else []
+        return "{} {}".format(*computed[-1]) if computed else stages[-1] if stages else "start"
 
     def _logged(self) -> list[tuple[float, str]]:
         """Time and text of each message."""
