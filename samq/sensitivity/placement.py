@@ -119,12 +119,16 @@ def take_over(model: PreTrainedModel) -> None:
 
     They would read a block's weights again for every batch.
     """
+    buffers = []
     for module in model.modules():
         for hook in _hooks(module):
             if hook.offload and hook.weights_map is not None:
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     _note(module, name, parameter, hook)
-    remove_hook_from_submodules(model)
+                buffers += [(module, name, hook.execution_device) for name, _ in module.named_buffers(recurse=False)]
+    remove_hook_from_submodules(model)  # which moves buffers to where they were loaded
+    for module, name, device in buffers:
+        module._buffers[name] = getattr(module, name).to(device)
     _tie(model)
 
 
