@@ -55,10 +55,10 @@ TYPES = ["Q4_K", "Q6_K", "Q8_0"]
 BUDGETS = ["5bpw", "6bpw"]
 MEMORY_LIMIT = 1  # bytes: no block fits beside what is around the blocks
 PASSES = ["forward", "backward", "inputs", "compensate"]
-TURN = "turn"  # what is around the blocks, between forward and backward: the part after the last block
+TURN = "turn"  # the part after the last block, between forward and backward; the part before the first block has the next number
 MOST = 2  # times that a block is computed in a pass, with one kill
 Computed = Counter[tuple[str, int]]  # (pass, block) -> how often
-BLOCK_RUNS = re.compile(r"part (\d+) runs, then part (-?\d+)")
+BLOCK_RUNS = re.compile(r"part (\d+) runs, then part (-?\d+|None)")
 logger = logging.getLogger("samq.kills")
 
 
@@ -187,14 +187,14 @@ class Run:
 
     def first_block_s(self) -> float:
         """Seconds from the start of the first process to the first block that it computed."""
-        return next(at for at, message in self._logged() if BLOCK_RUNS.fullmatch(message)) - self._started
+        return next(at for at, message in self._logged() if computed_in([message])) - self._started
 
     def where(self) -> str:
         """The stage that the last process was in, and the block if that was one's turn."""
         messages = [message for _, message in self._logged()]
         stages = [message for message in messages if message.startswith("stage ")]
-        block = BLOCK_RUNS.fullmatch(messages[-1]) if messages else None
-        return "{} {}".format(*computed_in(messages)[-1]) if block else stages[-1] if stages else "start"
+        computed = computed_in(messages) if messages and computed_in(messages[-1:]) else []
+        return "{} {}".format(*computed[-1]) if computed else stages[-1] if stages else "start"
 
     def _logged(self) -> list[tuple[float, str]]:
         """Time and text of each message."""
@@ -291,9 +291,12 @@ def computed_in(lines: Iterable[str]) -> list[tuple[str, int]]:
         if line.startswith("stage "):
             stage = line.removeprefix("stage ")
         elif run := BLOCK_RUNS.fullmatch(line):
-            block, then = int(run[1]), int(run[2])
-            way = "forward" if then >= block else "backward" if block < BLOCKS else TURN
-            computed.append((way if stage == "calibrate" else stage, block))
+            block = int(run[1])
+            if block < BLOCKS:
+                way = "forward" if stage == "calibrate" and int(run[2]) > block else "backward"
+                computed.append((way if stage == "calibrate" else stage, block))
+            elif block == BLOCKS and stage == "calibrate":
+                computed.append((TURN, block))
     return computed
 
 

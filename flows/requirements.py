@@ -185,7 +185,7 @@ def _model_stages(parameters: RequantizeParameters, clock: Clock, machine: Machi
         found = StageNeeds("find model", f"{outline.download_bytes / 1e9:,.1f} GB to come from the hub", Taken(), None)
     kept = f"full precision, {parameters.model.precision}" if written else "in full precision already"
     finite = outline.bytes / clock.rates.hash_bytes  # all values are looked at
-    running = run.on_device(run.resident + run.activations * run.batch_tokens)
+    running = run.on_device(run.forward)
     return [
         found,
         StageNeeds("convert", kept, Taken(kept=written), finite + clock.files(read=outline.bytes, written=written)),

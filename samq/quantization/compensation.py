@@ -196,6 +196,7 @@ def _compensate_slabs(
             continue
         other = compensated.pop(id(slab))
         before, after = compensator.output_error(slab.change), compensator.output_error(other.change)
+        slab.without_change()
         blocks = np.where((after < before)[:, None], other.blocks, slab.blocks)
         yield slab, blocks, OutputError(nearest=float(before.sum()), compensated=float(np.minimum(before, after).sum()))
 

@@ -52,10 +52,15 @@ class Slab:
         squares = [float(np.square(part).sum(dtype=np.float64)) for part in (self.change, self.weights)]
         return squares[0] <= _F16_ROUNDING**2 * squares[1]
 
+    def without_change(self) -> "Slab":
+        """The same, without what can be computed again: it is as large as the weights, and many slabs wait for their group."""
+        self.__dict__.pop("change", None)
+        return self
+
     def with_codes(self, codes: NDArray[np.uint8]) -> "Slab":
-        """The same rows with other codes on their own scales."""
+        """The same rows with other codes on their own scales; the errors of both are computed."""
         other = replace(self, blocks=write_codes(self.kind, self.blocks, codes))
-        _ = other.change
+        _ = self.change, other.change
         return other
 
 
@@ -96,7 +101,7 @@ def prepared(groups: Iterable[list[Place]], full: NearestRounding, rounded: Near
         name, kind, rows = place
         slab = Slab(name, kind, rows, full.weights(name, rows), rounded.blocks(name, kind, rows))
         _ = slab.is_exact or slab.grid  # by this thread
-        return slab
+        return slab.without_change()
 
     coming, ahead = deque[list[Future[Slab]]](), len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(ahead, thread_name_prefix="round") as threads:

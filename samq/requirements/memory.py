@@ -1,20 +1,24 @@
 """Memory and disk that each stage takes, by formulas that follow the code of the stages.
 
-They were compared with what runs took: gradients of 8B in memory (30.2 GiB by the formula, 29.9 measured), and of a 70B shape
-with its blocks on disk (10.3 and 10.1), by benchmarks/large_model.py on an H200; on a processor, beside Python itself, of 2B from
-disk (1.9 and 2.0) and of 135M in memory (1.3 and 1.4). They are for transformers of linear layers; what a model keeps beside
-those (states of Mamba, windows of attention) they do not know.
+They were compared with what runs took: gradients of 8B in memory (30.2 GiB by the formula, 29.9 measured), by
+benchmarks/large_model.py on an H200, and of 135M in memory on a processor, beside Python itself (1.3 and 1.4). From disk they
+were measured while embedding and output stayed on the device: of a 70B shape 10.1 GiB, 3.9 of them those two (6.4 by the
+formula, which is without them), and of 2B on a processor 2.0, with 0.9 of them (0.8 by the formula). They are for transformers
+of linear layers; what a model keeps beside those (states of Mamba, windows of attention) they do not know.
 """
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 from samq.gguf.codes import GROUP
+from samq.gguf.formats import EMBEDDING, OUTPUT
 from samq.requirements.outline import Outline
 from samq.sensitivity.gram import MATRICES_BYTES
+from samq.sensitivity.offloading import READ_AT_ONCE, READERS
 from samq.sensitivity.placement import WORKING_SHARE
 
 FLOAT, DOUBLE = 4, 8
@@ -71,15 +75,58 @@ class TorchRun:
         return sum(self.rooms) if self.is_spread else self.rooms[0]
 
     @property
-    def resident(self) -> int:
-        """Bytes of weights on the device: all; or what is around the blocks, the block that runs and the one that comes.
+    def staying(self) -> int:
+        """Bytes of weights that are on the device all the time: all, or those that do not wait elsewhere.
 
-        On a processor the pages of the file that are being read count as well.
+        Beside blocks on disk the matrices around them wait there too, and beside those of a GGUF, in RAM, they stay.
         """
         if self.is_whole:
             return self.weights
-        around = self.outline.weights - self.outline.weights_in_blocks
-        return around * self.itemsize + (2 if self.on_gpu else 3) * self.block
+        around = self.outline.around.values()
+        return (
+            sum(tensor.weights for tensor in around if self.outline.is_gguf or len(tensor.shape) == 1) * self.itemsize
+        )
+
+    @property
+    def resident(self) -> int:
+        """Bytes of weights on the device while blocks run: what stays, the block that runs and the one that comes."""
+        return self.staying + (0 if self.is_whole else 2 * self.block + self.pages)
+
+    @property
+    def before_blocks(self) -> int:
+        """Bytes of weights on the device before the first block: all matrices around the blocks but the output."""
+        return self._with_ends(lambda name: name != OUTPUT)
+
+    @property
+    def after_blocks(self) -> int:
+        """Bytes of weights on the device after the last block: the output."""
+        output = OUTPUT if OUTPUT in self.outline.around else EMBEDDING
+        return self._with_ends(lambda name: name == output)
+
+    def _with_ends(self, comes: Callable[[str], bool]) -> int:
+        if self.is_whole or self.outline.is_gguf:
+            return self.staying
+        matrices = (tensor for name, tensor in self.outline.around.items() if len(tensor.shape) > 1 and comes(name))
+        return self.staying + sum(tensor.weights for tensor in matrices) * self.itemsize + self.pages
+
+    @property
+    def pages(self) -> int:
+        """Bytes of the files that are being read, which count on a processor."""
+        return 0 if self.is_whole or self.on_gpu else min(self.block, READERS * READ_AT_ONCE)
+
+    @property
+    def logits(self) -> int:
+        """Bytes of a sequence's logits in float32."""
+        return FLOAT * self.outline.vocabulary * self.sequence_tokens
+
+    @property
+    def forward(self) -> int:
+        """Bytes of the device that a pass without gradients takes."""
+        return max(
+            self.resident + self.activations * self.batch_tokens,
+            self.before_blocks,
+            self.after_blocks + 2 * self.logits,
+        )
 
     @property
     def block(self) -> int:
@@ -124,13 +171,12 @@ def gradients(run: TorchRun, sequences: int) -> Taken:
     block, and the slopes of all sequences are on the device; the states before each block lie on disk, or on the GPU if the
     model and they fit. Whole, on a processor, it is of all blocks, with logits, their gradient and two copies of both.
     """
-    logits, depth = FLOAT * run.outline.vocabulary, len(run.outline.blocks)
-    positions = sequences * run.sequence_tokens
+    depth, positions = len(run.outline.blocks), sequences * run.sequence_tokens
     activations = 2 * run.activations * run.batch_tokens
     if run.is_whole and not run.on_gpu:
-        return run.on_device(run.weights + depth * activations + 4 * logits * run.batch_tokens)
+        return run.on_device(run.weights + depth * activations + 4 * run.logits * run.batch_size)
     slopes, states = run.states(positions), (depth + 1) * run.states(positions)
-    working = run.resident + slopes + max(activations, 4 * logits * run.sequence_tokens)
+    working = slopes + max(run.resident + activations, run.before_blocks, run.after_blocks + 4 * run.logits)
     if run.is_whole and STATES_SHARE * states <= run.room - run.weights:
         return run.on_device(working + states)
     # On the host: states before this block and the next, and those that a thread is writing. On disk: two sets of slopes.
@@ -158,25 +204,26 @@ def compensation(run: TorchRun, tokens: int) -> Taken:
 
     Beside the Gram matrices there are a factor in float64 and the weights that are rounded at a time. Each of these is there in
     float32 and has two codes, and some share a scale and an offset. On the host it has its errors before and after, and blocks,
-    and the next ones are read and rounded.
+    and the next ones are read and rounded, without their errors.
     """
     at_once = min(ROUNDED_AT_ONCE[run.on_gpu], len(run.gram_bytes) * max(t.weights for t in run.outline.largest_block))
     of_groups = 2 * 2 * FLOAT // GROUP  # scales and offsets, in two orders
     factor_and_weights = DOUBLE // FLOAT * max(run.gram_bytes) + (FLOAT + of_groups + 2) * at_once
     taken = _inputs(run, tokens, factor_and_weights, matrices=True)
-    return taken.beside(Taken(ram=(5 * FLOAT + 6) * at_once))
+    return taken.beside(Taken(ram=(4 * FLOAT + 6) * at_once))
 
 
 def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken:
     # as much again while they are added up: those of a run of batches, and those of all before
     sums = min(sum(run.gram_bytes), max(MATRICES_BYTES // 2, *run.gram_bytes)) if matrices else 0
-    logits = 2 * FLOAT * run.outline.vocabulary * run.sequence_tokens
+    of_output = 2 * FLOAT * run.outline.width**2 if matrices else 0
     states = run.states(tokens)
     # The next block is fetched afterwards, and this one is gone before the last factor.
     block = 0 if run.is_whole else run.block
-    passing = run.resident - block + 2 * sums + max(run.activations * run.batch_tokens, logits)
+    passing = run.resident - block + 2 * sums + run.activations * run.batch_tokens
+    ends = max(run.before_blocks, run.after_blocks + of_output + 2 * run.logits)
     stays = block if sums < sum(run.gram_bytes) else 0  # it runs again for each part of the matrices
-    device = max(passing, run.resident - 2 * block + stays + sums + factor)
+    device = max(passing, ends, run.staying + stays + sums + factor)
     if run.on_gpu and run.is_whole and STATES_SHARE * 3 * states <= run.room - run.weights:
         return run.on_device(device + 3 * states)
     return run.on_device(device, ram=3 * states).beside(Taken(scratch=3 * states))

@@ -69,6 +69,11 @@ class Outline:
         """The tensors of the block with the most weights."""
         return max(self.blocks, key=_weights)
 
+    @cached_property
+    def around(self) -> dict[str, TensorInfo]:
+        """Name -> tensor, of those in no block: embedding, output, norm."""
+        return {name: tensor for name, tensor in self.tensors.items() if not _BLOCK.match(name)}
+
     @property
     def weights(self) -> int:
         """Of the whole model."""

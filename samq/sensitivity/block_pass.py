@@ -114,13 +114,13 @@ class BlockPass:
             writer as self._writer,  # leaves first
         ):
             with torch.no_grad():
-                self._enter()
+                self._enter(weights)
                 if not self._turned():
                     self._forward(weights)
             if not self._turned():
                 self._turn(weights)
             self._backward(weights)
-            self._embed()
+            self._embed(weights)
 
     def _bytes_of_states(self) -> int:
         """Of the hidden states of all sequences before every block and after the last."""
@@ -129,13 +129,14 @@ class BlockPass:
         positions = sum(sequences.ids.numel() for sequences in self.batches)
         return (len(self.blocks) + 1) * positions * width * embedding.element_size()
 
-    def _enter(self) -> None:
-        self._probe = self.blocks.enter(*(part[:1, :PROBE_TOKENS] for part in self.batches[0].on(self.device)))
-        for share, numbers in enumerate(self._shares):
-            for number in numbers:
-                entered = self.blocks.enter(*self.batches[number].on(self.device)).on(self.devices[share])
-                self._states.put(0, number, entered.hidden)
-                self._calls.append(entered.calls)
+    def _enter(self, weights: Residence) -> None:
+        with weights.part(weights.before, None) as before, before.on(self.device):
+            self._probe = self.blocks.enter(*(part[:1, :PROBE_TOKENS] for part in self.batches[0].on(self.device)))
+            for share, numbers in enumerate(self._shares):
+                for number in numbers:
+                    entered = self.blocks.enter(*self.batches[number].on(self.device)).on(self.devices[share])
+                    self._states.put(0, number, entered.hidden)
+                    self._calls.append(entered.calls)
         self._states.close(0)
 
     def _forward(self, weights: Residence) -> None:
@@ -143,7 +144,7 @@ class BlockPass:
         done = max((block for block in range(last + 2) if self._states.has(block)), default=0)
         self._tell(done)
         for block in range(done, last + 1):
-            with weights.part(block, min(block + 1, last)) as placed:
+            with weights.part(block, block + 1) as placed:
                 for share, number, hidden in self._states.each(block, self._shares, placed.devices):
                     self._look_at(block, placed, hidden)
                     with self.batches[number].memory(), placed.on(placed.devices[share]):
@@ -173,7 +174,7 @@ class BlockPass:
         last = len(self.blocks)
         states: dict[int, torch.Tensor] = {}  # of each share's batch
         rows = [[(n, row) for n in numbers for row in range(len(self.batches[n].ids))] for numbers in self._shares]
-        with weights.part(last, last - 1) as around:
+        with weights.part(weights.after, None) as around:  # the last block comes afterwards: this takes memory enough
             for share, (number, row) in in_turn(rows):
                 sequences = self.batches[number]
                 if row == 0:
@@ -253,12 +254,13 @@ class BlockPass:
         self._tell(2 * len(self.blocks) - there)
         return there
 
-    def _embed(self) -> None:
+    def _embed(self, weights: Residence) -> None:
         self.work.sums.begin(0)
-        for number, sequences in enumerate(self.batches):
-            with self.work.gradients.within(None, sequences.batch) as backward:
-                hidden = self.blocks.enter(*sequences.on(self.device)).hidden
-                backward(hidden, self._slopes.pop(number).to(hidden.device))
+        with weights.part(weights.before, None) as before, before.on(self.device):
+            for number, sequences in enumerate(self.batches):
+                with self.work.gradients.within(None, sequences.batch) as backward:
+                    hidden = self.blocks.enter(*sequences.on(self.device)).hidden
+                    backward(hidden, self._slopes.pop(number).to(hidden.device))
 
     def _tell(self, blocks: int) -> None:
         self._steps += blocks

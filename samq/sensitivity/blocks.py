@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
-from samq.sensitivity.offloading import Residence, has_offloaded
+from samq.sensitivity.offloading import ALL, NOTHING, Needed, Residence, computes_on, has_offloaded
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart, and how its weights are used
@@ -73,11 +73,12 @@ class Entered:
 class Blocks:
     """The decoder blocks of a model, in order."""
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], outputs: int) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], outputs: int, needed: Needed = ALL) -> None:
         """`outputs`: how many things a block returns in a tuple, hidden states first; 0 if it returns hidden states alone."""
         self.model = model
         self.layers = list(layers)
-        self._outputs = outputs
+        self.outputs = outputs
+        self._needed = needed
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -99,7 +100,7 @@ class Blocks:
             return None
 
     def enter(self, ids: torch.Tensor, mask: torch.Tensor) -> Entered:
-        """Run what comes before the first block on token ids and mask (sequences, T)."""
+        """Run what comes before the first block on token ids and mask (sequences, T), with its weights on their device."""
         calls: list[Call] = []
         first: list[torch.Tensor] = []
 
@@ -118,18 +119,21 @@ class Blocks:
         raise AssertionError("the model's forward function calls its last block")
 
     def resident(self, devices: Sequence[torch.device] = ()) -> Residence:
-        """What brings the parts' weights to the devices that compute: by default to where the model's other weights are."""
-        return Residence(self.layers, self.model, list(devices) or [main_device(self.model)])
+        """What brings the parts' weights to the devices that compute: by default to the model's main one."""
+        return Residence(self.layers, self.model, list(devices) or [main_device(self.model)], self._needed)
 
     def run(self, number: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run one block, whose weights are on the device of its hidden states."""
         positional, named = call.filled(hidden)
         output = self.layers[number](*positional, **named)
-        result: torch.Tensor = output[0] if self._outputs else output
+        result: torch.Tensor = output[0] if self.outputs else output
         return result
 
     def logits(self, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Run what comes after the last block on its output, of these token ids and, if there is padding, mask (sequences, T)."""
+        """Run what comes after the last block on its output, of these token ids and, if there is padding, mask (sequences, T).
+
+        The weights of what is around the blocks are on the device of the output.
+        """
 
         def replace(number: int, entering: torch.Tensor, call: Call) -> torch.Tensor:
             return hidden if number == len(self.layers) - 1 else entering
@@ -141,7 +145,7 @@ class Blocks:
         self, replace: Callable[[int, torch.Tensor, Call], torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
     ) -> Any:
         """The model's own forward function with every block replaced."""
-        with _replaced(self.layers, replace, self._outputs):
+        with _replaced(self.layers, replace, self.outputs):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
@@ -174,19 +178,23 @@ def _logits_by_blocks(
     """The logits of each batch, all batches through one block after another."""
     device = main_device(blocks.model)
     entered = []
-    for number, (ids, mask) in enumerate(batches):
-        about(number)
-        entered.append(blocks.enter(ids.to(device), mask.to(device)))
-    states = [batch.hidden for batch in entered]
     with blocks.resident() as weights:
+        with weights.part(weights.before, 0) as before, before.on(device):
+            for number, (ids, mask) in enumerate(batches):
+                about(number)
+                entered.append(blocks.enter(ids.to(device), mask.to(device)))
+        states = [batch.hidden for batch in entered]
         for block in range(len(blocks)):
             with weights.part(block, block + 1) as placed, placed.on(placed.devices[0]):
                 for number, batch in enumerate(entered):
                     about(number)
                     states[number] = blocks.run(block, states[number].to(placed.devices[0]), batch.calls[block])
-    for number, (ids, mask) in enumerate(batches):
-        about(number)
-        yield blocks.logits(states[number].to(device), ids.to(device), mask.to(device))
+        with weights.part(weights.after, None) as after:
+            for number, (ids, mask) in enumerate(batches):
+                about(number)
+                with after.on(device):
+                    logits = blocks.logits(states[number].to(device), ids.to(device), mask.to(device))
+                yield logits
 
 
 @contextmanager
@@ -242,13 +250,27 @@ def _without_hidden(positional: tuple[Any, ...], named: dict[str, Any], hidden: 
 
 
 def _taken_apart(model: PreTrainedModel) -> Blocks:
-    layers = list(block_list(model))
+    layers, device = list(block_list(model)), main_device(model)
     _require_own_parameters(model, layers)
-    ids = torch.arange(PROBE_TOKENS, device=main_device(model))[None]
-    blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
-    _require_independent_arguments(blocks, ids)
-    if not has_offloaded(model):
-        _require_equal_logits(blocks, ids)
+    ids = torch.arange(PROBE_TOKENS, device=device)[None]
+    parameters = dict(model.named_parameters())
+    # How the model computes is seen without the values of what is on disk.
+    with (
+        Residence(layers, model, [device], NOTHING) as weights,
+        weights.part(weights.before, None) as zeros,
+        zeros.on(device),
+    ):
+        blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
+        with _trainable_outside(blocks) as outside:
+            entered = blocks.enter(ids, torch.ones_like(ids))
+            _require_independent_arguments(entered.calls)
+            if has_offloaded(model):
+                of_both = _leaves(entered.hidden), _leaves(blocks.logits(entered.hidden.detach(), ids))
+                needed = [
+                    frozenset(id(parameters[name]) for name in outside if id(outside[name]) in of) for of in of_both
+                ]
+                return Blocks(model, layers, blocks.outputs, Needed(*needed))
+    _require_equal_logits(blocks, ids)
     return blocks
 
 
@@ -295,24 +317,43 @@ def _with_outputs_as_the_model_takes_them(model: PreTrainedModel, layers: list[n
     raise reason
 
 
-def _require_independent_arguments(blocks: Blocks, ids: torch.Tensor) -> None:
-    """Only through the hidden states may a block's arguments depend on weights, and none may be an object that blocks alter."""
+@contextmanager
+def _trainable_outside(blocks: Blocks) -> Iterator[dict[str, nn.Parameter]]:
+    """Let autograd see what depends on the parameters outside the blocks; gives these by their names."""
     inside = {id(parameter) for layer in blocks.layers for parameter in layer.parameters()}
-    outside = [parameter for parameter in blocks.model.parameters() if id(parameter) not in inside]
-    before = [parameter.requires_grad for parameter in outside]
+    outside = {name: parameter for name, parameter in blocks.model.named_parameters() if id(parameter) not in inside}
+    before = [parameter.requires_grad for parameter in outside.values()]
     try:
-        for parameter in outside:
+        for parameter in outside.values():
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            calls = blocks.enter(ids, torch.ones_like(ids)).calls
+            yield outside
     finally:
-        for parameter, trainable in zip(outside, before, strict=True):
+        for parameter, trainable in zip(outside.values(), before, strict=True):
             parameter.requires_grad_(trainable)
+
+
+def _require_independent_arguments(calls: Sequence[Call]) -> None:
+    """Only through the hidden states may a block's arguments depend on weights, and none may be an object that blocks alter."""
     for call in calls:
         for place, value in enumerate(call.positional):
             _require_independent(str(place), value)
         for name, value in call.named.items():
             _require_independent(name, value)
+
+
+def _leaves(output: torch.Tensor) -> set[int]:
+    """The ids of the tensors that autograd would give gradients from this one."""
+    found, seen, left = set(), set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        left += [following for following, _ in node.next_functions]
+    return found
 
 
 def _require_independent(name: str, value: Any) -> None:
@@ -343,9 +384,9 @@ def cannot_run(model: PreTrainedModel, reason: Exception) -> SamqError:
 
 
 def main_device(model: PreTrainedModel) -> torch.device:
-    """Where the model's embedding is, and so what is around the blocks."""
+    """Where the model's embedding is, or comes to from disk, and so what is around the blocks."""
     weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    return weight.device
+    return computes_on(weight)
 
 
 def _moved(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:

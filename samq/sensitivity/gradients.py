@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from samq.errors import SamqError
 from samq.sensitivity.layout import Weight
+from samq.sensitivity.offloading import computes_on, is_offloaded
 from samq.sensitivity.weight_gradients import Gradients, LinearGradients, RowGradients, WholeGradient, sum_of_rows
 
 # (the weight's index, number of the batch's first sequence, gradients of the batch's sequences, or of some rows of theirs)
@@ -278,12 +279,23 @@ def _is_hookable(weight: Weight, module: nn.Module) -> bool:
         return False
     if type(module) is nn.Embedding:
         return True
-    if module.weight.is_meta:
-        return False
-    with torch.no_grad():  # one that multiplies by a number, as Gemma's does?
-        ids = torch.arange(2, device=module.weight.device)
-        scale = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight)
-        return torch.equal(module(ids), nn.functional.embedding(ids, module.weight) * scale)
+    values = module._parameters["weight"]
+    assert values is not None
+    if is_offloaded(values):  # any values show it
+        some = torch.arange(1, 1 + values.shape[1], device=computes_on(values)).to(values.dtype)
+        module._parameters["weight"] = nn.Parameter(some.expand(values.shape), requires_grad=False)
+    try:
+        return _multiplies(module)
+    finally:
+        module._parameters["weight"] = values
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Embedding) -> bool:
+    """Whether it multiplies by a number, as Gemma's does."""
+    ids = torch.arange(2, device=module.weight.device)
+    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight)
+    return torch.equal(module(ids), nn.functional.embedding(ids, module.weight) * scale)
 
 
 class _Uses(TorchFunctionMode):

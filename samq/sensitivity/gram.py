@@ -110,21 +110,17 @@ def _by_blocks(
     devices = memory.sharing(device)
     turns = rounds(range(1, len(batches)), len(devices))
     share_of = {batch: share for of_round in turns for share, run in enumerate(of_round) for batch in run} | {0: 0}
-    with torch.no_grad():
-        entered = [
-            blocks.enter(*sequences.on(device)).on(devices[share_of[number]])
-            for number, sequences in enumerate(batches)
-        ]
-    size = 3 * sum(batch.hidden.nbytes for batch in entered)
-    place = memory.place(size, devices, offloaded=has_offloaded(blocks.model))
-    with (
-        HiddenStates(
-            place, Checkpoints(memory.folder if place is None else None), writer := Writer(), "inputs"
-        ) as states,
-        writer,  # leaves first
-        blocks.resident(devices) as resident,
-    ):
-        yield from _through(blocks, batches, entered, turns, inputs, (states, resident), progress)
+    with blocks.resident(devices) as resident:
+        with torch.no_grad(), resident.part(resident.before, None) as before, before.on(device):
+            entered = [
+                blocks.enter(*sequences.on(device)).on(devices[share_of[number]])
+                for number, sequences in enumerate(batches)
+            ]
+        size = 3 * sum(batch.hidden.nbytes for batch in entered)
+        place = memory.place(size, devices, offloaded=has_offloaded(blocks.model))
+        checkpoints, writer = Checkpoints(memory.folder if place is None else None), Writer()
+        with HiddenStates(place, checkpoints, writer, "inputs") as states, writer:  # leaves first
+            yield from _through(blocks, batches, entered, turns, inputs, (states, resident), progress)
 
 
 def _through(
@@ -158,16 +154,18 @@ def _through(
         states.drop(block)
     progress(count, count + 1)
 
-    def run_around(number: int, _: int) -> None:
-        sequences, hidden = batches[number], states.get(count, number, device)
-        for row, length in enumerate(sequences.batch.lengths):  # one at a time: logits are large
-            inputs.about(torch.ones(1, length))
-            with sequences.memory():
-                blocks.logits(hidden[row : row + 1, :length], sequences.ids[row : row + 1, :length].to(device))
+    with resident.part(resident.after, None) as after:
 
-    inside = {module for layer in blocks.layers for module in layer.modules()}
-    around = [module for module in blocks.model.modules() if module not in inside]
-    yield from inputs.measure(count, around, run_around, rounds(range(1, len(batches)), 1))
+        def run_around(number: int, _: int) -> None:
+            sequences, hidden = batches[number], states.get(count, number, device)
+            for row, length in enumerate(sequences.batch.lengths):  # one at a time: logits are large
+                with sequences.memory(), after.on(device):
+                    inputs.about(torch.ones(1, length))
+                    blocks.logits(hidden[row : row + 1, :length], sequences.ids[row : row + 1, :length].to(device))
+
+        inside = {module for layer in blocks.layers for module in layer.modules()}
+        around = [module for module in blocks.model.modules() if module not in inside]
+        yield from inputs.measure(count, around, run_around, rounds(range(1, len(batches)), 1), after.release)
     states.drop(count)
     progress(count + 1, count + 1)
 

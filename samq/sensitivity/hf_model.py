@@ -30,7 +30,9 @@ from samq.progress import Progress, silent
 from samq.records import ModelSource
 from samq.sensitivity import gguf_config
 from samq.sensitivity.as_llama_cpp import compute_as_llama_cpp
+from samq.sensitivity.blocks import main_device
 from samq.sensitivity.checkpoint import describe_source, weight_files
+from samq.sensitivity.memory import return_freed_memory
 from samq.sensitivity.offloading import is_offloaded
 from samq.sensitivity.placement import not_read, offload_folder, placement, take_over
 from samq.sensitivity.published_types import dequantize_at_load
@@ -71,8 +73,8 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         device: a torch device, or auto: all GPUs if there are any, else cpu.
         progress: told of the tensors that are read from a GGUF, and then of those that the model has.
-        memory_limit: bytes of the device's memory that the model may take; None for what is free. The blocks of a model
-            that does not fit stay on disk, or a GGUF's in the host's memory (`samq.sensitivity.offloading`).
+        memory_limit: bytes of the device's memory that the model may take; None for what is free. The matrices of a model
+            that does not fit stay on disk, or a GGUF's blocks in the host's memory (`samq.sensitivity.offloading`).
 
     Raises:
         SamqError: the dtype is unknown, or the model cannot be loaded on the device.
@@ -120,8 +122,12 @@ def load_model(
             if isinstance(places, dict):
                 take_over(model)
                 log.info(
-                    "%s does not fit the memory of %s; its blocks wait elsewhere until they run", source.name, place
+                    "%s does not fit the memory of %s; its weights wait elsewhere until they are used",
+                    source.name,
+                    place,
                 )
+                if main_device(model).type == "cpu":
+                    return_freed_memory()
             if gguf_alone:
                 gguf_config.scale_frequencies(model, gguf_alone)
             _keep_text_part(model)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 RELATIVE_ROUNDING = 2.0**-7
 ABSOLUTE_ROUNDING = 2.0**-24
 _FIRST_VALUES = 4096  # that are compared before the whole
-_PART_VALUES = 2**24  # that are compared at a time
+_PART_VALUES = 2**22  # that are compared at a time
 
 _EXPERTS = re.compile(r"_exps\b")
 _TORCH_LACKS = "torch has no weight of its name"

@@ -1,5 +1,6 @@
 """Devices that measure and their memory, and one sentence instead of torch's traceback where a GPU's does not suffice."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch
 from samq.errors import SamqError
 
 _SHARE = 3  # hidden states get this part of what is free
+_LARGE = 2**21  # bytes: an array of so many is a mapping of its own, and malloc keeps no more free at the end of a heap
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,16 @@ def needs_gpu_memory(what: str, advice: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise SamqError(f"the GPU's memory does not hold {what}; {advice}") from error
+
+
+def return_freed_memory() -> None:
+    """Let malloc return what is free now, and from now on each large array when it is freed, where the C library is glibc.
+
+    By itself glibc keeps arrays of up to 32 MiB for later ones. On a processor that was 0.2 GiB of a backward pass and 0.7 of
+    compensated rounding, with 0.5 billion weights on disk.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGE)
+        library.malloc_trim(0)

@@ -1,16 +1,19 @@
 """Weights that are not where they are computed with: on disk, or in the host's memory beside a GPU.
 
 A parameter on disk is on torch's meta device, and `keep_on_disk` notes in it where its values are. A block's weights are
-brought to the device for as long as it runs, and those of the next one meanwhile, by another thread.
+brought to the device for as long as it runs, and those of the next one meanwhile, by other threads. What is around the blocks
+runs twice: before the first block and after the last. Each time no more weights come than that needs.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Self
 
 import torch
@@ -21,29 +24,47 @@ from samq.sensitivity.transfer import Transfer, now
 
 logger = logging.getLogger(__name__)
 
-READERS = 8  # threads that read a block's weights
-_VALUES_AT_A_TIME = 2**25  # that a thread copies
+READERS = min(8, len(os.sched_getaffinity(0)))  # threads that read a part's weights
+READ_AT_ONCE = 2**25  # bytes of a tensor that a thread reads at a time, whose pages are in memory meanwhile
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
+
+Rows = slice | EllipsisType  # some rows of a tensor, or all
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, and the type that it is computed with."""
+    """A tensor in a safetensors file, and the type and device that it is computed with."""
 
     file: Path
     name: str
     dtype: torch.dtype
+    device: torch.device
 
     @contextmanager
-    def opened(self) -> Iterator[torch.Tensor]:
+    def opened(self, rows: Rows = ...) -> Iterator[torch.Tensor]:
         """Its values as the file has them, whose pages are in memory as long as the tensor."""
         with safe_open(self.file, "pt") as file:
-            yield file.get_tensor(self.name)
+            yield file.get_tensor(self.name) if rows is ... else file.get_slice(self.name)[rows]
 
-    def read(self) -> torch.Tensor:
-        """Its values, in the host's memory."""
-        with self.opened() as values:
-            return values.to(self.dtype, copy=True)
+    def has_values_of(self, other: "StoredTensor", parameter: torch.Tensor) -> bool:
+        """Whether two tensors of the parameter's shape are equal."""
+        if (self.file, self.name) == (other.file, other.name):
+            return True
+        for rows in parts_of(parameter):
+            with self.opened(rows) as values, other.opened(rows) as others:
+                if not torch.equal(values.to(self.dtype), others.to(other.dtype)):
+                    return False
+        return True
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[Rows]:
+    """The rows of a tensor on disk that are read at a time."""
+    step = max(1, READ_AT_ONCE // max(1, tensor[0].nbytes)) if tensor.ndim and len(tensor) else 0
+    if tensor.ndim == 0 or len(tensor) <= step:
+        yield ...
+        return
+    for first in range(0, len(tensor), step):
+        yield slice(first, min(first + step, len(tensor)))
 
 
 def keep_on_disk(parameter: nn.Parameter, stored: StoredTensor) -> None:
@@ -61,10 +82,32 @@ def has_offloaded(module: nn.Module) -> bool:
     return any(map(is_offloaded, module.parameters()))
 
 
+def stored_of(parameter: torch.Tensor) -> StoredTensor | None:
+    """Where the parameter's values are, if that is on disk."""
+    stored: StoredTensor | None = getattr(parameter, _STORED, None)
+    return stored
+
+
+def computes_on(parameter: torch.Tensor) -> torch.device:
+    """The device where the parameter is, or which its values are brought to from disk."""
+    stored = stored_of(parameter)
+    return parameter.device if stored is None else stored.device
+
+
 def values_of(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's values: read into the host's memory if they are on disk, or else where they are."""
-    stored: StoredTensor | None = getattr(parameter, _STORED, None)
-    return parameter.detach() if stored is None else stored.read()
+    if (stored := stored_of(parameter)) is None:
+        return parameter.detach()
+    values = torch.empty(parameter.shape, dtype=stored.dtype)
+    for rows in parts_of(parameter):
+        with stored.opened(rows) as part:
+            values[rows].copy_(part)
+    return values
+
+
+def without_values(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Zeros in the parameter's place, which take no memory."""
+    return torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
 
 
 _Place = tuple[dict[str, Any], str]  # the parameters or the buffers of a module, and a name
@@ -97,13 +140,31 @@ class Placed:
                 tensors[name] = original
 
 
+@dataclass(frozen=True)
+class Needed:
+    """The parameters around the blocks that are needed before the first block and after the last, by their ids; None: all."""
+
+    before: frozenset[int] | None = None
+    after: frozenset[int] | None = None
+
+
+ALL = Needed()
+NOTHING = Needed(frozenset(), frozenset())
+
+
 class Residence:
-    """Brings the weights of a model's parts to the devices that compute, during a `with` block."""
+    """Brings the weights of a model's parts to the devices that compute, during a `with` block.
 
-    def __init__(self, blocks: list[nn.Module], around: nn.Module, devices: list[torch.device]) -> None:
-        """The parts are the blocks and, last, what is around them: all other modules of the model `around`.
+    The parts are the blocks, in order, and two of all other modules: `after` the last block and `before` the first, on the
+    first device alone. Of what is on disk these two have those weights that are needed; zeros stand for the others.
+    """
 
-        If there is one device, it is for the blocks that are on disk or in the host's memory, and others run where they are.
+    def __init__(
+        self, blocks: list[nn.Module], around: nn.Module, devices: list[torch.device], needed: Needed = ALL
+    ) -> None:
+        """The other modules are those of the model `around`.
+
+        If there is one device, it is for what is on disk, and for blocks in the host's memory. Other parts run where they are.
         Several compute every part, and each gets copies of the weights that it lacks. If what is around the blocks is on
         several devices itself, it stays as it is.
         """
@@ -114,8 +175,11 @@ class Residence:
         ]
         inside = {module for part in self._parts for module in part.modules}
         outside = [module for module in around.modules() if module not in inside]
-        spread = any(tensor.device != devices[0] for _, tensor in _tensors(outside))
-        self._parts.append(_Part(around, [] if spread else outside, devices[:1] * len(devices) if spread else devices))
+        if any(computes_on(tensor) != devices[0] for _, tensor in _tensors(outside)):
+            outside, devices = [], devices[:1] * len(devices)
+        self.after, self.before = len(blocks), len(blocks) + 1
+        self._parts.append(_Part(around, outside, devices, needed.after))
+        self._parts.append(_Part(around, outside, devices[:1], needed.before))
         self._coming: dict[int, Callable[[], Placed]] = {}
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="fetch-block")
         self._local = threading.local()  # a thread's way to the GPUs
@@ -151,12 +215,17 @@ class Residence:
         futures = []
         for original, places in part.tensors():
             devices = [device for device in copies if device != original.device]
+            if not part.needs(original):
+                for device in devices:
+                    zeros = nn.Parameter(without_values(original, device), requires_grad=False)
+                    copies[device] += [(place, zeros) for place in places]
+                continue
             # Memory for all, from what the computing stream has freed: a thread's own stream would have a pool of its own.
             into = [torch.empty(original.shape, dtype=original.dtype, device=device) for device in devices]
             free = [now(device) for device in devices]
-            futures += [
-                self._threads.submit(self._copy, original, into, free, some) for some in _parts(original) if devices
-            ]
+            for rows in parts_of(original) if is_offloaded(original) else [...]:
+                of_rows = [copy[rows] for copy in into]
+                futures.append(self._threads.submit(self._copy, original, rows, of_rows, free))
             for device, copy in zip(devices, into, strict=True):
                 own = nn.Parameter(copy, requires_grad=False) if isinstance(original, nn.Parameter) else copy
                 copies[device] += [(place, own) for place in places]
@@ -168,15 +237,16 @@ class Residence:
 
         return wait
 
-    def _copy(self, original: torch.Tensor, copies: list[torch.Tensor], free: list[Any], some: slice) -> None:
-        """Fill some of the values of the copies, which nothing uses after the events `free`; what is on disk is read once."""
-        stored: StoredTensor | None = getattr(original, _STORED, None)
-        with stored.opened() if stored is not None else nullcontext(original.detach()) as whole:
-            values, into = whole.reshape(-1)[some], [copy.view(-1)[some] for copy in copies]
-            if into[0].is_cuda:
-                self._transfer().to_gpus(values, into, free)
+    def _copy(self, original: torch.Tensor, rows: Rows, copies: list[torch.Tensor], free: list[Any]) -> None:
+        """Fill the copies of some rows, which nothing uses after the events `free`; what is on disk is read once."""
+        if not copies:
+            return
+        stored = stored_of(original)
+        with stored.opened(rows) if stored is not None else nullcontext(original.detach()) as values:
+            if copies[0].is_cuda:
+                self._transfer().to_gpus(values, copies, free)
                 return
-            for copy in into:
+            for copy in copies:
                 copy.copy_(values)
 
     def _transfer(self) -> Transfer:
@@ -194,6 +264,11 @@ class _Part:
     module: nn.Module
     modules: list[nn.Module]  # whose weights are brought to the devices
     devices: list[torch.device]
+    needed: frozenset[int] | None = None  # the ids of parameters on disk whose values are needed; None: all
+
+    def needs(self, tensor: torch.Tensor) -> bool:
+        """Whether the values of a tensor are needed."""
+        return self.needed is None or id(tensor) in self.needed or not is_offloaded(tensor)
 
     def tensors(self) -> list[tuple[torch.Tensor, list[_Place]]]:
         """The parameters and buffers that are not on all of the devices, each once, with their places."""
@@ -202,13 +277,6 @@ class _Part:
             if any(tensor.device != device for device in self.devices):
                 places.setdefault(id(tensor), (tensor, []))[1].append(place)
         return list(places.values())
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[slice]:
-    """The tensor's values in parts that threads copy, by their numbers in order."""
-    step = _VALUES_AT_A_TIME if is_offloaded(tensor) or tensor.is_contiguous() else max(1, tensor.numel())
-    for first in range(0, tensor.numel(), step):
-        yield slice(first, first + step)
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[_Place, torch.Tensor]]:

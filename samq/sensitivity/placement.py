@@ -1,4 +1,4 @@
-"""Where a model's weights are while it is measured: on the device that computes, or elsewhere until their block runs."""
+"""Where a model's weights are while it is measured: on the device that computes, or elsewhere until they are needed."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 from samq.errors import SamqError
 from samq.sensitivity.blocks import NotApart, block_list, cannot_run
 from samq.sensitivity.memory import compute_devices, free_bytes
-from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk
+from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk, stored_of
 
 # What a model that is measured takes at least, beside what a batch takes: in shares of its weights
 WORKING_SHARE = 1.25
@@ -29,6 +29,8 @@ def _room(device: str, limit: int | None) -> list[int]:
 
 def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int | None) -> str | dict[str, str]:
     """Transformers' device map: `device` if the model fits there, or else its blocks `elsewhere` (disk or cpu).
+
+    The matrices around blocks on disk are there as well: embedding and output.
 
     Args:
         skeleton: the model on the meta device, in the type that it is computed with.
@@ -50,7 +52,7 @@ def placement(skeleton: PreTrainedModel, device: str, elsewhere: str, limit: int
 
 
 def _beside(module: nn.Module, blocks: str, device: str, elsewhere: str, prefix: str = "") -> dict[str, str]:
-    """The device map that has the module list `blocks` elsewhere, and all that is not around it on the device."""
+    """The device map that has the module list `blocks` elsewhere, and what is around it by `_around`."""
     places: dict[str, str] = {}
     for name, child in module.named_children():
         full = f"{prefix}{name}"
@@ -59,7 +61,22 @@ def _beside(module: nn.Module, blocks: str, device: str, elsewhere: str, prefix:
         elif blocks.startswith(f"{full}."):
             places |= _beside(child, blocks, device, elsewhere, f"{full}.")
         else:
-            places[full] = device
+            places |= _around(child, full, device, elsewhere)
+    return places
+
+
+def _around(module: nn.Module, name: str, device: str, elsewhere: str) -> dict[str, str]:
+    """The device map of a module beside the blocks: matrices on disk if the blocks are, and all else on the device."""
+    if elsewhere != "disk" or not any(parameter.ndim > 1 for parameter in module.parameters()):
+        return {name: device}
+    children, own = dict(module.named_children()), [*module.parameters(False), *module.buffers(False)]
+    if not children:
+        return {name: elsewhere}
+    if own:
+        return {name: device}
+    places: dict[str, str] = {}
+    for child, inner in children.items():
+        places |= _around(inner, f"{name}.{child}", device, elsewhere)
     return places
 
 
@@ -77,7 +94,11 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 def not_read(skeleton: PreTrainedModel, places: str | dict[str, str]) -> Iterator[None]:
     """Let transformers leave on disk, unread, what stays there as it is: it would read each tensor and forget it."""
     on_disk = [name for name, place in places.items() if place == "disk"] if isinstance(places, dict) else []
-    names = {name for name, _ in skeleton.named_parameters() if any(name.startswith(f"{part}.") for part in on_disk)}
+    names = {
+        name
+        for name, _ in skeleton.named_parameters(remove_duplicate=False)
+        if any(name.startswith(f"{part}.") for part in on_disk)
+    }
     convert: Any = WeightRenaming.convert
 
     def skip(renaming: Any, layer_name: str, *arguments: Any, hf_quantizer: Any = None, **more: Any) -> Any:
@@ -98,12 +119,17 @@ def take_over(model: PreTrainedModel) -> None:
 
     They would read a block's weights again for every batch.
     """
+    buffers = []
     for module in model.modules():
         for hook in _hooks(module):
             if hook.offload and hook.weights_map is not None:
                 for name, parameter in list(module.named_parameters(recurse=False)):
-                    _note(module, name, parameter, hook.weights_map)
-    remove_hook_from_submodules(model)
+                    _note(module, name, parameter, hook)
+                buffers += [(module, name, hook.execution_device) for name, _ in module.named_buffers(recurse=False)]
+    remove_hook_from_submodules(model)  # which moves buffers to where they were loaded
+    for module, name, device in buffers:
+        module._buffers[name] = getattr(module, name).to(device)
+    _tie(model)
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
@@ -112,13 +138,31 @@ def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
     return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
 
 
-def _note(module: nn.Module, name: str, parameter: nn.Parameter, weights: Any) -> None:
-    key, loader = f"{weights.prefix}{name}", weights.dataset
+def _note(module: nn.Module, name: str, parameter: nn.Parameter, hook: Any) -> None:
+    key, loader = f"{hook.weights_map.prefix}{name}", hook.weights_map.dataset
     if key in loader.state_dict:
         values = loader.state_dict[key]
         module._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    elif "safetensors_file" in (entry := loader.index[key]):
-        file = Path(entry["safetensors_file"])
-        keep_on_disk(parameter, StoredTensor(file, entry.get("weight_name", key), parameter.dtype))
+    elif (entry := loader.index.get(key)) is None:  # the file has it under the name of a parameter that it is tied to
+        return
+    elif "safetensors_file" in entry:
+        file, device = Path(entry["safetensors_file"]), torch.empty(0, device=hook.execution_device).device
+        keep_on_disk(parameter, StoredTensor(file, entry.get("weight_name", key), parameter.dtype, device))
     else:
         raise SamqError(f"{key} is kept in a way that SAMQ does not read; give the model as safetensors")
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Let parameters on disk be one where they would be in memory: transformers and accelerate leave them apart there."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in list(model.all_tied_weights_keys.items()):
+        one, other = parameters.get(source), parameters.get(target)
+        if one is None or other is None or one is other:
+            continue
+        stored, others = stored_of(one), stored_of(other)
+        if stored and others and not stored.has_values_of(others, one):
+            model.all_tied_weights_keys.pop(target)  # a file with two that differ
+        elif stored or others:
+            name, kept = (target, one) if stored else (source, other)
+            parent, _, own = name.rpartition(".")
+            parameters[name] = model.get_submodule(parent)._parameters[own] = kept

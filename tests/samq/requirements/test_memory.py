@@ -102,11 +102,29 @@ def test_a_model_is_whole_where_it_is_loaded_whole(folder, tmp_path, share, whol
     run = run_of(outline, room=room)
     assert run.is_whole is not has_offloaded(model)
     assert run.is_whole is whole
-    blocks = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-    around = outline.weights - sum(blocks)
-    assert run.resident == 4 * (outline.weights if whole else around + 3 * max(blocks))
+    block = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
+    norm, embedding, output = (
+        module.weight.numel() for module in (model.model.norm, model.model.embed_tokens, model.lm_head)
+    )
+    assert run.resident == 4 * (outline.weights if whole else norm + 3 * block)  # pages of a file as well
     on_gpu = run_of(outline, room=room, on_gpu=True)
-    assert on_gpu.resident == 4 * (outline.weights if whole else around + 2 * max(blocks))
+    assert on_gpu.resident == 4 * (outline.weights if whole else norm + 2 * block)
+    assert on_gpu.before_blocks == 4 * (outline.weights if whole else norm + embedding)
+    assert on_gpu.after_blocks == 4 * (outline.weights if whole else norm + output)
+
+
+def test_a_tied_embedding_comes_before_the_blocks_and_after_them(tmp_path):
+    outline = read_outline(str(save_folder(tiny_llama(tied=True), tmp_path / "tied")), None, "F16", tmp_path)
+    run = run_of(outline, room=1, on_gpu=True)
+    assert run.before_blocks == run.after_blocks == 4 * (outline.weights - outline.weights_in_blocks)
+
+
+def test_around_the_blocks_of_a_gguf_all_stays_on_the_gpu(tiny_gguf, tmp_path):
+    outline = read_outline(str(tiny_gguf), None, "F16", tmp_path)
+    run = run_of(outline, room=1, on_gpu=True)
+    around = 4 * (outline.weights - outline.weights_in_blocks)
+    assert run.staying == run.before_blocks == run.after_blocks == around
+    assert run.resident == around + 2 * run.block
 
 
 def test_a_model_is_spread_over_gpus_if_the_first_does_not_hold_it(folder, tmp_path):
@@ -137,11 +155,14 @@ def test_what_h200s_took_is_what_the_formulas_say(outline_of):
     assert (of_8b.scratch, of_8b.ram) == (0, 0)
     some = outline_of("70b", **LLAMA_70B | {"num_hidden_layers": 16})
     of_70b = gradients(run_of(some, **on_card, room=20 * GIB, batch_size=8), 96)
-    assert of_70b.gpu / GIB == pytest.approx(10.1, rel=0.05)
+    ends = 2 * 128256 * 8192 * 2 / GIB  # stayed on the GPU then
+    assert of_70b.gpu / GIB == pytest.approx(10.1 - ends, rel=0.05)
     assert of_70b.scratch == (16 + 3) * 96 * 512 * 8192 * 2
     run = run_of(some, **on_card, room=20 * GIB, batch_size=8)
     diagonals, matrices = (layer_inputs(run, 96 * 512, matrices=matrices).gpu for matrices in (False, True))
-    assert diagonals < run.resident + GIB < matrices < memory.compensation(run, 96 * 512).gpu < 20 * GIB
+    assert (
+        run.after_blocks < diagonals < run.resident + GIB < matrices < memory.compensation(run, 96 * 512).gpu < 20 * GIB
+    )
 
 
 def test_a_processor_takes_in_ram_what_a_gpu_takes_of_its_own(folder, tmp_path):

@@ -130,8 +130,8 @@ def test_with_a_slow_disk_a_pass_goes_on_at_an_earlier_block_and_gives_the_same(
     assert len(checks) > 20
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Qwen2.5, tied"])
-def test_a_model_on_disk_goes_on_too(name, killing, tmp_path):
+@pytest.mark.parametrize("name, architecture", [("Mamba", "mamba"), ("Qwen2.5, tied", "qwen2"), ("Llama", "llama")])
+def test_a_model_on_disk_goes_on_too(name, architecture, killing, tmp_path):
     source = describe_source(write_model(name, tmp_path / "model"))
     tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24)])
     folder = tmp_path / "killed"
@@ -139,9 +139,7 @@ def test_a_model_on_disk_goes_on_too(name, killing, tmp_path):
 
     def run(place):
         model, _ = load_model(source, device="cpu", memory_limit=1)
-        return measure(
-            model, tokens, place, weights_of(model, names_of(model, "mamba" if name == "Mamba" else "qwen2"))
-        )
+        return measure(model, tokens, place, weights_of(model, names_of(model, architecture)))
 
     whole = run(tmp_path / "undisturbed")
     for after in (2, 5, 7):  # in the first forward pass, at the turn, on the way back

@@ -205,7 +205,7 @@ def test_blocks_come_in_turn_and_what_is_around_them_last():
 
 
 def test_a_block_of_the_disk_is_in_memory_only_while_it_runs(tmp_path, monkeypatch):
-    """The matrices that follow need the room: neither it nor the next block is there when they come."""
+    """The matrices that follow need the room: neither it nor the next block is there when they come, nor what is around."""
     source = describe_source(save_folder(tiny_llama(num_hidden_layers=3), tmp_path / "model"))
     model, _ = load_model(source, device="cpu", memory_limit=1)
     copies, fetch = [], Residence._fetch
@@ -226,8 +226,12 @@ def test_a_block_of_the_disk_is_in_memory_only_while_it_runs(tmp_path, monkeypat
     for piece in input_moments(model, random_tokens(), weights, memory=memory):
         counts.append((piece.part, len(copies)))
         assert not any(copy() is not None for copy in copies), piece.part
-    per_block = len(list(model.model.layers[0].parameters()))
-    assert counts == [(block, (block + 1) * per_block) for block in range(3)] + [(3, 3 * per_block)]
+    per_block, ends = len(list(model.model.layers[0].parameters())), 2
+    before = 2 * ends  # to see how the model is used, and to enter
+    assert counts == [
+        *((block, before + (block + 1) * per_block) for block in range(3)),
+        (3, before + 3 * per_block + ends),
+    ]
 
 
 def test_between_two_pieces_others_compute_as_always():
