@@ -3,6 +3,11 @@
 from xdist.scheduler import LoadFileScheduling
 
 END_TO_END, ARCHITECTURES = "tests/end_to_end/", "tests/architectures/"
+# ggml's tables of types of 1 and 2 bits take half a minute a process
+LOW_BITS = (
+    "tests/samq/gguf/test_nearest.py",
+    *(f"tests/samq/allocation/test_{of}.py" for of in ("types", "threshold")),
+)
 
 
 class BySharedFixtures(LoadFileScheduling):
@@ -11,4 +16,6 @@ class BySharedFixtures(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith(ARCHITECTURES):
             return nodeid
+        if nodeid.startswith(LOW_BITS):
+            return LOW_BITS[0]
         return END_TO_END if nodeid.startswith(END_TO_END) else super()._split_scope(nodeid)
