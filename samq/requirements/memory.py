@@ -1,10 +1,10 @@
 """Memory and disk that each stage takes, by formulas that follow the code of the stages.
 
-They were compared with what torch allocated on an H200 (benchmarks/large_model.py). Gradients of 8B in memory: 30.2 GiB by the
-formula, 29.8 measured. A 70B shape from disk: gradients 8.9 and 8.5, inputs of layers 12.1 and 12.0, compensation 13.5 and 12.6;
-the driver saw up to 17.1 in use. On a processor, beside Python itself: gradients of 135M in memory 1.3 and 1.4, and of 2B from disk
-0.8 and 0.9. They are for transformers of linear layers; what a model keeps beside those (states of Mamba, windows of attention) they
-do not know.
+They were compared with what torch allocated on an H200 (benchmarks/large_model.py). Gradients of 8B in memory: 30.2 GiB by
+the formula, 29.8 measured. A 70B shape from disk: gradients 8.9 and 8.5, inputs of layers 12.1 and 12.0, compensation 13.5 and
+12.6; the driver saw up to 17.1 in use. On a processor, beside Python itself: gradients of 135M in memory 1.3 and 1.4, and of
+2B from disk 0.8 and 0.9. They are for transformers of linear layers; what a model keeps beside those (states of Mamba, windows
+of attention) they do not know.
 """
 
 import math
