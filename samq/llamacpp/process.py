@@ -58,7 +58,7 @@ def run(
                 cwd=cwd,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
-                preexec_fn=partial(_begin_child, stack),
+                preexec_fn=partial(begin_child, stack),
             )
     except OSError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
@@ -89,7 +89,7 @@ def run(
     return text
 
 
-def _begin_child(stack: int) -> None:
+def begin_child(stack: int = 0) -> None:
     """In the child, before the program: end with the parent, and have this much stack."""
     die_with_parent()
     if stack:

@@ -11,11 +11,13 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from samq import __version__
 from samq.serving.admission import Admission
+from samq.serving.engine import ENGINES
 from samq.serving.guard import Guard
 from samq.serving.limits import read_body
 from samq.serving.metrics import Metrics
@@ -117,9 +119,12 @@ def _add_passed_on(app: FastAPI, server: Server) -> None:
 
     async def pass_on(request: Request) -> Response:
         body = await receive_body(request, settings)
-        check = (body, settings)
+        serving = server.watcher.serving
+        check = (body, settings, serving.vocabulary if serving else ("", ""))
         fields, body = read_body(*check) if len(body) < _THREAD_BYTES else await asyncio.to_thread(read_body, *check)
         _check_model(server, fields.get("model"))
+        if ENGINES[settings.engine].needs_name and serving and not fields.get("model"):
+            body = to_json({**fields, "model": serving.gguf.name})
         path = _ALIASES.get(request.url.path, request.url.path)
         server.recent.add(path, fields)
         streams = fields.get("stream") is True

@@ -9,16 +9,18 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from samq.errors import SamqError
-from samq.llamacpp.process import die_with_parent, kill_group
+from samq.llamacpp.process import begin_child, kill_group
 from samq.llamacpp.reason import reason_in
 from samq.llamacpp.runtime import is_out_of_memory
 from samq.serving.engine import ENGINES, Files, Room, environment_of
+from samq.serving.limits import STACK_BYTES
 from samq.serving.settings import ServingSettings
 from samq.serving.source import HeldFile
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _LOG_LINES = 300  # of the engine's log, kept for the reason of its end
 _READINESS = "/v1/models"  # answered with 200 when the model is loaded, by every engine
+_STACK_BYTES = STACK_BYTES + 8 * 2**20
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _QUIET_S = 1.0  # an engine at work that has said nothing for so long is asked for a sign of life
 _NO_LIMIT = httpx.Limits(
@@ -57,6 +60,7 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._asking = 0
+        self._refuses = False  # connections: it is about to end
         self._heard = self._loop.time()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
@@ -70,7 +74,7 @@ class Child:
                 env=environment_of(command),
                 pass_fds=[file.descriptor for file in (model, mmproj) if file],
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(begin_child, _STACK_BYTES),  # which its threads have too
             )
         except OSError as error:
             raise StartError(f"cannot start {settings.engine}: {error}; `samq doctor` says what is missing") from error
@@ -104,8 +108,8 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
-        return not self._ended.done()
+        """Whether the process runs and takes requests."""
+        return not self._refuses and self._process.poll() is None
 
     @property
     def end(self) -> str:
@@ -122,7 +126,10 @@ class Child:
 
     @asynccontextmanager
     async def ask(self, path: str, body: bytes | None = None) -> AsyncIterator[httpx.Response]:
-        """Send a request, a POST if it has a body; the answer's body is read by `heard`. Raises httpx.TransportError."""
+        """Send a request, a POST if it has a body; the answer's body is read by `heard`.
+
+        Raises httpx.ConnectError if the engine never got it, and another httpx.TransportError if it ended meanwhile.
+        """
         method, headers = ("GET", {}) if body is None else ("POST", {"content-type": "application/json"})
         if not self._asking:
             self._heard = self._loop.time()
@@ -130,6 +137,9 @@ class Child:
         try:
             async with self._client.stream(method, path, content=body, headers=headers) as response:
                 yield response
+        except httpx.ConnectError:
+            self._refuses = True
+            raise
         finally:
             self._asking -= 1
 

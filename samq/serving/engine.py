@@ -78,6 +78,7 @@ class Engine:
     reserved: Mapping[str, str]  # flag -> what to use in its place
     sign_of_life: str | None  # a path that is answered between two batches; None: it answers nothing while at work
     fewest_layers: int | None  # on the GPU, where memory is short; None: as many as fit
+    needs_name: bool = False  # a request must name the model, or the answer names the file
 
 
 def require_flags(settings: ServingSettings) -> None:
@@ -245,5 +246,6 @@ ENGINES: Mapping[str, Engine] = {
         },
         sign_of_life=None,
         fewest_layers=0,
+        needs_name=True,
     ),
 }

@@ -111,35 +111,44 @@ class Exchange(Response):
             await self._fail(refused)
 
     async def _pass_on(self) -> None:
-        try:
-            child = await self._admission.enter()
-        except asyncio.CancelledError:
-            if self._loop.time() >= self._began + self._settings.request_timeout_s:
+        while True:
+            child = await self._enter()
+            entered = self._loop.time()
+            self._identity = child.identity
+            self._metrics.queue_wait.observe(entered - self._began)
+            seconds = None
+            try:
+                await self._ask(child)
+                seconds = self._loop.time() - entered
+                return
+            except httpx.ConnectError:
+                continue  # the engine never got the request, so the next one may
+            except httpx.TransportError as error:
+                if self._admission.draining:
+                    raise shutting_down() from error
+                logger.warning("%s: the engine left a request without an answer: %r", self._path, error)
                 raise Refused(
-                    503,
-                    f"no slot was free for {self._settings.request_timeout_s:g} s in the queue; try again later",
-                    code="queue_timeout",
-                    retry_after_s=10,
-                ) from None
-            raise
-        entered = self._loop.time()
-        self._identity = child.identity
-        self._metrics.queue_wait.observe(entered - self._began)
-        answered = False
-        try:
-            answered = await self._ask(child)
-        except httpx.TransportError as error:
-            if self._admission.draining:
-                raise shutting_down() from error
-            logger.warning("%s: the engine left a request without an answer: %r", self._path, error)
-            raise Refused(
-                503, "the engine ended while it answered; ask again", code="engine_lost", retry_after_s=1
-            ) from error
-        finally:
-            self._admission.leave(child, self._loop.time() - entered if answered else None)
+                    503, "the engine ended while it answered; ask again", code="engine_lost", retry_after_s=1
+                ) from error
+            finally:
+                self._admission.leave(child, seconds)
 
-    async def _ask(self, child: Child) -> bool:
-        """Pass the engine's answer on; returns whether it was a success. Raises Refused for an error of the engine's."""
+    async def _enter(self) -> Child:
+        try:
+            return await self._admission.enter()
+        except asyncio.CancelledError:
+            if self._loop.time() < self._began + self._settings.request_timeout_s:
+                raise
+            limit = f"{self._settings.request_timeout_s:g} s"
+            raise Refused(
+                503,
+                f"no slot was free for {limit} in the queue; try again later",
+                code="queue_timeout",
+                retry_after_s=10,
+            ) from None
+
+    async def _ask(self, child: Child) -> None:
+        """Pass the engine's answer on; raises Refused for an error of the engine's."""
         async with child.ask(self._path, self._body) as response:
             pieces = child.heard(response)
             if response.status_code != 200:
@@ -152,7 +161,6 @@ class Exchange(Response):
             else:
                 await self._stream(pieces)
         self._metrics.end_to_end.observe(self._loop.time() - self._began)
-        return True
 
     async def _stream(self, pieces: AsyncIterator[bytes]) -> None:
         last = None

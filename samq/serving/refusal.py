@@ -20,8 +20,14 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+_GENERAL = {*_TYPES.values(), "server_error"}  # kinds that say no more than the status
 # What engines call an error of theirs although the request was wrong.
-_CLIENTS_FAULT = re.compile(r"json|parse|template|jinja|grammar|schema|base64|image|audio|type must be", re.IGNORECASE)
+_CLIENTS_FAULT = re.compile(
+    r"json|parse|valid|template|jinja|grammar|schema|base64|image|audio|type must be", re.IGNORECASE
+)
+_PYDANTIC = re.compile(
+    r"'loc': \((?P<place>[^)]*)\), 'msg': (?P<quote>['\"])(?P<message>.*?)(?P=quote)"
+)  # llama-cpp-python's
 # A parser's own names, places in memory and in its source are no help to a client.
 _INTERNALS = re.compile(r"\[json\.exception\.[\w.]+\] |0x[0-9a-f]{6,}|\S+\.(?:cpp|h|py):\d+:? ?")
 
@@ -80,9 +86,10 @@ def refused_by_engine(status: int, body: bytes) -> Refused:
     try:
         told = json.loads(body)
         detail = told.get("error") or told.get("detail")
-        if isinstance(detail, list):  # FastAPI's, of llama-cpp-python
-            detail = {"message": f"{'.'.join(map(str, detail[0]['loc'][1:]))}: {detail[0]['msg']}"}
         message = str(detail["message"] if isinstance(detail, dict) else detail)
+        if found := _PYDANTIC.search(message):
+            place = found["place"].replace("'", "").removeprefix("body, ").replace(", ", ".")
+            status, message = 400, f"{place}: {found['message']}"
     except (ValueError, LookupError, TypeError, AttributeError):
         detail, message = {}, body.decode(errors="replace")[:300] or "the engine gave no reason"
     if status == 500 and _CLIENTS_FAULT.search(message):
@@ -91,6 +98,6 @@ def refused_by_engine(status: int, body: bytes) -> Refused:
     kind = detail.get("type") if isinstance(detail, dict) else None
     param = detail.get("param") if isinstance(detail, dict) else None
     if not isinstance(code, str):
-        code = kind if isinstance(kind, str) and kind != _TYPES.get(status) else None
+        code = kind if isinstance(kind, str) and kind not in _GENERAL else None
     message = _INTERNALS.sub("", message).partition("\n")[0].strip()
     return Refused(status, message, code=code, param=param if isinstance(param, str) else None)

@@ -10,6 +10,7 @@ import psutil
 from samq.errors import SamqError, ToolError
 from samq.gguf.file import read_metadata
 from samq.llamacpp import fit, gpu
+from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.child import Child, StartError
 from samq.serving.engine import ENGINES, Room
 from samq.serving.metrics import Metrics
@@ -45,14 +46,22 @@ class Served:
         self._changed = changed
         self._keeping: asyncio.Task[None] | None = None
         self._files = [HeldFile(gguf.path, gguf.sha256)]
-        if gguf.mmproj:
-            try:
+        try:
+            if gguf.mmproj:
                 self._files.append(HeldFile(gguf.mmproj, gguf.mmproj_sha256))
-            except BaseException:
-                self._files[0].close()
-                raise
-        trained = read_metadata(gguf.path)
-        context = trained.get(f"{trained.get('general.architecture')}.context_length", settings.context_tokens)
+            self._describe()
+        except BaseException:
+            for file in self._files:
+                file.close()
+            raise
+
+    def _describe(self) -> None:
+        """Read what the file says of itself."""
+        gguf, settings = self.gguf, self._settings
+        told = read_metadata(gguf.path)
+        self.vocabulary = (str(told.get("tokenizer.ggml.model", "")), str(told.get("tokenizer.ggml.pre", "")))
+        stack_bytes("", *self.vocabulary)  # refuses a vocabulary that would end the engine
+        context = told.get(f"{told.get('general.architecture')}.context_length", settings.context_tokens)
         self.room = self._wanted = Room(min(settings.context_tokens, int(context)), settings.gpu_layers)
         self._warnings: list[str] = []
         if self.room.context_tokens < settings.context_tokens:
