@@ -81,8 +81,8 @@ def test_the_time_limit_counts_the_wait(chat_gguf):
         server.wait(lambda: server.metric("samq_requests_running") == 1)
         late = [pool.submit(server.complete) for _ in range(3)]
         assert refused(first.result(), 504)["code"] == "request_timeout"
-        answers = [one.result() for one in late]  # one of them had the slot for the rest of its time
-        assert sum(answer.status_code == 503 for answer in answers) >= 2
+        answers = [one.result() for one in late]  # some had the slot for the rest of their time
+        assert sum(answer.status_code == 503 for answer in answers) >= 1
         for answer in answers:
             if answer.status_code == 503:
                 assert refused(answer, 503, "1 s in the queue")["code"] == "queue_timeout"

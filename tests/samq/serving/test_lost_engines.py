@@ -179,7 +179,7 @@ def test_when_memory_does_not_suffice_the_context_is_shortened_step_by_step(chat
         "as many layers as fit on the GPU and a context of 1024 tokens",
     ]
     assert "failed to allocate buffer of size 34359738368" in notes[0]
-    with pytest.raises(SamqError, match="ended with exit code 1: .*failed to allocate buffer"):
+    with pytest.raises(SamqError, match=r"ended with exit code 1: .*failed to allocate buffer"):
         started(chat_gguf, slots=4, context_tokens=8192, least_context_tokens=2048)
 
 
@@ -203,7 +203,7 @@ exec $REAL "$@"
 
 def test_an_engine_that_never_gets_ready_is_given_up(chat_gguf, engine_program):
     engine_program("sleep 100")
-    with pytest.raises(SamqError, match="was not ready after 0.5 s; raise start_timeout_s"):
+    with pytest.raises(SamqError, match=r"was not ready after 0\.5 s; raise start_timeout_s"):
         started(chat_gguf, start_timeout_s=0.5)
 
 
