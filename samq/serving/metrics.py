@@ -4,7 +4,9 @@ The engine's own, `llamacpp:...` of llama-server, follow them as they are. Laten
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -82,7 +84,7 @@ class Metrics:
         for reason in ("died", "hung"):
             self.restarts.labels(reason)
         self.engine_pid: int | None = None
-        registry.register(_GpuMemory(self))
+        registry.register(_EngineMemory(self))
         ProcessCollector(registry=registry)
 
     def show_model(self, gguf: ServedGguf | None) -> None:
@@ -92,8 +94,8 @@ class Metrics:
             self._info.labels(gguf.name, gguf.version, gguf.alias, gguf.sha256, gguf.plan_digest).set(1)
 
 
-class _GpuMemory(Collector):
-    """Asks the driver for the engine's GPU memory whenever Prometheus reads the metrics.
+class _EngineMemory(Collector):
+    """Asks the system for the engine's memory, and the driver for its GPU memory, whenever Prometheus reads the metrics.
 
     In a container whose process ids are not the driver's, the driver does not list the engine. The memory in use on the
     whole GPU would be wrong then, because of other processes. So there is no sample, instead of a wrong 0.
@@ -103,5 +105,11 @@ class _GpuMemory(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        if (pid := self._metrics.engine_pid) and (used := gpu.used_bytes(pid)):
+        pid = self._metrics.engine_pid
+        if pid is None:
+            return
+        with suppress(psutil.Error):
+            memory = psutil.Process(pid).memory_info().rss
+            yield GaugeMetricFamily("samq_engine_memory_bytes", "Resident memory of the engine", value=memory)
+        if used := gpu.used_bytes(pid):
             yield GaugeMetricFamily("samq_process_gpu_memory_bytes", "GPU memory that the engine holds", value=used)
