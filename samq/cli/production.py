@@ -123,4 +123,4 @@ def serve(
     for logger in ("samq", "uvicorn"):
         logging.getLogger(logger).setLevel(logging.INFO)
     settings = load_settings(config, host=host, port=port, api_key=key, allow_without_key=allow_without_key or None)
-    run(find_source(model), settings)
+    run(find_source(model, settings.mmproj), settings)

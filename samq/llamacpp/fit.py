@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # (fit_params_target in its common.h), and it ends the process where CUDA cannot allocate it.
 SPARE_BYTES = 2**30
 _MIB = 2**20
+HOST = "Host"  # how the program names the processor's memory
 _TIMEOUT_S = 600.0
 _OPTIONS = re.compile(r'^-c \d+ -ngl (-?\d+)(?: -ts ([\d,]+))?(?: -ot "(.*)")?$', re.MULTILINE)
 _PLAN = re.compile(r"^(\w+) (\d+) (\d+) (\d+) *$", re.MULTILINE)  # of a device: weights, context, compute, in MiB
@@ -86,7 +87,15 @@ def planned_bytes(gguf: Path, share: GpuShare, room: Room) -> int:
         options += ["--tensor-split", ",".join(f"{part:g}" for part in share.split)]
     if share.overrides:
         options += ["--override-tensor", ",".join(f"{pattern}={name}" for pattern, name in share.overrides)]
-    return read_plan(_ask(gguf, room, *options))
+    return sum(size for name, size in read_plan(_ask(gguf, room, *options)).items() if name != HOST)
+
+
+def planned_by_device(gguf: Path, room: Room, *options: str) -> dict[str, int]:
+    """Device -> bytes that llama.cpp plans there, and `Host` -> those in the processor's memory, with its programs' options.
+
+    Raises ToolError if the program is missing or fails.
+    """
+    return read_plan(_ask(gguf, room, "--fit-print", "on", *options))
 
 
 def read_options(text: str) -> GpuShare:
@@ -105,15 +114,15 @@ def read_options(text: str) -> GpuShare:
     )
 
 
-def read_plan(text: str) -> int:
-    """Bytes on all GPUs in what `llama-fit-params --fit-print on` prints: `CUDA0 4096 512 300`, and last the host.
+def read_plan(text: str) -> dict[str, int]:
+    """Device -> bytes in what `llama-fit-params --fit-print on` prints: `CUDA0 4096 512 300`, and last the host.
 
     Raises ToolError if it has no line of the host.
     """
     devices = {name: sum(map(int, sizes)) * _MIB for name, *sizes in _PLAN.findall(text)}
-    if "Host" not in devices:
+    if HOST not in devices:
         raise ToolError("llama-fit-params printed no plan; use the version of llama-cpp-python that SAMQ pins")
-    return sum(size for name, size in devices.items() if name != "Host")
+    return devices
 
 
 def _ask(gguf: Path, room: Room, *options: str) -> str:

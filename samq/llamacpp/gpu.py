@@ -80,10 +80,10 @@ def names() -> list[str]:
     return [pynvml.nvmlDeviceGetName(device) for device in _devices()]
 
 
-def used_bytes() -> int | None:
-    """Bytes of GPU memory that this process uses now, on all GPUs together; None without NVML."""
+def used_bytes(pid: int | None = None) -> int | None:
+    """Bytes of GPU memory that a process, or this one, uses now, on all GPUs together; None without NVML."""
     devices = _devices()
-    return sum(_used_by(device, os.getpid()) for device in devices) if devices else None
+    return sum(_used_by(device, pid or os.getpid()) for device in devices) if devices else None
 
 
 def free_bytes() -> list[int]:

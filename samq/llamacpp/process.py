@@ -18,13 +18,15 @@ from samq.llamacpp.reason import reason_in
 
 PROGRAM_TIMEOUT_S = 6 * 3600.0  # of one program of llama.cpp
 FULL_BYTES = 2**20  # a disk with less free space counts as full: the programs' files are larger
+# Looked up here: between fork and exec, loading a library could wait for a lock that another thread held.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
     """Ask Linux, in the child, for SIGKILL when the parent dies, so that `kill -9` of a flow leaves no orphan."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if _prctl:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(
@@ -56,7 +58,7 @@ def run(
                 cwd=cwd,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
-                preexec_fn=partial(_begin_child, stack),
+                preexec_fn=partial(begin_child, stack),
             )
     except OSError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
@@ -87,7 +89,7 @@ def run(
     return text
 
 
-def _begin_child(stack: int) -> None:
+def begin_child(stack: int = 0) -> None:
     """In the child, before the program: end with the parent, and have this much stack."""
     die_with_parent()
     if stack:

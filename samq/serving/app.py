@@ -1,77 +1,86 @@
-"""The HTTP application: OpenAI's endpoints over the engine, health, readiness and metrics."""
+"""The HTTP application: OpenAI's endpoints, passed on to the engine; health, readiness and metrics."""
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import httpx
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from samq import __version__
-from samq.errors import TextError
-from samq.llamacpp.chat import ChatError
-from samq.serving.answers import ChatShape, CompletionShape
-from samq.serving.engine import Engine, Work
+from samq.serving.admission import Admission
+from samq.serving.engine import ENGINES
+from samq.serving.guard import Guard
+from samq.serving.limits import read_body
 from samq.serving.metrics import Metrics
-from samq.serving.middleware import RequestGuard
-from samq.serving.model import ServedModel
-from samq.serving.protocol import ChatRequest, CompletionRequest
+from samq.serving.proxy import Exchange, receive_body
 from samq.serving.refusal import ErrorBody, Refused
 from samq.serving.settings import ServingSettings
-from samq.serving.shadow import RecentPrompts
 from samq.serving.source import Source
-from samq.serving.streams import Exchange
+from samq.serving.warmup import RecentPrompts
 from samq.serving.watch import Watcher
 
+# What is passed on, and what it is for. The engine's own management (slots, properties, adapters) is not.
+PASSED_ON = {
+    "/v1/chat/completions": "Answer the last turn of a conversation.",
+    "/v1/completions": "Continue a prompt.",
+    "/v1/responses": "Answer in the form of OpenAI's Responses API.",
+    "/v1/messages": "Answer in the form of Anthropic's Messages API.",
+    "/v1/messages/count_tokens": "Count the tokens of a conversation.",
+    "/v1/embeddings": "Embed texts; needs the engine's flag `embeddings`.",
+    "/v1/rerank": "Order documents by a query; needs the engine's flag `reranking`.",
+    "/tokenize": "Tokens of a text.",
+    "/detokenize": "Text of tokens.",
+    "/apply-template": "The prompt that a conversation becomes.",
+    "/infill": "Fill in the middle of code.",
+}
+_ALIASES = {path.removeprefix("/v1"): path for path in PASSED_ON if path.startswith("/v1/")} | {
+    f"/v1{path}": path for path in ("/tokenize", "/detokenize")
+}
+_THREAD_BYTES = 64 * 1024  # a longer body is parsed in a thread
+_SCRAPE_S = 2.0  # for the engine's metrics: it answers between two batches
+_GET = ["GET", "HEAD"]
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, whole or streamed"},
     400: {"model": ErrorBody, "description": "the request is invalid; the message says why"},
     401: {"model": ErrorBody, "description": "the API key is missing or wrong"},
     404: {"model": ErrorBody, "description": "the server has another model"},
+    408: {"model": ErrorBody, "description": "the body came too slowly"},
     413: {"model": ErrorBody, "description": "the body is too long"},
+    415: {"model": ErrorBody, "description": "the body is compressed"},
     429: {"model": ErrorBody, "description": "the queue is full; Retry-After says when to try again"},
-    503: {"model": ErrorBody, "description": "no model is loaded, or the server is shutting down"},
+    501: {"model": ErrorBody, "description": "the engine cannot do this, or needs a flag for it"},
+    503: {"model": ErrorBody, "description": "no model is loaded, the engine ended, or the server is shutting down"},
     504: {"model": ErrorBody, "description": "the request took too long"},
 }
 
 
 class Server:
-    """The parts of a server."""
+    """The parts of a server. All but its making belongs to the event loop's thread."""
 
     def __init__(self, source: Source, settings: ServingSettings) -> None:
-        """The worker starts at once; the model is loaded when the application starts."""
+        """The model is loaded when the application starts."""
         self.settings = settings
         self.metrics = Metrics()
         self.recent = RecentPrompts(settings.shadow.prompts)
-        self.closed = False
-        self.engine = Engine(settings.queue_size, self.metrics)
-        self.watcher = Watcher(source, self.engine, settings, self.metrics, self.recent)
+        self.admission = Admission(settings.parallel, settings.queue_size, self.metrics)
+        self.watcher = Watcher(source, self.admission, settings, self.metrics, self.recent)
 
-    def close(self) -> None:
-        """Stop following the source, give up unfinished requests, and free the model.
-
-        If a thread does not end in time, `closed` stays False, and the caller must end the process.
-        """
-        self.engine.drain(0)
-        self.closed = self.watcher.stop() and self.engine.close()
-
-
-class _App(FastAPI):
-    """An application whose OpenAPI description has no 422: FastAPI adds it, but no request gets it."""
-
-    def openapi(self) -> dict[str, Any]:
-        """The OpenAPI description."""
-        description = super().openapi()
-        for operations in description["paths"].values():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
-        return description
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, and wait until present ones have ended, at most so long."""
+        self.admission.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.admission.idle:
+                    await asyncio.sleep(0.02)
 
 
 def create_app(server: Server) -> FastAPI:
@@ -81,192 +90,144 @@ def create_app(server: Server) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.watcher.start()
         yield
-        server.close()
+        server.admission.draining = True
+        await server.watcher.close()
 
-    app = _App(
+    app = FastAPI(
         title="SAMQ", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
     )
-    _add_completions(app, server)
+    _add_passed_on(app, server)
     _add_status(app, server)
     _add_errors(app)
-    key = server.settings.api_key
-    app.add_middleware(
-        RequestGuard,
-        api_key=key.get_secret_value() if key else None,
-        max_body_bytes=server.settings.max_body_bytes,
-        requests=server.metrics.requests,
-        endpoints=frozenset(route.path for route in app.routes if hasattr(route, "path")),
-    )
+    endpoints = frozenset(route.path for route in app.routes if hasattr(route, "path"))
+    app.add_middleware(Guard, keys=server.settings.keys, metrics=server.metrics, endpoints=endpoints)
+    if server.settings.cors_origins:  # around the guard: a browser asks without the key whether it may ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app
 
 
-def _add_completions(app: FastAPI, server: Server) -> None:
-    engine, timeout_s = server.engine, server.settings.request_timeout_s
+def _add_passed_on(app: FastAPI, server: Server) -> None:
+    settings = server.settings
 
-    @app.post("/v1/completions", responses=_ANSWERS)
-    async def completions(body: CompletionRequest, request: Request) -> Any:
-        """Continue a prompt."""
-        exchange = Exchange(engine, request, timeout_s)
-        _check_model(engine, body.model)
-        engine.check_room()
-        work = await asyncio.to_thread(_work, body, _tokenize_prompt(body), body.max_tokens, body.logprobs)
-        server.recent.add(work.tokenize)
-        return await exchange.answer(
-            work,
-            lambda model: CompletionShape(model, body.logprobs is not None),
-            stream=body.stream,
-            usage=body.includes_usage,
-        )
+    async def pass_on(request: Request) -> Response:
+        body = await receive_body(request, settings)
+        serving = server.watcher.serving
+        check = (body, settings, serving.vocabulary if serving else ("", ""))
+        fields, body = read_body(*check) if len(body) < _THREAD_BYTES else await asyncio.to_thread(read_body, *check)
+        _check_model(server, fields.get("model"))
+        if ENGINES[settings.engine].needs_name and serving and not fields.get("model"):
+            body = to_json({**fields, "model": serving.gguf.name})
+        path = _ALIASES.get(request.url.path, request.url.path)
+        server.recent.add(path, fields)
+        streams = fields.get("stream") is True
+        return Exchange(request, path, body, streams, server.admission, server.metrics, settings)
 
-    @app.post("/v1/chat/completions", responses=_ANSWERS)
-    async def chat_completions(body: ChatRequest, request: Request) -> Any:
-        """Answer the last turn of a conversation."""
-        exchange = Exchange(engine, request, timeout_s)
-        _check_model(engine, body.model)
-        engine.check_room()
-        alternatives = (body.top_logprobs or 0) if body.logprobs else None
-        work = await asyncio.to_thread(_work, body, _tokenize_chat(body), body.limit, alternatives)
-        server.recent.add(work.tokenize)
-        return await exchange.answer(
-            work, lambda model: ChatShape(model, body.logprobs), stream=body.stream, usage=body.includes_usage
-        )
+    for path, meaning in PASSED_ON.items():
+        app.add_api_route(path, pass_on, methods=["POST"], responses=_ANSWERS, description=meaning, response_model=None)
+    for path in _ALIASES:
+        app.add_api_route(path, pass_on, methods=["POST"], include_in_schema=False, response_model=None)
 
 
 def _add_status(app: FastAPI, server: Server) -> None:
-    engine = server.engine
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    @app.api_route("/v1/models", methods=_GET)
+    @app.api_route("/models", methods=_GET, include_in_schema=False)
+    async def models() -> dict[str, Any]:
         """The model that the server has."""
-        model = engine.model
-        data = [{"id": model.gguf.name, "object": "model", "created": 0, "owned_by": "samq"}] if model else []
-        return {"object": "list", "data": data}
+        serving = server.watcher.serving
+        return {"object": "list", "data": [_listed(server)] if serving else []}
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
+    @app.api_route("/v1/models/{name:path}", methods=_GET, responses={404: _ANSWERS[404]})
+    async def model(name: str) -> dict[str, Any]:
+        """The model of this name."""
+        _check_model(server, name)
+        if not server.watcher.serving:
+            raise Refused(404, f"this server does not have the model {name}; it has none", code="model_not_found")
+        return _listed(server)
+
+    @app.api_route("/health", methods=_GET)
+    async def health() -> dict[str, str]:
         """Whether the process is alive."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "no model is loaded, or the server is shutting down"}})
-    def ready() -> JSONResponse:
-        """Whether the server answers requests, with which model, and how that model was loaded."""
-        model = engine.model
-        status = "shutting down" if engine.draining else "ready" if model else "no model"
-        body = {"status": status, "problem": server.watcher.problem, **(_describe(model) if model else {})}
+    @app.api_route(
+        "/ready", methods=_GET, responses={503: {"description": "no model is loaded, or the server is shutting down"}}
+    )
+    async def ready() -> JSONResponse:
+        """Whether the server answers requests, with which version, and how that was loaded."""
+        serving, admission = server.watcher.serving, server.admission
+        status = (
+            "ready"
+            if admission.ready
+            else "shutting down"
+            if admission.draining
+            else "starting"
+            if serving
+            else "no model"
+        )
+        body = {"status": status, "problem": server.watcher.problem, **_described(server)}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
-    def metrics() -> Response:
+    @app.api_route("/metrics", methods=_GET, response_class=PlainTextResponse)
+    async def metrics() -> Response:
         """The metrics for Prometheus."""
-        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        serving = server.watcher.serving
+        child = serving.child if serving else None
+        server.metrics.engine_pid = child.pid if child else None
+        text = generate_latest(server.metrics.registry)
+        if child and server.settings.engine == "llama-server":
+            with suppress(httpx.HTTPError):
+                text += (await child.get("/metrics", _SCRAPE_S)).encode()
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape."""
 
-    def answer(refused: Refused) -> JSONResponse:
-        return JSONResponse(refused.body, refused.status, refused.headers)
-
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
-        return answer(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return answer(
-                Refused(400, f"the body is not JSON: {first['ctx']['error']} at byte {where}", code="invalid_json")
-            )
-        message = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}; send a JSON object"
-        return answer(Refused(400, message, code=first["type"], param=where or None))
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
-        response = answer(Refused(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
-        return response
+        refused = Refused(error.status_code, str(error.detail))
+        return JSONResponse(refused.body, refused.status, {**refused.headers, **(error.headers or {})})
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return answer(Refused(500, "the server failed; see its log", code="internal_error"))
+        return JSONResponse(Refused(500, "the server failed; see its log", code="internal_error").body, 500)
 
 
-def _check_model(engine: Engine, name: str | None) -> None:
-    model = engine.model
-    if name is not None and model and name != model.gguf.name:
+def _check_model(server: Server, name: Any) -> None:
+    """Raise Refused if a request asks for another model: an answer by this one would mislead."""
+    serving, others = server.watcher.serving, server.settings.model_names
+    if name and serving and "*" not in others and name not in (serving.gguf.name, *others):
         raise Refused(
             404,
-            f"this server does not have the model {name}; it has {model.gguf.name}",
+            f"this server does not have the model {str(name)[:80]}; it has {serving.gguf.name} (see model_names)",
             code="model_not_found",
             param="model",
         )
 
 
-def _work(
-    body: CompletionRequest | ChatRequest,
-    tokenize: Callable[[ServedModel], list[int]],
-    max_tokens: int | None,
-    logprobs: int | None,
-) -> Work:
-    """Runs in a thread, since making a schema's grammar can take a second."""
-    return Work(
-        tokenize=tokenize,
-        sampling=body.sampling(random.getrandbits(32)),
-        max_tokens=max_tokens,
-        stops=body.stops,
-        logprobs=logprobs,
-    )
+def _listed(server: Server) -> dict[str, Any]:
+    serving = server.watcher.serving
+    assert serving
+    meta = {"meta": serving.described["meta"]} if "meta" in serving.described else {}
+    created = serving.described.get("created", int(time.time()))
+    return {"id": serving.gguf.name, "object": "model", "created": created, "owned_by": "samq", **meta}
 
 
-def _tokenize_prompt(body: CompletionRequest) -> Callable[[ServedModel], list[int]]:
-    prompt = body.prompt
-
-    def tokenize(model: ServedModel) -> list[int]:
-        texts = [prompt] if isinstance(prompt, str) else [part for part in prompt if isinstance(part, str)]
-        if texts:
-            return _tokens_of(lambda: model.tokenize(texts[0]), "prompt")
-        tokens = [part for part in prompt if isinstance(part, int)]
-        wrong = next((token for token in tokens if not 0 <= token < model.model.vocab_size), None)
-        if wrong is not None:
-            raise Refused(
-                400,
-                f"{wrong} is not a token: the vocabulary has {model.model.vocab_size} tokens, from 0 on",
-                code="invalid_token",
-                param="prompt",
-            )
-        return tokens
-
-    return tokenize
-
-
-def _tokenize_chat(body: ChatRequest) -> Callable[[ServedModel], list[int]]:
-    turns = [message.turn for message in body.messages]
-
-    def tokenize(model: ServedModel) -> list[int]:
-        if model.model.chat_template is None:
-            reason = f"{model.gguf.name} has no chat template; send a prompt to /v1/completions"
-            raise Refused(400, reason, code="no_chat_template")
-        return _tokens_of(lambda: model.tokenize_chat(turns), "messages")
-
-    return tokenize
-
-
-def _tokens_of(tokenize: Callable[[], list[int]], param: str) -> list[int]:
-    """The tokens of a text or a chat; raises Refused if the chat template or llama.cpp cannot take it."""
-    try:
-        return tokenize()
-    except ChatError as error:
-        raise Refused(
-            400, f"the model's chat template {error.reason}; change the messages", code="invalid_messages", param=param
-        ) from error
-    except TextError as error:
-        raise Refused(400, str(error), code="invalid_text", param=param) from error
-
-
-def _describe(model: ServedModel) -> dict[str, Any]:
-    gguf, loading = model.gguf, model.loading
+def _described(server: Server) -> dict[str, Any]:
+    serving, settings = server.watcher.serving, server.settings
+    if not serving:
+        return {}
+    gguf = serving.gguf
     return {
         "model": {
             "name": gguf.name,
@@ -276,9 +237,11 @@ def _describe(model: ServedModel) -> dict[str, Any]:
             "plan": gguf.plan_digest,
         },
         "loading": {
-            "context_tokens": loading.context_tokens,
-            "gpu_layers": loading.gpu_layers,
-            "kv_type": loading.kv_type,
-            "notes": list(loading.notes),
+            "engine": settings.engine,
+            "slots": settings.parallel,
+            "context_tokens": serving.room.context_tokens,
+            "gpu_layers": serving.gpu_layers,
+            "kv_type": settings.kv_type,
+            "notes": serving.notes,
         },
     }

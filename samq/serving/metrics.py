@@ -1,10 +1,12 @@
 """The metrics for Prometheus.
 
-Names that begin with `llamacpp:` are llama-server's, which existing dashboards use. Latencies are histograms as in vLLM.
+The engine's own, `llamacpp:...` of llama-server, follow them as they are. Latencies are histograms as in vLLM.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -27,34 +29,37 @@ class Metrics:
             "samq_requests", "Answers by endpoint and HTTP status (499: the client left)", ["endpoint", "status"],
             registry=registry,
         )  # fmt: skip
-        self.processing = Gauge("llamacpp:requests_processing", "Requests being answered", registry=registry)
-        self.deferred = Gauge("llamacpp:requests_deferred", "Requests that wait in the queue", registry=registry)
-        self.prompt_tokens = Counter("llamacpp:prompt_tokens", "Prompt tokens of all requests", registry=registry)
-        self.cached_tokens = Counter(
-            "samq_cached_prompt_tokens", "Prompt tokens found in the KV cache", registry=registry
+        self.by_key = Counter(
+            "samq_requests_by_key", "Requests by the name of their API key", ["key"], registry=registry
         )
-        self.predicted_tokens = Counter("llamacpp:tokens_predicted", "Tokens generated", registry=registry)
-        self.kv_cache = Gauge(
-            "llamacpp:kv_cache_usage_ratio", "Share of the KV cache that the running request fills", registry=registry
-        )
+        self.running = Gauge("samq_requests_running", "Requests at the engine", registry=registry)
+        self.waiting = Gauge("samq_requests_waiting", "Requests that wait in the queue", registry=registry)
+        self.slots = Gauge("samq_slots", "Requests that the engine answers at the same time", registry=registry)
+        self.restarts = Counter(
+            "samq_engine_restarts", "Engines that ended while they served, by reason (died, hung)", ["reason"],
+            registry=registry,
+        )  # fmt: skip
         self.queue_wait = Histogram(
-            "samq_request_queue_time_seconds", "Wait in the queue", buckets=_REQUEST_BUCKETS, registry=registry
+            "samq_request_queue_time_seconds",
+            "From a request's first byte to its slot: its body, checks, and the queue",
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
         )
         self.first_token = Histogram(
             "samq_time_to_first_token_seconds",
-            "From the request to its first token",
+            "From a request's first byte to the first token of its stream",
             buckets=_REQUEST_BUCKETS,
             registry=registry,
         )
         self.inter_token = Histogram(
             "samq_inter_token_latency_seconds",
-            "From one token of an answer to the next",
+            "From one event of a stream to the next, usually a token each",
             buckets=_TOKEN_BUCKETS,
             registry=registry,
         )
         self.end_to_end = Histogram(
             "samq_e2e_request_latency_seconds",
-            "From the request to its last token",
+            "From a request's first byte to the last of its answer",
             buckets=_REQUEST_BUCKETS,
             registry=registry,
         )
@@ -76,7 +81,10 @@ class Metrics:
         )  # fmt: skip
         for result in ("success", "failure"):
             self.reloads.labels(result)  # so that a rate exists before the first load
-        registry.register(_GpuMemory())
+        for reason in ("died", "hung"):
+            self.restarts.labels(reason)
+        self.engine_pid: int | None = None
+        registry.register(_EngineMemory(self))
         ProcessCollector(registry=registry)
 
     def show_model(self, gguf: ServedGguf | None) -> None:
@@ -86,13 +94,22 @@ class Metrics:
             self._info.labels(gguf.name, gguf.version, gguf.alias, gguf.sha256, gguf.plan_digest).set(1)
 
 
-class _GpuMemory(Collector):
-    """Asks the driver for this process's GPU memory whenever Prometheus reads the metrics.
+class _EngineMemory(Collector):
+    """Asks the system for the engine's memory, and the driver for its GPU memory, whenever Prometheus reads the metrics.
 
-    In a container whose process ids are not the driver's, the driver does not list this process. The memory in use on the
+    In a container whose process ids are not the driver's, the driver does not list the engine. The memory in use on the
     whole GPU would be wrong then, because of other processes. So there is no sample, instead of a wrong 0.
     """
 
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        if used := gpu.used_bytes():
-            yield GaugeMetricFamily("samq_process_gpu_memory_bytes", "GPU memory that this process holds", value=used)
+        pid = self._metrics.engine_pid
+        if pid is None:
+            return
+        with suppress(psutil.Error):
+            memory = psutil.Process(pid).memory_info().rss
+            yield GaugeMetricFamily("samq_engine_memory_bytes", "Resident memory of the engine", value=memory)
+        if used := gpu.used_bytes(pid):
+            yield GaugeMetricFamily("samq_process_gpu_memory_bytes", "GPU memory that the engine holds", value=used)

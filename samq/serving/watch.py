@@ -1,75 +1,87 @@
-"""Follows the source of the model: loads the first model, and changes to a new one while requests go on."""
+"""Follows the source of the model: starts the first version, and changes to a new one while requests go on."""
 
+import asyncio
 import logging
 import math
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from threading import Thread
+from typing import Any, TypeVar
 
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
-from samq.serving.engine import Engine
-from samq.serving.loading import MemoryShort, Unfit, fits_beside, load, load_verified, verify
+from samq.serving.admission import Admission
+from samq.serving.child import StartError
 from samq.serving.metrics import Metrics
-from samq.serving.model import ServedModel
+from samq.serving.served import Served, fits_beside
 from samq.serving.settings import ServingSettings
-from samq.serving.shadow import RecentPrompts, token_agreement
-from samq.serving.source import ServedGguf, Source
+from samq.serving.source import ServedGguf, Source, content_sha256
+from samq.serving.warmup import RecentPrompts, Unfit, token_agreement
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _RETRY_S = (60.0, 3600.0)  # first and longest wait before the next attempt after a failed load, while a model serves
 _MOST_WAIT_S = 600.0  # the longest wait while no model serves; the first wait is then the poll interval
-_LAST_LOOK_S = 2.0  # time for the thread to end; it may wait for MLflow, or load, for minutes
 
 
 class Watcher:
-    """Polls the source in a thread, and loads a new model when the source names one."""
+    """Polls the source, and starts a new version when the source names one."""
 
     def __init__(
-        self, source: Source, engine: Engine, settings: ServingSettings, metrics: Metrics, recent: RecentPrompts
+        self, source: Source, admission: Admission, settings: ServingSettings, metrics: Metrics, recent: RecentPrompts
     ) -> None:
         """Nothing happens before `start`."""
+        self.serving: Served | None = None
         self._source = source
-        self._engine = engine
+        self._admission = admission
         self._settings = settings
         self._metrics = metrics
         self._recent = recent
         self._lookup_problem: str | None = None
         self._load_problem: str | None = None
+        self._file_problem: str | None = None
         self._failed: ServedGguf | None = None
         self._retries = 0
         self._retry_at = 0.0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._others: set[Served] = set()  # starting or draining
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def problem(self) -> str | None:
-        """Why the source's model is unknown or not served; None if it is served."""
-        return self._lookup_problem or self._load_problem
+        """Why the source's model is unknown or not served, or not as it should be; None if all is well."""
+        engine = self.serving.problem if self.serving else None
+        return engine or self._lookup_problem or self._load_problem or self._file_problem
 
     def start(self) -> None:
         """Start polling."""
-        self._thread.start()
+        self._go_on(self._poll())
 
-    def stop(self) -> bool:
-        """Stop polling; returns whether the thread has ended. If it has not, it may still use the engine's model."""
-        self._ended.set()
-        self._thread.join(_LAST_LOOK_S)
-        return not self._thread.is_alive()
-
-    def _watch(self) -> None:
-        while not self._ended.is_set():
+    async def _poll(self) -> None:
+        while True:
             try:
-                self.check()
-            except Exception:  # the thread must survive any error of a file or a registry
+                await self.check()
+            except Exception:  # it must survive any error of a file or a registry
                 logger.exception("cannot check for a new model")
-            self._ended.wait(self._settings.poll_interval_s)
+            await asyncio.sleep(self._settings.poll_interval_s)
 
-    def check(self) -> None:
-        """Ask the source once, and load its model unless that serves already, or failed a short time ago."""
-        serving = self._engine.model
+    async def close(self) -> None:
+        """Stop polling, and end every engine."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        every = [*self._others, *([self.serving] if self.serving else [])]
+        self.serving = None
+        self._admission.serve(None)
+        await asyncio.gather(*(served.close() for served in every), return_exceptions=True)
+
+    async def check(self) -> None:
+        """Ask the source once, and start its version unless that serves already, or failed a short time ago."""
+        serving = self.serving
         try:
-            gguf = self._source()
+            gguf = await _in_thread(self._source)
         except UnreachableError as error:
             self._metrics.lookup_failures.inc()
             self._report(str(error))
@@ -83,32 +95,40 @@ class Watcher:
             self._report(str(error))
             return
         self._lookup_problem = None
-        if self._ended.is_set():
-            return
-        if serving and serving.gguf == gguf:
+        if serving and _same_content(serving.gguf, gguf):
+            if serving.gguf != gguf:
+                serving.gguf = gguf
+                self._metrics.show_model(gguf)
             self._settle()
-        elif serving and _same_content(serving.gguf, gguf):
-            serving.gguf = gguf
-            self._metrics.show_model(gguf)
-            self._settle()
-        elif gguf != self._failed or time.monotonic() >= self._retry_at:
-            self._change(serving, gguf)
+            await self._look_at_file(gguf)
+        elif gguf != self._failed or asyncio.get_running_loop().time() >= self._retry_at:
+            await self._change(serving, gguf)
 
-    def _change(self, serving: ServedModel | None, gguf: ServedGguf) -> None:
+    async def _look_at_file(self, gguf: ServedGguf) -> None:
+        """Say if the file of the version that serves is gone or altered. What serves has read it all, and goes on."""
+        problem = None
         try:
-            # In a thread of its own that ends: OpenMP keeps a team of threads for each thread that has called llama.cpp. If
-            # it has more threads than processors, they wait in the kernel instead of spinning. On two cores that cost a
-            # third of the throughput.
-            with ThreadPoolExecutor(1) as executor:
-                executor.submit(self._replace, serving, gguf).result()
+            if (sha256 := await _in_thread(lambda: content_sha256(gguf.path))) != gguf.sha256:
+                problem = f"{gguf.path} was altered: it has the SHA-256 {sha256}, not {gguf.sha256}; put the file back"
+        except SamqError as error:
+            problem = str(error)
+        if problem:
+            problem += f"; {gguf} serves on, as it was read before"
+            self._metrics.reload_failed.set(1)
+            if problem != self._file_problem:
+                logger.error("%s", problem)
+        self._file_problem = problem
+
+    async def _change(self, serving: Served | None, gguf: ServedGguf) -> None:
+        try:
+            await self._replace(serving, gguf)
         except Exception as error:
-            still_serving = self._engine.model
             self._retries = self._retries + 1 if gguf == self._failed else 0
             self._failed = gguf
-            self._retry_at = time.monotonic() + self._wait_s(error)
+            self._retry_at = asyncio.get_running_loop().time() + self._wait_s(error)
             self._metrics.reloads.labels("failure").inc()
             self._metrics.reload_failed.set(1)
-            instead = f"; {still_serving.gguf} keeps serving" if still_serving else ""
+            instead = f"; {self.serving.gguf} keeps serving" if self.serving else ""
             self._load_problem = f"{gguf} is not served: {error}{instead}"
             logger.error("%s", self._load_problem, exc_info=not isinstance(error, SamqError))
         else:
@@ -118,64 +138,105 @@ class Watcher:
 
     def _wait_s(self, error: Exception) -> float:
         """Seconds until the next attempt after a failure: by then memory may be free, or the file put back."""
-        first, most = _RETRY_S if self._engine.model else (self._settings.poll_interval_s, _MOST_WAIT_S)
-        if isinstance(error, Unfit) and self._engine.model:
+        first, most = _RETRY_S if self.serving else (self._settings.poll_interval_s, _MOST_WAIT_S)
+        if isinstance(error, Unfit) and self.serving:
             return math.inf
         return float(min(first * 2.0 ** min(self._retries, 32), most))
 
-    def _replace(self, serving: ServedModel | None, gguf: ServedGguf) -> None:
-        """Load a model and let it serve; raises if that fails, and the old one then serves."""
-        verify(gguf)  # before freeing anything for it
-        if serving is None:
-            self._engine.exchange(load_verified(gguf, self._settings))
-        elif new := self._load_beside(serving, gguf):
-            try:
-                self._compare(serving, new)
-            except Exception:
-                new.close()
-                raise
-            self._engine.exchange(new)
-            serving.close()
-        else:
-            self._replace_alone(serving, gguf)
+    async def _replace(self, serving: Served | None, gguf: ServedGguf) -> None:
+        """Start a version and let it serve; raises if that fails, and the old one then serves."""
+        new = await _in_thread(lambda: Served(gguf, self._settings, self._metrics, self._admission.changed))
+        self._others.add(new)
+        try:
+            if serving is None:
+                await new.start()
+            elif not await self._start_beside(serving, new):
+                await self._start_after(serving, new)
+            elif serving.child and new.child:
+                await self._compare(serving, new)
+        except BaseException:
+            self._others.discard(new)
+            await new.close()
+            raise
+        self._others.discard(new)
+        self._serve(new)
+        if serving:
+            self._retire(serving)
 
-    def _load_beside(self, serving: ServedModel, gguf: ServedGguf) -> ServedModel | None:
-        """Load a model while the old one serves; None if memory does not hold both, by llama.cpp's plan or in fact.
+    def _serve(self, served: Served) -> None:
+        self.serving = served
+        self._admission.serve(served)
+        self._metrics.show_model(served.gguf)
+
+    def _retire(self, old: Served) -> None:
+        """Let the old version finish its requests, and end it."""
+
+        async def drain() -> None:
+            try:
+                await self._until_idle(old)
+            finally:
+                await old.close()
+                self._others.discard(old)
+
+        self._others.add(old)
+        self._go_on(drain())
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _until_idle(self, old: Served) -> None:
+        while old.child and old.child.leases:  # each has its deadline
+            await asyncio.sleep(0.05)
+
+    async def _start_beside(self, serving: Served, new: Served) -> bool:
+        """Start a version while the old one serves; False if memory does not hold both, by llama.cpp's plan or in fact.
 
         It might fit with fewer GPU layers or a shorter context, but would then keep these after the old one is gone.
         """
-        if not fits_beside(gguf, self._settings):
-            logger.warning("by llama.cpp's plan, %s does not fit into memory beside %s", gguf, serving.gguf)
-            return None
+        if not await _in_thread(lambda: fits_beside(new, self._settings)):
+            logger.warning("by llama.cpp's plan, %s does not fit into memory beside %s", new.gguf, serving.gguf)
+            return False
         try:
-            return load_verified(gguf, self._settings, degrade=False)
-        except MemoryShort as shortage:
-            logger.warning("%s does not fit into memory beside %s: %s", gguf, serving.gguf, shortage)
-            return None
+            await new.start(degrade=False)
+        except StartError as error:
+            if not error.out_of_memory:
+                raise
+            logger.warning("%s does not fit into memory beside %s: %s", new.gguf, serving.gguf, error)
+            return False
+        return True
 
-    def _replace_alone(self, serving: ServedModel, gguf: ServedGguf) -> None:
-        """Free the old model before loading the new one; requests wait meanwhile."""
-        logger.warning("freeing %s before loading %s; requests wait", serving.gguf, gguf)
+    async def _start_after(self, serving: Served, new: Served) -> None:
+        """End the old version before the new one starts; requests wait meanwhile."""
+        logger.warning("ending %s before starting %s; requests wait", serving.gguf, new.gguf)
         if self._settings.shadow.prompts:
             logger.warning("skipping the shadow check: it needs both models in memory")
-        self._engine.exchange(None, more_to_come=True)
-        serving.close()
+        self._admission.serve(None, more_to_come=True)
+        await self._until_idle(serving)
+        await serving.pause()
         try:
-            self._engine.exchange(load_verified(gguf, self._settings))
+            await new.start()
         except Exception as failure:
-            logger.warning("cannot load %s; loading %s again", gguf, serving.gguf)
+            logger.warning("cannot start %s; starting %s again", new.gguf, serving.gguf)
             try:
-                self._engine.exchange(load(serving.gguf, self._settings))
+                await serving.start()
             except Exception as loss:
-                self._engine.exchange(None)
-                raise SamqError(f"{failure}; and cannot load {serving.gguf} again: {loss}") from failure
+                self.serving = None
+                self._admission.serve(None)
+                self._metrics.show_model(None)
+                await serving.close()
+                raise SamqError(f"{failure}; and cannot start {serving.gguf} again: {loss}") from failure
+            self._serve(serving)
             raise
 
-    def _compare(self, serving: ServedModel, new: ServedModel) -> None:
+    async def _compare(self, serving: Served, new: Served) -> None:
         """The shadow check, if the settings ask for it; raises Unfit if the models agree too little."""
         shadow = self._settings.shadow
         prompts = self._recent.newest()
-        share = token_agreement(serving, new, prompts, shadow.tokens) if prompts else None
+        if not prompts or not serving.child or not new.child:
+            return
+        share = await token_agreement(serving.child, new.child, prompts, shadow.tokens)
         if share is None:
             return
         self._metrics.shadow_agreement.set(share)
@@ -203,4 +264,20 @@ class Watcher:
 
 def _same_content(one: ServedGguf, other: ServedGguf) -> bool:
     """Whether both are the same bytes under the same name, so that there is nothing to load."""
-    return (one.name, one.sha256) == (other.name, other.sha256)
+    return (one.name, one.sha256, one.mmproj_sha256) == (other.name, other.sha256, other.mmproj_sha256)
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Call a function in a daemon thread: MLflow may not answer for minutes, and a thread of a pool holds up the end."""
+    done: Future[Any] = Future()
+
+    def call() -> None:
+        with suppress(InvalidStateError):  # nobody waits any more
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+    Thread(target=call, daemon=True).start()
+    result: T = await asyncio.wrap_future(done)
+    return result

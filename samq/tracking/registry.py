@@ -67,15 +67,23 @@ class RegisteredGguf:
     size_bytes: int
     plan_digest: str
     run_id: str
+    mmproj_uri: str = ""  # absolute; of the vision or audio part, if there is one
+    mmproj_sha256: str = ""
 
     @property
     def path(self) -> Path:
         """The GGUF on this machine; raises SamqError if it is elsewhere."""
-        path = path_of(self.uri)
+        return self._here(self.uri)
+
+    @property
+    def mmproj(self) -> Path | None:
+        """The vision or audio part on this machine, if there is one; raises SamqError if it is elsewhere."""
+        return self._here(self.mmproj_uri) if self.mmproj_uri else None
+
+    def _here(self, uri: str) -> Path:
+        path = path_of(uri)
         if path is None:
-            raise SamqError(
-                f"version {self.version} of {self.name} is at {self.uri}, not on this machine; copy it here"
-            )
+            raise SamqError(f"version {self.version} of {self.name} is at {uri}, not on this machine; copy it here")
         return path
 
 
@@ -246,6 +254,8 @@ def _registered_gguf(client: MlflowClient, version: ModelVersion, advice: str) -
         size_bytes=int(tags["size_bytes"]),
         plan_digest=tags["plan_digest"],
         run_id=version.run_id or "",
+        mmproj_uri=place_uri(tags["mmproj_uri"], client.tracking_uri) if "mmproj_uri" in tags else "",
+        mmproj_sha256=tags.get("mmproj_sha256", ""),
     )
 
 

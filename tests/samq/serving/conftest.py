@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import socket
@@ -11,12 +12,14 @@ import pytest
 import uvicorn
 
 from samq.gguf.file import file_sha256
-from samq.serving.app import Server, create_app
+from samq.serving.app import Server
+from samq.serving.server import uvicorn_config
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
 from tests.samq.serving.tiny_chat import write_chat_gguf
 
-FAST = {"port": 0, "context_tokens": 8192, "poll_interval_s": 0.05, "warmup_tokens": 8}
+FAST = {"port": 0, "slots": 4, "context_tokens": 2048, "threads": 1, "poll_interval_s": 0.05, "warmup_tokens": 8}
+ENGINES = {"llama-server": {}, "llama-cpp-python": {"engine": "llama-cpp-python", "slots": 1}}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Running:
     def ready(self):
         return self.client.get("/ready").json()
 
+    @property
+    def child(self):
+        """The engine's process."""
+        return self.server.watcher.serving.child
+
+    def scraped(self, name):
+        """A sample of the engine's own at /metrics."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
     def metric(self, name, /, **labels):
         """A sample's value now; 0 if there is none."""
         found = self.server.metrics.registry.get_sample_value(name, labels)
@@ -55,11 +68,11 @@ class Running:
 @contextmanager
 def running(source, *, wait=True, **settings):
     server = Server(source, ServingSettings(**{**FAST, **settings}))
-    config = uvicorn.Config(create_app(server), port=0, log_config=None)
-    listener = uvicorn.Server(config)
+    listener = uvicorn.Server(uvicorn_config(server))
     thread = threading.Thread(target=listener.run)
     thread.start()
     while not listener.started:
+        assert thread.is_alive()
         time.sleep(0.01)
     listening = listener.servers[0].sockets[0]
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -80,6 +93,46 @@ def put(source, target):
     os.replace(copy, target)
 
 
+def events(response):
+    """The bodies of a stream, which must end with [DONE]."""
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def text_of(stream):
+    return "".join(choice["text"] for event in stream for choice in event["choices"])
+
+
+def refused(response, status, *words):
+    """It says what was wrong, as OpenAI's clients expect it."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    for word in words:
+        assert word in error["message"], error
+    return error
+
+
+class Occupied:
+    """Clients that keep every slot busy for as long as it is wanted."""
+
+    def __init__(self, server, slots=1):
+        body = {"prompt": "hello", "max_tokens": 2000, "temperature": 0, "stream": True}
+        self._streams = [
+            httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) for _ in range(slots)
+        ]
+
+    def __enter__(self):
+        self._bytes = [stream.__enter__().iter_bytes() for stream in self._streams]  # dropped, it would close
+        for pieces in self._bytes:
+            next(pieces)
+
+    def __exit__(self, *error):
+        for stream in self._streams:
+            stream.__exit__(*error)
+
+
 def serves(server, gguf):
     return lambda: server.ready().get("model", {}).get("sha256") == file_sha256(gguf)
 
@@ -92,6 +145,15 @@ def chat_gguf(tmp_path_factory):
 @pytest.fixture(scope="session")
 def other_gguf(tmp_path_factory):
     return write_chat_gguf(tmp_path_factory.mktemp("other") / "tiny.gguf", seed=1)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    """The settings of an engine."""
+    if request.param == "llama-cpp-python":
+        pytest.importorskip("starlette_context")
+        pytest.importorskip("sse_starlette")
+    return ENGINES[request.param]
 
 
 @pytest.fixture(scope="module")

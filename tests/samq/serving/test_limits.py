@@ -1,38 +1,35 @@
-"""A full queue, the time limit, and the API key."""
+"""What one client may ask of the server: the queue, time limits, sizes, keys, connections."""
 
 import json
+import os
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from samq.serving.limits import options
 from samq.serving.source import FileSource
-from tests.samq.serving.conftest import running
-from tests.samq.serving.test_bad_input import refused
+from tests.samq.serving.conftest import Occupied, refused, running
+from tests.tiny_models import byte_tokenizer, tiny_llama, write_llama_gguf
 
-LONG = {"prompt": "hello", "max_tokens": 8000, "temperature": 0, "stream": True}
+JSON = {"content-type": "application/json"}
+LONG = {"prompt": "hello", "max_tokens": 2000, "temperature": 0, "stream": True}
+USER = {"role": "user", "content": "hello"}
 
 
-class Occupied:
-    """A client that keeps the worker busy for as long as it is wanted."""
-
-    def __init__(self, server):
-        self._stream = httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60)
-
-    def __enter__(self):
-        self._bytes = self._stream.__enter__().iter_bytes()  # dropped, it would close the connection
-        next(self._bytes)
-
-    def __exit__(self, *error):
-        self._stream.__exit__(*error)
+def connect(server):
+    return socket.create_connection(("127.0.0.1", urlsplit(server.url).port), timeout=30)
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back_and_takes_what_it_can(chat_gguf):
-    with running(FileSource(chat_gguf), queue_size=2) as server, ThreadPoolExecutor(2) as pool:
+    with running(FileSource(chat_gguf), slots=1, queue_size=2) as server, ThreadPoolExecutor(2) as pool:
         with Occupied(server):
             waiting = [pool.submit(server.complete) for _ in range(2)]
-            server.wait(lambda: server.metric("llamacpp:requests_deferred") == 2)
+            server.wait(lambda: server.metric("samq_requests_waiting") == 2)
             response = server.complete()
             assert refused(response, 429, "queue is full, with 2 requests")["code"] == "queue_full"
             assert 1 <= int(response.headers["retry-after"]) <= 60
@@ -40,83 +37,226 @@ def test_a_full_queue_refuses_with_a_time_to_come_back_and_takes_what_it_can(cha
         assert server.complete().status_code == 200
 
 
-def test_a_full_queue_refuses_before_it_reads_a_schema(chat_gguf):
-    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}
-    with running(FileSource(chat_gguf), queue_size=0) as server:
-        refused(server.complete(response_format=schema), 400)
-        with Occupied(server):
-            refused(server.complete(response_format=schema), 429)
-            refused(server.chat(response_format=schema), 429)
-
-
 def test_a_client_that_leaves_the_queue_makes_room(chat_gguf):
-    with running(FileSource(chat_gguf), queue_size=1) as server, Occupied(server):
+    with running(FileSource(chat_gguf), slots=1, queue_size=1) as server, Occupied(server):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json={"prompt": "hello"}, timeout=0.3)
-        server.wait(lambda: server.metric("llamacpp:requests_deferred") == 0)
-        assert server.metric("llamacpp:requests_processing") == 1
+        server.wait(lambda: server.metric("samq_requests_waiting") == 0)
+        assert server.metric("samq_requests_running") == 1
         server.wait(lambda: server.metric("samq_requests_total", endpoint="/v1/completions", status="499") == 1)
 
 
 def test_without_a_queue_an_idle_server_answers_and_a_busy_one_refuses(chat_gguf):
-    with running(FileSource(chat_gguf), queue_size=0) as server:
+    with running(FileSource(chat_gguf), slots=1, queue_size=0) as server:
         assert server.complete().status_code == 200
         with Occupied(server):
             refused(server.complete(), 429)
 
 
+def test_64_clients_on_a_full_queue_are_each_answered_or_refused(chat_gguf):
+    with running(FileSource(chat_gguf), slots=2, queue_size=16) as server, ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda number: server.complete(stream=number % 2 == 0), range(64)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 18
+        assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers[::2] if answer.status_code == 200)
+        assert server.metric("samq_requests_running") == server.metric("samq_requests_waiting") == 0
+
+
 def test_the_time_limit_ends_an_answer(chat_gguf):
-    with running(FileSource(chat_gguf), request_timeout_s=0.5) as server:
-        body = {**LONG, "stream": False}
-        error = refused(server.client.post("/v1/completions", json=body), 504, "0.5 s")
+    with running(FileSource(chat_gguf), request_timeout_s=0.4, context_tokens=8192) as server:
+        body = {**LONG, "max_tokens": 8000}
+        error = refused(server.client.post("/v1/completions", json={**body, "stream": False}), 504, "0.4 s")
         assert error["code"] == "request_timeout"
-        text = server.client.post("/v1/completions", json=LONG).text
-        assert '"code":"request_timeout"' in text and text.endswith("data: [DONE]\n\n")
-        server.wait(lambda: server.metric("llamacpp:requests_processing") == 0)
-        # counted when the last byte is on its way, which may be after the client has it
+        text = server.client.post("/v1/completions", json=body).text
+        assert '"code": "request_timeout"' in text and text.endswith("data: [DONE]\n\n")
+        server.wait(lambda: server.metric("samq_requests_running") == 0)
         server.wait(lambda: server.metric("samq_requests_total", endpoint="/v1/completions", status="504") == 2)
         server.wait(lambda: server.complete(max_tokens=1).status_code == 200)
 
 
-def test_the_time_limit_frees_the_worker_of_a_client_that_does_not_read(chat_gguf):
-    tokens = 8000
-    body = json.dumps({
-        "messages": [{"role": "user", "content": "hello"}],
-        "max_tokens": tokens, "stream": True, "logprobs": True, "top_logprobs": 20, "temperature": 0,
-    })  # fmt: skip
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    with running(FileSource(chat_gguf), request_timeout_s=1) as server, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what is accepted inherits it
-        url = httpx.URL(server.url)
-        client.connect((url.host, url.port))
-        client.sendall(f"{head}\r\n\r\n{body}".encode())
-        server.wait(lambda: server.metric("llamacpp:tokens_predicted_total") > 0)
-        server.wait(lambda: server.metric("llamacpp:requests_processing") == 0)
-        assert server.metric("llamacpp:tokens_predicted_total") < tokens
-        assert server.complete(max_tokens=1).status_code == 200
-
-
 def test_the_time_limit_counts_the_wait(chat_gguf):
-    with running(FileSource(chat_gguf), request_timeout_s=0.5) as server:
-        # The worker hangs, as in a batch of llama.cpp, which cannot be interrupted.
-        with server.server.engine.model._generating, ThreadPoolExecutor(1) as pool:
-            first = pool.submit(server.complete)
-            server.wait(lambda: server.metric("llamacpp:requests_processing") == 1)
-            response = server.complete()
-            assert refused(response, 503, "0.5 s in the queue")["code"] == "queue_timeout"
-            assert "retry-after" in response.headers
-            assert first.result().status_code == 504
+    with running(FileSource(chat_gguf), slots=1, request_timeout_s=1) as server, ThreadPoolExecutor(4) as pool:
+        os.kill(server.child.pid, signal.SIGSTOP)  # an engine that hangs, as in one long batch
+        first = pool.submit(server.complete)
+        server.wait(lambda: server.metric("samq_requests_running") == 1)
+        late = [pool.submit(server.complete) for _ in range(3)]
+        assert refused(first.result(), 504)["code"] == "request_timeout"
+        answers = [one.result() for one in late]  # some had the slot for the rest of their time
+        assert sum(answer.status_code == 503 for answer in answers) >= 1
+        for answer in answers:
+            if answer.status_code == 503:
+                assert refused(answer, 503, "1 s in the queue")["code"] == "queue_timeout"
+                assert "retry-after" in answer.headers
+        os.kill(server.child.pid, signal.SIGCONT)
         server.wait(lambda: server.complete(max_tokens=1).status_code == 200)
 
 
-def test_only_who_has_the_key_may_ask(chat_gguf):
-    with running(FileSource(chat_gguf), api_key="secret") as server:
+def test_the_time_limit_frees_the_slot_of_a_client_that_does_not_read(chat_gguf):
+    body = json.dumps({**LONG, "max_tokens": 8000, "logprobs": 20}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    settings = {"slots": 1, "request_timeout_s": 1, "context_tokens": 8192}
+    with running(FileSource(chat_gguf), **settings) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", urlsplit(server.url).port))
+        client.sendall(head + body)
+        server.wait(lambda: server.metric("samq_requests_running") == 1)
+        server.wait(lambda: server.metric("samq_requests_running") == 0)
+        assert server.complete(max_tokens=1).status_code == 200
+
+
+def test_half_open_connections_are_closed_and_lock_nobody_out(chat_gguf):
+    """M3."""
+    with running(FileSource(chat_gguf), head_timeout_s=0.5, max_connections=40) as server:
+        halves = [connect(server) for _ in range(60)]
+        for half in halves[:30]:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+        assert all(half.recv(1) == b"" for half in halves), "closed: some at once, as too many, and the rest in time"
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        assert server.complete().status_code == 200
+
+
+def test_a_body_that_does_not_come_is_waited_for_so_long(chat_gguf):
+    with running(FileSource(chat_gguf), body_timeout_s=0.3) as server, connect(server) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        answer = b"".join(iter(lambda: slow.recv(65536), b""))
+        assert b" 408 " in answer and b"the body took longer than 0.3 s" in answer
+        assert server.metric("samq_requests_running") == 0
+
+
+def test_a_connection_is_kept_for_the_next_request(served):
+    with connect(served) as kept:
+        for _ in range(3):
+            kept.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b"200 OK" in kept.recv(65536)
+            time.sleep(0.05)
+
+
+NOT_JSON_OBJECTS = [
+    b"",
+    b"{",
+    b"nonsense",
+    b'{"prompt": "a",}',
+    b'{"prompt": "\xff\xfe"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"temperature": NaN}',
+    b"[" * 100_000,
+    b"null",
+    b"[]",
+    b'"a"',
+]
+
+
+@pytest.mark.parametrize("body", NOT_JSON_OBJECTS)
+def test_a_body_that_is_no_json_object_never_reaches_the_engine(served, body):
+    for endpoint in ("/v1/completions", "/v1/chat/completions"):
+        error = refused(served.client.post(endpoint, content=body, headers=JSON), 400)
+        assert error["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "fields, status, words",
+    [
+        ({"messages": [{"role": "user", "content": ""}] * 10_000}, 400, "messages: there are 10000"),  # H4
+        ({"messages": [{"role": "user", "content": [{"type": "text"}] * 5000}]}, 400, "content parts: there are 5000"),
+        ({"messages": [{"role": "user", "content": [1] * 800_000}]}, 413, "more than 300000 values"),  # M5
+        ({"messages": [USER], **{f"k{number}": 1 for number in range(60_000)}}, 413, "60001 fields"),
+        ({"messages": [USER], "stop": ["x"] * 5000}, 400, "stop: there are 5000"),
+        ({"prompt": ["x"] * 5000}, 400, "prompt: there are 5000"),
+    ],
+)
+def test_too_many_of_anything_are_refused_before_the_engine_sees_them(served, fields, status, words):
+    began = time.monotonic()
+    refused(served.client.post("/v1/chat/completions", json=fields), status, words)
+    assert time.monotonic() - began < 10
+    assert served.complete(max_tokens=1).status_code == 200
+
+
+def schema_of(**schema):
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (schema_of(type="string", pattern="^(a?|b?){99}$"), "198 optional parts"),  # H2
+        (schema_of(type="string", pattern="^" + "[a-z]?" * 60 + "$"), "60 optional parts"),
+        (schema_of(type="array", minItems=10**9, items={}), "1000000000 repetitions"),
+        (schema_of(enum=["x" * 100_000]), "the limit is 65536"),
+        ({"grammar": "root ::= " + '"a" ' * 50_000}, "the limit is 65536"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"pattern": "(a?){50}"}}}]},
+            "50 optional",
+        ),
+    ],
+)
+def test_what_would_occupy_the_engine_for_minutes_is_refused(served, fields, words):
+    error = refused(served.chat(**fields), 400, words)
+    assert error["param"] == next(iter(fields))
+    assert served.complete(max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "pattern, count",
+    [
+        (r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?(Z|[+-]\d{2}:\d{2})$", 1),
+        (r"^((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d)$", 8),
+        (r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", 0),
+        (r"^([a-z0-9]+-)*[a-z0-9]+$", 1),
+        (r"^[a-zA-Z0-9_]{0,64}$", 0),
+        (r"^(red|green|blue)$", 0),
+        (r"^(|a){90}$", 90),
+        (r"^((a?){10}){10}$", 100),
+        (r"^\?\*[*?]{5}$", 0),
+    ],
+)
+def test_the_optional_parts_of_a_pattern_are_counted_written_out(pattern, count):
+    assert options(pattern) == count
+
+
+def test_a_pattern_that_people_write_is_taken(served):
+    answer = served.chat(**schema_of(type="string", pattern="^[0-9]{4}-[0-9]{2}$"), max_tokens=40)
+    assert len(json.loads(answer.json()["choices"][0]["message"]["content"])) == 7
+
+
+@pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "https://example.org/a.png", "file:///etc/passwd"])
+def test_the_server_fetches_nothing_for_a_client(served, url):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    error = refused(served.chat(messages=[{"role": "user", "content": [part]}]), 400, "fetches nothing")
+    assert error["code"] == "invalid_url"
+
+
+def test_a_long_run_of_one_class_is_answered_or_refused_and_ends_no_engine(tmp_path):
+    """llama.cpp's pattern for this vocabulary overflows the stack of a usual thread."""
+    tokenizer = byte_tokenizer(chat_template="{{ messages[-1].content }}")
+    network = tiny_llama(vocab_size=300, max_position_embeddings=2**17)
+    gguf = write_llama_gguf(network, tmp_path / "tiny.gguf", tokenizer=tokenizer, pre="tekken")
+    with running(FileSource(gguf), context_tokens=512) as server:
+        pid = server.child.pid
+        refused(server.complete(prompt="A" * 60_000), 400, "exceeds the available context")
+        error = refused(server.complete(prompt="A" * 1_000_000), 400, "1000000 characters without a break")
+        assert error["code"] == "invalid_text"
+        refused(server.chat(messages=[{"role": "user", "content": "-" * 1_100_000}]), 400, "without a break")
+        assert server.complete().status_code == 200 and server.child.pid == pid
+
+
+def test_a_huge_or_compressed_body_is_refused(chat_gguf):
+    with running(FileSource(chat_gguf), max_body_bytes=2000) as server:
+        body = json.dumps({"prompt": "x" * 2000}).encode()
+        refused(httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON), 413, "2000")
+        parts = (body[start : start + 100] for start in range(0, len(body), 100))
+        refused(httpx.post(f"{server.url}/v1/completions", content=parts, headers=JSON), 413, "2000")
+        refused(httpx.post(f"{server.url}/v1/completions", content=b"x", headers={"content-encoding": "gzip"}), 415)
+        assert server.complete(prompt="x" * 1800, max_tokens=1).status_code == 200
+
+
+def test_only_who_has_a_key_may_ask(chat_gguf):
+    with running(FileSource(chat_gguf), api_key="secret", api_keys={"ana": "hers"}) as server:
         for headers in (
             {},
             {"authorization": "Bearer wrong"},
             {"authorization": "Basic secret"},
             {"authorization": "é"},
+            {"x-api-key": "wrong"},
         ):
             sent = {name: value.encode() for name, value in headers.items()}
             response = server.client.post("/v1/completions", json={"prompt": "hello"}, headers=sent)
@@ -124,8 +264,28 @@ def test_only_who_has_the_key_may_ask(chat_gguf):
             assert response.headers["www-authenticate"] == "Bearer"
         refused(server.client.get("/v1/models"), 401)
         refused(server.client.get("/openapi.json"), 401)
-        server.client.headers["authorization"] = "Bearer secret"
-        assert server.complete().status_code == 200
-        del server.client.headers["authorization"]
+        for headers in ({"authorization": "Bearer secret"}, {"authorization": "bearer hers"}, {"x-api-key": "hers"}):
+            assert server.client.get("/v1/models", headers=headers).status_code == 200
+        assert server.metric("samq_requests_by_key_total", key="ana") == 2
+        assert server.metric("samq_requests_by_key_total", key="default") == 1
         for path in ("/health", "/ready", "/metrics"):
             assert server.client.get(path).status_code == 200, "probes and Prometheus need no key"
+
+
+def test_a_page_of_a_named_origin_may_ask_and_another_may_not(chat_gguf):
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with running(FileSource(chat_gguf), api_key="secret", cors_origins=["https://chat.example"]) as server:
+        for origin, allowed in (("https://chat.example", "https://chat.example"), ("https://evil.example", None)):
+            answer = server.client.options("/v1/chat/completions", headers={"origin": origin, **asks})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            answer = server.client.get("/v1/models", headers={"origin": origin, "authorization": "Bearer secret"})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_without_the_setting_no_page_may_ask(served):
+    assert "access-control-allow-origin" not in served.client.get("/v1/models", headers={"origin": "https://a"}).headers
+
+
+def test_an_unknown_path_and_a_wrong_method_have_openais_shape(served):
+    refused(served.client.get("/v2/completions"), 404)
+    refused(served.client.get("/v1/completions"), 405)

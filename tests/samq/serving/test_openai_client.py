@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import openai
+import pydantic
 import pytest
 
 from samq.serving.source import FileSource
@@ -72,8 +73,7 @@ def test_a_completion_stops_where_it_is_told(client, model):
     choice = answer.choices[0]
     assert choice.finish_reason == "stop"
     assert "a + b" in choice.text and "\n" not in choice.text
-    assert "".join(choice.logprobs.tokens) == choice.text
-    assert all(logprob <= 0 for logprob in choice.logprobs.token_logprobs)
+    assert all(token["logprob"] <= 0 for token in choice.logprobs.content), "llama-server's form, that of a chat"
 
 
 @pytest.mark.e2e
@@ -93,6 +93,28 @@ def test_a_grammar_makes_the_answer_json_of_the_schema(client, model):
     )
     parsed = json.loads(answer.choices[0].message.content)
     assert isinstance(parsed["city"], str) and isinstance(parsed["population"], int) and len(parsed) == 2
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("sent_back", [lambda message: message, lambda message: message.model_dump()])
+def test_a_second_turn_takes_the_first_answer_as_it_came(client, model, sent_back):
+    """H1."""
+    first = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=8)
+    turns = [*QUESTION, sent_back(first.choices[0].message), {"role": "user", "content": "And of Italy?"}]
+    assert client.chat.completions.create(model=model, messages=turns, max_tokens=8).choices[0].message.content
+
+
+@pytest.mark.e2e
+def test_the_clients_other_ways_of_asking(client, model):
+    class Guess(pydantic.BaseModel):
+        is_paris: bool
+
+    parsed = client.chat.completions.parse(model=model, messages=QUESTION, response_format=Guess, max_tokens=60)
+    assert isinstance(parsed.choices[0].message.parsed, Guess)
+    tool = {"type": "function", "function": {"name": "capital", "parameters": {"type": "object", "properties": {}}}}
+    assert client.chat.completions.create(model=model, messages=QUESTION, tools=[tool], max_tokens=8).choices
+    assert client.responses.create(model=model, input="hi", max_output_tokens=4).output_text
+    assert client.models.retrieve(model).id == model
 
 
 @pytest.mark.e2e

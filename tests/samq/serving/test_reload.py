@@ -5,21 +5,22 @@ import logging
 import os
 import re
 import shutil
+import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
 import pytest
 
 from samq.gguf.file import file_sha256
-from samq.serving.refusal import Refused
+from samq.serving import watch
 from samq.serving.source import FileSource, registry_source
 from samq.tracking.registry import connect
 from tests.conftest import write_tiny_gguf
-from tests.samq.serving.conftest import put, running, serves
-from tests.samq.serving.test_answers import events
-from tests.samq.serving.test_bad_input import refused
+from tests.samq.serving.conftest import events, put, refused, running, serves
 from tests.samq.serving.tiny_chat import add_byte_vocabulary, write_chat_gguf
 
 
@@ -45,9 +46,8 @@ def test_another_file_takes_over_while_clients_stream_and_no_request_fails(file,
             body = {"prompt": f"client {number}", "max_tokens": 30, "temperature": 0, "stream": True}
             response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
             assert response.status_code == 200
-            *chunks, last = events(response)
-            assert last["choices"][0]["finish_reason"] == "length"
-            answers.append("".join(chunk["choices"][0]["text"] for chunk in chunks))
+            assert events(response)[-1]["choices"][0]["finish_reason"] == "length"
+            answers.append(response.headers["x-samq-sha256"])
         return answers
 
     with running(FileSource(file), queue_size=64) as server, ThreadPoolExecutor(8) as pool:
@@ -63,7 +63,7 @@ def test_another_file_takes_over_while_clients_stream_and_no_request_fails(file,
             )
         stop = True
         answers = [one.result() for one in clients]
-        assert all(len(set(of_one)) == 2 for of_one in answers), "each answer is wholly of one model or the other"
+        assert all(len(set(of_one)) == 2 for of_one in answers), "each answer names the version that gave it"
         assert server.metric("samq_model_reloads_total", result="success") == 4
         info = {"name": "tiny", "version": "", "alias": "", "sha256": file_sha256(other_gguf), "plan": ""}
         assert server.metric("samq_model_info", **info) == 1
@@ -71,7 +71,7 @@ def test_another_file_takes_over_while_clients_stream_and_no_request_fails(file,
 
 
 def test_a_stream_is_finished_by_the_model_that_began_it(file, chat_gguf, other_gguf):
-    body = {"prompt": "hello", "max_tokens": 3000, "temperature": 0}
+    body = {"prompt": "hello", "max_tokens": 1500, "temperature": 0}
     with running(FileSource(file)) as server:
         expected = server.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
         with httpx.stream(
@@ -79,21 +79,47 @@ def test_a_stream_is_finished_by_the_model_that_began_it(file, chat_gguf, other_
         ) as response:
             parts = response.iter_text()
             text = next(parts)
+            old = server.child
             put(other_gguf, file)
             server.wait(serves(server, other_gguf))
-            assert server.metric("llamacpp:requests_processing") == 1, "the test must swap within the stream"
+            assert old.alive and server.child is not old, "the test must swap within the stream"
             text += "".join(parts)
         lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line][:-1]
         assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == expected
+        server.wait(lambda: not old.alive)
+
+
+def test_a_file_that_is_altered_in_place_or_cut_short_is_told_and_what_serves_is_what_was_read(file, chat_gguf):
+    """H3."""
+    with running(FileSource(file)) as server:
+        before = server.complete(max_tokens=20).json()["choices"][0]["text"]
+        for spoil in (lambda: file.write_bytes(b"?" * file.stat().st_size), lambda: os.truncate(file, 1000)):
+            spoil()
+            server.wait(lambda: "is not served" in (server.ready()["problem"] or ""))
+            assert serves(server, chat_gguf)()
+            assert server.complete(max_tokens=20).json()["choices"][0]["text"] == before
+
+
+def test_an_engine_is_not_started_again_with_an_altered_file(file, chat_gguf):
+    """H3."""
+    with running(FileSource(file)) as server:
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + b"?")
+        os.kill(server.child.pid, signal.SIGKILL)
+        server.wait(lambda: "was altered" in (server.ready()["problem"] or ""))
+        assert server.client.get("/ready").status_code == 503
+        file.write_bytes(good)
+        server.wait(lambda: server.client.get("/ready").status_code == 200)
+        assert serves(server, chat_gguf)()
 
 
 @pytest.mark.parametrize(
     "write, reason",
     [
-        (lambda path: path.write_bytes(b"GGUF" + bytes(1000)), "bad GGUF version"),
-        (lambda path: path.write_bytes(b""), "failed to read magic"),
-        (write_silent_gguf, "not all finite"),
-        (lambda path: write_chat_gguf(path, context=16), "does not fit into a context of 16"),
+        (lambda path: path.write_bytes(b"GGUF" + bytes(1000)), "is not a whole GGUF file"),
+        (lambda path: path.write_bytes(b""), "is not a whole GGUF file"),
+        (write_silent_gguf, "does not answer the warm-up prompt sanely"),
+        (lambda path: write_chat_gguf(path, context=16), "does not answer the warm-up prompt sanely"),
     ],
 )
 def test_what_cannot_serve_leaves_the_old_model_at_work(file, tmp_path, other_gguf, write, reason):
@@ -109,8 +135,7 @@ def test_what_cannot_serve_leaves_the_old_model_at_work(file, tmp_path, other_gg
         assert server.metric("samq_model_reload_failed") == 1
         assert server.complete().status_code == 200
 
-        polls = server.server.watcher
-        polls.check(), polls.check()
+        time.sleep(0.3)
         assert server.metric("samq_model_reloads_total", result="failure") == 1, "it is not tried again and again"
 
         put(other_gguf, file)
@@ -133,41 +158,33 @@ def test_after_the_file_is_back_the_problem_is_that_of_its_content_again(file, t
     bad.write_bytes(b"GGUF" + bytes(1000))
     with running(FileSource(file)) as server:
         put(bad, file)
-        server.wait(lambda: "bad GGUF version" in (server.ready()["problem"] or ""))
+        server.wait(lambda: "is not a whole GGUF" in (server.ready()["problem"] or ""))
         file.unlink()
         server.wait(lambda: "put the GGUF back" in server.ready()["problem"])
         put(bad, file)
-        server.wait(lambda: "bad GGUF version" in server.ready()["problem"])
+        server.wait(lambda: "is not a whole GGUF" in server.ready()["problem"])
         assert server.metric("samq_model_reloads_total", result="failure") == 1
 
 
-def test_what_cannot_be_loaded_is_tried_again_less_and_less_often(file, tmp_path, monkeypatch, caplog):
+def test_what_cannot_be_loaded_is_tried_again_less_and_less_often(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_RETRY_S", (0.4, 60.0))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(1000))
-    minute = 0
-    monkeypatch.setattr("samq.serving.watch.time", SimpleNamespace(monotonic=lambda: 60.0 * minute))
-    with running(FileSource(file), poll_interval_s=3600) as server:
+    with running(FileSource(file)) as server:
         put(tmp_path / "bad.gguf", file)
-        tried, failures = [], 0
-        for minute in range(250):
-            server.server.watcher.check()
-            if server.metric("samq_model_reloads_total", result="failure") > failures:
-                failures += 1
-                tried.append(minute)
-        assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
-        logged = [
-            record for record in caplog.records if record.name == "samq.serving.watch" and record.levelname == "ERROR"
-        ]
-        assert len(logged) == len(tried), "once a failure"
+        tried = []
+        for number in range(1, 4):
+            server.wait(lambda n=number: server.metric("samq_model_reloads_total", result="failure") == n)
+            tried.append(time.monotonic())
+        assert tried[1] - tried[0] >= 0.4 and tried[2] - tried[1] >= 0.8
         assert server.complete().status_code == 200
 
 
 def test_what_is_unfit_to_serve_is_not_tried_again(file, tmp_path, monkeypatch):
-    monkeypatch.setattr("samq.serving.watch._RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(watch, "_RETRY_S", (0.0, 0.0))
     with running(FileSource(file)) as server:
         put(write_silent_gguf(tmp_path / "bad.gguf"), file)
-        server.wait(lambda: "not all finite" in (server.ready()["problem"] or ""))
-        for _ in range(3):
-            server.server.watcher.check()
+        server.wait(lambda: "sanely" in (server.ready()["problem"] or ""))
+        time.sleep(0.3)
         assert server.metric("samq_model_reloads_total", result="failure") == 1
 
 
@@ -186,46 +203,60 @@ def test_before_there_is_a_model_the_server_lives_and_is_not_ready(tmp_path, cha
         assert server.complete().status_code == 200
 
 
-def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it(file, other_gguf, monkeypatch, tmp_path):
+@contextmanager
+def asking(server, clients=8):
+    """Clients that ask one completion after another; yields the statuses of their answers."""
+    ended, statuses = threading.Event(), []
+
+    def client():
+        with httpx.Client(base_url=server.url, timeout=60) as own:
+            while not ended.is_set():
+                statuses.append(own.post("/v1/completions", json={"prompt": "a", "max_tokens": 20}).status_code)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield statuses
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it_and_requests_wait(
+    file, other_gguf, monkeypatch, tmp_path
+):
     """That memory is short is the one thing that is not real here."""
-    monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
+    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
     with running(FileSource(file)) as server:
-        put(other_gguf, file)
-        server.wait(serves(server, other_gguf))
-        assert server.complete().status_code == 200
-
-        put(write_silent_gguf(tmp_path / "bad.gguf"), file)  # and with it, the old content of the file is gone
-        server.wait(lambda: server.ready()["problem"])
-        problem = server.ready()["problem"]
-        assert "not all finite" in problem and re.search(r"; and cannot load .* again: ", problem)
-        assert server.client.get("/ready").status_code == 503
-        put(other_gguf, file)
-        server.wait(serves(server, other_gguf))
+        with asking(server) as statuses:
+            put(other_gguf, file)
+            server.wait(serves(server, other_gguf))
+            server.wait(lambda: server.client.get("/ready").status_code == 200)
+            put(write_silent_gguf(tmp_path / "bad.gguf"), file)
+            server.wait(lambda: server.ready()["problem"])
+            server.wait(lambda: server.client.get("/ready").status_code == 200)
+        assert set(statuses) == {200}
+        assert "sanely" in server.ready()["problem"] and serves(server, other_gguf)(), "its file is still held open"
 
 
-def test_a_request_that_comes_between_two_models_waits_for_the_next(file):
-    with running(FileSource(file), poll_interval_s=3600) as server, ThreadPoolExecutor(1) as pool:
-        model = server.server.engine.exchange(None, more_to_come=True)
-        answer = pool.submit(server.complete)
-        server.wait(lambda: server.metric("llamacpp:requests_deferred") == 1)
-        assert server.client.get("/ready").status_code == 503
-        server.server.engine.exchange(model)
-        assert answer.result().json()["usage"]["prompt_tokens"] == 6
-
-
-def test_requests_that_wait_for_a_model_are_refused_when_none_comes(file):
-    with running(FileSource(file), poll_interval_s=3600) as server, ThreadPoolExecutor(1) as pool:
-        engine = server.server.engine
-        model = engine.exchange(None, more_to_come=True)
-        answer = pool.submit(server.complete)
-        server.wait(lambda: server.metric("llamacpp:requests_deferred") == 1)
-        late = engine.prepare(None, lambda event: None, stream=False)
-        engine.exchange(None)
-        assert refused(answer.result(), 503)["code"] == "model_not_loaded"
-        assert server.metric("llamacpp:requests_deferred") == 0
-        with pytest.raises(Refused, match="no model is loaded"):
-            engine.submit(late)
-        engine.exchange(model)
+def test_without_room_for_both_a_file_that_is_spoilt_in_place_leaves_nothing_to_serve(
+    file, chat_gguf, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
+    bad = write_silent_gguf(tmp_path / "bad.gguf").read_bytes()
+    with running(FileSource(file)) as server:
+        with asking(server) as statuses:
+            file.write_bytes(bad)
+            server.wait(
+                lambda: re.search(r"; and cannot start .* again: .* was altered", server.ready()["problem"] or "")
+            )
+            assert refused(server.complete(), 503)["code"] == "model_not_loaded"
+        assert set(statuses) <= {200, 503}
+        assert server.client.get("/ready").status_code == 503 and server.metric("samq_requests_waiting") == 0
+        put(chat_gguf, file)
+        server.wait(serves(server, chat_gguf))
         assert server.complete().status_code == 200
 
 
@@ -291,7 +322,7 @@ def test_a_version_is_read_whole_once_until_its_file_changes(
 
 def test_without_room_for_both_a_broken_version_gives_way_to_the_old_one_again(registered, mlflow_uri, monkeypatch):
     """That memory is short is the one thing that is not real here."""
-    monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
+    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
     with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
         registered.set_registered_model_alias("tiny-llama", "production", "3")
         server.wait(lambda: server.metric("samq_model_reload_failed") == 1)
@@ -306,7 +337,7 @@ def test_a_file_that_is_not_what_was_registered_is_not_served(registered, mlflow
     registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", moved.as_uri())
     with running(registry_source("tiny-llama", "production", mlflow_uri), wait=False) as server:
         server.wait(lambda: server.ready()["problem"])
-        assert f"but tiny-llama has {file_sha256(chat_gguf)}" in server.ready()["problem"]
+        assert f"not {file_sha256(chat_gguf)}; put the file back" in server.ready()["problem"]
         assert server.client.get("/ready").status_code == 503
 
 
@@ -335,7 +366,7 @@ def other_bytes(gguf, wanted):
 def test_a_version_whose_file_comes_later_serves_then(
     registered, mlflow_uri, tmp_path, other_gguf, monkeypatch, spoil, reason
 ):
-    monkeypatch.setattr("samq.serving.watch._RETRY_S", (0.1, 0.1))
+    monkeypatch.setattr(watch, "_RETRY_S", (0.1, 0.1))
     copy = tmp_path / "copy.gguf"
     put(other_gguf, copy)
     spoil(copy, other_gguf)
@@ -353,13 +384,36 @@ def test_a_file_that_is_not_what_was_registered_takes_no_model_from_memory(
     registered, mlflow_uri, tmp_path, monkeypatch, chat_gguf
 ):
     """That memory is short is the one thing that is not real here."""
-    monkeypatch.setattr("samq.serving.watch.fits_beside", lambda gguf, settings: False)
+    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
     registered.set_model_version_tag("tiny-llama", "2", "gguf_uri", chat_gguf.as_uri())
     with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
-        model = server.server.engine.model
+        child = server.child
         registered.set_registered_model_alias("tiny-llama", "production", "2")
         server.wait(lambda: "put the file back" in (server.ready()["problem"] or ""))
-        assert server.server.engine.model is model
+        assert server.child is child and child.alive
+
+
+def test_a_version_whose_file_is_moved_altered_or_gone_serves_on_and_is_told(
+    registered, mlflow_uri, tmp_path, chat_gguf
+):
+    """H3."""
+    copy = tmp_path / "copy.gguf"
+    put(chat_gguf, copy)
+    registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", copy.as_uri())
+    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+        before = server.complete().json()["choices"][0]["text"]
+        for spoil, told in (
+            (lambda: copy.rename(tmp_path / "elsewhere"), "No such file"),
+            (lambda: put(chat_gguf, copy), None),
+            (lambda: copy.write_bytes(copy.read_bytes()[:-1] + b"?"), "was altered"),
+            (lambda: os.truncate(copy, 1000), "was altered"),
+        ):
+            spoil()
+            server.wait(
+                lambda told=told: told in (server.ready()["problem"] or "") if told else not server.ready()["problem"]
+            )
+            assert server.client.get("/ready").status_code == 200 and serves(server, chat_gguf)()
+            assert server.complete().json()["choices"][0]["text"] == before
 
 
 def test_an_alias_that_names_nothing_yet_is_told_and_no_failure(registered, mlflow_uri, chat_gguf):

@@ -40,7 +40,11 @@ def test_what_is_given_goes_before_the_file(tmp_path):
     "text, reason",
     [
         ("prot: 1", r"prot: Extra inputs are not permitted"),
-        ("kv_type: Q5_0", r"kv_type: Input should be"),
+        ("kv_type: Q9_0", r"kv_type: Input should be"),
+        ("speculation: {kind: draft}", r"speculation: kind draft and draft_model go together"),
+        ("{engine: llama-cpp-python, slots: 2}", r"llama-cpp-python has no slots above 1"),
+        ("{engine: llama-cpp-python, speculation: {kind: ngram}}", r"llama-cpp-python has no speculation"),
+        ("api_keys: {ana: ''}", r"a key of api_keys is empty"),
         ("shadow: {prompts: -1}", r"shadow\.prompts: "),
         ("- 1", "does not hold settings"),
         ("a: [", "is not YAML"),
@@ -54,7 +58,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, reason):
 
 
 def test_the_key_is_not_shown():
-    assert "secret" not in repr(ServingSettings(api_key="secret"))
+    assert "secret" not in repr(ServingSettings(api_key="secret", api_keys={"ana": "secret"}))
 
 
 def test_the_annotated_file_shows_every_setting_at_its_default():

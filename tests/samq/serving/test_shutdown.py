@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.command_line import refused, samq
-from tests.samq.serving.test_answers import events
+from tests.samq.serving.conftest import events
 
 ROOT = Path(__file__).parents[3]
 BODY = {"prompt": "hello", "temperature": 0, "stream": True}
@@ -28,7 +28,9 @@ def process(model, tmp_path, *, until=lambda client: ready(client), environment=
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = tmp_path / "serving.yaml"
-    config.write_text("".join(f"{name}: {value}\n" for name, value in {"context_tokens": 8192, **settings}.items()))
+    config.write_text(
+        "".join(f"{name}: {value}\n" for name, value in {"context_tokens": 8192, "threads": 1, **settings}.items())
+    )
     command = [sys.executable, "-m", "samq.cli", "serve", str(model), "--config", str(config), "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(
@@ -112,7 +114,7 @@ def test_what_takes_longer_than_the_drain_is_told_so(chat_gguf, tmp_path):
             text = next(parts)
             child.send_signal(signal.SIGTERM)
             text += "".join(parts)
-        assert '"code":"shutting_down"' in text and text.endswith("data: [DONE]\n\n")
+        assert '"code": "shutting_down"' in text and text.endswith("data: [DONE]\n\n")
         assert child.wait(30) == 0, (tmp_path / "log").read_text()
 
 

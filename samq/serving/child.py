@@ -1,0 +1,213 @@
+"""A child process that is an engine with one model: its start, its answers, its signs of life and its end."""
+
+import asyncio
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from samq.errors import SamqError
+from samq.llamacpp.process import begin_child, kill_group
+from samq.llamacpp.reason import reason_in
+from samq.llamacpp.runtime import is_out_of_memory
+from samq.serving.engine import ENGINES, Files, Room, environment_of
+from samq.serving.limits import STACK_BYTES
+from samq.serving.settings import ServingSettings
+from samq.serving.source import HeldFile
+
+logger = logging.getLogger(__name__)
+
+_LOG_LINES = 300  # of the engine's log, kept for the reason of its end
+_READINESS = "/v1/models"  # answered with 200 when the model is loaded, by every engine
+_STACK_BYTES = STACK_BYTES + 8 * 2**20
+_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+_QUIET_S = 1.0  # an engine at work that has said nothing for so long is asked for a sign of life
+_NO_LIMIT = httpx.Limits(
+    max_connections=None, max_keepalive_connections=0
+)  # a kept connection may close under a request
+
+
+class StartError(SamqError):
+    """The engine ended before it was ready, or took too long."""
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+class Child:
+    """An engine at work. Its process group ends with `stop`, or with this process."""
+
+    def __init__(
+        self, model: HeldFile, mmproj: HeldFile | None, name: str, room: Room, settings: ServingSettings
+    ) -> None:
+        """Starts the process; raises StartError if that is not possible. `until_ready` waits for the model."""
+        self.leases = 0  # requests that the gate has at it
+        self.killed_for = ""
+        self.identity: Callable[[], dict[str, str]] = dict  # headers that name the version
+        self.layers: tuple[int, int] | None = None  # on the GPU, of all; None: the engine did not say
+        self._engine = ENGINES[settings.engine]
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._log: deque[str] = deque(maxlen=_LOG_LINES)
+        self._asking = 0
+        self._refuses = False  # connections: it is about to end
+        self._heard = self._loop.time()
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
+            files = Files(self._folder, model.name, mmproj.name if mmproj else None)
+            command = self._engine.command(files, name, room, settings)
+            self._process = subprocess.Popen(
+                command.arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment_of(command),
+                pass_fds=[file.descriptor for file in (model, mmproj) if file],
+                start_new_session=True,
+                preexec_fn=partial(begin_child, _STACK_BYTES),  # which its threads have too
+            )
+        except OSError as error:
+            raise StartError(f"cannot start {settings.engine}: {error}; `samq doctor` says what is missing") from error
+        self.pid = self._process.pid
+        self._client = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(files.socket), limits=_NO_LIMIT),
+            base_url="http://engine",
+            timeout=None,  # the gate has the time limits
+        )
+        self._ended = asyncio.create_task(self._read_log())
+        self._watching = asyncio.create_task(self._watch())
+
+    async def until_ready(self) -> dict[str, Any]:
+        """Wait until the model is loaded, and return how the engine describes it; raises StartError."""
+        pause = 0.02
+        try:
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                while not self._ended.done():
+                    with suppress(httpx.TransportError):
+                        answer = await self._client.get(_READINESS)
+                        if answer.status_code == 200:
+                            described: dict[str, Any] = answer.json()["data"][0]
+                            return described
+                    pause = min(pause * 1.5, 0.5)
+                    await asyncio.wait([self._ended], timeout=pause)
+        except TimeoutError:
+            raise StartError(
+                f"{self._settings.engine} was not ready after {self._settings.start_timeout_s:g} s; raise start_timeout_s"
+            ) from None
+        raise StartError(f"{self._settings.engine} {self.end}", out_of_memory=self._out_of_memory)
+
+    @property
+    def _out_of_memory(self) -> bool:
+        """Whether its log says so, or the system killed it, as Linux does where memory ends."""
+        killed = not self.killed_for and self._process.returncode == -signal.SIGKILL
+        return killed or is_out_of_memory(self._log)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs and takes requests."""
+        return not self._refuses and self._process.poll() is None
+
+    @property
+    def end(self) -> str:
+        """How the process ended, with the reason in its log: `ended with exit code 1: out of memory`."""
+        code = self._process.returncode
+        how = self.killed_for or (
+            f"was killed by signal {-code}" if code and code < 0 else f"ended with exit code {code}"
+        )
+        return how if self.killed_for else f"{how}: {reason_in(chr(10).join(self._log))}"
+
+    async def until_ended(self) -> None:
+        """Wait for the end of the process."""
+        await asyncio.wait([self._ended])
+
+    @asynccontextmanager
+    async def ask(self, path: str, body: bytes | None = None) -> AsyncIterator[httpx.Response]:
+        """Send a request, a POST if it has a body; the answer's body is read by `heard`.
+
+        Raises httpx.ConnectError if the engine never got it, and another httpx.TransportError if it ended meanwhile.
+        """
+        method, headers = ("GET", {}) if body is None else ("POST", {"content-type": "application/json"})
+        if not self._asking:
+            self._heard = self._loop.time()
+        self._asking += 1
+        try:
+            async with self._client.stream(method, path, content=body, headers=headers) as response:
+                yield response
+        except httpx.ConnectError:
+            self._refuses = True
+            raise
+        finally:
+            self._asking -= 1
+
+    async def heard(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """The pieces of an answer as they come, each a sign of life."""
+        async for piece in response.aiter_raw():
+            self._heard = self._loop.time()
+            yield piece
+
+    async def get(self, path: str, timeout_s: float) -> str:
+        """The text of an answer; raises httpx.HTTPError."""
+        answer = await self._client.get(path, timeout=timeout_s)
+        return answer.raise_for_status().text
+
+    async def stop(self) -> None:
+        """End the process group at once: it has nothing to save."""
+        self._watching.cancel()
+        await asyncio.to_thread(kill_group, self._process)
+        await self.until_ended()
+        await self._client.aclose()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _read_log(self) -> None:
+        """Read the log until the process ends, which closes it."""
+        assert self._process.stdout
+        reader = asyncio.StreamReader()
+        transport, _ = await self._loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
+        rest = b""
+        while piece := await reader.read(2**16):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                text = line.decode(errors="replace")[:1000]
+                self._log.append(text)
+                logger.debug("%s", text)
+                if told := _OFFLOADED.search(text):
+                    self.layers = int(told[1]), int(told[2])
+            rest = rest[-1000:]
+        transport.close()
+        while self._process.poll() is None:
+            await asyncio.sleep(0.01)
+
+    async def _watch(self) -> None:
+        """Kill the process when it hangs: at work, and without a sign of life for `hang_timeout_s`."""
+        path = self._engine.sign_of_life
+        # Without a path that it answers meanwhile, only the end of an answer is a sign of life.
+        limit = self._settings.hang_timeout_s if path else max(
+            self._settings.hang_timeout_s, self._settings.request_timeout_s
+        )  # fmt: skip
+        while True:
+            await asyncio.sleep(_QUIET_S)
+            quiet = self._loop.time() - self._heard
+            if not self._asking or quiet < _QUIET_S:
+                continue
+            if path and quiet < limit:
+                with suppress(httpx.HTTPError):
+                    await self.get(path, limit - quiet)
+                    self._heard = self._loop.time()
+            elif quiet >= limit:
+                self.killed_for = f"hung: it gave no sign of life for {limit:g} s"
+                logger.error("the engine %s; it is killed", self.killed_for)
+                await asyncio.to_thread(kill_group, self._process)
+                return
