@@ -93,7 +93,8 @@ def budget_plan(target: OpenTarget, prices: PriceTable, budget: Budget, policy: 
     if smallest > budget.tensor_bytes:
         raise SamqError(
             f"a budget of {budget.text} is too small for this model: in these types the smallest possible is "
-            f"{_smallest(target, budget, smallest)}; give that, or add smaller types to the ladder{_of_experts(prices, policy)}"
+            f"{_smallest(target, budget, smallest)}; give that, or add smaller types (`candidates.ladder`, --type)"
+            f"{_of_experts(prices, policy)}"
         )
     solution = solve(counted, budget.tensor_bytes - fixed)
     predicted = plan_cost(prices, solution.types)

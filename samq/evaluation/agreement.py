@@ -126,7 +126,10 @@ def require_agreement(agreement: Agreement, source: ModelSource) -> None:
     if agreement.median_kld_nats <= agreement.limit_nats:
         return
     if source.gguf is not None:
-        advice = "transformers reads something of it otherwise; give the folder that the GGUF was made from (hf_folder)"
+        advice = (
+            "transformers reads something of it otherwise; give the Hugging Face folder that the GGUF was made from as the model "
+            "(`samq compensate`: --model)"
+        )
     else:
         advice = (
             "llama.cpp does not compute what its configuration says; compare that with the published model's, or choose another "

@@ -240,7 +240,7 @@ def _transformers_errors(what: str, from_gguf: bool) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
-        folder = "give the model's Hugging Face folder in place of the GGUF"
+        folder = "give the model's Hugging Face folder as the model (`samq compensate`: --model)"
         advice = folder if from_gguf else "check its files and the device"
         raise SamqError(f"transformers cannot load {what} ({type(error).__name__}: {reason}); {advice}") from error
 
