@@ -6,21 +6,13 @@ All of it runs in the event loop's thread.
 import asyncio
 import math
 from collections import deque
-from typing import Protocol
 
 from samq.serving.child import Child
 from samq.serving.metrics import Metrics
 from samq.serving.refusal import Refused
+from samq.serving.served import Served
 
 _MOST_RETRY_AFTER_S = 60
-
-
-class Target(Protocol):
-    """What requests go to."""
-
-    @property
-    def child(self) -> Child | None:
-        """The engine; None while it is started again."""
 
 
 class Admission:
@@ -32,7 +24,7 @@ class Admission:
         self._slots = slots
         self._queue_size = queue_size
         self._metrics = metrics
-        self._target: Target | None = None
+        self._target: Served | None = None
         self._more_to_come = False
         self._waiting: deque[asyncio.Future[Child]] = deque()
         self._running = 0
@@ -51,7 +43,7 @@ class Admission:
         """Whether a new request could be answered now."""
         return bool(self._target and self._target.child and not self.draining)
 
-    def serve(self, target: Target | None, *, more_to_come: bool = False) -> None:
+    def serve(self, target: Served | None, *, more_to_come: bool = False) -> None:
         """Send requests to `target` from now on. Without one they are refused, or wait if there is more to come."""
         self._target, self._more_to_come = target, more_to_come
         self.changed()
@@ -61,7 +53,7 @@ class Admission:
         if self._target is None and not self._more_to_come:
             for turn in self._waiting:
                 if not turn.done():
-                    turn.set_exception(_no_model())
+                    turn.set_exception(shutting_down() if self.draining else _no_model())
             self._waiting.clear()
         while self._waiting and (child := self._free_child()):
             turn = self._waiting.popleft()

@@ -88,11 +88,9 @@ def create_app(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(server.watcher.run())
+        server.watcher.start()
         yield
         server.admission.draining = True
-        watching.cancel()
-        await asyncio.wait([watching])
         await server.watcher.close()
 
     app = FastAPI(

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import deque
@@ -104,7 +105,13 @@ class Child:
             raise StartError(
                 f"{self._settings.engine} was not ready after {self._settings.start_timeout_s:g} s; raise start_timeout_s"
             ) from None
-        raise StartError(f"{self._settings.engine} {self.end}", out_of_memory=is_out_of_memory(self._log))
+        raise StartError(f"{self._settings.engine} {self.end}", out_of_memory=self._out_of_memory)
+
+    @property
+    def _out_of_memory(self) -> bool:
+        """Whether its log says so, or the system killed it, as Linux does where memory ends."""
+        killed = not self.killed_for and self._process.returncode == -signal.SIGKILL
+        return killed or is_out_of_memory(self._log)
 
     @property
     def alive(self) -> bool:

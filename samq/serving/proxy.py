@@ -206,7 +206,7 @@ class Exchange(Response):
         if not self._begun:
             raise refused
         self._scope[STATUS] = refused.status
-        event = refused.event if self._between_events else b"\n\n" + refused.event
+        event = (b"" if self._between_events else b"\n\n") + refused.last_event(self._path)
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
                 await self._send({"type": "http.response.body", "body": event})

@@ -20,6 +20,7 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+_NAMED_EVENTS = ("/v1/responses", "/v1/messages")
 _GENERAL = {*_TYPES.values(), "server_error"}  # kinds that say no more than the status
 # What engines call an error of theirs although the request was wrong.
 _CLIENTS_FAULT = re.compile(
@@ -75,9 +76,10 @@ class Refused(Exception):
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
-    @property
-    def event(self) -> bytes:
-        """The error as the last event of a stream that has begun."""
+    def last_event(self, path: str) -> bytes:
+        """The error as the last event of a stream that has begun, in the form of the API at `path`."""
+        if path in _NAMED_EVENTS:
+            return b"event: error\ndata: " + json.dumps({"type": "error", **self.body}).encode() + b"\n\n"
         return b"data: " + json.dumps(self.body).encode() + b"\n\ndata: [DONE]\n\n"
 
 

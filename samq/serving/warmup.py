@@ -16,11 +16,17 @@ logger = logging.getLogger(__name__)
 
 _REPEATED = 8  # an answer of one token repeated so often is not sane
 _KEPT = ("messages", "prompt", "tools", "chat_template_kwargs", "response_format")
+# Flags of llama-server for models that do not chat, by the path that they are asked at
+_OTHER_USES = {"/v1/rerank": {"reranking", "rerank"}, "/v1/embeddings": {"embeddings", "embedding"}}
 Prompt = tuple[str, dict[str, Any]]  # the path, and what of the body makes the prompt
 
 
 class Unfit(SamqError):
     """The model loads, but must not serve; loading it again would not help."""
+
+
+class RefusedPromptError(SamqError):
+    """The engine answered a prompt with an error."""
 
 
 class RecentPrompts:
@@ -43,13 +49,18 @@ class RecentPrompts:
 async def warm_up(child: Child, name: str, settings: ServingSettings) -> None:
     """Let the model answer a prompt; raises Unfit for an error, for no text, or for one repeated token."""
     prompt = {"messages": [{"role": "user", "content": settings.warmup_prompt}]}
+    flags = {flag.lstrip("-") for flag, value in settings.engine_flags.items() if value}
+    other = next((path for path in _OTHER_USES if flags & _OTHER_USES[path]), None)
     try:
-        if settings.engine_flags.get("embeddings") or settings.engine_flags.get("embedding"):
-            async with child.ask("/v1/embeddings", json.dumps({"input": settings.warmup_prompt}).encode()) as answer:
+        if other:
+            fields = {"input": settings.warmup_prompt, "query": settings.warmup_prompt, "documents": ["red", "blue"]}
+            async with child.ask(other, json.dumps(fields).encode()) as answer:
                 if answer.status_code != 200:
                     raise _insane(name, _message(await answer.aread()))
             return
         pieces = await greedy(child, ("/v1/chat/completions", prompt), settings.warmup_tokens)
+    except RefusedPromptError as error:
+        raise _insane(name, str(error)) from error
     except httpx.TransportError as error:
         raise SamqError(f"{name}: the engine {child.end} at the warm-up prompt") from error
     text = "".join(pieces)
@@ -70,7 +81,7 @@ async def token_agreement(old: Child, new: Child, prompts: Sequence[Prompt], tok
     for prompt in prompts:
         try:
             first, second = [await greedy(model, prompt, tokens) for model in (old, new)]
-        except Unfit:
+        except RefusedPromptError:
             continue
         longest = max(len(first), len(second))
         pairs = zip(first, second, strict=False)
@@ -80,7 +91,7 @@ async def token_agreement(old: Child, new: Child, prompts: Sequence[Prompt], tok
 
 
 async def greedy(child: Child, prompt: Prompt, tokens: int) -> list[str]:
-    """The texts of a greedy answer's events, a token each; raises Unfit for an error, and httpx.TransportError."""
+    """The texts of a greedy answer's events, a token each; raises RefusedPromptError, and httpx.TransportError."""
     path, fields = prompt
     body = {**fields, "temperature": 0, "max_tokens": tokens, "stream": True}
     text = b""
@@ -88,13 +99,13 @@ async def greedy(child: Child, prompt: Prompt, tokens: int) -> list[str]:
         async for piece in child.heard(answer):
             text += piece
         if answer.status_code != 200:
-            raise Unfit(_message(text))
+            raise RefusedPromptError(_message(text))
     pieces = []
     for line in text.splitlines():
         if line.startswith(b"data: {"):
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
-                raise Unfit(_message(line.removeprefix(b"data: ")))
+                raise RefusedPromptError(_message(line.removeprefix(b"data: ")))
             for choice in event.get("choices", ()):
                 delta = choice.get("delta", {})
                 pieces.append(choice.get("text") or delta.get("content") or delta.get("reasoning_content") or "")

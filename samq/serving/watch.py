@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from threading import Thread
@@ -31,7 +31,7 @@ class Watcher:
     def __init__(
         self, source: Source, admission: Admission, settings: ServingSettings, metrics: Metrics, recent: RecentPrompts
     ) -> None:
-        """Nothing happens before `run`."""
+        """Nothing happens before `start`."""
         self.serving: Served | None = None
         self._source = source
         self._admission = admission
@@ -45,7 +45,7 @@ class Watcher:
         self._retries = 0
         self._retry_at = 0.0
         self._others: set[Served] = set()  # starting or draining
-        self._draining: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def problem(self) -> str | None:
@@ -53,8 +53,11 @@ class Watcher:
         engine = self.serving.problem if self.serving else None
         return engine or self._lookup_problem or self._load_problem or self._file_problem
 
-    async def run(self) -> None:
-        """Poll until cancelled."""
+    def start(self) -> None:
+        """Start polling."""
+        self._go_on(self._poll())
+
+    async def _poll(self) -> None:
         while True:
             try:
                 await self.check()
@@ -63,9 +66,12 @@ class Watcher:
             await asyncio.sleep(self._settings.poll_interval_s)
 
     async def close(self) -> None:
-        """End every engine."""
-        for task in self._draining:
+        """Stop polling, and end every engine."""
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         every = [*self._others, *([self.serving] if self.serving else [])]
         self.serving = None
         self._admission.serve(None)
@@ -173,9 +179,12 @@ class Watcher:
                 self._others.discard(old)
 
         self._others.add(old)
-        task = asyncio.create_task(drain())
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
+        self._go_on(drain())
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _until_idle(self, old: Served) -> None:
         while old.child and old.child.leases:  # each has its deadline
@@ -208,7 +217,7 @@ class Watcher:
         await serving.pause()
         try:
             await new.start()
-        except BaseException as failure:
+        except Exception as failure:
             logger.warning("cannot start %s; starting %s again", new.gguf, serving.gguf)
             try:
                 await serving.start()
