@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -201,52 +203,61 @@ def test_before_there_is_a_model_the_server_lives_and_is_not_ready(tmp_path, cha
         assert server.complete().status_code == 200
 
 
-def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it(file, other_gguf, monkeypatch, tmp_path):
+@contextmanager
+def asking(server, clients=8):
+    """Clients that ask one completion after another; yields the statuses of their answers."""
+    ended, statuses = threading.Event(), []
+
+    def client():
+        with httpx.Client(base_url=server.url, timeout=60) as own:
+            while not ended.is_set():
+                statuses.append(own.post("/v1/completions", json={"prompt": "a", "max_tokens": 20}).status_code)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield statuses
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it_and_requests_wait(
+    file, other_gguf, monkeypatch, tmp_path
+):
     """That memory is short is the one thing that is not real here."""
     monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
     with running(FileSource(file)) as server:
-        put(other_gguf, file)
-        server.wait(serves(server, other_gguf))
+        with asking(server) as statuses:
+            put(other_gguf, file)
+            server.wait(serves(server, other_gguf))
+            server.wait(lambda: server.client.get("/ready").status_code == 200)
+            put(write_silent_gguf(tmp_path / "bad.gguf"), file)
+            server.wait(lambda: server.ready()["problem"])
+            server.wait(lambda: server.client.get("/ready").status_code == 200)
+        assert set(statuses) == {200}
+        assert "sanely" in server.ready()["problem"] and serves(server, other_gguf)(), "its file is still held open"
+
+
+def test_without_room_for_both_a_file_that_is_spoilt_in_place_leaves_nothing_to_serve(
+    file, chat_gguf, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
+    bad = write_silent_gguf(tmp_path / "bad.gguf").read_bytes()
+    with running(FileSource(file)) as server:
+        with asking(server) as statuses:
+            file.write_bytes(bad)
+            server.wait(
+                lambda: re.search(r"; and cannot start .* again: .* was altered", server.ready()["problem"] or "")
+            )
+            assert refused(server.complete(), 503)["code"] == "model_not_loaded"
+        assert set(statuses) <= {200, 503}
+        assert server.client.get("/ready").status_code == 503 and server.metric("samq_requests_waiting") == 0
+        put(chat_gguf, file)
+        server.wait(serves(server, chat_gguf))
         assert server.complete().status_code == 200
-
-        put(write_silent_gguf(tmp_path / "bad.gguf"), file)  # and with it, the old content of the file is gone
-        server.wait(lambda: server.ready()["problem"])
-        problem = server.ready()["problem"]
-        assert "sanely" in problem and re.search(r"; and cannot start .* again: ", problem)
-        assert server.client.get("/ready").status_code == 503
-        put(other_gguf, file)
-        server.wait(serves(server, other_gguf))
-
-
-def test_requests_that_come_between_two_models_wait_for_the_next(file, other_gguf, monkeypatch):
-    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
-    with running(FileSource(file), poll_interval_s=0.05) as server, ThreadPoolExecutor(8) as pool:
-        stop = []
-        asking = [
-            pool.submit(lambda: [server.complete().status_code for _ in iter(lambda: not stop, False)])
-            for _ in range(8)
-        ]
-        put(other_gguf, file)
-        server.wait(lambda: server.client.get("/ready").status_code == 503)
-        server.wait(serves(server, other_gguf))
-        server.wait(lambda: server.client.get("/ready").status_code == 200)
-        stop.append(True)
-        assert {status for one in asking for status in one.result()} == {200}
-
-
-def test_requests_that_wait_for_a_model_are_refused_when_none_comes(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "fits_beside", lambda served, settings: False)
-    with running(FileSource(file), poll_interval_s=0.05) as server, ThreadPoolExecutor(8) as pool:
-        put(write_silent_gguf(tmp_path / "bad.gguf"), file)
-        asking = [
-            pool.submit(lambda: [server.complete() for _ in iter(lambda: server.server.watcher.serving, None)])
-            for _ in range(4)
-        ]
-        server.wait(lambda: server.server.watcher.serving is None)
-        answers = [answer for one in asking for answer in one.result()]
-        assert {answer.status_code for answer in answers} <= {200, 503}
-        assert refused(server.complete(), 503)["code"] == "model_not_loaded"
-        assert server.metric("samq_requests_waiting") == 0
 
 
 @pytest.fixture
