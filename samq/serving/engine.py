@@ -142,6 +142,7 @@ def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings
         "sse-ping-interval": -1,  # the gate's comments do that for every engine
         "timeout": 86_400,  # the gate has the time limits
         "offline": True,
+        "log-verbosity": 4,  # with the layers that it puts on the GPU
     }
     speculation = settings.speculation
     if speculation.kind != "none":

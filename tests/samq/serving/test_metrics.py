@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from samq.gguf.file import file_sha256
 from samq.serving.source import FileSource
-from tests.samq.serving.conftest import running
+from tests.samq.serving.conftest import Occupied, running
 
 
 @pytest.fixture
@@ -51,9 +51,7 @@ def test_tokens_requests_and_latencies_are_counted(server):
 
 
 def test_a_request_that_waits_or_runs_is_shown(server):
-    body = {"prompt": "x", "max_tokens": 2000, "temperature": 0, "stream": True}
-    with server.client.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_bytes())
+    with Occupied(server):
         assert server.metric("samq_requests_running") == 1
         assert server.scraped("llamacpp:requests_processing") == 1
 
