@@ -125,7 +125,7 @@ def _add_passed_on(app: FastAPI, server: Server) -> None:
             body = to_json({**fields, "model": serving.gguf.name})
         path = _ALIASES.get(request.url.path, request.url.path)
         server.recent.add(path, fields)
-        streams = fields.get("stream") is True
+        streams = fields.get("stream") is True and path.endswith(("completions", "responses", "messages"))
         return Exchange(request, path, body, streams, server.admission, server.metrics, settings)
 
     for path, meaning in PASSED_ON.items():

@@ -31,6 +31,7 @@ _LOG_LINES = 300  # of the engine's log, kept for the reason of its end
 _READINESS = "/v1/models"  # answered with 200 when the model is loaded, by every engine
 _STACK_BYTES = STACK_BYTES + 8 * 2**20
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+_ENDING_S = 0.5  # an engine that takes no connection is about to end; if not, the next attempt waits so long
 _QUIET_S = 1.0  # an engine at work that has said nothing for so long is asked for a sign of life
 _NO_LIMIT = httpx.Limits(
     max_connections=None, max_keepalive_connections=0
@@ -61,7 +62,6 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._asking = 0
-        self._refuses = False  # connections: it is about to end
         self._heard = self._loop.time()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
@@ -115,8 +115,8 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs and takes requests."""
-        return not self._refuses and self._process.poll() is None
+        """Whether the process runs."""
+        return self._process.poll() is None
 
     @property
     def end(self) -> str:
@@ -145,7 +145,7 @@ class Child:
             async with self._client.stream(method, path, content=body, headers=headers) as response:
                 yield response
         except httpx.ConnectError:
-            self._refuses = True
+            await asyncio.wait([self._ended], timeout=_ENDING_S)
             raise
         finally:
             self._asking -= 1

@@ -99,7 +99,9 @@ def refused_by_engine(status: int, body: bytes) -> Refused:
     code = detail.get("code") if isinstance(detail, dict) else None
     kind = detail.get("type") if isinstance(detail, dict) else None
     param = detail.get("param") if isinstance(detail, dict) else None
-    if not isinstance(code, str):
+    if kind == "exceed_context_size_error":
+        code = "context_length_exceeded"  # OpenAI's name for it
+    elif not isinstance(code, str):
         code = kind if isinstance(kind, str) and kind not in _GENERAL else None
     message = _INTERNALS.sub("", message).partition("\n")[0].strip()
     return Refused(status, message, code=code, param=param if isinstance(param, str) else None)

@@ -61,9 +61,9 @@ def test_options_are_read_as_llama_fit_params_prints_them():
         read_options("failed\n")
 
 
-def test_a_plan_is_the_sum_over_the_gpus():
-    assert read_plan("CUDA0 100 20 3 \nCUDA1 50 0 7 \nHost 9 9 9 \n") == 180 * MIB
-    assert read_plan("Host 9 9 9 \n") == 0
+def test_a_plan_names_the_devices():
+    told = read_plan("CUDA0 100 20 3 \nCUDA1 50 0 7 \nHost 9 9 9 \n")
+    assert told == {"CUDA0": 123 * MIB, "CUDA1": 57 * MIB, "Host": 27 * MIB}
     with pytest.raises(ToolError, match="printed no plan"):
         read_plan("error\n")
 
