@@ -26,6 +26,8 @@ _GGML_TYPES = {
     "BF16": 30,
 }  # ggml.h
 _CHECK_TIMEOUT_S = 60
+# A tokenizer may add EOS to texts, as training has it: a prompt that ends with it is over before the answer.
+_WITHOUT_EOS = "tokenizer.ggml.add_eos_token=bool:false"
 _SPECULATION = {"draft": "draft-simple", "mtp": "draft-mtp", "ngram": "ngram-simple"}
 
 
@@ -85,7 +87,7 @@ def require_flags(settings: ServingSettings) -> None:
     """Raise SamqError if the engine is missing, or if `engine_flags` has one that it does not know or that SAMQ sets."""
     engine = ENGINES[settings.engine]
     for flag in settings.engine_flags:
-        if instead := engine.reserved.get(flag.lstrip("-").replace("_", "-")):
+        if instead := engine.reserved.get(_name(flag)):
             raise SamqError(f"engine_flags: SAMQ sets {flag} itself; {instead}")
     command = engine.check(settings)
     if not os.access(command.arguments[0], os.X_OK):
@@ -142,6 +144,7 @@ def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings
         "sse-ping-interval": -1,  # the gate's comments do that for every engine
         "timeout": 86_400,  # the gate has the time limits
         "offline": True,
+        "override-kv": _WITHOUT_EOS,
         "log-verbosity": 4,  # with the layers that it puts on the GPU
     }
     speculation = settings.speculation
@@ -149,7 +152,17 @@ def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings
         flags["spec-type"] = _SPECULATION[speculation.kind]
         flags["spec-draft-model"] = speculation.draft_model and speculation.draft_model.absolute()
         flags["spec-draft-n-max"] = None if speculation.kind == "ngram" else speculation.tokens
-    return _llama_server_with(flags | settings.engine_flags)
+    given: dict[str, Any] = {_name(flag): value for flag, value in settings.engine_flags.items()}
+    if any(given.get(flag) for flag in ("embedding", "embeddings", "rerank", "reranking")):
+        del flags["override-kv"]  # such models read their result off the last token, which is EOS
+    elif "override-kv" in given:
+        given["override-kv"] = f"{_WITHOUT_EOS},{given['override-kv']}"
+    return _llama_server_with(flags | given)
+
+
+def _name(flag: str) -> str:
+    """A flag as a key: `--ctx_size` is `ctx-size`."""
+    return flag.lstrip("-").replace("_", "-")
 
 
 def _llama_server_with(flags: Mapping[str, Any]) -> Command:
@@ -157,7 +170,7 @@ def _llama_server_with(flags: Mapping[str, Any]) -> Command:
     toolchain = find_toolchain()
     arguments = [str(program(toolchain, "llama-server"))]
     for flag, value in flags.items():
-        name = flag.lstrip("-").replace("_", "-")
+        name = _name(flag)
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
@@ -184,6 +197,8 @@ def _llama_cpp_python(files: Files, name: str, room: Room, settings: ServingSett
         "logits_all": False,  # with them it keeps the logits of the whole context, a vocabulary for each token
         "verbose": False,
     }
+    if not settings.engine_flags.get("embedding"):
+        model["kv_overrides"] = [_WITHOUT_EOS]
     if settings.threads:
         model |= {"n_threads": settings.threads, "n_threads_batch": settings.threads}
     config = files.folder / "engine.json"

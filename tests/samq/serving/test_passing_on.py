@@ -10,8 +10,11 @@ import httpx
 import pytest
 
 from samq.gguf.file import file_sha256
+from samq.serving.engine import ENGINES, Files, Room
+from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
 from tests.samq.serving.conftest import Occupied, events, refused, running, text_of
+from tests.samq.serving.tiny_chat import write_chat_gguf
 
 USER = {"role": "user", "content": "hello"}
 TOOL = {
@@ -201,3 +204,25 @@ def test_a_stream_that_waits_gets_comments_and_then_its_answer(chat_gguf):
         answer = waiting.result()
         assert answer.status_code == 200 and answer.text.startswith(": waiting\n\n")
         assert len(events(answer)) >= 8
+
+
+def test_a_prompt_does_not_end_with_eos_whatever_the_tokenizer_adds(engine, tmp_path):
+    plain, adding = (write_chat_gguf(tmp_path / f"{add_eos}.gguf", add_eos=add_eos) for add_eos in (False, True))
+    answers = []
+    for path in (plain, adding):
+        with running(FileSource(path), **engine) as server:
+            answers.append([server.complete().json(), server.chat().json()])
+    for one, other in zip(*answers, strict=True):
+        assert one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
+        assert one["choices"] == other["choices"]
+
+
+def test_overrides_of_the_metadata_come_on_top(tmp_path):
+    files, room = Files(tmp_path, "model.gguf"), Room(512, 0)
+
+    def given(**flags):
+        arguments = ENGINES["llama-server"].command(files, "name", room, ServingSettings(engine_flags=flags)).arguments
+        return arguments[arguments.index("--override-kv") + 1] if "--override-kv" in arguments else None
+
+    assert given(override_kv="a=int:1") == "tokenizer.ggml.add_eos_token=bool:false,a=int:1"
+    assert given(embeddings=True) is None  # such a model's result is that of EOS
