@@ -50,7 +50,13 @@ class Child:
     """An engine at work. Its process group ends with `stop`, or with this process."""
 
     def __init__(
-        self, model: HeldFile, mmproj: HeldFile | None, name: str, room: Room, settings: ServingSettings
+        self,
+        model: HeldFile,
+        mmproj: HeldFile | None,
+        name: str,
+        room: Room,
+        settings: ServingSettings,
+        printed_ends: tuple[str, ...] = (),
     ) -> None:
         """Starts the process; raises StartError if that is not possible. `until_ready` waits for the model."""
         self.leases = 0  # requests that the gate has at it
@@ -65,7 +71,7 @@ class Child:
         self._heard = self._loop.time()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
-            files = Files(self._folder, model.name, mmproj.name if mmproj else None)
+            files = Files(self._folder, model.name, mmproj.name if mmproj else None, printed_ends)
             command = self._engine.command(files, name, room, settings)
             self._process = subprocess.Popen(
                 command.arguments,

@@ -56,6 +56,7 @@ class Files:
     folder: Path
     model: str
     mmproj: str | None = None
+    printed_ends: tuple[str, ...] = ()  # texts of the model's end tokens that llama.cpp would print
 
     @property
     def socket(self) -> Path:
@@ -145,6 +146,7 @@ def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings
         "timeout": 86_400,  # the gate has the time limits
         "offline": True,
         "override-kv": _WITHOUT_EOS,
+        "reverse-prompt": list(files.printed_ends),  # stop strings of requests that have none
         "log-verbosity": 4,  # with the layers that it puts on the GPU
     }
     speculation = settings.speculation
@@ -166,7 +168,7 @@ def _name(flag: str) -> str:
 
 
 def _llama_server_with(flags: Mapping[str, Any]) -> Command:
-    """True stands for the flag alone, False for its negation `--no-FLAG`; None leaves it out."""
+    """True stands for the flag alone, False for its negation `--no-FLAG`; None leaves it out, a list repeats it."""
     toolchain = find_toolchain()
     arguments = [str(program(toolchain, "llama-server"))]
     for flag, value in flags.items():
@@ -174,7 +176,8 @@ def _llama_server_with(flags: Mapping[str, Any]) -> Command:
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            arguments += [f"--{name}", str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                arguments += [f"--{name}", str(one)]
     return Command(arguments, environment(toolchain))
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
+from gguf import TokenType
 
 from samq.errors import SamqError, ToolError
-from samq.gguf.file import read_metadata
+from samq.gguf.file import open_gguf, read_metadata
 from samq.llamacpp import fit, gpu
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.child import Child, StartError
@@ -63,6 +65,7 @@ class Served:
         stack_bytes("", *self.vocabulary)  # refuses a vocabulary that would end the engine
         context = told.get(f"{told.get('general.architecture')}.context_length", settings.context_tokens)
         self.room = self._wanted = Room(min(settings.context_tokens, int(context)), settings.gpu_layers)
+        self._printed_ends = _printed_ends(gguf.path, told)
         self._warnings: list[str] = []
         if self.room.context_tokens < settings.context_tokens:
             self._warnings.append(f"the context is {context} tokens, the length that the model was trained for")
@@ -129,9 +132,8 @@ class Served:
         """An engine that has answered the warm-up prompt, and that has read the verified files and nothing else."""
         for file in self._files:
             await asyncio.to_thread(file.verify)
-        child = Child(
-            self._files[0], self._files[1] if len(self._files) > 1 else None, self.gguf.name, room, self._settings
-        )
+        model, mmproj = self._files[0], self._files[1] if len(self._files) > 1 else None
+        child = Child(model, mmproj, self.gguf.name, room, self._settings, self._printed_ends)
         try:
             self.described = await child.until_ready()
             child.identity = self.identity
@@ -172,6 +174,17 @@ class Served:
             self.problem = None
             logger.info("the engine of %s serves again", self.gguf)
             self._changed()
+
+
+def _printed_ends(gguf: Path, metadata: dict[str, Any]) -> tuple[str, ...]:
+    """The texts of end tokens that the file does not call control tokens: llama.cpp would end answers with them."""
+    fields = open_gguf(gguf).fields
+    if "tokenizer.ggml.token_type" not in fields:
+        return ()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    ids = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")}
+    printed = sorted(i for i in ids if isinstance(i, int) and i < len(types) and types[i] != TokenType.CONTROL)
+    return tuple(fields["tokenizer.ggml.tokens"].contents()[i] for i in printed)
 
 
 def fits_beside(served: Served, settings: ServingSettings) -> bool:

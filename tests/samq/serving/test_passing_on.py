@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from gguf import TokenType
 
 from samq.gguf.file import file_sha256
 from samq.serving.engine import ENGINES, Files, Room
@@ -215,6 +216,14 @@ def test_a_prompt_does_not_end_with_eos_whatever_the_tokenizer_adds(engine, tmp_
     for one, other in zip(*answers, strict=True):
         assert one["usage"]["prompt_tokens"] == other["usage"]["prompt_tokens"]
         assert one["choices"] == other["choices"]
+
+
+@pytest.mark.parametrize("kind", ["CONTROL", "NORMAL", "USER_DEFINED"])
+def test_the_text_of_an_end_token_is_no_part_of_an_answer(engine, kind, tmp_path):
+    path = write_chat_gguf(tmp_path / "end.gguf", end=("[END]", TokenType[kind]))
+    with running(FileSource(path), **engine) as server:
+        answer = server.complete(logit_bias={"2": 100}).json()["choices"][0]
+        assert (answer["text"], answer["finish_reason"]) == ("", "stop")
 
 
 def test_overrides_of_the_metadata_come_on_top(tmp_path):

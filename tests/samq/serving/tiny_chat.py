@@ -9,12 +9,14 @@ TEMPLATE = (
     "[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 )
 CONTEXT = 8192
+END = ("</s>", gguf.TokenType.CONTROL)
 
 
-def add_byte_vocabulary(writer, template, add_eos=False):
+def add_byte_vocabulary(writer, template, add_eos=False, end=END):
     """A SentencePiece vocabulary that can spell everything, a byte a token."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]  # the last is a space
-    types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256, gguf.TokenType.NORMAL]
+    pieces = ["<unk>", "<s>", end[0], *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]  # the last is a space
+    kinds = gguf.TokenType
+    types = [kinds.UNKNOWN, kinds.CONTROL, end[1], *[kinds.BYTE] * 256, kinds.NORMAL]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
     writer.add_token_scores([0.0] * len(pieces))
@@ -28,7 +30,7 @@ def add_byte_vocabulary(writer, template, add_eos=False):
         writer.add_chat_template(template)
 
 
-def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=0.2, add_eos=False, **shape):
+def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=0.2, add_eos=False, end=END, **shape):
     return write_tiny_gguf(
         path,
         width=128,
@@ -38,6 +40,6 @@ def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=
         seed=seed,
         context=context,
         rare=[0, 1, 2],  # an answer is text, and goes on until its limit
-        add_tokenizer=lambda writer: add_byte_vocabulary(writer, template, add_eos),
+        add_tokenizer=lambda writer: add_byte_vocabulary(writer, template, add_eos, end),
         **shape,
     )
