@@ -133,9 +133,9 @@ class Child:
         )
         return how if self.killed_for else f"{how}: {reason_in(chr(10).join(self._log))}"
 
-    async def until_ended(self) -> None:
-        """Wait for the end of the process."""
-        await asyncio.wait([self._ended])
+    async def until_ended(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the process, for so long at most."""
+        await asyncio.wait([self._ended], timeout=timeout_s)
 
     @asynccontextmanager
     async def ask(self, path: str, body: bytes | None = None) -> AsyncIterator[httpx.Response]:

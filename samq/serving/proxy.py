@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 STATUS = "samq.status"  # in a request's scope: the status to count, if it differs from the one that was sent
 BEGAN = "samq.began"  # in a request's scope: the loop's time at its first byte
 _CLIENT_LEFT = 499  # nginx's number; nobody receives it
+_DYING_S = 0.5  # between the end of an engine's connections and that of its process
 _LAST_WORDS_S = 1.0  # for the error at a stream's end: the client may not read
 _COMMENT = b": waiting\n\n"
 _EVENTS = "text/event-stream"
@@ -124,6 +125,7 @@ class Exchange(Response):
             except httpx.ConnectError:
                 continue  # the engine never got the request, so the next one may
             except httpx.TransportError as error:
+                await child.until_ended(_DYING_S)  # before its slot is free: the next request must not go there
                 if self._admission.draining:
                     raise shutting_down() from error
                 logger.warning("%s: the engine left a request without an answer: %r", self._path, error)

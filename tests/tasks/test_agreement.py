@@ -56,7 +56,7 @@ def test_two_models_are_refused_with_the_way_out(at, tmp_path, tokens, shape):
     other = TorchModel(describe_source(model.source.gguf, hf_folder=folder), model.full)
     with pytest.raises(
         SamqError,
-        match=r"torch and llama.cpp different models of tiny: .* as the model \(`samq compensate`: --model\)$",
+        match=r"torch and llama.cpp compute different models of tiny: .* as the model \(`samq compensate`: --model\)$",
     ):
         agreement(at, other, tokens)
     assert not list((at.store / "agreement").glob("*/artifact.json"))
