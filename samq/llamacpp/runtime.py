@@ -335,22 +335,6 @@ class Context:
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(api.llama_get_logits(self._context), shape)
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens to sequence 0 and compute the logits of the last one, at less cost than `decode`.
-
-        Raises SamqError if llama.cpp fails.
-        """
-        token_ids = (api.llama_token * len(tokens))(*tokens)
-        self._run(api.llama_batch_get_one(token_ids, len(tokens)))
-
-    def last_logits(self) -> NDArray[np.float32]:
-        """The last logits of the last batch, (vocabulary,): a view that the next batch overwrites."""
-        return np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, -1), (self.model.vocab_size,))
-
-    def sample(self, sampler: Any) -> int:
-        """Let a llama.cpp sampler choose a token from the last logits of the last batch and add it to its history."""
-        return int(api.llama_sampler_sample(sampler, self._context, -1))
-
     def _run(self, batch: Any) -> None:
         status = api.llama_decode(self._context, batch)
         if status == 1:

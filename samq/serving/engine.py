@@ -28,6 +28,8 @@ _GGML_TYPES = {
 _CHECK_TIMEOUT_S = 60
 # A tokenizer may add EOS to texts, as training has it: a prompt that ends with it is over before the answer.
 _WITHOUT_EOS = "tokenizer.ggml.add_eos_token=bool:false"
+# Flags for models that do not chat, by the path that they are asked at
+_OTHER_USES = {"/v1/rerank": {"reranking", "rerank"}, "/v1/embeddings": {"embeddings", "embedding"}}
 _SPECULATION = {"draft": "draft-simple", "mtp": "draft-mtp", "ngram": "ngram-simple"}
 
 
@@ -98,7 +100,7 @@ def require_flags(settings: ServingSettings) -> None:
     try:
         done = subprocess.run(
             command.arguments,
-            env=_inherited() | command.environment,
+            env=environment_of(command),
             capture_output=True,
             text=True,
             timeout=_CHECK_TIMEOUT_S,
@@ -108,6 +110,12 @@ def require_flags(settings: ServingSettings) -> None:
         raise SamqError(f"cannot ask {settings.engine} about engine_flags ({error}); run `make setup`") from error
     if done.returncode:
         raise SamqError(f"engine_flags: {settings.engine} refuses them: {reason_in(done.stdout + done.stderr)}")
+
+
+def other_use(settings: ServingSettings) -> str | None:
+    """The path that the model is asked at if the flags make it one that does not chat; None if it chats."""
+    flags = {_name(flag) for flag, value in settings.engine_flags.items() if value}
+    return next((path for path, names in _OTHER_USES.items() if flags & names), None)
 
 
 def environment_of(command: Command) -> dict[str, str]:
@@ -155,7 +163,7 @@ def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings
         flags["spec-draft-model"] = speculation.draft_model and speculation.draft_model.absolute()
         flags["spec-draft-n-max"] = None if speculation.kind == "ngram" else speculation.tokens
     given: dict[str, Any] = {_name(flag): value for flag, value in settings.engine_flags.items()}
-    if any(given.get(flag) for flag in ("embedding", "embeddings", "rerank", "reranking")):
+    if other_use(settings):
         del flags["override-kv"]  # such models read their result off the last token, which is EOS
     elif "override-kv" in given:
         given["override-kv"] = f"{_WITHOUT_EOS},{given['override-kv']}"
@@ -200,7 +208,7 @@ def _llama_cpp_python(files: Files, name: str, room: Room, settings: ServingSett
         "logits_all": False,  # with them it keeps the logits of the whole context, a vocabulary for each token
         "verbose": False,
     }
-    if not settings.engine_flags.get("embedding"):
+    if not other_use(settings):
         model["kv_overrides"] = [_WITHOUT_EOS]
     if settings.threads:
         model |= {"n_threads": settings.threads, "n_threads_batch": settings.threads}

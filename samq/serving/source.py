@@ -104,6 +104,11 @@ class FileSource:
         )
 
 
+def altered(path: Path, sha256: str, expected: str) -> str:
+    """What to say of a file with another SHA-256 than expected."""
+    return f"{path} was altered: it has the SHA-256 {sha256}, not {expected}; put the file back"
+
+
 class HeldFile:
     """A file that is held open. Programs that open `name` get this very file, whatever its path leads to by then."""
 
@@ -126,9 +131,7 @@ class HeldFile:
     def verify(self) -> None:
         """Raise SamqError unless the content is what it should be; reads it again only if the file looks changed."""
         if (sha256 := _hash(self.descriptor, self.path)) != self._sha256:
-            raise SamqError(
-                f"{self.path} was altered: it has the SHA-256 {sha256}, not {self._sha256}; put the file back"
-            )
+            raise SamqError(altered(self.path, sha256, self._sha256))
 
     def close(self) -> None:
         """Let go of the file."""

@@ -10,14 +10,13 @@ import httpx
 
 from samq.errors import SamqError
 from samq.serving.child import Child
+from samq.serving.engine import other_use
 from samq.serving.settings import ServingSettings
 
 logger = logging.getLogger(__name__)
 
 _REPEATED = 8  # an answer of one token repeated so often is not sane
 _KEPT = ("messages", "prompt", "tools", "chat_template_kwargs", "response_format")
-# Flags of llama-server for models that do not chat, by the path that they are asked at
-_OTHER_USES = {"/v1/rerank": {"reranking", "rerank"}, "/v1/embeddings": {"embeddings", "embedding"}}
 Prompt = tuple[str, dict[str, Any]]  # the path, and what of the body makes the prompt
 
 
@@ -49,10 +48,8 @@ class RecentPrompts:
 async def warm_up(child: Child, name: str, settings: ServingSettings) -> None:
     """Let the model answer a prompt; raises Unfit for an error, for no text, or for one repeated token."""
     prompt = {"messages": [{"role": "user", "content": settings.warmup_prompt}]}
-    flags = {flag.lstrip("-") for flag, value in settings.engine_flags.items() if value}
-    other = next((path for path in _OTHER_USES if flags & _OTHER_USES[path]), None)
     try:
-        if other:
+        if other := other_use(settings):
             fields = {"input": settings.warmup_prompt, "query": settings.warmup_prompt, "documents": ["red", "blue"]}
             async with child.ask(other, json.dumps(fields).encode()) as answer:
                 if answer.status_code != 200:

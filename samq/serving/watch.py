@@ -15,7 +15,7 @@ from samq.serving.child import StartError
 from samq.serving.metrics import Metrics
 from samq.serving.served import Served, fits_beside
 from samq.serving.settings import ServingSettings
-from samq.serving.source import ServedGguf, Source, content_sha256
+from samq.serving.source import ServedGguf, Source, altered, content_sha256
 from samq.serving.warmup import RecentPrompts, Unfit, token_agreement
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Watcher:
         problem = None
         try:
             if (sha256 := await _in_thread(lambda: content_sha256(gguf.path))) != gguf.sha256:
-                problem = f"{gguf.path} was altered: it has the SHA-256 {sha256}, not {gguf.sha256}; put the file back"
+                problem = altered(gguf.path, sha256, gguf.sha256)
         except SamqError as error:
             problem = str(error)
         if problem:
