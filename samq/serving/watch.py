@@ -100,12 +100,13 @@ class Watcher:
                 serving.gguf = gguf
                 self._metrics.show_model(gguf)
             self._settle()
-            await self._look_at_file(gguf)
+            if gguf.version:  # of a plain file, the source has just told the SHA-256 that it has now
+                await self._look_at_file(gguf)
         elif gguf != self._failed or asyncio.get_running_loop().time() >= self._retry_at:
             await self._change(serving, gguf)
 
     async def _look_at_file(self, gguf: ServedGguf) -> None:
-        """Say if the file of the version that serves is gone or altered. What serves has read it all, and goes on."""
+        """Say if a registered file that serves is gone or altered. What serves has read it all, and goes on."""
         problem = None
         try:
             if (sha256 := await _in_thread(lambda: content_sha256(gguf.path))) != gguf.sha256:
@@ -135,6 +136,7 @@ class Watcher:
             self._metrics.reloads.labels("success").inc()
             logger.info("%s serves", gguf)
             self._settle()
+            self._file_problem = None
 
     def _wait_s(self, error: Exception) -> float:
         """Seconds until the next attempt after a failure: by then memory may be free, or the file put back."""

@@ -165,9 +165,7 @@ def test_a_body_that_is_no_json_object_never_reaches_the_engine(served, body):
     ],
 )
 def test_too_many_of_anything_are_refused_before_the_engine_sees_them(served, fields, status, words):
-    began = time.monotonic()
     refused(served.client.post("/v1/chat/completions", json=fields), status, words)
-    assert time.monotonic() - began < 10
     assert served.complete(max_tokens=1).status_code == 200
 
 

@@ -88,8 +88,8 @@ def test_an_engine_that_dies_again_and_again_is_started_less_and_less_often(chat
     with running(FileSource(chat_gguf)) as server:
         waits = []
         for _ in range(3):
-            os.kill(server.child.pid, signal.SIGKILL)
             began = time.monotonic()
+            os.kill(server.child.pid, signal.SIGKILL)
             server.wait(lambda: server.client.get("/ready").status_code == 503)
             server.wait(lambda: server.client.get("/ready").status_code == 200)
             waits.append(time.monotonic() - began)
