@@ -23,6 +23,7 @@ from samq.serving.limits import read_body
 from samq.serving.metrics import Metrics
 from samq.serving.proxy import Exchange, receive_body
 from samq.serving.refusal import ErrorBody, Refused
+from samq.serving.served import Served
 from samq.serving.settings import ServingSettings
 from samq.serving.source import Source
 from samq.serving.warmup import RecentPrompts
@@ -45,6 +46,7 @@ PASSED_ON = {
 _ALIASES = {path.removeprefix("/v1"): path for path in PASSED_ON if path.startswith("/v1/")} | {
     f"/v1{path}": path for path in ("/tokenize", "/detokenize")
 }
+_ANSWERING = ("completions", "responses", "messages", "infill")  # ends of the paths at which the model writes
 _THREAD_BYTES = 64 * 1024  # a longer body is parsed in a thread
 _SCRAPE_S = 2.0  # for the engine's metrics: it answers between two batches
 _GET = ["GET", "HEAD"]
@@ -121,11 +123,11 @@ def _add_passed_on(app: FastAPI, server: Server) -> None:
         check = (body, settings, serving.vocabulary if serving else ("", ""))
         fields, body = read_body(*check) if len(body) < _THREAD_BYTES else await asyncio.to_thread(read_body, *check)
         _check_model(server, fields.get("model"))
-        if ENGINES[settings.engine].needs_name and serving and not fields.get("model"):
-            body = to_json({**fields, "model": serving.gguf.name})
         path = _ALIASES.get(request.url.path, request.url.path)
+        if serving and (added := _for_engine(path, fields, serving, settings)):
+            body = to_json({**fields, **added})
         server.recent.add(path, fields)
-        streams = fields.get("stream") is True and path.endswith(("completions", "responses", "messages"))
+        streams = fields.get("stream") is True and path.endswith(_ANSWERING)
         return Exchange(request, path, body, streams, server.admission, server.metrics, settings)
 
     for path, meaning in PASSED_ON.items():
@@ -201,6 +203,18 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(Refused(500, "the server failed; see its log", code="internal_error").body, 500)
+
+
+def _for_engine(path: str, fields: dict[str, Any], serving: Served, settings: ServingSettings) -> dict[str, Any]:
+    """Fields that the engine needs and the client does not know of: the model's name, and what ends its answers."""
+    needed: dict[str, Any] = {}
+    if ENGINES[settings.engine].needs_name and not fields.get("model"):
+        needed["model"] = serving.gguf.name
+    if serving.printed_ends and path.endswith(_ANSWERING):
+        name = "stop_sequences" if path == "/v1/messages" else "stop"
+        own = fields.get(name) or []
+        needed[name] = [*(own if isinstance(own, list) else [own]), *serving.printed_ends]
+    return needed
 
 
 def _check_model(server: Server, name: Any) -> None:

@@ -154,7 +154,7 @@ def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings
         "timeout": 86_400,  # the gate has the time limits
         "offline": True,
         "override-kv": _WITHOUT_EOS,
-        "reverse-prompt": list(files.printed_ends),  # stop strings of requests that have none
+        "reverse-prompt": list(files.printed_ends),  # of the gate's own prompts
         "log-verbosity": 4,  # with the layers that it puts on the GPU
     }
     speculation = settings.speculation

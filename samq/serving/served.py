@@ -65,7 +65,7 @@ class Served:
         stack_bytes("", *self.vocabulary)  # refuses a vocabulary that would end the engine
         context = told.get(f"{told.get('general.architecture')}.context_length", settings.context_tokens)
         self.room = self._wanted = Room(min(settings.context_tokens, int(context)), settings.gpu_layers)
-        self._printed_ends = _printed_ends(gguf.path, told)
+        self.printed_ends = _printed_ends(gguf.path, told)  # of answers, for engines that would print them
         self._warnings: list[str] = []
         if self.room.context_tokens < settings.context_tokens:
             self._warnings.append(f"the context is {context} tokens, the length that the model was trained for")
@@ -133,7 +133,7 @@ class Served:
         for file in self._files:
             await asyncio.to_thread(file.verify)
         model, mmproj = self._files[0], self._files[1] if len(self._files) > 1 else None
-        child = Child(model, mmproj, self.gguf.name, room, self._settings, self._printed_ends)
+        child = Child(model, mmproj, self.gguf.name, room, self._settings, self.printed_ends)
         try:
             self.described = await child.until_ready()
             child.identity = self.identity

@@ -222,8 +222,12 @@ def test_a_prompt_does_not_end_with_eos_whatever_the_tokenizer_adds(engine, tmp_
 def test_the_text_of_an_end_token_is_no_part_of_an_answer(engine, kind, tmp_path):
     path = write_chat_gguf(tmp_path / "end.gguf", end=("[END]", TokenType[kind]))
     with running(FileSource(path), **engine) as server:
-        answer = server.complete(logit_bias={"2": 100}).json()["choices"][0]
-        assert (answer["text"], answer["finish_reason"]) == ("", "stop")
+        for own in ({}, {"stop": None}, {"stop": "x"}, {"stop": ["x", "y"]}):
+            answer = server.complete(logit_bias={"2": 100}, **own).json()["choices"][0]
+            assert (answer["text"], answer["finish_reason"]) == ("", "stop")
+        for own in ({}, {"stop": "x"}):
+            answer = server.chat(logit_bias={"2": 100}, **own).json()["choices"][0]
+            assert (answer["message"]["content"], answer["finish_reason"]) == ("", "stop")
 
 
 def test_overrides_of_the_metadata_come_on_top(tmp_path):
