@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from samq.errors import SamqError
 from samq.llamacpp import programs
+from samq.llamacpp.runtime import LoadError, Model
 from samq.progress import bar
 from samq.records import ModelSource
 from samq.workspace import Workspace
@@ -17,6 +19,15 @@ from tasks.stage import stage
     packages=("gguf", "transformers"),
 )
 def convert(at: Workspace, folder: Path, source: ModelSource, precision: str) -> None:
-    """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter."""
+    """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter; SamqError if llama.cpp then cannot load it."""
     with bar(f"convert {source.name}"):
-        programs.convert(source, folder, at.toolchain, precision=precision, timeout_s=at.timeout_s)
+        gguf = programs.convert(source, folder, at.toolchain, precision=precision, timeout_s=at.timeout_s)
+    try:
+        Model(gguf, allocate=False).close()
+    except LoadError as error:
+        if source.gguf is not None:
+            raise
+        raise SamqError(
+            f"llama.cpp cannot load what its converter made of {source.name}: {error.reason}; compare config.json with the "
+            "published model's, or choose another model"
+        ) from error

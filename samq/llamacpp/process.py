@@ -85,7 +85,8 @@ def run(
         kill_group(child)
     text = log.read_text(errors="replace")
     if child.returncode != 0:
-        raise ToolError(f"{name} {_ending(child.returncode)}: {reason_in(text)}{_advice(log.parent)} (log: {log})")
+        reason = reason_in(text)
+        raise ToolError(f"{name} {_ending(child.returncode)}: {reason}{_advice(log.parent, reason)} (log: {log})")
     return text
 
 
@@ -103,10 +104,13 @@ def _ending(code: int) -> str:
     return f"failed with exit code {code}" if code > 0 else f"was killed by signal {-code} ({signal.strsignal(-code)})"
 
 
-def _advice(folder: Path) -> str:
-    """What to do about a full disk, which programs hardly ever report themselves."""
-    is_full = shutil.disk_usage(folder).free < FULL_BYTES
-    return f"; the disk of {folder} is full, free some space" if is_full else ""
+def _advice(folder: Path, reason: str) -> str:
+    """What to do about a full disk, which programs hardly ever report themselves, and about llama.cpp's own assertions."""
+    if shutil.disk_usage(folder).free < FULL_BYTES:
+        return f"; the disk of {folder} is full, free some space"
+    if "GGML_ASSERT" in reason:
+        return "; this llama.cpp cannot do that with this model: choose another model, or take a newer llama.cpp"
+    return ""
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:

@@ -6,8 +6,9 @@ _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|Iterat
 _CODE_OF = re.compile(r'^  File ".*", line \d+, in ')
 _MEANINGLESS = re.compile(r"^(?:AssertionError|\w+Error)$|^(?:KeyError|IndexError|AttributeError|UnboundLocalError)\b")
 _ERROR = re.compile(
-    r"\b(?:error|errors|failed|failure|fatal|abort\w*|terminate called|cannot|can't|could not|unable|unsupported"
-    r"|non-finite|invalid|missing|not enough|too few|out of memory|no such file|bailing out)\b|GGML_ASSERT|bad_alloc",
+    r"\b(?:error|errors|failed|failure|fatal|abort\w*|terminate called|cannot|can't|could not|unable"
+    r"|unsupported|non-finite|invalid|missing|not enough|need at least|too few|out of memory|no such file"
+    r"|bailing out)\b|GGML_ASSERT|bad_alloc",
     re.IGNORECASE,
 )
 # Lines that say no more than that the program failed: the reason is in another.

@@ -85,6 +85,15 @@ def system_info() -> str:
     return features.decode().strip(" |")
 
 
+class LoadError(SamqError):
+    """llama.cpp cannot load a GGUF; `reason` is its own."""
+
+    def __init__(self, path: Path, reason: str, advice: str) -> None:
+        """Put the sentence together."""
+        super().__init__(f"llama.cpp cannot load {path}: {reason}; {advice}")
+        self.reason = reason
+
+
 class Model:
     """The weights and the vocabulary of one GGUF."""
 
@@ -92,7 +101,7 @@ class Model:
         """Load the GGUF at `path`, with `gpu_layers` layers on the GPU (None: `GpuShare.default()`).
 
         Without `allocate` only the metadata is loaded, and contexts only log the memory that they would need. Raises
-        SamqError, with llama.cpp's own reason, if the file cannot be loaded.
+        LoadError, with llama.cpp's own reason, if the file cannot be loaded.
         """
         _start_backend()
         params = api.llama_model_default_params()
@@ -108,9 +117,9 @@ class Model:
             advice = (
                 "the GPU's memory does not hold it; set gpu_layers to fewer"
                 if is_out_of_memory(log()) and params.n_gpu_layers
-                else "check the file with `samq inspect`"
+                else "convert the model again, or choose another one"
             )
-            raise SamqError(f"llama.cpp cannot load {path}: {first_error(log())}; {advice}")
+            raise LoadError(path, first_error(log()), advice)
         self.path = Path(path)
         self._model: Any = handle
         self.vocab = api.llama_model_get_vocab(handle)

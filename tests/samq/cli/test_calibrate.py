@@ -121,4 +121,4 @@ def test_an_importance_matrix_is_made_and_used(samq, terminal, tmp_path, speakin
     assert samq(*plan).returncode == 0
     assert Plan.load(tmp_path / "p.json").imatrix_sha256 == file_sha256(matrix)
     text.write_text("the man")
-    assert refused(samq(*arguments), "tokenizes to only 5 tokens")
+    assert refused(samq(*arguments), "you need at least 128 tokens for a context of 64")

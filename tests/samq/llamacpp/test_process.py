@@ -51,6 +51,17 @@ def test_a_failure_on_a_full_disk_says_that_it_is_full(disk):
         run(["sh", "-c", fill], log=disk.folder / "log", timeout_s=60)
 
 
+def test_an_assertion_of_llama_cpp_is_told_with_a_way_out(tmp_path):
+    with pytest.raises(
+        ToolError, match=r"\(Aborted\): /src/a\.cpp:1: GGML_ASSERT\(a != b\) failed; .* choose another model, or"
+    ):
+        run(
+            ["sh", "-c", "echo '/src/a.cpp:1: GGML_ASSERT(a != b) failed'; kill -ABRT $$"],
+            log=tmp_path / "log",
+            timeout_s=10,
+        )
+
+
 def test_a_missing_program_is_one_sentence(tmp_path):
     with pytest.raises(ToolError, match="cannot start /nothing/here: No such file"):
         run(["/nothing/here"], log=tmp_path / "log", timeout_s=10)
