@@ -112,6 +112,7 @@ def _llama_cpp() -> list[Finding]:
     return [
         Finding("llama.cpp", True, f"{toolchain.version}, build {toolchain.build}, in {toolchain.bin_folder}{origin}"),
         _programs(toolchain),
+        _server(toolchain),
         _converter(toolchain),
     ]
 
@@ -122,6 +123,15 @@ def _programs(toolchain: Toolchain) -> Finding:
     if not broken:
         return Finding(name, True, ", ".join(PROGRAMS))
     return Finding(name, False, "; ".join(broken), "build them again, for this machine: `rm -r .venv && make setup`")
+
+
+def _server(toolchain: Toolchain) -> Finding:
+    """The default engine of `samq serve`, which a user's own build may lack."""
+    reason = _why_not_starting(toolchain, "llama-server")
+    if reason is None:
+        return Finding("llama-server", True, str(program(toolchain, "llama-server")))
+    advice = "only for `samq serve`: run `make setup`, build it in SAMQ_LLAMA_CPP, or set engine: llama-cpp-python"
+    return Finding("llama-server", True, reason, advice)
 
 
 def _why_not_starting(toolchain: Toolchain, name: str) -> str | None:

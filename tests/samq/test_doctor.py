@@ -30,7 +30,15 @@ def own_build(folder, script):
 
 def test_a_complete_set_up_lacks_nothing_required():
     findings = by_name()
-    for name in ("Python", "torch", "prefect", "llama.cpp", "llama.cpp's programs", "llama.cpp's converter"):
+    for name in (
+        "Python",
+        "torch",
+        "prefect",
+        "llama.cpp",
+        "llama.cpp's programs",
+        "llama-server",
+        "llama.cpp's converter",
+    ):
         assert findings[name].ok, findings[name]
         assert findings[name].advice == ""
     assert findings["torch"].found == version("torch")
@@ -107,6 +115,7 @@ def test_programs_that_do_not_start_are_reported(tmp_path, monkeypatch, script, 
     monkeypatch.setenv("SAMQ_LLAMA_CPP", str(own_build(tmp_path, script)))
     findings = by_name()
     assert not findings["llama.cpp's programs"].ok
+    assert findings["llama-server"].ok and "only for `samq serve`" in findings["llama-server"].advice
     for name in PROGRAMS:
         assert f"{name}: " in findings["llama.cpp's programs"].found
     assert reason in findings["llama.cpp's programs"].found
