@@ -88,8 +88,8 @@ def estimate(parameters: RequantizeParameters, progress: Progress = silent) -> R
         gpu = 0 if parameters.evaluation.gpu_layers == 0 else sum(machine.gpus)
         clock = Clock(run, model.dtype, rates, machine.ram, gpu)
         stages = _stages(parameters, plans, clock, machine)
-        found = resources(machine, stages, outline.download_bytes, is_whole=run.is_whole, is_spread=run.is_spread)
-        return Requirements(stages, found)
+        needed = resources(machine, stages, outline.download_bytes, is_whole=run.is_whole, is_spread=run.is_spread)
+        return Requirements(stages, needed)
 
 
 def _plans(parameters: RequantizeParameters, outline: Outline, work: Path) -> _Plans:
@@ -180,14 +180,14 @@ def _model_stages(parameters: RequantizeParameters, clock: Clock, machine: Machi
     outline, run = clock.run.outline, clock.run
     is_linked = outline.is_full_gguf and outline.gguf.stat().st_dev == machine.folder.stat().st_dev
     written = 0 if is_linked else outline.bytes
-    found = StageNeeds("find model", "hash its files", Taken(), clock.files(read=outline.source_bytes))
+    source = StageNeeds("find model", "hash its files", Taken(), clock.files(read=outline.source_bytes))
     if outline.download_bytes:
-        found = StageNeeds("find model", f"{outline.download_bytes / 1e9:,.1f} GB to come from the hub", Taken(), None)
+        source = StageNeeds("find model", f"{outline.download_bytes / 1e9:,.1f} GB to come from the hub", Taken(), None)
     kept = f"full precision, {parameters.model.precision}" if written else "in full precision already"
     finite = outline.bytes / clock.rates.hash_bytes  # all values are looked at
     running = run.on_device(run.forward)
     return [
-        found,
+        source,
         StageNeeds("convert", kept, Taken(kept=written), finite + clock.files(read=outline.bytes, written=written)),
         StageNeeds("agreement", "torch and llama.cpp on the same tokens", running, clock.agreement()),
     ]

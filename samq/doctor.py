@@ -225,5 +225,5 @@ def _mlflow() -> Finding:
 def _prefect() -> Finding:
     """The user's own settings of Prefect, or the folder in the SAMQ folder that the command line uses without them."""
     settings = [name for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE") if name in os.environ]
-    found = ", ".join(f"{name}={os.environ[name]}" for name in settings) or str(home() / "prefect")
-    return Finding("Prefect", True, found)
+    place = ", ".join(f"{name}={os.environ[name]}" for name in settings) or str(home() / "prefect")
+    return Finding("Prefect", True, place)

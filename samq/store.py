@@ -168,8 +168,8 @@ class Store:
     def _move_into_place(self, work: Path, target: Path, made_by: dict[str, str]) -> None:
         files = {path.name: _entry(path) for path in sorted(work.iterdir())}
         relative = target.relative_to(self.root)
-        made = Artifact(stage=target.parent.name, key=target.name, folder=relative, files=files, made_by=made_by)
-        made.save(work / MANIFEST)
+        artifact = Artifact(stage=target.parent.name, key=target.name, folder=relative, files=files, made_by=made_by)
+        artifact.save(work / MANIFEST)
         _fsync(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)

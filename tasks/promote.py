@@ -17,9 +17,9 @@ def judge(
 ) -> Judgement:
     """Hold a version, or the one that an alias points at, against the policy. Not cached: production changes."""
     client = connect(tracking_uri)
-    found = find_version(client, model, version) if version is not None else resolve(client, model, alias)
-    with bar(f"judge {model} version {found.version}"):
-        return judge_version(client, found, policy, force=force)
+    candidate = find_version(client, model, version) if version is not None else resolve(client, model, alias)
+    with bar(f"judge {model} version {candidate.version}"):
+        return judge_version(client, candidate, policy, force=force)
 
 
 @task(name="move", task_run_name="move {judgement.version.name}")

@@ -46,12 +46,12 @@ class OpenTarget:
     def legal_type(self, name: str, requested: str) -> tuple[str, Substitution | None]:
         """What llama-quantize can write to a tensor for which `requested` is asked, and why, if that is another type."""
         tensor = self.quantizable[name]
-        asked = fallback(requested, tensor.row_length)
+        fitting = fallback(requested, tensor.row_length)
         reason = f"rows of {tensor.row_length} do not allow {requested}"
-        used = asked if name in self._imatrix_entries else fallback(without_entry(asked, name), tensor.row_length)
-        if used != asked:
+        used = fitting if name in self._imatrix_entries else fallback(without_entry(fitting, name), tensor.row_length)
+        if used != fitting:
             reason = (
-                "the importance matrix has no entry for it" if self.imatrix else f"{asked} needs an importance matrix"
+                "the importance matrix has no entry for it" if self.imatrix else f"{fitting} needs an importance matrix"
             )
         return used, None if used == requested else Substitution(requested=requested, used=used, reason=reason)
 

@@ -90,11 +90,11 @@ def status(
     with loading_packages("query MLflow"):
         client = connect_registry(mlflow_uri())
         for model in [name] if name else model_names(client):
-            found = aliases(client, model)
-            console.print(status_table(model, found, notable_versions(client, model, last)))
-            if events := with_moves_by_hand(history(client, model), found.get(PRODUCTION_ALIAS))[:last]:
+            by_alias = aliases(client, model)
+            console.print(status_table(model, by_alias, notable_versions(client, model, last)))
+            if events := with_moves_by_hand(history(client, model), by_alias.get(PRODUCTION_ALIAS))[:last]:
                 console.print(history_table(events))
-            if note := rollback_note(client, model, found):
+            if note := rollback_note(client, model, by_alias):
                 console.print(note, highlight=False, soft_wrap=True)
 
 

@@ -130,7 +130,7 @@ class _Input:
 
 def _inputs(files: Mapping[str, PlannedFile], full: NearestRounding, piece: Piece) -> list[_Input]:
     """The inputs of tensors that can be compensated."""
-    found = []
+    inputs = []
     for moments in piece.moments:
         tensors = [
             (name, kind)
@@ -140,8 +140,8 @@ def _inputs(files: Mapping[str, PlannedFile], full: NearestRounding, piece: Piec
         ]
         if moments.gram.ndim > 1 and tensors:
             limit = _WEIGHTS_AT_A_TIME if moments.gram.device.type == "cpu" else _GPU_WEIGHTS_AT_A_TIME
-            found.append(_Input(moments, tensors, groups_of_slabs(full, tensors, moments.expert, limit)))
-    return found
+            inputs.append(_Input(moments, tensors, groups_of_slabs(full, tensors, moments.expert, limit)))
+    return inputs
 
 
 def _compensate_piece(

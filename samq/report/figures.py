@@ -96,8 +96,10 @@ def prediction_figure(sweep: Sweep) -> Figure:
     figure = Figure(figsize=(6.6, 6.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="predicted KL (nats per token)", ylabel="measured mean KLD (nats per token)")
-    found = agreement(sweep.results)
-    summary = f": rank correlation {found.rank_correlation:.3f} over {found.candidates} plans" if found else ""
+    prediction = agreement(sweep.results)
+    summary = (
+        f": rank correlation {prediction.rank_correlation:.3f} over {prediction.candidates} plans" if prediction else ""
+    )
     axes.set_title(f"Predicted against measured KL{summary}", loc="left", fontsize=11)
     if not pairs:
         axes.text(0.5, 0.5, "no candidate has a prediction", ha="center", transform=axes.transAxes)

@@ -27,8 +27,8 @@ def verdict(sweep: Sweep) -> str:
     )
     reference = sweep.result(sweep.rule.reference)
     if reference and reference is not best and reference.kld and reference.kld.value > 0:
-        found = sweep.comparison(best.name, reference.name)
-        change = found.in_words if found else f"{percent(best.kld.value / reference.kld.value - 1)} mean KLD"
+        comparison = sweep.comparison(best.name, reference.name)
+        change = comparison.in_words if comparison else f"{percent(best.kld.value / reference.kld.value - 1)} mean KLD"
         text += f" Against {reference.name}: {change}, {percent(best.bytes / reference.bytes - 1)} bytes."
     return text + condition
 

@@ -37,8 +37,8 @@ def next_commands(registered_model: str | None, best: Path | None, policy: Path)
 def _program(name: str) -> str:
     """A program of this Python's environment as the user can call it."""
     path = Path(sys.executable).with_name(name)
-    found = shutil.which(name)
-    return name if found and os.path.samefile(found, path) else _short(path)
+    on_path = shutil.which(name)
+    return name if on_path and os.path.samefile(on_path, path) else _short(path)
 
 
 def _short(path: Path) -> str:

@@ -162,11 +162,11 @@ def _judgement(check: PredictionCheck) -> str:
     """What the figures of a check say, in words."""
     if check.predicted.value <= 0 or check.additive.value <= 0:
         return f"**{check.plan}** rounds nothing."
-    found = check.by_tensor if _compensated(check) else check.additive  # the terms that the price has
-    fits_its_own = found.value > check.predicted.value and _differ(found, check.predicted)
+    comparable = check.by_tensor if _compensated(check) else check.additive  # the terms that the price has
+    fits_its_own = comparable.value > check.predicted.value and _differ(comparable, check.predicted)
     return (
-        f"**{check.plan}**: on other samples it costs {_change(found, check.predicted)} against the table; the "
-        f"terms that the table leaves out change that by {_change(check.joint, found)}."
+        f"**{check.plan}**: on other samples it costs {_change(comparable, check.predicted)} against the table; the "
+        f"terms that the table leaves out change that by {_change(check.joint, comparable)}."
         + (" The plan fits the samples that chose it: calibrate on more." if fits_its_own else "")
     )
 

@@ -178,17 +178,17 @@ def benchmark_section(sweep: Sweep) -> list[str]:
 
     Empty if no candidate was asked any.
     """
-    asked = [one for one in sweep.by_size if any(name.startswith("eval/") for name in one.evaluation.metrics)]
-    if not asked:
+    results = [one for one in sweep.by_size if any(name.startswith("eval/") for name in one.evaluation.metrics)]
+    if not results:
         return []
     comparisons = sweep.benchmarks
-    evaluations = [result.evaluation for result in asked]
+    evaluations = [result.evaluation for result in results]
     names = dict.fromkeys(name for one in evaluations for name in one.metrics if name.startswith("eval/"))
     rows = [_eval_row(name.split("/", 2)[1], name.split("/", 2)[2], evaluations) for name in names]
-    table = [[row.heading, *(_against_full(row, one, sweep) for one in asked)] for row in rows]
-    parts = ["## Benchmarks", markdown.table(["", *(result.name for result in asked)], table), _VERDICTS]
+    table = [[row.heading, *(_against_full(row, one, sweep) for one in results)] for row in rows]
+    parts = ["## Benchmarks", markdown.table(["", *(result.name for result in results)], table), _VERDICTS]
     if against := [c for c in comparisons if c.reference == PRODUCTION]:
-        parts += ["### Against what is in production", _differences([*rows, _JSON_ROW], asked, against), _AGAINST]
+        parts += ["### Against what is in production", _differences([*rows, _JSON_ROW], results, against), _AGAINST]
     undecided = [c for c in comparisons if c.metric_name in names and c.verdict == "undecided" and c.items_needed]
     if undecided:
         needed = max(c.items_needed for c in undecided if c.items_needed)
@@ -201,9 +201,9 @@ def _differences(rows: Sequence[_Row], asked: Sequence[Result], against: Sequenc
     lines = []
     names = list(dict.fromkeys(one.name for one in asked if any(c.candidate == one.name for c in against)))
     for row in rows:
-        found = {c.candidate: c for c in against if c.metric_name == row.compared}
-        if found:
-            lines.append([row.heading, *(_difference(row, found.get(name)) for name in names)])
+        differences = {c.candidate: c for c in against if c.metric_name == row.compared}
+        if differences:
+            lines.append([row.heading, *(_difference(row, differences.get(name)) for name in names)])
     return markdown.table(["", *names], lines)
 
 

@@ -153,8 +153,8 @@ def choice_table(sweep: Sweep) -> str:
     rows = []
     for result in sweep.by_size:
         rival = sweep.rival(result)
-        found = sweep.comparison(result.name, rival.name) if rival else None
-        change = f"{percent(-found.reduction)} against {found.rival}" if found else "–"
+        comparison = sweep.comparison(result.name, rival.name) if rival else None
+        change = f"{percent(-comparison.reduction)} against {comparison.rival}" if comparison else "–"
         name = f"**{result.name}** ★" if result is sweep.best else result.name
         figures = (KLD_COLUMN.show(result.evaluation), change, SPEED_COLUMN.show(result.evaluation))
         rows.append([name, f"{result.bytes / MB:.1f}", *figures])

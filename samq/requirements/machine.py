@@ -91,25 +91,25 @@ def resources(
         is_whole: whether all weights are in memory; else the model's blocks wait until they run.
         is_spread: whether they are on all GPUs; else the first needs the most.
     """
-    found = [_of_memory("RAM", stages, [machine.python + stage.taken.ram for stage in stages], machine.ram)]
+    needs = [_of_memory("RAM", stages, [machine.python + stage.taken.ram for stage in stages], machine.ram)]
     if machine.gpus:
         free = sum(machine.gpus) if is_spread else machine.gpus[0]
         gpu = _of_memory("GPU memory", stages, [stage.taken.gpu for stage in stages], free)
         if is_whole:
             limit = "set model.memory_limit to a smaller size, so that the model's blocks stay on disk until they run"
             gpu = replace(gpu, advice=limit)
-        found.insert(0, gpu)
+        needs.insert(0, gpu)
     kept, peaks = download if machine.cache_disk is None else 0, []
     for stage in stages:
         kept += stage.taken.kept
         peaks.append(kept + stage.taken.scratch)
     peak = max(peaks)
     advice = f"free some of {machine.folder}, set SAMQ_HOME to a folder on a larger disk, or ask for fewer candidates"
-    found.append(Resource("disk", peak, machine.disk, stages[peaks.index(peak)].name, advice))
+    needs.append(Resource("disk", peak, machine.disk, stages[peaks.index(peak)].name, advice))
     if download and machine.cache_disk is not None:
         advice = "free some, or set HF_HOME to a folder on a larger disk"
-        found.append(Resource("disk of the hub's cache", download, machine.cache_disk, stages[0].name, advice))
-    return found
+        needs.append(Resource("disk of the hub's cache", download, machine.cache_disk, stages[0].name, advice))
+    return needs
 
 
 def _of_memory(name: str, stages: Sequence[StageNeeds], needed: Sequence[int], free: int) -> Resource:

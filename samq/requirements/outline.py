@@ -151,14 +151,14 @@ def write_even_importance(outline: Outline, folder: Path) -> Path:
 
 def _cached(hub_id: str, revision: str | None) -> Path:
     """The folder of a hub id's configuration in the hub's cache."""
-    found = huggingface_hub.try_to_load_from_cache(hub_id, "config.json", revision=revision)
-    if not isinstance(found, str):
+    config = huggingface_hub.try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    if not isinstance(config, str):
         at = f" --revision {revision}" if revision else ""
         raise SamqError(
             f"{hub_id} is not on this machine, so its size is not known; run `hf download {hub_id} config.json{at}`, which takes "
             "some kilobytes, and ask again"
         )
-    return Path(found).parent
+    return Path(config).parent
 
 
 def _of_gguf(path: Path, precision: str, work: Path, *, is_rescaled: bool) -> Outline:

@@ -18,7 +18,8 @@ from torch import nn
 
 from samq.data.tokens import TokenBatch, batches
 from samq.progress import Progress
-from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, Call, main_device
+from samq.sensitivity.block_calls import Call
+from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates, Writer

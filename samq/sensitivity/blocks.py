@@ -8,7 +8,6 @@ than hidden states does not come apart like this, and `Blocks.of` says why.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,58 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
+from samq.sensitivity.block_calls import Call, Entered, NotApart, replaced, require_independent_arguments
 from samq.sensitivity.offloading import ALL, NOTHING, Needed, Residence, computes_on, has_offloaded
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart, and how its weights are used
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-class NotApart(Exception):
-    """Why a model does not come apart into blocks."""
-
 
 class _AllEntered(Exception):
     """Ends a forward pass of the model after its last block was called."""
-
-
-class _Hidden:
-    """Stands for the hidden states among a block's arguments."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A block's arguments but for its hidden states, as the model's own forward function gives them."""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
-
-    def filled(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with these hidden states, on their device."""
-
-        moved: dict[int, torch.Tensor] = {}
-
-        def fill(value: Any) -> Any:
-            return hidden if isinstance(value, _Hidden) else _moved(value, hidden.device, moved)
-
-        return tuple(map(fill, self.positional)), {name: fill(value) for name, value in self.named.items()}
-
-
-@dataclass(frozen=True)
-class Entered:
-    """What a batch is at the first block: hidden states (sequences, T, width), and each block's other arguments."""
-
-    hidden: torch.Tensor
-    calls: list[Call]
-
-    def on(self, device: torch.device) -> "Entered":
-        """The same on a device; what several blocks are given is copied once."""
-        moved: dict[int, torch.Tensor] = {}
-        return Entered(
-            self.hidden.to(device),
-            [Call(_moved(call.positional, device, moved), _moved(call.named, device, moved)) for call in self.calls],
-        )
 
 
 class Blocks:
@@ -145,7 +101,7 @@ class Blocks:
         self, replace: Callable[[int, torch.Tensor, Call], torch.Tensor], ids: torch.Tensor, mask: torch.Tensor
     ) -> Any:
         """The model's own forward function with every block replaced."""
-        with _replaced(self.layers, replace, self.outputs):
+        with replaced(self.layers, replace, self.outputs):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
@@ -197,58 +153,6 @@ def _logits_by_blocks(
                 yield logits
 
 
-@contextmanager
-def _replaced(
-    layers: list[nn.Module], replace: Callable[[int, torch.Tensor, Call], torch.Tensor], outputs: int
-) -> Iterator[None]:
-    """Let calls of the blocks return what `replace(number, hidden, call)` gives.
-
-    Raises NotApart if they are called in another order, or with something else than what the block before has returned.
-    """
-    returned: list[torch.Tensor] = []
-
-    def make(number: int) -> Callable[..., Any]:
-        def forward(*positional: Any, **named: Any) -> Any:
-            if len(returned) != number:
-                raise NotApart("its blocks are not called in turn, once each")
-            hidden = returned[-1] if returned else _first_hidden(positional, named)
-            call, found = _without_hidden(positional, named, hidden)
-            if not found:
-                raise NotApart("a block gets something else than the hidden states of the one before")
-            output = replace(number, hidden, call)
-            returned.append(output)
-            return (output, *[None] * (outputs - 1)) if outputs else output
-
-        return forward
-
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for number, layer in enumerate(layers):
-            layer.__dict__["forward"] = make(number)
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.__dict__["forward"]
-            else:
-                layer.__dict__["forward"] = forward
-
-
-def _first_hidden(positional: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    hidden = positional[0] if positional else named.get("hidden_states")
-    if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
-        raise NotApart("its first block is called without hidden states")
-    return hidden
-
-
-def _without_hidden(positional: tuple[Any, ...], named: dict[str, Any], hidden: torch.Tensor) -> tuple[Call, bool]:
-    """The call without its hidden states, and whether it has them once."""
-    marked = [_Hidden() if value is hidden else value for value in positional]
-    marked_named = {name: _Hidden() if value is hidden else value for name, value in named.items()}
-    count = sum(isinstance(value, _Hidden) for value in (*marked, *marked_named.values()))
-    return Call(tuple(marked), marked_named), count == 1
-
-
 def _taken_apart(model: PreTrainedModel) -> Blocks:
     layers, device = list(block_list(model)), main_device(model)
     _require_own_parameters(model, layers)
@@ -263,7 +167,7 @@ def _taken_apart(model: PreTrainedModel) -> Blocks:
         blocks = _with_outputs_as_the_model_takes_them(model, layers, ids)
         with _trainable_outside(blocks) as outside:
             entered = blocks.enter(ids, torch.ones_like(ids))
-            _require_independent_arguments(entered.calls)
+            require_independent_arguments(entered.calls)
             if has_offloaded(model):
                 of_both = _leaves(entered.hidden), _leaves(blocks.logits(entered.hidden.detach(), ids))
                 needed = [
@@ -333,15 +237,6 @@ def _trainable_outside(blocks: Blocks) -> Iterator[dict[str, nn.Parameter]]:
             parameter.requires_grad_(trainable)
 
 
-def _require_independent_arguments(calls: Sequence[Call]) -> None:
-    """Only through the hidden states may a block's arguments depend on weights, and none may be an object that blocks alter."""
-    for call in calls:
-        for place, value in enumerate(call.positional):
-            _require_independent(str(place), value)
-        for name, value in call.named.items():
-            _require_independent(name, value)
-
-
 def _leaves(output: torch.Tensor) -> set[int]:
     """The ids of the tensors that autograd would give gradients from this one."""
     found, seen, left = set(), set(), [output.grad_fn]
@@ -354,17 +249,6 @@ def _leaves(output: torch.Tensor) -> set[int]:
             found.add(id(leaf))
         left += [following for following, _ in node.next_functions]
     return found
-
-
-def _require_independent(name: str, value: Any) -> None:
-    if isinstance(value, tuple):
-        for part in value:
-            _require_independent(name, part)
-    elif isinstance(value, torch.Tensor):
-        if value.requires_grad:
-            raise NotApart(f"the argument {name} of a block depends on weights")
-    elif not isinstance(value, (_Hidden, *_PLAIN)):
-        raise NotApart(f"the argument {name} of a block is a {type(value).__name__}")
 
 
 @torch.no_grad()
@@ -387,18 +271,3 @@ def main_device(model: PreTrainedModel) -> torch.device:
     """Where the model's embedding is, or comes to from disk, and so what is around the blocks."""
     weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     return computes_on(weight)
-
-
-def _moved(value: Any, device: torch.device, moved: dict[int, torch.Tensor]) -> Any:
-    """The value with its tensors on the device; `moved` has the copies by the originals' ids."""
-    if isinstance(value, torch.Tensor):
-        if value.device == device:
-            return value
-        if id(value) not in moved:
-            moved[id(value)] = value.to(device)
-        return moved[id(value)]
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device, moved) for part in value)
-    if isinstance(value, dict):
-        return {name: _moved(part, device, moved) for name, part in value.items()}
-    return value

@@ -97,8 +97,8 @@ def without_gradient(fisher: Mapping[str, Fisher]) -> dict[str, dict[int, int]]:
     stacked = {name: tensor.rows.any(axis=1) for name, tensor in fisher.items() if is_stacked(name)}
     for name, here in stacked.items():
         reached[_block(name)] = reached.get(_block(name), np.zeros_like(here)) | here
-    found = {name: dict.fromkeys(np.flatnonzero(~reached[_block(name)]).tolist(), 0) for name in stacked}
-    return {name: experts for name, experts in found.items() if experts}
+    unreached = {name: dict.fromkeys(np.flatnonzero(~reached[_block(name)]).tolist(), 0) for name in stacked}
+    return {name: experts for name, experts in unreached.items() if experts}
 
 
 def is_stacked(name: str) -> bool:

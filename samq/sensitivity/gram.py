@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from samq.data.tokens import TokenBatch
 from samq.gguf.formats import EMBEDDING
 from samq.progress import Progress, silent
+from samq.sensitivity.block_calls import Entered
 from samq.sensitivity.block_pass import Sequences, batched
-from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, Entered, main_device
+from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
 from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch
 from samq.sensitivity.hidden_states import HiddenStates, Writer

@@ -93,15 +93,7 @@ def load_model(
             _bars_told_to(progress),
             _without_known_warnings(),
         ):
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
-            )
-            if gguf_alone:
-                config = gguf_config.completed(config, gguf_alone)
-            elif source.gguf:
-                config = config.get_text_config()  # a GGUF holds the text part alone
-            else:
-                dequantize_at_load(config)
+            config = _configuration(source)
             model_class = model_class_of(config)
             with torch.device("meta"):
                 skeleton = model_class.from_config(config, dtype=DTYPES[dtype])
@@ -140,6 +132,18 @@ def load_model(
     if any(parameter.is_meta and not is_offloaded(parameter) for parameter in model.parameters()):
         raise SamqError(f"{source.name} as {dtype} does not fit on the GPUs; use bfloat16, more GPUs, or the CPU")
     return model, tokenizer
+
+
+def _configuration(source: ModelSource) -> Any:
+    """The configuration of what is to be loaded: the whole model of a folder, or the text part that a GGUF holds."""
+    folder, from_gguf = _places(source)
+    config = AutoConfig.from_pretrained(
+        folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
+    )
+    if source.gguf is None:
+        dequantize_at_load(config)
+        return config
+    return config.get_text_config() if source.folder is not None else gguf_config.completed(config, source.gguf)
 
 
 def model_class_of(config: Any) -> Any:

@@ -338,8 +338,8 @@ def _stacks(model: PreTrainedModel, weights: list[Weight]) -> dict[tuple[nn.Modu
     stacks = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            found = [_use(weight, -1) or _use(weight, -2) for weight in by_parameter.get(id(parameter), ())]
-            if uses := [use for use in found if use]:
+            candidates = [_use(weight, -1) or _use(weight, -2) for weight in by_parameter.get(id(parameter), ())]
+            if uses := [use for use in candidates if use]:
                 stacks[module, name] = uses
     return stacks
 

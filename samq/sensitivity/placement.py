@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
 from samq.errors import SamqError
-from samq.sensitivity.blocks import NotApart, block_list, cannot_run
+from samq.sensitivity.block_calls import NotApart
+from samq.sensitivity.blocks import block_list, cannot_run
 from samq.sensitivity.memory import compute_devices, free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk, stored_of
 

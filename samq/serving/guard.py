@@ -53,7 +53,7 @@ class Guard:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        found = [name for name, key in self._keys.items() if hmac.compare_digest(given, key)]
-        for name in found[:1]:
+        owners = [name for name, key in self._keys.items() if hmac.compare_digest(given, key)]
+        for name in owners[:1]:
             self._metrics.by_key.labels(name).inc()
-        return bool(found)
+        return bool(owners)

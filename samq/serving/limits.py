@@ -75,10 +75,10 @@ def _check_values(fields: dict[str, Any], vocabulary: tuple[str, str]) -> None:
 def _check_messages(fields: dict[str, Any], settings: ServingSettings) -> None:
     parts = 0
     for name in ("messages", "input", "prompt", "stop"):
-        found = [one for one in _list(fields.get(name)) if not isinstance(one, int)]
-        if len(found) > settings.max_messages:
-            raise _too_many(name, len(found), settings.max_messages)
-        for message in found:
+        items = [one for one in _list(fields.get(name)) if not isinstance(one, int)]
+        if len(items) > settings.max_messages:
+            raise _too_many(name, len(items), settings.max_messages)
+        for message in items:
             content = _list(message.get("content")) if isinstance(message, dict) else []
             parts += len(content)
             for part in content if len(content) <= settings.max_parts else []:

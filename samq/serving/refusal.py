@@ -86,8 +86,8 @@ class Refused(Exception):
 def refused_by_engine(status: int, body: bytes) -> Refused:
     """What the engine answered in place of a success; an error of the client's that it calls its own becomes a 400."""
     try:
-        told = json.loads(body)
-        detail = told.get("error") or told.get("detail")
+        answer = json.loads(body)
+        detail = answer.get("error") or answer.get("detail")
         message = str(detail["message"] if isinstance(detail, dict) else detail)
         if found := _PYDANTIC.search(message):
             place = found["place"].replace("'", "").removeprefix("body, ").replace(", ", ".")

@@ -60,12 +60,12 @@ class Served:
     def _describe(self) -> None:
         """Read what the file says of itself."""
         gguf, settings = self.gguf, self._settings
-        told = read_metadata(gguf.path)
-        self.vocabulary = (str(told.get("tokenizer.ggml.model", "")), str(told.get("tokenizer.ggml.pre", "")))
+        metadata = read_metadata(gguf.path)
+        self.vocabulary = (str(metadata.get("tokenizer.ggml.model", "")), str(metadata.get("tokenizer.ggml.pre", "")))
         stack_bytes("", *self.vocabulary)  # refuses a vocabulary that would end the engine
-        context = told.get(f"{told.get('general.architecture')}.context_length", settings.context_tokens)
+        context = metadata.get(f"{metadata.get('general.architecture')}.context_length", settings.context_tokens)
         self.room = self._wanted = Room(min(settings.context_tokens, int(context)), settings.gpu_layers)
-        self.printed_ends = _printed_ends(gguf.path, told)  # of answers, for engines that would print them
+        self.printed_ends = _printed_ends(gguf.path, metadata)  # of answers, for engines that would print them
         self._warnings: list[str] = []
         if self.room.context_tokens < settings.context_tokens:
             self._warnings.append(f"the context is {context} tokens, the length that the model was trained for")
@@ -104,8 +104,8 @@ class Served:
     def identity(self) -> dict[str, str]:
         """Headers that name the version."""
         gguf = self.gguf
-        told = {"model": gguf.name, "version": gguf.version, "sha256": gguf.sha256, "plan": gguf.plan_digest}
-        return {f"x-samq-{name}": value for name, value in told.items() if value}
+        identity = {"model": gguf.name, "version": gguf.version, "sha256": gguf.sha256, "plan": gguf.plan_digest}
+        return {f"x-samq-{name}": value for name, value in identity.items() if value}
 
     @property
     def gpu_layers(self) -> int | None:

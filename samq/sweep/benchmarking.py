@@ -83,9 +83,9 @@ def compare_benchmarks(
     """
     tables = {result.name: compared_items(result) for result in results}
     full = next((result.name for result in results if result.plan.policy == "full"), None)
-    asked = [name for name, items in tables.items() if name != full and len(items)]
+    benchmarked = [name for name, items in tables.items() if name != full and len(items)]
     found: list[PairedComparison] = []
-    for name in asked:
+    for name in benchmarked:
         if full is not None and len(tables[full]):
             found += compare_items(name, tables[name], full, tables[full], margin=margin)
         if production is not None and len(production):

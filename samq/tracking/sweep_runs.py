@@ -205,8 +205,8 @@ def _verdict(result: Result, sweep: Sweep) -> str:
 
 def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
     """Id of the experiment, made or brought back from the deleted ones if need be."""
-    found = client.get_experiment_by_name(settings.experiment)
-    if found is None:
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is None:
         folder = sqlite_folder(settings.tracking_uri)
         location = settings.artifact_location or (str(folder / "mlartifacts") if folder else None)
         tags = {**_EXPERIMENT_KIND, MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE}
@@ -214,17 +214,17 @@ def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
             place = relative_place(Path(location), folder)
             tags |= {ARTIFACTS_TAG: place} if place else {}
         try:
-            made = client.create_experiment(settings.experiment, location)
+            created = client.create_experiment(settings.experiment, location)
             for key, value in tags.items():
-                client.set_experiment_tag(made, key, value)
-            return str(made)
+                client.set_experiment_tag(created, key, value)
+            return str(created)
         except MlflowException as error:
-            found = client.get_experiment_by_name(settings.experiment)  # another process was faster
-            if found is None:
+            experiment = client.get_experiment_by_name(settings.experiment)  # another process was faster
+            if experiment is None:
                 raise error
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 @contextmanager
