@@ -17,11 +17,11 @@ demo: ready ## re-quantize SmolLM2-135M on HumanEval, measure and track everythi
 	@$(BIN)/samq demo
 
 test: ready ## all tests, the fast ones first
-	$(BIN)/pytest -m "not e2e" $(PARALLEL)
-	$(BIN)/pytest -m "e2e and not architectures" $(PARALLEL)
+	$(BIN)/pytest -m "not e2e and not slow" $(PARALLEL)
+	$(BIN)/pytest -m "(e2e or slow) and not architectures" $(PARALLEL)
 
 test-fast: ready ## the fast tests only
-	$(BIN)/pytest -m "not e2e" $(PARALLEL)
+	$(BIN)/pytest -m "not e2e and not slow" $(PARALLEL)
 
 test-architectures: ready ## every architecture that SAMQ takes, and the table of them in docs/
 	rows=$$(mktemp -d) && SAMQ_ARCHITECTURES=$$rows $(BIN)/pytest tests/architectures $(PARALLEL) && $(BIN)/python -m tests.architectures.table $$rows

@@ -185,15 +185,30 @@ def tiny_gguf(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory):
     """Prefect with a home and a server of its own for the whole session: the user's is never touched."""
-    from prefect.settings import PREFECT_HOME, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_HOME,
+        PREFECT_LOCAL_STORAGE_PATH,
+        temporary_settings,
+    )
     from prefect.testing.utilities import prefect_test_harness
 
     home = tmp_path_factory.mktemp("prefect")
+    settings = {PREFECT_HOME: home, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}
+    settings[PREFECT_FLOWS_HEARTBEAT_FREQUENCY] = None  # a flow run's end waits up to a second for a beat to end
     with (
-        temporary_settings({PREFECT_HOME: home, PREFECT_LOCAL_STORAGE_PATH: home / "storage"}),
+        temporary_settings(settings),
         prefect_test_harness(server_startup_timeout=180),
     ):
         yield home
+
+
+LOW_BIT_TABLES = (
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XS",
+    "IQ2_S",
+)  # ggml takes up to 9 s a process to make the tables of these types
 
 
 @dataclass(frozen=True)

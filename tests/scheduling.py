@@ -8,6 +8,11 @@ LOW_BITS = (
     "tests/samq/gguf/test_nearest.py",
     *(f"tests/samq/allocation/test_{of}.py" for of in ("types", "threshold")),
 )
+# Prefect's server takes 8 s to start
+PREFECT = (
+    *("tests/tasks/test_stage.py", "tests/flows/test_gather.py"),
+    *("tests/samq/data/test_hub.py", "tests/samq/test_services.py"),
+)
 
 
 class BySharedFixtures(LoadFileScheduling):
@@ -18,4 +23,6 @@ class BySharedFixtures(LoadFileScheduling):
             return nodeid
         if nodeid.startswith(LOW_BITS):
             return LOW_BITS[0]
+        if nodeid.startswith(PREFECT):
+            return PREFECT[0]
         return END_TO_END if nodeid.startswith(END_TO_END) else super()._split_scope(nodeid)

@@ -103,6 +103,7 @@ def test_a_deployment_asks_for_the_disk_that_its_parameters_reckon(name):
     assert re.findall(r"\d+ GB of disk", asked) == re.findall(r"\d+ GB of disk", reckoned) != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_a_parameter_file_reckons_with_what_doctor_says(name, tmp_path, monkeypatch, samq_home):
     path = ROOT / "deployments" / "parameters" / f"{name}.yaml"

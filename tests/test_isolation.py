@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TESTS = """
 import sqlite3
 from pathlib import Path
 
 import prefect
+import pytest
+
 from samq.home import home, mlflow_uri
 from samq.tracking.registry import connect
 
@@ -36,6 +40,7 @@ def test_calm_again():
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_uses_a_default_place_fails_and_the_users_home_stays_as_it_is(tmp_path):
     user, working = tmp_path / "user", tmp_path / "working"
     user.mkdir()

@@ -90,6 +90,7 @@ def calibrate_in(store, model_folder):
     return calibrate.fn(at, model, sequences, None, Passes(batch_size=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until", ["states-0005", "slopes-0007"])
 def test_a_calibration_that_is_killed_goes_on_and_gives_the_same(until, tmp_path):
     whole = calibrate_in(tmp_path / "undisturbed", tmp_path / "model")

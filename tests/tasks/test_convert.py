@@ -23,6 +23,7 @@ def folder(tmp_path):
     return write_model("Gemma", tmp_path / "tiny")
 
 
+@pytest.mark.slow
 def test_a_folder_whose_configuration_names_more_layers_than_its_weights_is_refused(at, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] + 1}))

@@ -13,6 +13,8 @@ from tasks.mmproj import convert_mmproj
 from tests.published import edit_config, store, tensors_of, tiny_qwen2_5_vl
 from tests.tiny_models import save_folder, tiny_llama
 
+pytestmark = pytest.mark.slow  # each test runs llama.cpp's converter
+
 
 @pytest.fixture
 def folder(tmp_path):

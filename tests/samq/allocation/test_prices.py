@@ -122,6 +122,7 @@ def test_the_threads_and_the_size_of_slabs_change_nothing_but_roundings(target, 
             assert cost.kl_nats == pytest.approx(one.tensors[name].types[kind].kl_nats, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sample_of_rows_gives_nearly_the_price_of_all(tmp_path, toolchain, monkeypatch):
     target = OpenTarget.open(
         write_tiny_gguf(tmp_path / "tiny.gguf", width=256, hidden=4096, vocabulary=8192), toolchain

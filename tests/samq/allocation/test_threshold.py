@@ -114,6 +114,7 @@ def test_types_that_rows_do_not_allow_are_replaced_visibly(toolchain, tmp_path):
     assert plan.types["blk.1.attn_q.weight"] == "Q5_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["IQ3_XXS", "IQ1_M"])
 def test_types_that_lack_an_importance_are_replaced_visibly(toolchain, tmp_path, base):
     gguf = write_tiny_gguf(tmp_path / "in.gguf", hidden=256)

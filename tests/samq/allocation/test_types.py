@@ -6,7 +6,7 @@ from samq.allocation.types import DEFAULT_TYPES, legal_types, threshold_types, t
 from samq.errors import SamqError
 from samq.llamacpp.programs import quantize
 from samq.records import SensitivityMap, TensorSensitivity
-from tests.conftest import write_tiny_gguf
+from tests.conftest import LOW_BIT_TABLES, write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 
@@ -72,8 +72,14 @@ def uncovered(request, toolchain, tmp_path_factory):
 # llama-quantize takes seconds to prepare a type of 1 or 2 bits, so the tied model has one of each kind.
 @pytest.mark.parametrize(
     ("uncovered", "kind"),
-    [(False, kind) for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")]
-    + [(True, kind) for kind in ("IQ1_M", "IQ2_XXS", "IQ3_XXS")],
+    [
+        pytest.param(tied, kind, marks=[pytest.mark.slow] if kind in LOW_BIT_TABLES else [])
+        for tied, kinds in {
+            False: ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"),
+            True: ("IQ1_M", "IQ2_XXS", "IQ3_XXS"),
+        }.items()
+        for kind in kinds
+    ],
     indirect=["uncovered"],
 )
 def test_tensors_without_an_importance_have_the_nearest_type_that_needs_none(uncovered, tmp_path, kind):

@@ -27,6 +27,11 @@ def give_unknown_tokenizer(model):
     edit_config(model, vocab_size=512)
 
 
+def converting(spoil, message):
+    """What llama.cpp's converter refuses, which takes four seconds to start."""
+    return pytest.param(spoil, message, marks=pytest.mark.slow)
+
+
 def cut_short(model):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -40,19 +45,19 @@ def cut_short(model):
             lambda model: edit_config(model, architectures=["BertForMaskedLM"]),
             "model is a BertForMaskedLM, not a causal",
         ),
-        (
+        converting(
             lambda model: edit_config(model, architectures=["CTRLLMHeadModel"], model_type="ctrl"),
             "llama.cpp's converter does not support CTRLLMHeadModel (model)",
         ),
-        (
+        converting(
             give_unknown_tokenizer,
             "llama.cpp's converter does not know the tokenizer of model; convert the model with a llama.cpp",
         ),
-        (
+        converting(
             lambda model: byte_tokenizer().save_pretrained(model),
             "the tokenizer of model has tokens that its embedding has no row for (vocab_size in config.json); resize",
         ),
-        (
+        converting(
             lambda model: edit_config(model, architectures=["DbrxForCausalLM"]),
             "llama.cpp's converter does not find ffn_config in the configuration of model; add it to config.json, or,",
         ),

@@ -1,5 +1,7 @@
 """`samq requantize` up to the flow, which tests/end_to_end runs."""
 
+import pytest
+
 from samq.cli.start import PROJECT
 from tests.command_line import forked_samq, refused
 
@@ -22,6 +24,7 @@ def test_a_read_only_samq_folder_is_refused(samq, tmp_path, disk):
     assert refused(done, "samq cannot be written to (Read-only file system); set SAMQ_HOME")
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_does_not_answer_is_one_sentence(tmp_path):
     done = forked_samq("requantize", "--config", DEMO, home=tmp_path / "h", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert refused(done, "Prefect's server does not answer (ConnectError: ")

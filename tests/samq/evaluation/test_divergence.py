@@ -207,6 +207,7 @@ def traced(work):
     return peak
 
 
+@pytest.mark.slow
 def test_memory_for_logits_does_not_grow_with_the_number_of_chunks(tmp_path):
     """All logits of the largest run are 16 times those of a chunk; what is held is less than two chunks' more."""
     vocabulary, settings = 20_000, EvaluationSettings(context_tokens=32, chunks=None, threads=1)

@@ -10,7 +10,7 @@ from samq.gguf.formats import NEEDS_IMATRIX, TYPES
 from samq.gguf.imatrix import importances
 from samq.gguf.nearest import NearestRounding
 from samq.llamacpp.programs import quantize
-from tests.conftest import write_stacked_gguf, write_tiny_gguf
+from tests.conftest import LOW_BIT_TABLES, write_stacked_gguf, write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 
@@ -60,7 +60,11 @@ def expect_the_same_bytes(full, imatrix, kind, toolchain, folder):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("dense", kind) for kind in TYPES if kind != "F32"]
+    [
+        pytest.param("dense", kind, marks=[pytest.mark.slow] if kind in LOW_BIT_TABLES else [])
+        for kind in TYPES
+        if kind != "F32"
+    ]
     + [("experts in BF16", kind) for kind in ("IQ2_XXS", "Q3_K", "Q4_K", "IQ4_XS", "Q5_1", "Q8_0", "F16")]
     + [("experts in F32", "Q4_K")],
 )

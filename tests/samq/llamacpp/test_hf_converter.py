@@ -184,6 +184,7 @@ def median_divergence(path, model):
     return compare_logits(logits, ours[:, : logits.shape[1]], IDS)["kld"].median()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_llama_cpp_computes_what_torch_does(models, kind):
     _, folder = models[kind]
@@ -191,6 +192,7 @@ def test_llama_cpp_computes_what_torch_does(models, kind):
     assert median_divergence(folder / "model.gguf", model) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind in FROM_GGUF])
 def test_the_torch_model_of_the_gguf_is_llama_cpps(models, kind):
     path = models[kind][1] / "model.gguf"
@@ -198,6 +200,7 @@ def test_the_torch_model_of_the_gguf_is_llama_cpps(models, kind):
     assert median_divergence(path, model) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_falcon_has_one_key_and_value_head(models):
     path = models["falcon"][1] / "model.gguf"
     assert read_metadata(path)["falcon.attention.head_count_kv"] == 1

@@ -42,7 +42,7 @@ def test_the_types_heat_map_shows_bits_and_writes_the_types_where_they_fit(sweep
     assert sorted(text.get_text() for axes in (side, main) for text in axes.texts) == sorted(plan.types.values())
 
 
-@pytest.mark.parametrize(("layers", "rotation"), [(30, 0), (80, 90), (200, None)])
+@pytest.mark.parametrize(("layers", "rotation"), [(30, 0), (80, 90), pytest.param(200, None, marks=pytest.mark.slow)])
 def test_type_names_are_turned_or_left_out_as_cells_get_narrow(tmp_path, layers, rotation):
     plan = make_sweep(tmp_path, layers=layers, thresholds=(), budgets=()).result("Q4_K_M").plan
     figure = types_heatmap(plan)

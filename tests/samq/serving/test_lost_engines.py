@@ -57,6 +57,7 @@ def test_streams_on_a_killed_engine_end_with_an_error_and_waiting_requests_are_a
         assert server.metric("samq_requests_running") == 0
 
 
+@pytest.mark.slow
 def test_an_engine_that_gives_no_sign_of_life_is_killed_and_started_again(chat_gguf):
     with running(FileSource(chat_gguf), hang_timeout_s=2) as server, ThreadPoolExecutor(1) as pool:
         pid = server.child.pid
@@ -70,6 +71,7 @@ def test_an_engine_that_gives_no_sign_of_life_is_killed_and_started_again(chat_g
         assert pool.submit(server.chat).result().status_code == 200
 
 
+@pytest.mark.slow
 def test_a_slow_engine_is_left_alone(chat_gguf):
     """Its answer is not streamed, so that only its signs of life tell that it works."""
     with running(FileSource(chat_gguf), hang_timeout_s=4) as server, ThreadPoolExecutor(1) as pool:
@@ -84,6 +86,7 @@ def test_a_slow_engine_is_left_alone(chat_gguf):
         assert answer.result().status_code == 200 and server.child.pid == pid
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_again_and_again_is_started_less_and_less_often(chat_gguf):
     with running(FileSource(chat_gguf)) as server:
         waits = []

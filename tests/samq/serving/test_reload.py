@@ -37,6 +37,7 @@ def file(tmp_path, chat_gguf):
     return tmp_path / "tiny.gguf"
 
 
+@pytest.mark.slow
 def test_another_file_takes_over_while_clients_stream_and_no_request_fails(file, chat_gguf, other_gguf):
     stop = False
 

@@ -163,6 +163,7 @@ def test_plans_and_the_sensitivity_map_are_files_that_samqs_own_commands_read(tr
     assert SensitivityMap.load(Path(sensitivity)) == sweep.sensitivity
 
 
+@pytest.mark.slow
 def test_the_saved_view_shows_this_sweep(few, mlflow_uri):
     client = connect(mlflow_uri)
     for _ in range(2):
@@ -270,6 +271,7 @@ def test_sweeps_are_tracked_from_several_threads(sweep, mlflow_uri):
         assert sorted(run.info.run_name for run in children) == ["F16", "threshold-0.4", "threshold-0.9"]
 
 
+@pytest.mark.slow
 def test_the_best_is_registered_once_however_many_nights_bring_it(few, mlflow_uri):
     first = track(few, settings(mlflow_uri, registered_model="model"))
     second = track(few, settings(mlflow_uri, registered_model="model"))

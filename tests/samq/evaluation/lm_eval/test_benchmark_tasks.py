@@ -22,6 +22,7 @@ def test_a_task_of_the_users_is_found_by_its_folder_and_by_its_file(tmp_path):
     assert open_task(path).name == "colours"
 
 
+@pytest.mark.slow
 def test_lm_evals_own_tasks_are_known_but_need_the_hub(tmp_path, monkeypatch):
     (tmp_path / "tokenizers/punkt_tab").mkdir(parents=True)  # which ifeval would fetch as it is imported
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
@@ -37,6 +38,7 @@ def test_what_is_samqs_or_the_users_is_known_without_lm_evals_own_tasks(tmp_path
     assert not library.are_near(["samq_hellaswag", "mmlu"])
 
 
+@pytest.mark.slow
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(SamqError, match=r"^the task 'samq_helaswag' does not exist; similar names are samq_hellaswag"):
         open_task("samq_helaswag")

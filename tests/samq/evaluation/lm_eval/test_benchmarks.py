@@ -99,6 +99,7 @@ def test_a_group_is_reported_in_place_of_its_tasks_which_its_items_stand_for(tmp
     assert set(run(lm, "all", task_folders=(tmp_path,)).metrics) == {"eval/two/acc", "eval/four/acc"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken\nno_such_setting: 1")

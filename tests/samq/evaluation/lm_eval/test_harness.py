@@ -364,6 +364,7 @@ def no_space(*_arguments, **_settings):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["<bos>"], indirect=True)
 def test_samq_lm_eval_knows_the_model_and_the_tasks(pair, tmp_path):
     rows = [{"text": text, "choices": [" an", " the"], "label": 0} for text in TEXTS]

@@ -35,6 +35,7 @@ def test_code_that_gets_to_the_end_of_its_tests_passes():
     assert not outcome.passed and outcome.error == "AssertionError: not doubled"
 
 
+@pytest.mark.slow
 def test_every_canonical_solution_of_human_eval_passes_and_an_empty_one_does_not():
     rows = packaged_rows("humaneval")
     for row in rows[:20]:
