@@ -15,7 +15,7 @@ from samq.home import store_folder
 from samq.llamacpp.toolchain import find_toolchain
 from samq.progress import Progress, silent
 from samq.requirements import memory
-from samq.requirements.candidates import Candidate, of_budget, of_mixture, of_threshold, thresholds_kept
+from samq.requirements.candidates import CandidateSize, of_budget, of_mixture, of_threshold, thresholds_kept
 from samq.requirements.machine import Machine, Resource, StageNeeds, look, resources
 from samq.requirements.memory import Taken, TorchRun
 from samq.requirements.outline import Outline, read_outline, write_even_importance
@@ -44,23 +44,23 @@ class Requirements:
 class _Plans:
     """The candidates of a run, as far as they are known before it."""
 
-    nearest: list[Candidate]  # mixtures and thresholds, by llama-quantize
-    budgets: list[Candidate]
+    nearest: list[CandidateSize]  # mixtures and thresholds, by llama-quantize
+    budgets: list[CandidateSize]
     are_compensated: bool  # the budgets' plans; else llama-quantize writes them as well
     priced: dict[str, int]  # type -> weights that are rounded to it
 
     @property
-    def quantized(self) -> list[Candidate]:
+    def quantized(self) -> list[CandidateSize]:
         """What llama-quantize writes."""
         return self.nearest + ([] if self.are_compensated else self.budgets)
 
     @property
-    def compensated(self) -> list[Candidate]:
+    def compensated(self) -> list[CandidateSize]:
         """What is compensated together."""
         return self.budgets if self.are_compensated else []
 
     @property
-    def all(self) -> list[Candidate]:
+    def all(self) -> list[CandidateSize]:
         """Every candidate but full precision."""
         return self.nearest + self.budgets
 

@@ -20,12 +20,12 @@ from samq.sensitivity.fisher import Fisher
 LARGEST_WITHOUT_SAMPLE = 2**25
 SAMPLED_WEIGHTS = 2**23
 SAMPLED_ROWS = 1024  # at least, however long they are
-_SLAB_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
+_PART_WEIGHTS = 2**22  # weights dequantized at a time: 16 MiB in float32
 _SEED = 0
 
 
 @dataclass(frozen=True)
-class Slab:
+class PricedRows:
     """Some rows of a tensor, all of one expert."""
 
     tensor: str
@@ -47,17 +47,17 @@ def _priced_rows(tensor: TensorInfo) -> int:
     return min(rows, max(SAMPLED_ROWS, SAMPLED_WEIGHTS // tensor.row_length))
 
 
-def slabs(tensor: TensorInfo, fisher: Fisher) -> Iterator[Slab]:
-    """Yield the rows that price a tensor, in slabs."""
+def parts_to_price(tensor: TensorInfo, fisher: Fisher) -> Iterator[PricedRows]:
+    """Yield the rows that price a tensor, in parts."""
     *stacked, rows, row_length = tensor.shape
     means = fisher.rows.reshape(-1).astype(np.float64)
     chosen, sums = draw(means, _priced_rows(tensor))
-    step = max(1, _SLAB_WEIGHTS // row_length)
+    step = max(1, _PART_WEIGHTS // row_length)
     for expert in range(math.prod(stacked)):
         first, last = np.searchsorted(chosen, (expert * rows, (expert + 1) * rows))
         for start in range(first, last, step):
             some = slice(start, min(start + step, last))
-            yield Slab(tensor.name, expert, chosen[some], sums[some], len(means) / len(chosen))
+            yield PricedRows(tensor.name, expert, chosen[some], sums[some], len(means) / len(chosen))
 
 
 def draw(means: NDArray[np.float64], count: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:

@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, ReaderTensor
 from numpy.typing import NDArray
 
-from samq.allocation.price_rows import Slab, slabs
+from samq.allocation.price_rows import PricedRows, parts_to_price
 from samq.allocation.target import OpenTarget
 from samq.errors import SamqError
 from samq.gguf.file import Rows, TensorInfo, mostly_unknown, read_rows
@@ -113,41 +113,41 @@ class _RoundingError:
 def _rounding_of(
     target: OpenTarget, types: Mapping[str, Collection[str]], fisher: Mapping[str, Fisher], progress: Progress
 ) -> dict[tuple[str, str], _RoundingError]:
-    """(tensor, type) -> what rounding to the nearest values does; slabs by several threads, summed in their order."""
+    """(tensor, type) -> what rounding to the nearest values does; parts by several threads, summed in their order."""
     nearest = NearestRounding(target.full.path, target.imatrix.path if target.imatrix else None)
-    parts = [slab for name in types for slab in slabs(target.quantizable[name], fisher[name])]
+    parts = [part for name in types for part in parts_to_price(target.quantizable[name], fisher[name])]
     sums: dict[tuple[str, str], _RoundingError] = {}
 
-    def round_slab(slab: Slab) -> dict[str, _RoundingError]:
-        return _round_slab(nearest, slab, types[slab.tensor], fisher[slab.tensor])
+    def round_part(part: PricedRows) -> dict[str, _RoundingError]:
+        return _round_part(nearest, part, types[part.tensor], fisher[part.tensor])
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="price") as threads:
-        for done, (slab, errors) in enumerate(zip(parts, threads.map(round_slab, parts), strict=True)):
+        for done, (part, errors) in enumerate(zip(parts, threads.map(round_part, parts), strict=True)):
             progress(done, len(parts))
             for kind, error in errors.items():
-                sums[slab.tensor, kind] = sums.get((slab.tensor, kind), _RoundingError()) + error
+                sums[part.tensor, kind] = sums.get((part.tensor, kind), _RoundingError()) + error
     progress(len(parts), len(parts))
     return sums
 
 
-def _round_slab(
-    nearest: NearestRounding, slab: Slab, kinds: Collection[str], fisher: Fisher
+def _round_part(
+    nearest: NearestRounding, part: PricedRows, kinds: Collection[str], fisher: Fisher
 ) -> dict[str, _RoundingError]:
-    """Type -> the sums over a slab, and over the rows that its rows stand for."""
-    weights = nearest.weights(slab.tensor, slab.rows)
-    profile = fisher.profile().reshape(-1, weights.shape[1])[slab.expert]
+    """Type -> the sums over a part, and over the rows that its rows stand for."""
+    weights = nearest.weights(part.tensor, part.rows)
+    profile = fisher.profile().reshape(-1, weights.shape[1])[part.expert]
     squares = math.fsum(
         np.einsum("ij,ij->i", weights, weights)
     )  # einsum adds up in the same order with any number of threads
     errors = {}
     for kind in kinds:
-        blocks = nearest.rounded(slab.tensor, kind, slab.rows, weights)
+        blocks = nearest.rounded(part.tensor, kind, part.rows, weights)
         error = to_float(GGMLQuantizationType[kind], blocks, weights.shape[1])
         error -= weights
         along = math.fsum(np.einsum("ij,ij->i", error, weights))
         np.square(error, out=error)
-        cost = float(np.vdot(slab.fisher, np.einsum("ij,j->i", error, profile).astype(np.float64)))
-        errors[kind] = _RoundingError(cost, slab.stands_for * along, slab.stands_for * squares)
+        cost = float(np.vdot(part.fisher, np.einsum("ij,j->i", error, profile).astype(np.float64)))
+        errors[kind] = _RoundingError(cost, part.stands_for * along, part.stands_for * squares)
     return errors
 
 

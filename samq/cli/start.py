@@ -15,7 +15,7 @@ from samq.progress import bar, console
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-Options = TypeVar("Options", bound="BaseModel")
+Model = TypeVar("Model", bound="BaseModel")
 
 PROJECT = Path(__file__).parents[2]  # the checkout, with prefect.yaml and deployments/
 
@@ -36,7 +36,7 @@ def loading_packages(description: str = "load Python packages") -> Iterator[None
             gc.enable()
 
 
-def validated(kind: type[Options], **options: Any) -> Options:
+def validated(kind: type[Model], **options: Any) -> Model:
     """Options built from a command's options; raises SamqError that names the first invalid option."""
     from pydantic import ValidationError
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from samq.errors import SamqError, TextError
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 LONGEST_MATCH = 2**20  # characters; the stack for it is 1 GiB of addresses, of which llama.cpp touches 0.4 GiB
 _BYTES_A_CHARACTER = 1024  # measured: up to 370 bytes of stack for each character of a match (GCC 12, -O3)
@@ -74,14 +74,14 @@ def stack_bytes(text: str, tokenizer: str, pretokenizer: str) -> int:
     return 0 if longest <= _SMALL_MATCH else longest * _BYTES_A_CHARACTER
 
 
-def with_stack(function: Callable[[], Result], stack: int) -> Result:
+def with_stack(function: Callable[[], T], stack: int) -> T:
     """Call a function in a thread with this many bytes of stack; 0: in this thread.
 
     Raises SamqError if there is no memory for the thread.
     """
     if not stack:
         return function()
-    future: Future[Result] = Future()
+    future: Future[T] = Future()
 
     def work() -> None:
         try:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from samq.allocation.prices import SECOND_ORDER_LIMIT_NATS
 from samq.evaluation.metrics import MB
 from samq.records import Metric
-from samq.report.prediction import agreement, predicted_and_measured
+from samq.report.prediction import predicted_and_measured, prediction_quality
 from samq.sweep.selection import Comparison, Result
 from samq.sweep.sweep import Sweep
 
@@ -96,10 +96,8 @@ def prediction_figure(sweep: Sweep) -> Figure:
     figure = Figure(figsize=(6.6, 6.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="predicted KL (nats per token)", ylabel="measured mean KLD (nats per token)")
-    prediction = agreement(sweep.results)
-    summary = (
-        f": rank correlation {prediction.rank_correlation:.3f} over {prediction.candidates} plans" if prediction else ""
-    )
+    quality = prediction_quality(sweep.results)
+    summary = f": rank correlation {quality.rank_correlation:.3f} over {quality.candidates} plans" if quality else ""
     axes.set_title(f"Predicted against measured KL{summary}", loc="left", fontsize=11)
     if not pairs:
         axes.text(0.5, 0.5, "no candidate has a prediction", ha="center", transform=axes.transAxes)

@@ -18,7 +18,7 @@ _SIGNIFICANT = 2.0  # standard errors between two figures that are called differ
 
 
 @dataclass(frozen=True)
-class Agreement:
+class PredictionQuality:
     """Predicted against measured KL over all candidates that have both, over the floor."""
 
     candidates: int
@@ -33,7 +33,7 @@ def predicted_and_measured(results: Sequence[Result]) -> list[tuple[Result, Metr
     return [(result, p, m) for result, p, m in pairs if p and m and min(p.value, m.value) > FLOOR_NATS]
 
 
-def agreement(results: Sequence[Result]) -> Agreement | None:
+def prediction_quality(results: Sequence[Result]) -> PredictionQuality | None:
     """How well predictions ranked the candidates and met their level; None for fewer than three candidates."""
     pairs = predicted_and_measured(results)
     if len(pairs) < 3:
@@ -41,7 +41,7 @@ def agreement(results: Sequence[Result]) -> Agreement | None:
     values = pd.DataFrame([(predicted.value, measured.value) for _, predicted, measured in pairs])
     ratios = values[1] / values[0]
     correlation = values[0].rank().corr(values[1].rank())
-    return Agreement(len(pairs), float(correlation), float(ratios.min()), float(ratios.max()))
+    return PredictionQuality(len(pairs), float(correlation), float(ratios.min()), float(ratios.max()))
 
 
 def beyond_second_order(results: Sequence[Result]) -> list[str]:
@@ -54,10 +54,10 @@ def prediction_section(sweep: Sweep) -> list[str]:
     """Paragraphs of the report on the predictions, in markdown; none if nothing was predicted."""
     results, checks = sweep.results, sweep.checks
     parts, omitted = [], _left_out(results)
-    if found := agreement(results):
+    if quality := prediction_quality(results):
         parts.append(
-            f"Over {found.candidates} candidates the rank correlation (Spearman) of predicted and measured KL is "
-            f"{found.rank_correlation:.3f}. Measured mean KLD is {found.lowest_ratio:.2f} to {found.highest_ratio:.2f} "
+            f"Over {quality.candidates} candidates the rank correlation (Spearman) of predicted and measured KL is "
+            f"{quality.rank_correlation:.3f}. Measured mean KLD is {quality.lowest_ratio:.2f} to {quality.highest_ratio:.2f} "
             "times the prediction."
         )
     elif omitted:

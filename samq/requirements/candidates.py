@@ -14,19 +14,19 @@ from samq.records import Plan
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateSize:
     """A candidate's bytes of tensors, and how many of its weights have each type, as far as that is known."""
 
     bytes: int
     weights: Mapping[str, int]
 
 
-def of_mixture(target: OpenTarget, mixture: str) -> Candidate:
+def of_mixture(target: OpenTarget, mixture: str) -> CandidateSize:
     """What llama-quantize's mixture has."""
     return _of_plan(target, stock_plan(target, mixture))
 
 
-def of_budget(target: OpenTarget, budget: str, ladder: Collection[str]) -> Candidate:
+def of_budget(target: OpenTarget, budget: str, ladder: Collection[str]) -> CandidateSize:
     """The most that a budget's plan takes; its types are not known yet, so the type of the nearest bits stands for them."""
     largest = uniform_plan(target, max(ladder, key=bits_per_weight))
     written, size = read_budget(budget), largest.tensor_bytes
@@ -39,10 +39,10 @@ def of_budget(target: OpenTarget, budget: str, ladder: Collection[str]) -> Candi
     size = min(size, largest.tensor_bytes)
     bits = 8 * size / largest.weights
     kind = min(ladder, key=lambda name: abs(bits_per_weight(name) - bits))
-    return Candidate(size, _of_plan(target, uniform_plan(target, kind)).weights)
+    return CandidateSize(size, _of_plan(target, uniform_plan(target, kind)).weights)
 
 
-def of_threshold(target: OpenTarget, policy: ThresholdPolicy, kept: float) -> Candidate:
+def of_threshold(target: OpenTarget, policy: ThresholdPolicy, kept: float) -> CandidateSize:
     """A threshold's plan if it keeps such a share of the blocks: between the base and all in the type that is kept."""
     is_mixture = policy.base in MIXTURES
     base = stock_plan(target, policy.base) if is_mixture else uniform_plan(target, policy.base)
@@ -50,7 +50,7 @@ def of_threshold(target: OpenTarget, policy: ThresholdPolicy, kept: float) -> Ca
     output = target.tensors[EMBEDDING if target.tied else OUTPUT]
     guard = tensor_bytes(policy.output_guard, output.shape) if policy.output_guard else 0
     rise = max(0, most.tensor_bytes - base.tensor_bytes)
-    return Candidate(base.tensor_bytes + guard + int(kept * rise), _of_plan(target, base).weights)
+    return CandidateSize(base.tensor_bytes + guard + int(kept * rise), _of_plan(target, base).weights)
 
 
 def thresholds_kept(thresholds: Collection[float | str], proposed: int) -> list[float]:
@@ -59,8 +59,8 @@ def thresholds_kept(thresholds: Collection[float | str], proposed: int) -> list[
     return given + [step / (proposed + 1) for step in range(1, proposed + 1)]
 
 
-def _of_plan(target: OpenTarget, plan: Plan) -> Candidate:
+def _of_plan(target: OpenTarget, plan: Plan) -> CandidateSize:
     weights: dict[str, int] = {}
     for name, kind in plan.types.items():
         weights[kind] = weights.get(kind, 0) + target.tensors[name].weights
-    return Candidate(plan.tensor_bytes, weights)
+    return CandidateSize(plan.tensor_bytes, weights)

@@ -253,7 +253,7 @@ def _described(server: Server) -> dict[str, Any]:
         "loading": {
             "engine": settings.engine,
             "slots": settings.parallel,
-            "context_tokens": serving.room.context_tokens,
+            "context_tokens": serving.loading.context_tokens,
             "gpu_layers": serving.gpu_layers,
             "kv_type": settings.kv_type,
             "notes": serving.notes,

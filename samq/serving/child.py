@@ -20,7 +20,7 @@ from samq.errors import SamqError
 from samq.llamacpp.process import begin_child, kill_group
 from samq.llamacpp.reason import reason_in
 from samq.llamacpp.runtime import is_out_of_memory
-from samq.serving.engine import ENGINES, Files, Room, environment_of
+from samq.serving.engine import ENGINES, Files, Loading, environment_of
 from samq.serving.limits import STACK_BYTES
 from samq.serving.settings import ServingSettings
 from samq.serving.source import HeldFile
@@ -54,7 +54,7 @@ class Child:
         model: HeldFile,
         mmproj: HeldFile | None,
         name: str,
-        room: Room,
+        loading: Loading,
         settings: ServingSettings,
         printed_ends: tuple[str, ...] = (),
     ) -> None:
@@ -72,7 +72,7 @@ class Child:
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
             files = Files(self._folder, model.name, mmproj.name if mmproj else None, printed_ends)
-            command = self._engine.command(files, name, room, settings)
+            command = self._engine.command(files, name, loading, settings)
             self._process = subprocess.Popen(
                 command.arguments,
                 stdin=subprocess.DEVNULL,

@@ -34,21 +34,21 @@ _SPECULATION = {"draft": "draft-simple", "mtp": "draft-mtp", "ngram": "ngram-sim
 
 
 @dataclass(frozen=True)
-class Room:
+class Loading:
     """What a model is loaded with: tokens of a request's context, and layers on the GPU."""
 
     context_tokens: int
     gpu_layers: int | None  # None: as many as the GPU holds
 
-    def attempts(self, least_context_tokens: int, fewest_layers: int | None) -> Iterator["Room"]:
+    def attempts(self, least_context_tokens: int, fewest_layers: int | None) -> Iterator["Loading"]:
         """Itself, and where memory is short: fewer layers on the GPU, then half the context again and again."""
         yield self
         if self.gpu_layers not in (0, fewest_layers):
-            yield Room(self.context_tokens, fewest_layers)
+            yield Loading(self.context_tokens, fewest_layers)
         tokens = self.context_tokens
         while tokens > least_context_tokens:
             tokens = max(tokens // 2, least_context_tokens)
-            yield Room(tokens, fewest_layers)
+            yield Loading(tokens, fewest_layers)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Command:
 class Engine:
     """How one kind of server is run."""
 
-    command: Callable[[Files, str, Room, ServingSettings], Command]
+    command: Callable[[Files, str, Loading, ServingSettings], Command]
     check: Callable[[ServingSettings], Command]  # ends with an error if a flag is unknown
     reserved: Mapping[str, str]  # flag -> what to use in its place
     sign_of_life: str | None  # a path that is answered between two batches; None: it answers nothing while at work
@@ -133,17 +133,17 @@ def _inherited() -> dict[str, str]:
     }
 
 
-def _llama_server(files: Files, name: str, room: Room, settings: ServingSettings) -> Command:
+def _llama_server(files: Files, name: str, loading: Loading, settings: ServingSettings) -> Command:
     keys, values = settings.kv_types
     flags: dict[str, Any] = {
         "model": files.model,
         "alias": name,
         "host": files.socket,
         "parallel": settings.parallel,
-        "ctx-size": room.context_tokens * settings.parallel,
+        "ctx-size": loading.context_tokens * settings.parallel,
         "cache-type-k": keys.lower(),
         "cache-type-v": values.lower(),
-        "gpu-layers": "all" if room.gpu_layers == -1 else room.gpu_layers,
+        "gpu-layers": "all" if loading.gpu_layers == -1 else loading.gpu_layers,
         "threads": settings.threads,
         "mmproj": files.mmproj,
         "load-mode": "none",  # it reads all of the file: what happens to that later does not reach the answers
@@ -194,13 +194,13 @@ def _check_llama_server(settings: ServingSettings) -> Command:
     return Command([*command.arguments, "--version"], command.environment)  # reads the flags before it
 
 
-def _llama_cpp_python(files: Files, name: str, room: Room, settings: ServingSettings) -> Command:
+def _llama_cpp_python(files: Files, name: str, loading: Loading, settings: ServingSettings) -> Command:
     keys, values = settings.kv_types
     model: dict[str, Any] = {
         "model": files.model,
         "model_alias": name,
-        "n_ctx": room.context_tokens,
-        "n_gpu_layers": -1 if room.gpu_layers is None else room.gpu_layers,
+        "n_ctx": loading.context_tokens,
+        "n_gpu_layers": -1 if loading.gpu_layers is None else loading.gpu_layers,
         "type_k": _GGML_TYPES[keys],
         "type_v": _GGML_TYPES[values],
         "flash_attn": True,

@@ -14,7 +14,7 @@ from samq.gguf.file import open_gguf, read_metadata
 from samq.llamacpp import fit, gpu
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.child import Child, StartError
-from samq.serving.engine import ENGINES, Room
+from samq.serving.engine import ENGINES, Loading
 from samq.serving.metrics import Metrics
 from samq.serving.settings import ServingSettings
 from samq.serving.source import HeldFile, ServedGguf
@@ -64,10 +64,10 @@ class Served:
         self.vocabulary = (str(metadata.get("tokenizer.ggml.model", "")), str(metadata.get("tokenizer.ggml.pre", "")))
         stack_bytes("", *self.vocabulary)  # refuses a vocabulary that would end the engine
         context = metadata.get(f"{metadata.get('general.architecture')}.context_length", settings.context_tokens)
-        self.room = self._wanted = Room(min(settings.context_tokens, int(context)), settings.gpu_layers)
+        self.loading = self._wanted = Loading(min(settings.context_tokens, int(context)), settings.gpu_layers)
         self.printed_ends = _printed_ends(gguf.path, metadata)  # of answers, for engines that would print them
         self._warnings: list[str] = []
-        if self.room.context_tokens < settings.context_tokens:
+        if self.loading.context_tokens < settings.context_tokens:
             self._warnings.append(f"the context is {context} tokens, the length that the model was trained for")
         if "Q4_0" in settings.kv_types:
             self._warnings.append(KV_Q4_WARNING)
@@ -82,9 +82,9 @@ class Served:
         least = min(self._wanted.context_tokens, self._settings.least_context_tokens)
         attempts = list(self._wanted.attempts(least, ENGINES[self._settings.engine].fewest_layers))
         notes = list(self._warnings)
-        for number, room in enumerate(attempts, 1):
+        for number, loading in enumerate(attempts, 1):
             try:
-                self.child = await self._start_child(room)
+                self.child = await self._start_child(loading)
             except StartError as error:
                 if not error.out_of_memory or not degrade or number == len(attempts):
                     raise
@@ -92,9 +92,9 @@ class Served:
                 layers = "as many layers as fit" if smaller.gpu_layers is None else f"{smaller.gpu_layers} layers"
                 notes.append(f"{error}; trying {layers} on the GPU and a context of {smaller.context_tokens} tokens")
             else:
-                self.room, self.notes = room, notes
+                self.loading, self.notes = loading, notes
                 on_gpu = self.child.layers
-                if on_gpu and room.gpu_layers is None and 0 < on_gpu[0] < on_gpu[1]:
+                if on_gpu and loading.gpu_layers is None and 0 < on_gpu[0] < on_gpu[1]:
                     self.notes.append(f"{on_gpu[0]} of {on_gpu[1]} layers are on the GPU: its memory holds no more")
                 break
         for note in self.notes:
@@ -110,7 +110,7 @@ class Served:
     @property
     def gpu_layers(self) -> int | None:
         """Layers on the GPU; None if the engine does not say."""
-        return self.child.layers[0] if self.child and self.child.layers else self.room.gpu_layers
+        return self.child.layers[0] if self.child and self.child.layers else self.loading.gpu_layers
 
     async def pause(self) -> None:
         """End the engine; `start` starts it again."""
@@ -128,12 +128,12 @@ class Served:
         for file in files:
             file.close()
 
-    async def _start_child(self, room: Room) -> Child:
+    async def _start_child(self, loading: Loading) -> Child:
         """An engine that has answered the warm-up prompt, and that has read the verified files and nothing else."""
         for file in self._files:
             await asyncio.to_thread(file.verify)
         model, mmproj = self._files[0], self._files[1] if len(self._files) > 1 else None
-        child = Child(model, mmproj, self.gguf.name, room, self._settings, self.printed_ends)
+        child = Child(model, mmproj, self.gguf.name, loading, self._settings, self.printed_ends)
         try:
             self.described = await child.until_ready()
             child.identity = self.identity
@@ -167,7 +167,7 @@ class Served:
                 await asyncio.sleep(wait)
                 wait = min(max(1.0, 2 * wait), _MOST_WAIT_S)
                 try:
-                    self.child = await self._start_child(self.room)
+                    self.child = await self._start_child(self.loading)
                 except Exception as error:
                     self.problem = f"cannot start the engine of {self.gguf} again: {error}; trying again in {wait:g} s"
                     logger.error("%s", self.problem, exc_info=not isinstance(error, SamqError))
@@ -193,8 +193,8 @@ def fits_beside(served: Served, settings: ServingSettings) -> bool:
     Takes a moment, and may be called in a thread.
     """
     keys, values = settings.kv_types
-    room = fit.Room(served.room.context_tokens, settings.parallel, max(keys, values, key=_cache_bits))
-    layers = served.room.gpu_layers
+    room = fit.Room(served.loading.context_tokens, settings.parallel, max(keys, values, key=_cache_bits))
+    layers = served.loading.gpu_layers
     try:
         planned = fit.planned_by_device(
             served.gguf.path, room, "--gpu-layers", "all" if layers in (None, -1) else str(layers)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from samq.allocation import price_rows
-from samq.allocation.price_rows import draw, slabs
+from samq.allocation.price_rows import draw, parts_to_price
 from samq.gguf.file import TensorInfo
 from samq.sensitivity.fisher import Fisher
 
@@ -24,9 +24,9 @@ def estimate(parts, errors):
 
 
 def test_a_small_tensor_is_priced_from_all_its_rows(monkeypatch):
-    monkeypatch.setattr(price_rows, "_SLAB_WEIGHTS", 100 * 256)
+    monkeypatch.setattr(price_rows, "_PART_WEIGHTS", 100 * 256)
     fisher = fisher_of(np.random.default_rng(1), 3, 250)
-    parts = list(slabs(tensor(3, 250, 256), fisher))
+    parts = list(parts_to_price(tensor(3, 250, 256), fisher))
     assert [(part.expert, len(part.rows), part.stands_for) for part in parts] == [
         (expert, rows, 1.0) for expert in range(3) for rows in (100, 100, 50)
     ]
@@ -43,14 +43,14 @@ def test_a_large_tensor_is_priced_from_a_sample(monkeypatch, stacked):
     rows = 16384 // 16 if stacked else 16384
     fisher = fisher_of(random, *stacked, rows)
     errors = random.lognormal(0, 0.3, 16384) * (1 + 0.2 * (np.arange(16384) % 2))  # even and odd rows differ
-    parts = list(slabs(tensor(*stacked, rows, 256), fisher))
+    parts = list(parts_to_price(tensor(*stacked, rows, 256), fisher))
     assert all((part.rows // rows == part.expert).all() for part in parts)
     drawn = np.concatenate([part.rows for part in parts])
     assert (np.diff(drawn) > 0).all() and 100 < len(drawn) <= 512
     assert parts[0].stands_for == 16384 / len(drawn)
     exact = float(fisher.rows.reshape(-1).astype(float) @ errors)
     assert estimate(parts, errors) == pytest.approx(exact, rel=0.04)  # a standard error of 0.32 / sqrt(512)
-    again = list(slabs(tensor(*stacked, rows, 256), fisher))
+    again = list(parts_to_price(tensor(*stacked, rows, 256), fisher))
     assert all((one.rows == other.rows).all() for one, other in zip(parts, again, strict=True))
 
 
@@ -58,7 +58,7 @@ def test_long_rows_are_sampled_by_their_number(monkeypatch):
     monkeypatch.setattr(price_rows, "LARGEST_WITHOUT_SAMPLE", 2**20)
     monkeypatch.setattr(price_rows, "SAMPLED_WEIGHTS", 2**12)
     means = Fisher(np.ones(20000, np.float32), np.ones(256, np.float32))
-    assert sum(len(part.rows) for part in slabs(tensor(20000, 256), means)) == 1024
+    assert sum(len(part.rows) for part in parts_to_price(tensor(20000, 256), means)) == 1024
 
 
 def test_the_mean_over_samples_is_the_sum(monkeypatch):

@@ -113,10 +113,10 @@ def test_a_type_that_lengthens_weights_is_named_where_a_plan_uses_it(tiny_gguf, 
     }
 
 
-def test_the_threads_and_the_size_of_slabs_change_nothing_but_roundings(target, monkeypatch):
+def test_the_threads_and_the_size_of_parts_change_nothing_but_roundings(target, monkeypatch):
     one, again = price(target), price(target)
     assert one == again
-    monkeypatch.setattr("samq.allocation.price_rows._SLAB_WEIGHTS", 2000)
+    monkeypatch.setattr("samq.allocation.price_rows._PART_WEIGHTS", 2000)
     for name, tensor in price(target).tensors.items():
         for kind, cost in tensor.types.items():
             assert cost.kl_nats == pytest.approx(one.tensors[name].types[kind].kl_nats, rel=1e-5)
@@ -159,8 +159,8 @@ def test_stacked_experts_are_priced_each_by_its_own_columns(tmp_path, monkeypatc
     target = SimpleNamespace(
         quantizable=read_tensors(tmp_path / "full.gguf"), full=HashedFile(tmp_path / "full.gguf", ""), imatrix=None
     )
-    # several slabs an expert, the last of them shorter
-    monkeypatch.setattr("samq.allocation.price_rows._SLAB_WEIGHTS", 4 * 64)
+    # several parts an expert, the last of them shorter
+    monkeypatch.setattr("samq.allocation.price_rows._PART_WEIGHTS", 4 * 64)
     table = price_table(target, {name: ["Q8_0"]}, sensitivity_of(target), {name: fisher})
     rounded = dequantize(quantize_by_numpy(weights.astype(np.float32), Q8_0), Q8_0)
     change = rounded - weights.astype(float)

@@ -9,7 +9,7 @@ from matplotlib.text import Annotation
 
 from samq.report.figures import pareto_figure, prediction_figure
 from samq.report.heatmaps import plans_heatmap, sensitivity_heatmap, types_heatmap
-from samq.report.prediction import agreement
+from samq.report.prediction import prediction_quality
 from samq.sweep.selection import Comparison, SelectionRule
 from tests.samq.sweeps import make_sweep, with_results
 
@@ -106,7 +106,7 @@ def test_predicted_is_drawn_against_measured_with_the_line_where_they_are_equal(
     assert not joined and points == [(one.predicted.value, one.kld.value) for one in mixtures]
     (equal,) = (line for line in axes.lines if line.get_label() == "equal")
     assert np.array_equal(equal.get_xdata(), equal.get_ydata())
-    found = agreement(sweep.results)
+    found = prediction_quality(sweep.results)
     assert axes.get_title(loc="left").endswith(f"rank correlation {found.rank_correlation:.3f} over 6 plans")
     assert "over 0.3: not to be trusted" not in labels(figure)
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from samq.records import Metric
-from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, agreement, beyond_second_order, prediction_section
+from samq.report.prediction import SECOND_ORDER_LIMIT_NATS, beyond_second_order, prediction_quality, prediction_section
 from samq.sensitivity.fisher import Routing
 from samq.sweep.selection import by_size
 from tests.samq.sweeps import check_of, make_sweep, with_results
@@ -18,7 +18,7 @@ def predicted(result, ratio, stderr=None):
 def test_agreement_is_over_all_candidates_that_were_predicted_and_measured(sweep):
     ratios = {"Q4_K_M": 1.5, "Q5_K_M": 1.0, "threshold-0.2": 0.8}
     known = [predicted(sweep.result(name), ratio) for name, ratio in ratios.items()]
-    found = agreement([sweep.result("F16"), *known, dataclasses.replace(sweep.results[2], predicted=None)])
+    found = prediction_quality([sweep.result("F16"), *known, dataclasses.replace(sweep.results[2], predicted=None)])
     assert found.candidates == 3
     assert (found.lowest_ratio, found.highest_ratio) == (pytest.approx(0.8), pytest.approx(1.5))
     assert found.rank_correlation == pytest.approx(1.0)
@@ -26,17 +26,17 @@ def test_agreement_is_over_all_candidates_that_were_predicted_and_measured(sweep
 
 def test_rank_correlation_falls_where_ranks_are_changed(sweep):
     ratios = {"Q4_K_M": 10.0, "Q5_K_M": 1.0, "threshold-0.2": 0.1}
-    found = agreement([predicted(sweep.result(name), ratio) for name, ratio in ratios.items()])
+    found = prediction_quality([predicted(sweep.result(name), ratio) for name, ratio in ratios.items()])
     assert found.rank_correlation < 0
 
 
 def test_two_candidates_have_no_rank_correlation(sweep):
-    assert agreement(sweep.results[:3]) is None
+    assert prediction_quality(sweep.results[:3]) is None
     assert prediction_section(with_results(sweep, sweep.results[:3])) == []
 
 
 def test_the_report_says_how_well_predictions_did(sweep):
-    found = agreement(sweep.results)
+    found = prediction_quality(sweep.results)
     title, text = prediction_section(sweep)
     assert title == "## Predicted against measured"
     assert (

@@ -201,7 +201,7 @@ def test_limits_are_those_of_the_stages():
         True: compensation._GPU_WEIGHTS_AT_A_TIME,
         False: compensation._WEIGHTS_AT_A_TIME,
     }
-    assert memory.PRICED_AT_ONCE == price_rows._SLAB_WEIGHTS
+    assert memory.PRICED_AT_ONCE == price_rows._PART_WEIGHTS
     assert memory.STATES_SHARE == placing._SHARE
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from samq.errors import SamqError
 from samq.llamacpp.toolchain import _inspect, find_toolchain
-from samq.serving.engine import Room, require_flags
+from samq.serving.engine import Loading, require_flags
 from samq.serving.metrics import Metrics
 from samq.serving.served import KV_Q4_WARNING, Served, fits_beside
 from samq.serving.settings import ServingSettings
@@ -130,7 +130,7 @@ def started(gguf, **settings):
         model = served(gguf, **settings)
         try:
             await model.start()
-            return model.room, model.notes
+            return model.loading, model.notes
         finally:
             await model.close()
 
@@ -173,8 +173,8 @@ exec $REAL "$@"
 
 def test_when_memory_does_not_suffice_the_context_is_shortened_step_by_step(chat_gguf, engine_program):
     engine_program(SHORT.format(tokens=4096))
-    room, notes = started(chat_gguf, slots=4, context_tokens=8192, gpu_layers=99)
-    assert room.context_tokens == 1024
+    loading, notes = started(chat_gguf, slots=4, context_tokens=8192, gpu_layers=99)
+    assert loading.context_tokens == 1024
     assert [note.partition("; trying ")[2] for note in notes] == [
         "as many layers as fit on the GPU and a context of 8192 tokens",
         "as many layers as fit on the GPU and a context of 4096 tokens",
@@ -211,17 +211,17 @@ def test_an_engine_that_never_gets_ready_is_given_up(chat_gguf, engine_program):
 
 
 def test_layers_leave_the_gpu_before_the_context_is_shortened():
-    assert list(Room(4096, 10).attempts(1000, 0)) == [
-        *(Room(4096, layers) for layers in (10, 0)),
-        *(Room(tokens, 0) for tokens in (2048, 1024, 1000)),
+    assert list(Loading(4096, 10).attempts(1000, 0)) == [
+        *(Loading(4096, layers) for layers in (10, 0)),
+        *(Loading(tokens, 0) for tokens in (2048, 1024, 1000)),
     ]
-    assert list(Room(512, None).attempts(512, None)) == [Room(512, None)]
+    assert list(Loading(512, None).attempts(512, None)) == [Loading(512, None)]
 
 
 def test_the_context_is_no_longer_than_the_model_was_trained_for(tmp_path):
     gguf = write_chat_gguf(tmp_path / "tiny.gguf", context=256)
-    room, notes = started(gguf, context_tokens=4096)
-    assert room.context_tokens == 256
+    loading, notes = started(gguf, context_tokens=4096)
+    assert loading.context_tokens == 256
     assert notes == ["the context is 256 tokens, the length that the model was trained for"]
 
 

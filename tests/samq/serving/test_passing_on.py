@@ -11,7 +11,7 @@ import pytest
 from gguf import TokenType
 
 from samq.gguf.file import file_sha256
-from samq.serving.engine import ENGINES, Files, Room
+from samq.serving.engine import ENGINES, Files, Loading
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
 from tests.samq.serving.conftest import Occupied, events, refused, running, text_of
@@ -231,10 +231,12 @@ def test_the_text_of_an_end_token_is_no_part_of_an_answer(engine, kind, tmp_path
 
 
 def test_overrides_of_the_metadata_come_on_top(tmp_path):
-    files, room = Files(tmp_path, "model.gguf"), Room(512, 0)
+    files, loading = Files(tmp_path, "model.gguf"), Loading(512, 0)
 
     def given(**flags):
-        arguments = ENGINES["llama-server"].command(files, "name", room, ServingSettings(engine_flags=flags)).arguments
+        arguments = (
+            ENGINES["llama-server"].command(files, "name", loading, ServingSettings(engine_flags=flags)).arguments
+        )
         return arguments[arguments.index("--override-kv") + 1] if "--override-kv" in arguments else None
 
     assert given(override_kv="a=int:1") == "tokenizer.ggml.add_eos_token=bool:false,a=int:1"
