@@ -1,12 +1,12 @@
-"""Claims: the gate keeps 97 % of a bare llama-server's tokens per second, adds under 5 ms, and loses no request.
+"""Claims: `samq serve` keeps 97 % of a bare llama-server's tokens per second, adds under 5 ms, and loses no request.
 
 `samq serve` and a bare llama-server of the same flags run at the same time, and 1, 2, 4 and 8 clients ask one and then the
 other, in changing order, with the same prompts. Each client streams one answer after another. A round gives the tokens per
-second of all clients together, and the median time to the first token. Compared are the medians over the rounds; the gate's
-share and delay are those within a round, since a machine's speed changes from one to the next.
+second of all clients together, and the median time to the first token. Compared are the medians over the rounds; share
+and delay are those within a round, since a machine's speed changes from one to the next.
 
 For the last claim 64 clients send one request after another to slots and a queue that hold fewer. Every request must end in
-200, or in 429 within 1 s. The memory of the gate's process must grow by less than 32 MB from the first quarter of the time to
+200, or in 429 within 1 s. The memory of its process must grow by less than 32 MB from the first quarter of the time to
 the last. Exits 1 if a claim does not hold.
 """
 
@@ -76,7 +76,7 @@ def process(command: list[str], port: int, ready: str, env: dict[str, str] | Non
 
 @contextmanager
 def both(gguf: Path, threads: int) -> Iterator[tuple[dict[str, int], psutil.Process]]:
-    """The ports of both servers, and the gate's process."""
+    """The ports of both servers, and samq's process."""
     ports = {"llama-server": free_port(), "samq serve": free_port()}
     toolchain = find_toolchain()
     bare = [str(program(toolchain, "llama-server")), "--model", str(gguf), "--port", str(ports["llama-server"])]
@@ -86,10 +86,10 @@ def both(gguf: Path, threads: int) -> Iterator[tuple[dict[str, int], psutil.Proc
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "serving.yaml"
         config.write_text("".join(f"{name}: {value}\n" for name, value in (settings | {"queue_size": QUEUE}).items()))
-        gate = [sys.executable, "-m", "samq.cli", "serve", str(gguf), "--config", str(config)]
+        command = [sys.executable, "-m", "samq.cli", "serve", str(gguf), "--config", str(config)]
         with (
             process(bare, ports["llama-server"], "/health", environment(toolchain)),
-            process(gate, ports["samq serve"], "/ready") as running,
+            process(command, ports["samq serve"], "/ready") as running,
         ):
             yield ports, running
 
@@ -131,7 +131,7 @@ async def load(port: int, clients: int, answers: int, tokens: int, begin: int) -
 
 
 def compare(ports: dict[str, int], rounds: int, answers: int, tokens: int) -> list[dict[str, Any]]:
-    """A row for each number of clients: medians of both, and the gate's share and delay, medians over the rounds."""
+    """A row for each number of clients: medians of both, and samq's share and delay, medians over the rounds."""
     rows = []
     for clients in CLIENTS:
         measured: list[dict[str, tuple[float, float]]] = []
@@ -146,10 +146,10 @@ def compare(ports: dict[str, int], rounds: int, answers: int, tokens: int) -> li
             **{f"{name} tokens/s": median(values) for name, values in speeds.items()},
             **{f"{name} first token (s)": median(values) for name, values in firsts.items()},
             "share": median(
-                gate / bare for gate, bare in zip(speeds["samq serve"], speeds["llama-server"], strict=True)
+                ours / bare for ours, bare in zip(speeds["samq serve"], speeds["llama-server"], strict=True)
             ),
             "delay_s": median(
-                gate - bare for gate, bare in zip(firsts["samq serve"], firsts["llama-server"], strict=True)
+                ours - bare for ours, bare in zip(firsts["samq serve"], firsts["llama-server"], strict=True)
             ),
             "rounds": measured,
         }
@@ -163,8 +163,8 @@ def compare(ports: dict[str, int], rounds: int, answers: int, tokens: int) -> li
     return rows
 
 
-async def crowd(port: int, gate: psutil.Process, rounds: int, tokens: int) -> dict[str, Any]:
-    """Run 64 clients, each with `rounds` requests one after another; their answers, and the gate's memory."""
+async def crowd(port: int, server: psutil.Process, rounds: int, tokens: int) -> dict[str, Any]:
+    """Run 64 clients, each with `rounds` requests one after another; their answers, and samq's memory."""
     statuses: Counter[str] = Counter()
     refusals_s, answers_s, memory = [0.0], [0.0], []
 
@@ -184,7 +184,7 @@ async def crowd(port: int, gate: psutil.Process, rounds: int, tokens: int) -> di
 
     async def watch() -> None:
         while True:
-            memory.append(gate.memory_info().rss)
+            memory.append(server.memory_info().rss)
             await asyncio.sleep(0.25)
 
     watching = asyncio.create_task(watch())
@@ -235,9 +235,9 @@ def main() -> None:
     print(
         f"{'clients':7} {'tokens/s':>12} {'tokens/s':>12} {'share':>7} {'first (ms)':>10} {'first (ms)':>10} {'delay':>7}"
     )
-    with both(arguments.gguf, arguments.threads) as (ports, gate):
+    with both(arguments.gguf, arguments.threads) as (ports, server):
         rows = compare(ports, arguments.rounds, arguments.answers, arguments.tokens)
-        crowded = asyncio.run(crowd(ports["samq serve"], gate, arguments.crowd_rounds, tokens=16))
+        crowded = asyncio.run(crowd(ports["samq serve"], server, arguments.crowd_rounds, tokens=16))
     counts = ", ".join(f"{count} x {status}" for status, count in sorted(crowded["statuses"].items()))
     print(
         f"{CROWD} clients, {SLOTS} slots, a queue of {QUEUE}: {crowded['requests']} requests: {counts}\n"

@@ -38,13 +38,13 @@ from samq.progress import bar, console
 
 def quantize(
     gguf: FullGguf,
-    plan: Annotated[Path, typer.Option(help="Plan of `samq plan`.")],
+    plan: Annotated[Path, typer.Option(help="Plan written by `samq plan`.")],
     out: GgufOut,
     imatrix: Imatrix = None,
 ) -> None:
     """Write the GGUF of a plan with llama-quantize, and verify it.
 
-    Every tensor's type and size must be the plan's.
+    Fails unless every tensor has the planned type and size.
     """
     from samq.gguf.file import HashedFile, open_gguf
     from samq.llamacpp import programs
@@ -142,7 +142,7 @@ def _check_pair(gguf: Path, quantized: Path) -> None:
 def inspect(gguf: Annotated[Path, typer.Argument(help="GGUF file.")]) -> None:
     """Show types, sizes and provenance of a GGUF.
 
-    Of a split GGUF it shows all parts together.
+    Shows all parts of a split GGUF together.
     """
     from samq.gguf.file import gguf_files, read_metadata, read_tensors
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def calibrate(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="Sensitivity map to write (JSON). The Fisher information goes beside it.")],
+    out: Annotated[Path, typer.Option(help="Sensitivity map to write (JSON), with its .fisher.safetensors beside it.")],
     dataset: Dataset = "humaneval",
     samples: CalibrationSamples = None,
     field: Fields = None,

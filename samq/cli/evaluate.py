@@ -26,7 +26,8 @@ def evaluate(
         Path | None, typer.Option(help="Folder for evaluation.json and the tables per token and per item.")
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="Held-out text, as for `samq calibrate`. Use a file that was not calibrated on.")
+        str,
+        typer.Option(help="Held-out text, in a format of `samq calibrate`. Use text that you did not calibrate on."),
     ] = "humaneval",
     start: Annotated[
         int | None,

@@ -45,14 +45,15 @@ def doctor(
 
 
 def prune(
-    older_than_days: Annotated[float, typer.Option(min=0, help="Age of the last use, in days.")],
+    older_than_days: Annotated[float, typer.Option(min=0, help="Delete what no run has used for this many days.")],
     even_if_missing: Annotated[
         bool, typer.Option("--even-if-missing", help="Delete even if a file that an alias points at is missing.")
     ] = False,
 ) -> None:
     """Delete stored files that no recent run has used.
 
-    Keeps what an alias in MLflow points at, by its SHA-256. If such a file is missing, the command deletes nothing.
+    Keeps every GGUF that an MLflow alias points at, identified by its SHA-256. If one of them is missing, the command
+    deletes nothing.
     """
     with loading_packages():
         from samq.home import mlflow_uri

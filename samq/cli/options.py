@@ -67,7 +67,7 @@ MemoryLimit = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sample order and, in `samq calibrate`, of the labels.")]
-Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix of `samq imatrix` or llama-imatrix.")]
+Imatrix = Annotated[Path | None, typer.Option(help="Importance matrix written by `samq imatrix` or llama-imatrix.")]
 NoImatrix = Annotated[bool, typer.Option("--no-imatrix", help="Work without an importance matrix, at lower quality.")]
 MlflowPort = Annotated[int, typer.Option(help="Port of MLflow's pages.")]
 PrefectPort = Annotated[int, typer.Option(help="Port of Prefect's pages.")]

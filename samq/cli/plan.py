@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    sensitivity: Annotated[Path, typer.Option("--map", help="Sensitivity map of `samq calibrate`.")],
+    sensitivity: Annotated[Path, typer.Option("--map", help="Sensitivity map written by `samq calibrate`.")],
     gguf: FullGguf,
     out: Annotated[Path | None, typer.Option(help="Plan to write (JSON).")] = None,
     budget: Annotated[
@@ -31,7 +31,7 @@ def plan(
     ] = None,
     ladder: Annotated[
         list[str] | None,
-        typer.Option("--type", metavar="TYPE", help="Type that a budget plan may use. Repeat the option."),
+        typer.Option("--type", metavar="TYPE", help="Type that a budget plan may use. Repeat the option for several."),
     ] = None,
     threshold: Annotated[
         str | None,

@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Re-quantize SmolLM2-135M-Instruct on HumanEval, in minutes.
 
-    Compares full precision, Q4_K_M, a budget plan of the same size, and threshold plans.
+    Compares full precision, Q4_K_M, two budget plans (the size of Q4_K_M and 90 MB), and a threshold plan.
     """
     deployments = PROJECT / "deployments"
     _run(config or deployments / "parameters" / "demo.yaml", deployments / "promotion" / "demo.yaml")

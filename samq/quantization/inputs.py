@@ -13,11 +13,11 @@ from samq.gguf.formats import EMBEDDING
 from samq.gguf.imatrix import ImatrixEntry
 from samq.progress import Progress, silent
 from samq.quantization.compensation import expected_errors
-from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.moments import Moments, Piece
+from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import over_devices
 
 

@@ -22,13 +22,13 @@ from samq.errors import SamqError
 from samq.progress import Progress, silent
 from samq.sensitivity.block_pass import BlockPass, Work, batched, deterministic
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
-from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.loss import Labelling, Loss
 from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.offloading import has_offloaded
 from samq.sensitivity.reduction import Reduce, Sums
+from samq.sensitivity.resume import Checkpoints
 
 logger = logging.getLogger(__name__)
 SAVE_EVERY_S = 30.0  # what a killed pass of a whole model loses

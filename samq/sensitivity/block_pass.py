@@ -20,13 +20,13 @@ from samq.data.tokens import TokenBatch, batches
 from samq.progress import Progress
 from samq.sensitivity.block_calls import Call
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
-from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.loss import Loss
 from samq.sensitivity.memory import Memory, needs_gpu_memory
 from samq.sensitivity.offloading import Placed, Residence, has_offloaded
 from samq.sensitivity.reduction import Sums
+from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import in_turn, shares
 
 

@@ -21,13 +21,13 @@ from samq.progress import Progress, silent
 from samq.sensitivity.block_calls import Entered
 from samq.sensitivity.block_pass import Sequences, batched
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
-from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gradients import Batch
 from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.moments import InputSums, Piece, Rounds
 from samq.sensitivity.offloading import Placed, Residence, has_offloaded
+from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import rounds
 
 MATRICES_BYTES = 8 * 2**30  # of the matrices that are added up at a time; a block with more runs again

@@ -10,7 +10,7 @@ from typing import Self
 import psutil
 import torch
 
-from samq.sensitivity.checkpoints import Checkpoints
+from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import in_turn
 from samq.sensitivity.transfer import Transfer, now
 

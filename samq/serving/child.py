@@ -59,7 +59,7 @@ class Child:
         printed_ends: tuple[str, ...] = (),
     ) -> None:
         """Starts the process; raises StartError if that is not possible. `until_ready` waits for the model."""
-        self.leases = 0  # requests that the gate has at it
+        self.leases = 0  # requests that the server has at it
         self.killed_for = ""
         self.identity: Callable[[], dict[str, str]] = dict  # headers that name the version
         self.layers: tuple[int, int] | None = None  # on the GPU, of all; None: the engine did not say
@@ -89,7 +89,7 @@ class Child:
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(files.socket), limits=_NO_LIMIT),
             base_url="http://engine",
-            timeout=None,  # the gate has the time limits
+            timeout=None,  # the server has the time limits
         )
         self._ended = asyncio.create_task(self._read_log())
         self._watching = asyncio.create_task(self._watch())

@@ -150,11 +150,11 @@ def _llama_server(files: Files, name: str, loading: Loading, settings: ServingSe
         "metrics": True,
         "slots": True,
         "ui": False,
-        "sse-ping-interval": -1,  # the gate's comments do that for every engine
-        "timeout": 86_400,  # the gate has the time limits
+        "sse-ping-interval": -1,  # the server's comments do that for every engine
+        "timeout": 86_400,  # the server has the time limits
         "offline": True,
         "override-kv": _WITHOUT_EOS,
-        "reverse-prompt": list(files.printed_ends),  # of the gate's own prompts
+        "reverse-prompt": list(files.printed_ends),  # of the server's own prompts
         "log-verbosity": 4,  # with the layers that it puts on the GPU
     }
     speculation = settings.speculation
@@ -226,7 +226,7 @@ def _check_llama_cpp_python(settings: ServingSettings) -> Command:
     return Command([sys.executable, "-c", program, flags])
 
 
-_OWN = "it is the gate's: use the settings of `samq serve`"
+_OWN = "it is the server's: use the settings of `samq serve`"
 ENGINES: Mapping[str, Engine] = {
     "llama-server": Engine(
         command=_llama_server,
@@ -250,7 +250,7 @@ ENGINES: Mapping[str, Engine] = {
                 "it reads the whole file before it serves, so that a file altered later is never served",
             ),
             **dict.fromkeys(
-                ("tools", "media-path", "props", "slot-save-path", "ui-mcp-proxy"), "the gate does not pass it on"
+                ("tools", "media-path", "props", "slot-save-path", "ui-mcp-proxy"), "the server does not pass it on"
             ),
             **dict.fromkeys(
                 ("hf-repo", "hf", "hfr", "model-url", "mu", "docker-repo", "dr", "models-dir"), "name a file"

@@ -1,4 +1,7 @@
-"""Refused requests, and the engine's errors, in the format of OpenAI's errors."""
+"""Refused requests, and the engine's errors, in the format of OpenAI's errors.
+
+Who refuses: `guard` (keys), `limits` (bodies), `app` (model names), `admission` (queue) and `proxy` (time limits).
+"""
 
 import json
 import re

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from samq.errors import SamqError
-from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.hidden_states import HiddenStates, Writer
+from samq.sensitivity.resume import Checkpoints
 
 
 def test_changes_happen_in_order_and_at_an_error_no_more():

@@ -11,7 +11,6 @@ from samq.data.tokens import TokenBatch
 from samq.quantization.inputs import measure_inputs
 from samq.sensitivity.blocks import Blocks
 from samq.sensitivity.checkpoint import describe_source
-from samq.sensitivity.checkpoints import Checkpoints
 from samq.sensitivity.gram import input_moments
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.hidden_states import HiddenStates, Writer
@@ -20,6 +19,7 @@ from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.sensitivity.memory import Memory, compute_devices
 from samq.sensitivity.offloading import StoredTensor, stored_of
+from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import in_turn, over_devices, rounds, shares
 from tests.architectures.models import write_model
 from tests.samq.sensitivity.test_block_pass import MODELS, Killed, killing, require_identical  # noqa: F401
