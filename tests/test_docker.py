@@ -58,6 +58,12 @@ def test_the_dockerfile_copies_what_the_repository_has_and_the_builder_is_sent()
         assert all(name.endswith(".pyc") for name in unsent), f"{unsent} of {source} is ignored"
 
 
+def test_the_build_has_every_file_that_the_set_up_reads():
+    named = re.findall(r"[\w./]*\b[\w-]+\.(?:sh|lock|toml)\b", (ROOT / "scripts" / "setup.sh").read_text())
+    read = {name for name in named if (ROOT / name).is_file()}
+    assert {"scripts/uv.sh", "requirements.lock", "pyproject.toml"} <= read <= copied()
+
+
 @pytest.mark.parametrize("path", [".env", "deployments/docker/.env", "deployments/parameters/.env.local", "samq/.env"])
 def test_a_file_of_secrets_reaches_neither_the_builder_nor_a_commit(path, tmp_path):
     assert not sent(path)
