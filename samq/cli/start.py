@@ -15,7 +15,7 @@ from samq.progress import bar, console
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-Model = TypeVar("Model", bound="BaseModel")
+M = TypeVar("M", bound="BaseModel")
 
 PROJECT = Path(__file__).parents[2]  # the checkout, with prefect.yaml and deployments/
 
@@ -36,7 +36,7 @@ def loading_packages(description: str = "load Python packages") -> Iterator[None
             gc.enable()
 
 
-def validated(kind: type[Model], **options: Any) -> Model:
+def validated(kind: type[M], **options: Any) -> M:
     """Options built from a command's options; raises SamqError that names the first invalid option."""
     from pydantic import ValidationError
 
