@@ -21,8 +21,8 @@ from samq.evaluation.settings import EvaluationSettings
 from samq.files import DIVERGENCE_NAME, GGUF_NAME, IMATRIX_NAME
 from samq.gguf.nearest import NearestRounding
 from samq.llamacpp.toolchain import find_toolchain
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import write_compensated
-from samq.quantization.planned_file import PlannedFile
 from samq.records import Plan
 from samq.sensitivity import moments
 from samq.sensitivity.gram import input_moments

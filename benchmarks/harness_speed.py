@@ -34,7 +34,8 @@ from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet
 from samq.evaluation.lm_eval.harness import GgufLM
 from samq.evaluation.settings import BenchmarkSettings
 from samq.files import GGUF_NAME
-from samq.llamacpp.programs import convert, quantize
+from samq.llamacpp.convert import convert
+from samq.llamacpp.quantize import quantize
 from samq.llamacpp.runtime import default_threads
 from samq.llamacpp.toolchain import find_toolchain
 from samq.progress import silent

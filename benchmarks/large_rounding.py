@@ -24,9 +24,9 @@ from samq.gguf.file import HashedFile, gguf_names
 from samq.gguf.imatrix import write_imatrix
 from samq.gguf.nearest import NearestRounding
 from samq.llamacpp.toolchain import find_toolchain
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import compensated_prices, write_compensated
 from samq.quantization.inputs import measure_inputs
-from samq.quantization.planned_file import PlannedFile
 from samq.records import ModelSource, SensitivityMap
 from samq.sensitivity.fisher import Fisher
 from samq.sensitivity.gram import input_moments

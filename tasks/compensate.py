@@ -9,10 +9,10 @@ from samq.files import COMPENSATION_NAME, GGUF_NAME, IMATRIX_NAME, QUANTIZED_NAM
 from samq.gguf import audit
 from samq.gguf.file import read_tensors
 from samq.gguf.nearest import NearestRounding
-from samq.llamacpp.programs import link_or_copy
+from samq.llamacpp.convert import link_or_copy
 from samq.progress import bar
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import write_compensated
-from samq.quantization.planned_file import PlannedFile
 from samq.records import Compensation
 from samq.sensitivity.gram import input_moments
 from samq.store import Artifact

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samq.errors import SamqError
-from samq.llamacpp import programs
+from samq.llamacpp.convert import convert as run_converter
 from samq.llamacpp.runtime import LoadError, Model
 from samq.progress import bar
 from samq.records import ModelSource
@@ -21,7 +21,7 @@ from tasks.stage import stage
 def convert(at: Workspace, folder: Path, source: ModelSource, precision: str) -> None:
     """`model.gguf`: the model in F16 or BF16, by llama.cpp's converter; SamqError if llama.cpp then cannot load it."""
     with bar(f"convert {source.name}"):
-        gguf = programs.convert(source, folder, at.toolchain, precision=precision, timeout_s=at.timeout_s)
+        gguf = run_converter(source, folder, at.toolchain, precision=precision, timeout_s=at.timeout_s)
     try:
         Model(gguf, allocate=False).close()
     except LoadError as error:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samq.files import GGUF_NAME
-from samq.llamacpp.programs import measure_imatrix
+from samq.llamacpp.imatrix import measure_imatrix
 from samq.progress import bar
 from samq.records import TextSet
 from samq.store import Artifact

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from samq.errors import SamqError
 from samq.files import MMPROJ_NAME
-from samq.llamacpp import programs
+from samq.llamacpp.convert import convert_mmproj as run_converter
 from samq.progress import bar
 from samq.records import ModelSource
 from samq.sensitivity.checkpoint import is_multimodal
@@ -25,7 +25,7 @@ log = logging.getLogger("samq.mmproj")
 def mmproj(at: Workspace, folder: Path, source: ModelSource, precision: str) -> None:
     """`mmproj.gguf`: what images or sound pass through before the text model, in F16 or Q8_0, by llama.cpp's converter."""
     with bar(f"convert vision or audio part of {source.name}"):
-        programs.convert_mmproj(source, folder, at.toolchain, precision=precision, timeout_s=at.timeout_s)
+        run_converter(source, folder, at.toolchain, precision=precision, timeout_s=at.timeout_s)
 
 
 def convert_mmproj(at: Workspace, source: ModelSource, precision: str) -> Path | None:

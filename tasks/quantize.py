@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samq.files import GGUF_NAME, IMATRIX_NAME, QUANTIZED_NAME
-from samq.llamacpp import programs
+from samq.llamacpp.quantize import quantize as llama_quantize
 from samq.progress import bar
 from samq.store import Artifact
 from samq.workspace import Workspace
@@ -18,7 +18,7 @@ def quantize(
 ) -> None:
     """`model.gguf` as the plan says, audited, and `quantized-model.json`."""
     with bar(f"quantize {name}") as progress:
-        model = programs.quantize(
+        model = llama_quantize(
             target.full.path(GGUF_NAME),
             load_plan(plan),
             folder,

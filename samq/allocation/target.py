@@ -8,7 +8,7 @@ from typing import Literal
 from samq.gguf.file import HashedFile, TensorInfo, read_tensors
 from samq.gguf.formats import OUTPUT, check_mixture, fallback, without_entry
 from samq.gguf.imatrix import usable_entries
-from samq.llamacpp.programs import mixture_types, planned_bytes, quantizable_tensors
+from samq.llamacpp.quantize import mixture_types, planned_bytes, quantizable_tensors
 from samq.records import Plan, Substitution, Toolchain
 
 

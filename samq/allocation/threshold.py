@@ -22,7 +22,7 @@ from samq.gguf.formats import (
     check_type,
     smaller,
 )
-from samq.llamacpp.programs import mixture_types
+from samq.llamacpp.quantize import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
 
 

@@ -47,7 +47,8 @@ def quantize(
     Fails unless every tensor has the planned type and size.
     """
     from samq.gguf.file import HashedFile, open_gguf
-    from samq.llamacpp import programs
+    from samq.llamacpp.quantize import check_imatrix
+    from samq.llamacpp.quantize import quantize as llama_quantize
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import Plan
 
@@ -59,13 +60,13 @@ def quantize(
             "quantize a plan of `samq plan` and run `samq compensate` on that file"
         )
     matrix = HashedFile.of(imatrix) if imatrix else None
-    programs.check_imatrix(tensor_plan, matrix)
+    check_imatrix(tensor_plan, matrix)
     open_gguf(gguf)  # raises SamqError for anything but a whole GGUF
     if sha256(gguf) != tensor_plan.gguf_sha256:
         raise SamqError(f"{plan} is a plan for another file than {gguf}; make a plan for this one with `samq plan`")
     provenance = {"version": __version__, "llama_cpp": f"{toolchain.version} {toolchain.build}"}
     with work_folder(out.absolute().parent) as work, bar(f"quantize {tensor_plan.name}") as progress:
-        model = programs.quantize(
+        model = llama_quantize(
             gguf, tensor_plan, work, toolchain, provenance=provenance, imatrix=matrix, progress=progress
         )
         os.replace(work / model.file, out)
@@ -108,7 +109,7 @@ def compensate(
     at, full = stages.workspace(device, memory_limit), adopt({GGUF_NAME: gguf})
     sequences = stages.tokenize(at, full, text, sequence_tokens)
     with loading_packages():
-        from samq.llamacpp import programs
+        from samq.llamacpp.convert import link_or_copy
         from samq.records import Compensation
         from tasks.model import TorchModel
 
@@ -116,7 +117,7 @@ def compensate(
         at, TorchModel(source, full, dtype), sequences, batch_size, adopt({GGUF_NAME: quantized})
     )
     with work_folder(out.absolute().parent) as work:
-        programs.link_or_copy(compensated.path(GGUF_NAME), work / out.name)
+        link_or_copy(compensated.path(GGUF_NAME), work / out.name)
         os.replace(work / out.name, out)
     errors = Compensation.load(compensated.path(COMPENSATION_NAME)).tensors
     ratios = sorted(error.ratio for error in errors.values())

@@ -26,7 +26,7 @@ def adopt(files: dict[str, Path]) -> "Artifact":
     """Put the user's files into the store, under these names, as if a stage had made them."""
     from samq.files import GGUF_NAME
     from samq.gguf.file import read_tensors
-    from samq.llamacpp.programs import link_or_copy
+    from samq.llamacpp.convert import link_or_copy
     from samq.records import digest_of
     from samq.store import Store
 

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from samq.errors import SamqError
 from samq.gguf.codes import TYPES_WITH_CODES
 from samq.gguf.nearest import NearestRounding
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.gptq import Compensator, variances
-from samq.quantization.planned_file import PlannedFile
 from samq.quantization.slabs import Place, Slab, groups_of_slabs, prepared, rows_in_slabs
 from samq.records import Compensation, OutputError, PriceTable
 from samq.sensitivity.memory import needs_gpu_memory

@@ -24,7 +24,7 @@ from samq.errors import SamqError
 from samq.gguf.file import TensorInfo, gguf_names, read_metadata, read_tensors
 from samq.gguf.formats import EMBEDDING, FULL_PRECISION, OUTPUT, tensor_bytes
 from samq.gguf.imatrix import ImatrixEntry, write_imatrix
-from samq.quantization.planned_file import PlannedFile
+from samq.quantization.compensated_file import PlannedFile
 from samq.records import Plan
 from samq.sensitivity.checkpoint import HUB_ID, local_path, read_config, weight_files
 from samq.sensitivity.hf_model import model_class_of

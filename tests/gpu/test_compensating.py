@@ -7,9 +7,9 @@ import torch
 from samq.gguf.codes import GROUP, CodeGrid
 from samq.gguf.nearest import NearestRounding
 from samq.quantization import gptq
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import write_compensated
 from samq.quantization.gptq import Compensator, variances
-from samq.quantization.planned_file import PlannedFile
 from samq.sensitivity.moments import Moments, Piece
 from tests.samq.allocation.test_prediction_check import write_gguf
 from tests.samq.quantization.test_compensation import random_gram

@@ -9,7 +9,7 @@ import pandas as pd
 from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.gguf.audit import as_is
 from samq.gguf.file import file_sha256
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from samq.promotion.policy import AccuracyPolicy, JsonPolicy, PromotionPolicy
 from samq.records import Toolchain
 from samq.sweep.selection import Result, SelectionRule

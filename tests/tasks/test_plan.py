@@ -6,7 +6,7 @@ from samq.allocation.budget import BudgetPolicy, why_doubted
 from samq.files import GGUF_NAME, PRICES_NAME
 from samq.gguf.file import file_sha256
 from samq.gguf.formats import tensor_bytes
-from samq.llamacpp.programs import quantizable_tensors
+from samq.llamacpp.quantize import quantizable_tensors
 from samq.records import Price, PriceTable, TensorPrices
 from samq.store import Store
 from samq.workspace import Workspace

@@ -12,7 +12,7 @@ from samq.errors import SamqError
 from samq.files import GGUF_NAME
 from samq.gguf.formats import tensor_bytes
 from samq.llamacpp.memory import predict_memory
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from samq.records import Price, PriceTable, TensorPrices
 from samq.report.prediction import SECOND_ORDER_LIMIT_NATS
 from tests.conftest import write_tiny_gguf

@@ -13,7 +13,7 @@ from samq.allocation.target import OpenTarget
 from samq.allocation.types import legal_types, types_to_price, uniform_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, read_tensors, read_weights
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from samq.records import Metric, SensitivityMap, TensorSensitivity
 from samq.sensitivity.fisher import Fisher
 from tests.conftest import write_stacked_gguf, write_tiny_gguf

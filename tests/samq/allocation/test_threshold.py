@@ -11,7 +11,7 @@ from samq.allocation.threshold import (
     threshold_plan,
 )
 from samq.errors import SamqError
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from samq.records import SensitivityMap, TensorSensitivity
 from tests.conftest import write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix

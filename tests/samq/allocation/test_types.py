@@ -4,7 +4,7 @@ from samq.allocation.target import OpenTarget, full_plan, stock_plan
 from samq.allocation.threshold import ThresholdPolicy, threshold_plan
 from samq.allocation.types import DEFAULT_TYPES, legal_types, threshold_types, types_to_price, uniform_plan
 from samq.errors import SamqError
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from samq.records import SensitivityMap, TensorSensitivity
 from tests.conftest import LOW_BIT_TABLES, write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix

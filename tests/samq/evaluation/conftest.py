@@ -3,7 +3,8 @@ import pytest
 from samq.allocation.target import OpenTarget, stock_plan
 from samq.data.datasets import DatasetSpec, load_texts
 from samq.files import GGUF_NAME
-from samq.llamacpp.programs import convert, quantize
+from samq.llamacpp.convert import convert
+from samq.llamacpp.quantize import quantize
 from samq.sensitivity.checkpoint import describe_source
 
 

@@ -3,7 +3,7 @@ import pytest
 from samq.allocation.target import OpenTarget, stock_plan
 from samq.errors import SamqError, ToolError
 from samq.gguf.audit import audit, require_space
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 
 
 def test_the_audit_finds_a_drifted_type_and_another_plans_file(tiny_gguf, toolchain, tmp_path):

@@ -10,7 +10,7 @@ from samq.allocation.target import OpenTarget, stock_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, file_sha256, read_tensors
 from samq.gguf.imatrix import usable_entries
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 EXPERTS, DENSE, EMBEDDING = "blk.0.ffn_up_exps.weight", "blk.0.attn_q.weight", "token_embd.weight"

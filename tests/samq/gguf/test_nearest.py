@@ -9,7 +9,7 @@ from samq.gguf.file import open_gguf, read_tensors
 from samq.gguf.formats import NEEDS_IMATRIX, TYPES
 from samq.gguf.imatrix import importances
 from samq.gguf.nearest import NearestRounding
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from tests.conftest import LOW_BIT_TABLES, write_stacked_gguf, write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 

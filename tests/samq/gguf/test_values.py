@@ -10,7 +10,7 @@ from samq.gguf.audit import accept
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.formats import TYPES
 from samq.gguf.values import LIMITS, first_not_finite, logits_not_finite, value_fault
-from samq.llamacpp.programs import quantize
+from samq.llamacpp.quantize import quantize
 from tests.conftest import write_tiny_gguf
 
 MATRIX, EXPERTS, NORM = "blk.0.ffn_up.weight", "blk.0.ffn_up_exps.weight", "blk.0.attn_norm.weight"

@@ -13,9 +13,9 @@ from samq.gguf.codes import GROUP, TYPES_WITH_CODES, CodeGrid, read_codes, read_
 from samq.gguf.file import open_gguf, read_weights
 from samq.gguf.nearest import NearestRounding
 from samq.quantization import gptq
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import compensated_prices, expected_errors, write_compensated
 from samq.quantization.gptq import Compensator, cholesky_upper_, invert_upper_
-from samq.quantization.planned_file import PlannedFile
 from samq.records import Price, PriceTable, TensorPrices
 from samq.sensitivity.moments import Moments, Piece
 from tests.conftest import write_stacked_gguf, write_tiny_gguf

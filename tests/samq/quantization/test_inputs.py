@@ -10,7 +10,7 @@ import torch
 from samq.data.tokens import TokenBatch
 from samq.gguf.file import open_gguf, read_tensors
 from samq.gguf.imatrix import importances, usable_entries, write_imatrix
-from samq.llamacpp.programs import measure_imatrix
+from samq.llamacpp.imatrix import measure_imatrix
 from samq.llamacpp.runtime import Model
 from samq.quantization import inputs
 from samq.quantization.gptq import variances

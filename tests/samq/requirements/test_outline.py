@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from samq.allocation.target import OpenTarget, stock_plan
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, read_tensors
+from samq.llamacpp.convert import convert
 from samq.llamacpp.process import run
-from samq.llamacpp.programs import convert
 from samq.llamacpp.toolchain import environment, program
 from samq.records import ModelSource
 from samq.requirements.outline import read_outline, write_even_importance

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from samq.errors import SamqError
 from samq.gguf.file import gguf_names, open_gguf, read_metadata, read_tensors
 from samq.gguf.header import LazyReader
-from samq.llamacpp.programs import convert
+from samq.llamacpp.convert import convert
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.hf_model import load_model, load_tokenizer, write_hf_folder
 from samq.sensitivity.layout import read_layout

@@ -11,8 +11,8 @@ from samq.allocation.target import OpenTarget
 from samq.allocation.types import uniform_plan
 from samq.data.tokens import TokenBatch
 from samq.gguf.nearest import NearestRounding
+from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import write_compensated
-from samq.quantization.planned_file import PlannedFile
 from samq.sensitivity import offloading
 from samq.sensitivity.blocks import Blocks, logits_of, main_device
 from samq.sensitivity.checkpoint import describe_source

@@ -17,16 +17,9 @@ from samq.gguf.file import (
 from samq.gguf.formats import TYPES, fallback
 from samq.gguf.imatrix import usable_entries
 from samq.gguf.nearest import NearestRounding
-from samq.llamacpp.programs import (
-    check_imatrix,
-    convert,
-    link_or_copy,
-    measure_imatrix,
-    mixture_types,
-    planned_bytes,
-    quantizable_tensors,
-    quantize,
-)
+from samq.llamacpp.convert import convert, link_or_copy
+from samq.llamacpp.imatrix import measure_imatrix
+from samq.llamacpp.quantize import check_imatrix, mixture_types, planned_bytes, quantizable_tensors, quantize
 from samq.records import ModelSource
 from tests.conftest import write_tiny_gguf
 from tests.tiny_models import add_byte_tokenizer, byte_tokenizer

@@ -8,8 +8,8 @@ from samq.errors import SamqError
 from samq.gguf.audit import provenance_metadata
 from samq.gguf.file import open_gguf, read_metadata, read_tensors
 from samq.gguf.nearest import NearestRounding
-from samq.llamacpp.programs import planned_bytes, quantize
-from samq.quantization.planned_file import PlannedFile
+from samq.llamacpp.quantize import planned_bytes, quantize
+from samq.quantization.compensated_file import PlannedFile
 from tests.conftest import write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 
@@ -105,7 +105,7 @@ def test_a_matrix_in_the_old_format_is_described_as_llama_quantize_does(toolchai
     target = OpenTarget.open(source, toolchain, path)
     plan = uniform_plan(target, "Q4_K")
     model = quantize(source, plan, tmp_path, toolchain, provenance=PROVENANCE, imatrix=target.imatrix)
-    # programs.quantize gives every matrix the name imatrix.gguf
+    # quantize gives every matrix the name imatrix.gguf
     path.rename(tmp_path / "imatrix.gguf")
     target = OpenTarget.open(source, toolchain, tmp_path / "imatrix.gguf")
     assert write(target, plan, tmp_path / "ours.gguf").read_bytes() == (tmp_path / model.file).read_bytes()
