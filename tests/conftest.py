@@ -14,10 +14,13 @@ from tests import processors  # noqa: F401  # before what starts a thread for ea
 import gguf
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from samq import progress
 from samq.llamacpp.toolchain import find_toolchain
 
+settings.register_profile("no times", deadline=None)
+settings.load_profile("no times")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
