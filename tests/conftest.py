@@ -206,12 +206,8 @@ def prefect_home(tmp_path_factory):
         yield home
 
 
-LOW_BIT_TABLES = (
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XS",
-    "IQ2_S",
-)  # ggml takes up to 9 s a process to make the tables of these types
+# ggml takes up to 9 s a process to make the tables of these types
+LOW_BIT_TABLES = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The metrics that people choose by: their names, and how each is shown.
 
-Every module of this room measures some metrics, named `group/what_unit`, and `measure.py` calls it. A metric reaches MLflow
+Every module of this package measures some metrics, named `group/what_unit`, and `measure.py` calls it. A metric reaches MLflow
 without being listed here; listed in `COLUMNS` it is also in the report, on the terminal, and has words for a gate.
 """
 
