@@ -34,6 +34,7 @@ DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 SHAPES = {  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
     "tiny": (256, 704, 4, 2, 4, 512),
     "0.5b": (1280, 3456, 20, 4, 24, 32000),
+    "1b": (2048, 5632, 16, 4, 24, 32768),
     "2b": (2560, 6912, 20, 4, 24, 49152),
     "8b": (4096, 14336, 32, 8, 32, 128256),
     "70b": (8192, 28672, 64, 8, 80, 128256),
@@ -97,9 +98,8 @@ def drop_page_cache() -> None:
 
 
 def ceilings(device: str, dtype: str, files: list[Path], cold: bool) -> dict:
-    """FLOP/s of a matrix product, and bytes/s from blocks' files to the device's memory, four at a time."""
+    """FLOP/s of a matrix product, and bytes/s from blocks' files to the host's memory, four at a time."""
     import torch
-    from safetensors import safe_open
 
     kind, size = getattr(torch, dtype), 8192 if device.startswith("cuda") else 2048
     one, other = (torch.randn(size, size, device=device, dtype=torch.float32).to(kind) for _ in range(2))
@@ -115,9 +115,10 @@ def ceilings(device: str, dtype: str, files: list[Path], cold: bool) -> dict:
         return statistics.median(times)
 
     def read(file: Path) -> int:
-        with safe_open(file, "pt") as content:
-            for name in content.keys():  # noqa: SIM118
-                content.get_tensor(name).clone()
+        part = bytearray(2**25)
+        with file.open("rb", buffering=0) as content:
+            while content.readinto(part):
+                pass
         return file.stat().st_size
 
     def rate() -> float:
@@ -257,6 +258,7 @@ def measure(folder: Path, work: Path, arguments: argparse.Namespace, stages) -> 
         "on_disk": has_offloaded(model),
         "weights": in_blocks + 2 * head,
         "weights_in_blocks": in_blocks,
+        "weights_used": in_blocks + head,  # the embedding is looked up
         "load_s": stages.figures["load"]["seconds"],
         "seconds": seconds,
         **by_part(steps, blocks),
@@ -378,15 +380,40 @@ def main() -> None:
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         },
     }
-    compute_s = measured["flop"] / most["product_flops"] / measured["devices"]
-    read_s = measured["bytes_read"] / most["read_bytes_per_s"] if measured["on_disk"] else 0.0
-    result["bound_s"] = max(compute_s, read_s)
-    result["share_of_bound"] = result["bound_s"] / measured["seconds"]
-    result["share_of_products"] = measured["flops"] / most["product_flops"] / measured["devices"]
-    result["all_blocks_s"] = measured["seconds"] * shape[4] / blocks
+    result |= bounds(measured, most, shape[4])
     show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def bounds(measured: dict, most: dict, blocks_of_shape: int) -> dict[str, float]:
+    """What the slower of both ceilings allows, and how near the run came: all of it, one block, and all blocks of the shape.
+
+    The time of all blocks is a product: the run's, and that of one block there and back for each further block.
+    """
+    blocks, devices = measured["blocks"], measured["devices"]
+
+    def bound(flop: float, read: float) -> float:
+        read_s = read / most["read_bytes_per_s"] if measured["on_disk"] else 0.0
+        return max(flop / most["product_flops"] / devices, read_s)
+
+    flop_of_block = measured["flop"] * measured["weights_in_blocks"] / blocks / measured["weights_used"]
+    read_of_block = measured["bytes_read"] / blocks
+    more = blocks_of_shape - blocks
+    block_s = measured["forward_block_s"] + measured["backward_block_s"] if "forward_block_s" in measured else None
+    all_s = measured["seconds"] + more * (block_s or measured["seconds"] / blocks)
+    result = {
+        "bound_s": bound(measured["flop"], measured["bytes_read"]),
+        "all_blocks_s": all_s,
+        "all_blocks_share_of_bound": bound(
+            measured["flop"] + more * flop_of_block, measured["bytes_read"] + more * read_of_block
+        )
+        / all_s,
+        "share_of_products": measured["flops"] / most["product_flops"] / devices,
+    }
+    if block_s is not None:
+        result["block_share_of_bound"] = bound(flop_of_block, read_of_block) / block_s
+    return result | {"share_of_bound": result["bound_s"] / measured["seconds"]}
 
 
 def show(result: dict) -> None:
@@ -413,8 +440,14 @@ def show(result: dict) -> None:
         ),
         ("rate", f"{measured['flops'] / 1e12:.2f} TFLOP/s of {most['product_flops'] / 1e12:.2f}"),
         ("reading", f"{measured['bytes_per_s'] / 1e9:.2f} GB/s of {most['read_bytes_per_s'] / 1e9:.2f}"),
-        ("share of the bound", f"{result['share_of_bound']:.2f}"),
-        ("all blocks of the shape", f"{result['all_blocks_s']:.0f} s (a product)"),
+        (
+            "share of the bound",
+            f"{result['share_of_bound']:.2f}, of a block {result.get('block_share_of_bound', 0):.2f}",
+        ),
+        (
+            "all blocks of the shape",
+            f"{result['all_blocks_s']:.0f} s (a product), {result['all_blocks_share_of_bound']:.2f} of the bound",
+        ),
         ("peak of the GPU", f"{(measured['peak_gpu_bytes'] or 0) / 2**30:.2f} GiB"),
         (
             "peak of the process",

@@ -1,7 +1,7 @@
 """How long stages take, by multiplication: what they compute, read and write, over what this machine does in a second.
 
-The products of a pass reach a share of the rate of one large product. On an H200 gradients of 8B in memory reached 0.45,
-and of 10 blocks of a 70B shape from disk 0.35 (benchmarks/large_model.py); on 2 cores the demo's reached 0.8.
+The products of a pass reach a share of the rate of one large product. On an H200 gradients of 8B in memory reached 0.47,
+and of 20 blocks of a 70B shape from disk 0.54 (benchmarks/large_model.py); on 2 cores the demo's reached 0.8.
 Inputs of layers and llama.cpp reached 0.4 to 0.5 in the demo.
 """
 
@@ -14,7 +14,7 @@ from samq.evaluation.settings import EvaluationSettings
 from samq.requirements.memory import TorchRun
 from samq.requirements.rates import Rates
 
-GRADIENTS_SHARE = {True: 0.4, False: 0.8}  # on a GPU, on a processor
+GRADIENTS_SHARE = {True: 0.45, False: 0.8}  # on a GPU, on a processor
 PRODUCTS_SHARE = 0.4  # of other passes
 JSON_PROMPTS, JSON_PROMPT_TOKENS = 40, 100  # of samq/evaluation/json_prompts.jsonl, about
 BATCH_TOKENS = 512  # that llama.cpp computes at a time

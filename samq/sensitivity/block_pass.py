@@ -8,7 +8,7 @@ it was, with any number of devices.
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
 from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.loss import Loss
-from samq.sensitivity.memory import Memory, needs_gpu_memory
+from samq.sensitivity.memory import Memory, needs_gpu_memory, reusing_freed_memory
 from samq.sensitivity.offloading import Placed, Residence, has_offloaded
 from samq.sensitivity.reduction import Sums
 from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import in_turn, shares
+from samq.sensitivity.unneeded_outputs import unneeded, without_outputs
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,14 @@ class BlockPass:
         self._slopes: dict[int, torch.Tensor] = {}  # batch -> gradient of the loss with respect to its hidden states
         # The blocks whose weights may be used without their module: not known before they are in memory.
         self._not_looked_at = {number for number, layer in enumerate(blocks.layers) if has_offloaded(layer)}
+        # The linear layers of a block -> the numbers of those whose outputs the way back does not need.
+        self._unneeded: dict[tuple[str, ...], list[int]] = {}
 
     def run(self) -> None:
         """Run the pass, from where a killed one was."""
-        with self.blocks.resident(self.devices) as weights, deterministic(self.device):
+        on_disk = has_offloaded(self.blocks.model)
+        reusing = reusing_freed_memory() if on_disk and self.device.type == "cpu" else nullcontext()
+        with reusing, self.blocks.resident(self.devices) as weights, deterministic(self.device):
             try:
                 if self.checkpoints.has("one-by-one"):
                     raise _OneByOneError
@@ -203,13 +208,41 @@ class BlockPass:
     def _backward(self, weights: Residence) -> None:
         for block in reversed(range(self._restore())):
             with weights.part(block, block - 1) as placed:
+                left_out: list[nn.Linear] | None = None
                 for share, number, hidden in self._states.each(block, self._shares, placed.devices):
                     self._look_at(block, placed, hidden)
-                    with self.batches[number].memory(), placed.on(placed.devices[share]) as layer:
+                    if left_out is None:
+                        left_out = self._unneeded_layers(block, placed, hidden)
+                    with (
+                        self.batches[number].memory(),
+                        placed.on(placed.devices[share]) as layer,
+                        without_outputs(left_out),
+                    ):
                         self._back_through(block, layer, share, number, hidden)
                 self.work.sums.add_shares()
             self._save(block)
             self._tell(1)
+
+    def _unneeded_layers(self, block: int, placed: Placed, hidden: torch.Tensor) -> list[nn.Linear]:
+        """The linear layers of a block whose outputs the way back does not need.
+
+        `hidden` is the input of the first batch on the first device.
+        """
+        some, call = hidden[:1, :PROBE_TOKENS], self._probe.calls[block]
+        with placed.on(placed.devices[0]) as layer:
+            layers = self.work.gradients.linear_layers(layer)
+            names = {module: name for name, module in layer.named_modules()}
+            alike = tuple(names[one] for one in layers)
+
+            def run() -> None:
+                with self.work.gradients.within(layer, Batch(0, [some.shape[1]])):
+                    self.blocks.run(block, some.detach().requires_grad_(), call)
+
+            of_another = self._unneeded.get(alike)
+            expected = None if of_another is None else [layers[number] for number in of_another]
+            found = unneeded(layers, run, expected)
+            self._unneeded[alike] = [layers.index(one) for one in found]
+        return found
 
     def _back_through(self, block: int, layer: nn.Module, share: int, number: int, hidden: torch.Tensor) -> None:
         """One batch through a block again, and back."""

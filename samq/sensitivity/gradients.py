@@ -94,6 +94,15 @@ class SampleGradients:
         )
         return next(names, None)
 
+    def linear_layers(self, part: nn.Module) -> list[nn.Linear]:
+        """Those of a part of the model whose gradients come from hooks, and whose forward function is their own."""
+        hooked = {module for index in self._hooked for module, _ in self._uses_of[index]}
+        return [
+            module
+            for module in part.modules()
+            if isinstance(module, nn.Linear) and module in hooked and _is_own_forward(module)
+        ]
+
     def __enter__(self) -> Self:
         """Freeze the model and hook its modules."""
         self._trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -135,6 +144,7 @@ class SampleGradients:
                 handle.remove()
                 parameter.requires_grad_(False)
                 parameter.grad = None
+            self._open.clear()  # of a forward pass without its backward pass
 
     def pending(self) -> dict[str, torch.Tensor]:
         """What is kept of outputs tied to an embedding until the embedding's own pass."""
@@ -257,6 +267,11 @@ class SampleGradients:
         assert gradient is not None
         for index in indices:
             self.receive(index, self._batch.first, WholeGradient(self.weights[index].view(gradient)))
+
+
+def _is_own_forward(module: nn.Module) -> bool:
+    """Whether the module's forward function is its class's, which accelerate puts back as an attribute of the module."""
+    return getattr(module.forward, "__func__", None) is type(module).forward
 
 
 def _uses_of(model: PreTrainedModel, weights: list[Weight]) -> list[list[Use]]:

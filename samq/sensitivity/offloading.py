@@ -5,13 +5,16 @@ brought to the device for as long as it runs, and those of the next one meanwhil
 runs twice: before the first block and after the last. Each time no more weights come than that needs.
 """
 
+import json
 import logging
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Self
@@ -20,12 +23,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from samq.errors import SamqError
 from samq.sensitivity.transfer import Transfer, now
 
 logger = logging.getLogger(__name__)
 
 READERS = min(8, len(os.sched_getaffinity(0)))  # threads that read a part's weights
 READ_AT_ONCE = 2**25  # bytes of a tensor that a thread reads at a time, whose pages are in memory meanwhile
+_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their names in safetensors
 _STORED = "samq_stored"  # attribute of a parameter that is on disk
 
 Rows = slice | EllipsisType  # some rows of a tensor, or all
@@ -46,6 +51,22 @@ class StoredTensor:
         with safe_open(self.file, "pt") as file:
             yield file.get_tensor(self.name) if rows is ... else file.get_slice(self.name)[rows]
 
+    def read(self, into: torch.Tensor, rows: Rows = ...) -> torch.Tensor:
+        """Fill a contiguous tensor in the host's memory with its values, or some rows of them; returns that tensor.
+
+        Values that the file has in the tensor's type are read straight into it, and others are converted.
+        """
+        status = self.file.stat()
+        first_byte, entries = _header(self.file, status.st_mtime_ns, status.st_size)
+        entry = entries[self.name]
+        if _TYPES.get(entry["dtype"]) != into.dtype or not into.is_contiguous():
+            with self.opened(rows) as values:
+                return into.copy_(values)
+        first = rows.start if isinstance(rows, slice) else 0
+        of_row = into[0].nbytes if into.ndim and len(into) else 0
+        _read_bytes(self.file, first_byte + entry["data_offsets"][0] + first * of_row, into)
+        return into
+
     def has_values_of(self, other: "StoredTensor", parameter: torch.Tensor) -> bool:
         """Whether two tensors of the parameter's shape are equal."""
         if (self.file, self.name) == (other.file, other.name):
@@ -55,6 +76,26 @@ class StoredTensor:
                 if not torch.equal(values.to(self.dtype), others.to(other.dtype)):
                     return False
         return True
+
+
+@lru_cache(maxsize=1024)
+def _header(file: Path, changed_ns: int, size: int) -> tuple[int, dict[str, Any]]:
+    """Where the values begin in a safetensors file, and what its header says of each tensor."""
+    with file.open("rb") as content:
+        (length,) = struct.unpack("<Q", content.read(8))
+        return 8 + length, json.loads(content.read(length))
+
+
+def _read_bytes(file: Path, offset: int, into: torch.Tensor) -> None:
+    """Fill a tensor with the bytes of a file."""
+    left = into.reshape(-1).view(torch.uint8).numpy().data
+    with file.open("rb", buffering=0) as content:
+        content.seek(offset)
+        while left:
+            count = content.readinto(left)
+            if not count:
+                raise SamqError(f"{file} became shorter while it was read; download it again, and run again")
+            left = left[count:]
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[Rows]:
@@ -100,8 +141,7 @@ def values_of(parameter: torch.Tensor) -> torch.Tensor:
         return parameter.detach()
     values = torch.empty(parameter.shape, dtype=stored.dtype)
     for rows in parts_of(parameter):
-        with stored.opened(rows) as part:
-            values[rows].copy_(part)
+        stored.read(values[rows], rows)
     return values
 
 
@@ -241,11 +281,16 @@ class Residence:
         """Fill the copies of some rows, which nothing uses after the events `free`; what is on disk is read once."""
         if not copies:
             return
-        stored = stored_of(original)
-        with stored.opened(rows) if stored is not None else nullcontext(original.detach()) as values:
-            if copies[0].is_cuda:
-                self._transfer().to_gpus(values, copies, free)
-                return
+        stored, values = stored_of(original), original.detach()
+        if stored is not None and copies[0].is_cuda:
+            self._transfer().filled_to_gpus(partial(stored.read, rows=rows), copies, free)
+        elif stored is not None:
+            stored.read(copies[0], rows)
+            for copy in copies[1:]:
+                copy.copy_(copies[0])
+        elif copies[0].is_cuda:
+            self._transfer().to_gpus(values, copies, free)
+        else:
             for copy in copies:
                 copy.copy_(values)
 

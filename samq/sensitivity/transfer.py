@@ -4,7 +4,7 @@ Those of the host go through page-locked memory, which is the faster way by 5 to
 H200 machine).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,7 +41,20 @@ class Transfer:
 
         The tensor is read once, on the host or on a GPU, where nothing writes it. Returns when all copies are there.
         """
-        source = tensor if tensor.is_cuda or tensor.is_pinned() else self._pinned_like(copies[0]).copy_(tensor)
+        if tensor.is_cuda or tensor.is_pinned():
+            self._send(tensor, copies, free)
+        else:
+            self.filled_to_gpus(lambda pinned: pinned.copy_(tensor), copies, free)
+
+    def filled_to_gpus(
+        self, fill: Callable[[torch.Tensor], object], copies: Sequence[torch.Tensor], free: Sequence[Any]
+    ) -> None:
+        """The same with the values that `fill` writes into a tensor in page-locked memory, of the copies' shape and type."""
+        pinned = self._pinned_like(copies[0])
+        fill(pinned)
+        self._send(pinned, copies, free)
+
+    def _send(self, source: torch.Tensor, copies: Sequence[torch.Tensor], free: Sequence[Any]) -> None:
         for copy, event in zip(copies, free, strict=True):
             stream = self._stream(copy.device)
             with ExitStack() as streams:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from samq.allocation.target import OpenTarget
 from samq.allocation.types import uniform_plan
 from samq.data.tokens import TokenBatch
+from samq.errors import SamqError
 from samq.gguf.nearest import NearestRounding
 from samq.quantization.compensated_file import PlannedFile
 from samq.quantization.compensation import write_compensated
@@ -64,13 +65,13 @@ def ends_of(model):
 @pytest.fixture
 def reads(monkeypatch):
     """Counts how often each tensor is read from its file."""
-    counts, opened = Counter(), StoredTensor.opened
+    counts, read = Counter(), StoredTensor.read
 
-    def count(stored, rows=...):
+    def count(stored, into, rows=...):
         counts[stored.name] += 1
-        return opened(stored, rows)
+        return read(stored, into, rows)
 
-    monkeypatch.setattr(StoredTensor, "opened", count)
+    monkeypatch.setattr(StoredTensor, "read", count)
     return counts
 
 
@@ -156,6 +157,33 @@ def test_what_is_around_the_blocks_is_read_once_for_all_batches(name, tmp_path, 
     reads.clear()
     list(input_moments(model, TOKENS, all_matrices(model)))
     assert reads[embedding] == (1 if output != embedding else 2) and (output == embedding or reads[output] == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_some_rows_are_read_in_the_type_that_they_are_computed_with(stored, dtype, tmp_path):
+    values = {name: torch.randn(size).to(stored) for name, size in (("a", (5,)), ("b", (7, 3)), ("c", (4, 2, 3)))}
+    save_file(values, tmp_path / "some.safetensors")
+    for name, wanted in values.items():
+        tensor = StoredTensor(tmp_path / "some.safetensors", name, dtype, torch.device("cpu"))
+        for rows in (..., slice(0, 2), slice(2, 4)):
+            part = wanted[rows].to(dtype)
+            assert torch.equal(tensor.read(torch.empty_like(part), rows), part)
+    other = torch.empty(3, 7, dtype=dtype).t()  # not contiguous
+    assert torch.equal(
+        StoredTensor(tmp_path / "some.safetensors", "b", dtype, other.device).read(other), values["b"].to(dtype)
+    )
+
+
+def test_a_file_that_was_replaced_is_read_as_it_is_and_one_cut_short_is_named(tmp_path):
+    path = tmp_path / "some.safetensors"
+    tensor = StoredTensor(path, "b", torch.float32, torch.device("cpu"))
+    for names in ("b", "ab"):
+        save_file({name: torch.full((50, 3), float(ord(name))) for name in names}, path)
+        assert (tensor.read(torch.empty(50, 3)) == ord("b")).all()
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(SamqError, match=r"some\.safetensors became shorter"):
+        tensor.read(torch.empty(50, 3))
 
 
 def test_a_large_tensor_is_read_in_parts(tmp_path, reads, monkeypatch):

@@ -164,19 +164,19 @@ def test_shares_of_the_error_and_importances_are_those_of_one_device():
 def test_blocks_on_disk_are_read_once_for_all_devices(name, architecture, tmp_path, monkeypatch):
     source = describe_source(write_model(name, tmp_path / "model"))
     tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24, 9)])
-    read, opened = Counter(), StoredTensor.opened
+    reads, read = Counter(), StoredTensor.read
 
-    def count(stored, rows=...):
-        read[stored.name] += 1
-        return opened(stored, rows)
+    def count(stored, into, rows=...):
+        reads[stored.name] += 1
+        return read(stored, into, rows)
 
-    monkeypatch.setattr(StoredTensor, "opened", count)
+    monkeypatch.setattr(StoredTensor, "read", count)
     measured, counts, moments = [], [], []
     for devices in (1, 3):
         model, _ = load_model(source, device="cpu", memory_limit=1)
-        read.clear()
+        reads.clear()
         measured.append(measure(model, tokens, devices, tmp_path / f"kept-{devices}", architecture))
-        counts.append(dict(read))
+        counts.append(dict(reads))
         moments.append(moments_of(model, tokens, devices, architecture=architecture))
     require_identical(measured[1], measured[0])
     require_same_moments(*moments)
