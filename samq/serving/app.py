@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import httpx
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -17,6 +16,7 @@ from starlette.responses import Response
 
 from samq import __version__
 from samq.serving.admission import Admission
+from samq.serving.child import LostError
 from samq.serving.engine import ENGINES
 from samq.serving.guard import Guard
 from samq.serving.limits import read_body
@@ -183,7 +183,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
         server.metrics.engine_pid = child.pid if child else None
         text = generate_latest(server.metrics.registry)
         if child and server.settings.engine == "llama-server":
-            with suppress(httpx.HTTPError):
+            with suppress(LostError):
                 text += (await child.get("/metrics", _SCRAPE_S)).encode()
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

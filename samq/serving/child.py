@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from samq.errors import SamqError
 from samq.llamacpp.process import begin_child, kill_group
@@ -33,9 +33,14 @@ _STACK_BYTES = STACK_BYTES + 8 * 2**20
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _ENDING_S = 0.5  # an engine that takes no connection is about to end; if not, the next attempt waits so long
 _QUIET_S = 1.0  # an engine at work that has said nothing for so long is asked for a sign of life
-_NO_LIMIT = httpx.Limits(
-    max_connections=None, max_keepalive_connections=0
-)  # a kept connection may close under a request
+
+
+class LostError(SamqError):
+    """The engine ended, or fell silent, before the end of its answer."""
+
+
+class NotReachedError(LostError):
+    """The engine never got the request."""
 
 
 class StartError(SamqError):
@@ -86,10 +91,11 @@ class Child:
         except OSError as error:
             raise StartError(f"cannot start {settings.engine}: {error}; `samq doctor` says what is missing") from error
         self.pid = self._process.pid
-        self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(files.socket), limits=_NO_LIMIT),
-            base_url="http://engine",
-            timeout=None,  # the server has the time limits
+        self._client = aiohttp.ClientSession(
+            "http://engine",
+            # A kept connection may close under a request.
+            connector=aiohttp.UnixConnector(str(files.socket), limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(),  # the server has the time limits
         )
         self._ended = asyncio.create_task(self._read_log())
         self._watching = asyncio.create_task(self._watch())
@@ -100,11 +106,11 @@ class Child:
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 while not self._ended.done():
-                    with suppress(httpx.TransportError):
-                        answer = await self._client.get(_READINESS)
-                        if answer.status_code == 200:
-                            described: dict[str, Any] = answer.json()["data"][0]
-                            return described
+                    with suppress(aiohttp.ClientError):
+                        async with self._client.get(_READINESS) as answer:
+                            if answer.status == 200:
+                                described: dict[str, Any] = (await answer.json(content_type=None))["data"][0]
+                                return described
                     pause = min(pause * 1.5, 0.5)
                     await asyncio.wait([self._ended], timeout=pause)
         except TimeoutError:
@@ -138,41 +144,48 @@ class Child:
         await asyncio.wait([self._ended], timeout=timeout_s)
 
     @asynccontextmanager
-    async def ask(self, path: str, body: bytes | None = None) -> AsyncIterator[httpx.Response]:
+    async def ask(self, path: str, body: bytes | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request, a POST if it has a body; the answer's body is read by `heard`.
 
-        Raises httpx.ConnectError if the engine never got it, and another httpx.TransportError if it ended meanwhile.
+        Raises NotReachedError if the engine never got it, and LostError if it ended meanwhile.
         """
         method, headers = ("GET", {}) if body is None else ("POST", {"content-type": "application/json"})
         if not self._asking:
             self._heard = self._loop.time()
         self._asking += 1
         try:
-            async with self._client.stream(method, path, content=body, headers=headers) as response:
+            async with self._client.request(method, path, data=body, headers=headers) as response:
                 yield response
-        except httpx.ConnectError:
+        except aiohttp.ClientConnectorError as error:
             await asyncio.wait([self._ended], timeout=_ENDING_S)
-            raise
+            raise NotReachedError(f"the engine takes no connection: {error}") from error
+        except aiohttp.ClientError as error:
+            raise LostError(f"the engine left a request without an answer: {error!r}") from error
         finally:
             self._asking -= 1
 
-    async def heard(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        """The pieces of an answer as they come, each a sign of life."""
-        async for piece in response.aiter_raw():
+    async def heard(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The pieces of an answer as they come, an event each if it is a stream; each is a sign of life."""
+        async for piece, _ in response.content.iter_chunks():
             self._heard = self._loop.time()
-            yield piece
+            if piece:
+                yield piece
 
     async def get(self, path: str, timeout_s: float) -> str:
-        """The text of an answer; raises httpx.HTTPError."""
-        answer = await self._client.get(path, timeout=timeout_s)
-        return answer.raise_for_status().text
+        """The text of an answer; raises LostError if there is none in time, or an error."""
+        try:
+            limit = aiohttp.ClientTimeout(timeout_s)
+            async with self._client.get(path, timeout=limit, raise_for_status=True) as answer:
+                return await answer.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise LostError(f"the engine did not answer {path}: {error!r}") from error
 
     async def stop(self) -> None:
         """End the process group at once: it has nothing to save."""
         self._watching.cancel()
         await asyncio.to_thread(kill_group, self._process)
         await self.until_ended()
-        await self._client.aclose()
+        await self._client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _read_log(self) -> None:
@@ -209,7 +222,7 @@ class Child:
             if not self._asking or quiet < _QUIET_S:
                 continue
             if path and quiet < limit:
-                with suppress(httpx.HTTPError):
+                with suppress(LostError):
                     await self.get(path, limit - quiet)
                     self._heard = self._loop.time()
             elif quiet >= limit:

@@ -5,14 +5,13 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-import httpx
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from samq.serving.admission import Admission, shutting_down
-from samq.serving.child import Child
+from samq.serving.child import Child, LostError, NotReachedError
 from samq.serving.metrics import Metrics
 from samq.serving.refusal import Refused, refused_by_engine
 from samq.serving.settings import ServingSettings
@@ -122,13 +121,13 @@ class Exchange(Response):
                 await self._ask(child)
                 seconds = self._loop.time() - entered
                 return
-            except httpx.ConnectError:
+            except NotReachedError:
                 continue  # the engine never got the request, so the next one may
-            except httpx.TransportError as error:
+            except LostError as error:
                 await child.until_ended(_DYING_S)  # before its slot is free: the next request must not go there
                 if self._admission.draining:
                     raise shutting_down() from error
-                logger.warning("%s: the engine left a request without an answer: %r", self._path, error)
+                logger.warning("%s: %s", self._path, error)
                 raise Refused(
                     503, "the engine ended while it answered; ask again", code="engine_lost", retry_after_s=1
                 ) from error
@@ -153,8 +152,8 @@ class Exchange(Response):
         """Pass the engine's answer on; raises Refused for an error of the engine's."""
         async with child.ask(self._path, self._body) as response:
             pieces = child.heard(response)
-            if response.status_code != 200:
-                raise refused_by_engine(response.status_code, b"".join([piece async for piece in pieces]))
+            if response.status != 200:
+                raise refused_by_engine(response.status, b"".join([piece async for piece in pieces]))
             kind = response.headers.get("content-type", "application/json")
             if not kind.startswith(_EVENTS):
                 body = b"".join([piece async for piece in pieces])

@@ -6,10 +6,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import httpx
-
 from samq.errors import SamqError
-from samq.serving.child import Child
+from samq.serving.child import Child, LostError
 from samq.serving.engine import other_use
 from samq.serving.settings import ServingSettings
 
@@ -52,13 +50,13 @@ async def warm_up(child: Child, name: str, settings: ServingSettings) -> None:
         if other := other_use(settings):
             fields = {"input": settings.warmup_prompt, "query": settings.warmup_prompt, "documents": ["red", "blue"]}
             async with child.ask(other, json.dumps(fields).encode()) as answer:
-                if answer.status_code != 200:
-                    raise _insane(name, _message(await answer.aread()))
+                if answer.status != 200:
+                    raise _insane(name, _message(await answer.read()))
             return
         pieces = await greedy(child, ("/v1/chat/completions", prompt), settings.warmup_tokens)
     except RefusedPromptError as error:
         raise _insane(name, str(error)) from error
-    except httpx.TransportError as error:
+    except LostError as error:
         raise SamqError(f"{name}: the engine {child.end} at the warm-up prompt") from error
     text = "".join(pieces)
     if not text.strip():
@@ -88,14 +86,14 @@ async def token_agreement(old: Child, new: Child, prompts: Sequence[Prompt], tok
 
 
 async def greedy(child: Child, prompt: Prompt, tokens: int) -> list[str]:
-    """The texts of a greedy answer's events, a token each; raises RefusedPromptError, and httpx.TransportError."""
+    """The texts of a greedy answer's events, a token each; raises RefusedPromptError, and LostError."""
     path, fields = prompt
     body = {**fields, "temperature": 0, "max_tokens": tokens, "stream": True}
     text = b""
     async with child.ask(path, json.dumps(body).encode()) as answer:
         async for piece in child.heard(answer):
             text += piece
-        if answer.status_code != 200:
+        if answer.status != 200:
             raise RefusedPromptError(_message(text))
     pieces = []
     for line in text.splitlines():

@@ -75,18 +75,22 @@ def test_the_time_limit_ends_an_answer(chat_gguf):
 
 
 def test_the_time_limit_counts_the_wait(chat_gguf):
-    with running(FileSource(chat_gguf), slots=1, request_timeout_s=1) as server, ThreadPoolExecutor(4) as pool:
+    """A request that began before the one in the slot has no time left before it."""
+    body = b'{"prompt": "hello"}'
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    with running(FileSource(chat_gguf), slots=1, request_timeout_s=2) as server, ThreadPoolExecutor(1) as pool:
         os.kill(server.child.pid, signal.SIGSTOP)  # an engine that hangs, as in one long batch
-        first = pool.submit(server.complete)
-        server.wait(lambda: server.metric("samq_requests_running") == 1)
-        late = [pool.submit(server.complete) for _ in range(3)]
-        assert refused(first.result(), 504)["code"] == "request_timeout"
-        answers = [one.result() for one in late]  # some had the slot for the rest of their time
-        assert sum(answer.status_code == 503 for answer in answers) >= 1
-        for answer in answers:
-            if answer.status_code == 503:
-                assert refused(answer, 503, "1 s in the queue")["code"] == "queue_timeout"
-                assert "retry-after" in answer.headers
+        with connect(server) as early:
+            early.sendall(head.encode() + body[:1])
+            time.sleep(0.7)
+            in_slot = pool.submit(server.complete)
+            server.wait(lambda: server.metric("samq_requests_running") == 1)
+            early.sendall(body[1:])
+            answer = b"".join(iter(lambda: early.recv(65536), b"")).decode()
+        assert answer.startswith("HTTP/1.1 503") and "retry-after: " in answer
+        assert '"code":"queue_timeout"' in answer and "2 s in the queue" in answer
+        assert not in_slot.done()
+        assert refused(in_slot.result(), 504)["code"] == "request_timeout"
         os.kill(server.child.pid, signal.SIGCONT)
         server.wait(lambda: server.complete(max_tokens=1).status_code == 200)
 
