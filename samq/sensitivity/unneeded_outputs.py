@@ -22,10 +22,13 @@ def unneeded(layers: Sequence[nn.Linear], run: Run, expected: Sequence[nn.Linear
 
     If the `expected` ones are, perhaps none, no others are looked for. Layers that `run` does not call are needed.
     """
-    if expected is not None and not (expected and _reaches_gradients(expected, layers, run)):
+    if expected is not None and not expected:
+        return []
+    called = _called(layers, run)
+    if expected and set(expected) <= set(called) and not _reaches_gradients(expected, layers, run):
         return list(expected)
     found: list[nn.Linear] = []
-    for layer in reversed(_called(layers, run)):
+    for layer in reversed(called):
         if not _reaches_gradients([*found, layer], layers, run):
             found.append(layer)
     return found

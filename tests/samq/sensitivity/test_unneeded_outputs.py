@@ -64,6 +64,7 @@ def test_a_layer_is_unneeded_if_its_output_is_in_nothing_that_is_kept():
     assert unneeded(layers, lambda: block(hidden), [block.added]) == [block.added], "no search where these are enough"
     assert set(unneeded(layers, lambda: block(hidden), [block.scaled])) == {block.after, block.added}
     assert unneeded(layers, lambda: block(hidden), []) == []
+    assert set(unneeded(layers, lambda: block(hidden), [block.uncalled])) == {block.after, block.added}
     (gradient,) = torch.autograd.grad(block(hidden).sum(), hidden)
     with without_outputs(found):
         output = block(hidden)
