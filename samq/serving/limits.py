@@ -27,6 +27,7 @@ _MOST_OPTIONS = (
 _LONG_TEXT = 4096  # characters; shorter ones need no stack worth counting
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 _GRAMMARS = ("response_format", "json_schema", "grammar", "tools", "functions", "text")  # fields that become a grammar
+_FROM_TO = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*")
 _PATTERN_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|\{(?P<count>[^}]*)\}|.", re.DOTALL)
 
 
@@ -111,8 +112,19 @@ def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
                 if isinstance(count, int | float) and abs(count) > _MOST_REPETITIONS:
                     raise _unusable(name, f"it asks for {count} repetitions, and the limit is {_MOST_REPETITIONS}")
             pattern = node.get("pattern")
+            if repeats_backwards(node):
+                raise _unusable(name, "it asks for more repetitions at least than at most")
             if isinstance(pattern, str) and (count := options(pattern)) > _MOST_OPTIONS:
                 raise _unusable(name, f"a pattern has {count} optional parts, and the limit is {_MOST_OPTIONS}")
+
+
+def repeats_backwards(schema: dict[str, Any]) -> bool:
+    """Whether a schema asks for more repetitions at least than at most: llama.cpp would fill the memory with them."""
+    pairs = [(schema.get(f"min{what}"), schema.get(f"max{what}")) for what in ("Items", "Length")]
+    if isinstance(pattern := schema.get("pattern"), str):
+        counts = [token["count"] or "" for token in _PATTERN_TOKEN.finditer(pattern)]
+        pairs += [(int(both[1][:9]), int(both[2][:9])) for count in counts if (both := _FROM_TO.fullmatch(count))]
+    return any(isinstance(least, int) and isinstance(most, int) and least > most for least, most in pairs)
 
 
 def options(pattern: str) -> int:

@@ -181,6 +181,9 @@ def schema_of(**schema):
     "fields, words",
     [
         (schema_of(type="string", pattern="^(a?|b?){99}$"), "198 optional parts"),  # H2
+        (schema_of(type="string", pattern="^a{3,2}$"), "at least than at most"),  # 24 GB of memory
+        (schema_of(type="string", minLength=3, maxLength=2), "at least than at most"),
+        (schema_of(type="array", items={}, minItems=9, maxItems=1), "at least than at most"),
         (schema_of(type="string", pattern="^" + "[a-z]?" * 60 + "$"), "60 optional parts"),
         (schema_of(type="array", minItems=10**9, items={}), "1000000000 repetitions"),
         (schema_of(enum=["x" * 100_000]), "the limit is 65536"),
