@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from typing import Any
 import httpx
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
+from large_model import installed
 
+from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
 from samq.llamacpp.toolchain import environment, find_toolchain, program
 
 SHAPES = {  # width, feed-forward width, heads, key-value heads, blocks, vocabulary
@@ -106,9 +107,7 @@ def make_models(work: Path, shape: tuple[int, ...]) -> dict[str, Path]:
     for name, flags in (("uniform-Q4_K_M", []), ("mixed-Q8_0-Q4_K_M", ["--tensor-type-file", str(types)])):
         if not files[name].exists():
             command = [program(toolchain, "llama-quantize"), *flags, files["F16"], files[name], "Q4_K_M"]
-            done = subprocess.run(command, env=environment(toolchain), capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"llama-quantize failed: {done.stderr[-500:]}")
+            run(command, log=work / "quantize.log", timeout_s=PROGRAM_TIMEOUT_S, env=environment(toolchain))
     return files
 
 
@@ -241,14 +240,6 @@ def search(port: int, rate: float, seconds: float, ids: list[int], lengths: tupl
     return rows
 
 
-def package_version(name: str) -> str | None:
-    """The version of a package; None if it is here without its metadata."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     """Print a table for each model and a verdict on every claim, and write them as JSON; exits 1 if one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,8 +298,8 @@ def main() -> None:
     for claim, holds in verdicts.items():
         print(f"{claim}: {'yes' if holds else 'NO'}")
     if arguments.json:
-        packages = ("llama-cpp-python", "numpy", "starlette", "uvicorn", "httpx")
-        versions = {name: package_version(name) for name in packages} | {"llama.cpp build": find_toolchain().build}
+        packages = ("llama-cpp-python", "numpy", "starlette", "uvicorn", "aiohttp")
+        versions = installed(*packages) | {"llama.cpp build": find_toolchain().build}
         given = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float | str | dict)}
         result = {"models": results, "verdicts": verdicts, "arguments": given, "versions": versions}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

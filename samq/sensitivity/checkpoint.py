@@ -25,6 +25,7 @@ from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 from samq.sensitivity.published_types import refused_method
+from samq.sensitivity.safetensors_header import read_header
 from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -240,11 +241,8 @@ def _check_safetensors(path: Path) -> None:
     """Raise SamqError if the file's size is not what its header promises; takes a second for a model of any size."""
     size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        first, entries = read_header(path)
+        promised = first + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamqError(f"{path} has a damaged header; download that file again") from error
     if size != promised:

@@ -5,10 +5,8 @@ brought to the device for as long as it runs, and those of the next one meanwhil
 runs twice: before the first block and after the last. Each time no more weights come than that needs.
 """
 
-import json
 import logging
 import os
-import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from samq.errors import SamqError
+from samq.sensitivity.safetensors_header import read_header
 from samq.sensitivity.transfer import Transfer, now
 
 logger = logging.getLogger(__name__)
@@ -80,10 +79,8 @@ class StoredTensor:
 
 @lru_cache(maxsize=1024)
 def _header(file: Path, changed_ns: int, size: int) -> tuple[int, dict[str, Any]]:
-    """Where the values begin in a safetensors file, and what its header says of each tensor."""
-    with file.open("rb") as content:
-        (length,) = struct.unpack("<Q", content.read(8))
-        return 8 + length, json.loads(content.read(length))
+    """The header of a file that has this time and size: it is read for every part of a tensor."""
+    return read_header(file)
 
 
 def _read_bytes(file: Path, offset: int, into: torch.Tensor) -> None:

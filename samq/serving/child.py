@@ -1,6 +1,7 @@
 """A child process that is an engine with one model: its start, its answers, its signs of life and its end."""
 
 import asyncio
+import json
 import logging
 import re
 import shutil
@@ -106,11 +107,10 @@ class Child:
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 while not self._ended.done():
-                    with suppress(aiohttp.ClientError):
-                        async with self._client.get(_READINESS) as answer:
-                            if answer.status == 200:
-                                described: dict[str, Any] = (await answer.json(content_type=None))["data"][0]
-                                return described
+                    with suppress(LostError):
+                        text = await self.get(_READINESS, self._settings.start_timeout_s)
+                        described: dict[str, Any] = json.loads(text)["data"][0]
+                        return described
                     pause = min(pause * 1.5, 0.5)
                     await asyncio.wait([self._ended], timeout=pause)
         except TimeoutError:

@@ -1,7 +1,5 @@
 """What is around the blocks of a model on disk: embedding, output, and tables of positions."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -60,19 +58,6 @@ def measure(model, folder=None):
 
 def ends_of(model):
     return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Counts how often each tensor is read from its file."""
-    counts, read = Counter(), StoredTensor.read
-
-    def count(stored, into, rows=...):
-        counts[stored.name] += 1
-        return read(stored, into, rows)
-
-    monkeypatch.setattr(StoredTensor, "read", count)
-    return counts
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,7 +18,7 @@ from samq.sensitivity.layout import GgufLayout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
 from samq.sensitivity.memory import Memory, compute_devices
-from samq.sensitivity.offloading import StoredTensor, stored_of
+from samq.sensitivity.offloading import stored_of
 from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import in_turn, over_devices, rounds, shares
 from tests.architectures.models import write_model
@@ -161,16 +161,9 @@ def test_shares_of_the_error_and_importances_are_those_of_one_device():
 
 
 @pytest.mark.parametrize(("name", "architecture"), [("Qwen2.5, tied", "qwen2"), ("Mamba", "mamba")])
-def test_blocks_on_disk_are_read_once_for_all_devices(name, architecture, tmp_path, monkeypatch):
+def test_blocks_on_disk_are_read_once_for_all_devices(name, architecture, tmp_path, reads):
     source = describe_source(write_model(name, tmp_path / "model"))
     tokens = TokenBatch.of([np.arange(length) * 7 % 200 for length in (24, 17, 24, 9)])
-    reads, read = Counter(), StoredTensor.read
-
-    def count(stored, into, rows=...):
-        reads[stored.name] += 1
-        return read(stored, into, rows)
-
-    monkeypatch.setattr(StoredTensor, "read", count)
     measured, counts, moments = [], [], []
     for devices in (1, 3):
         model, _ = load_model(source, device="cpu", memory_limit=1)
