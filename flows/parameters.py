@@ -49,8 +49,8 @@ class ModelParameters(Parameters):
     device: str = Field(default="auto", description="auto (all GPUs, else the CPU), cpu, or cuda:0")
     memory_limit: str | None = Field(
         default=None,
-        description="memory of the device that the model may take for gradients, such as 20GiB; blocks of a model that does not "
-        "fit stay on disk until they run; default: what is free",
+        description="memory of the device that SAMQ counts on for gradients and inputs of layers, such as 20GiB; if it is less "
+        "than twice the model, the model's blocks stay on disk until they run; default: what is free",
     )
 
     @field_validator("memory_limit")

@@ -62,8 +62,8 @@ Device = Annotated[str, typer.Option(help="Torch device, such as cuda:0. auto: a
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
-        help="Memory of the device that the model may take, such as 20GiB. What does not fit stays on disk until it is needed. "
-        "[default: what is free]"
+        help="Memory of the device to count on, such as 20GiB. If it is less than twice the model, blocks stay on disk until "
+        "they run. [default: what is free]"
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sample order and, in `samq calibrate`, of the labels.")]

@@ -19,7 +19,7 @@ from samq.gguf.formats import EMBEDDING, OUTPUT
 from samq.requirements.outline import Outline
 from samq.sensitivity.gram import MATRICES_BYTES
 from samq.sensitivity.offloading import READ_AT_ONCE, READERS
-from samq.sensitivity.placement import WORKING_SHARE
+from samq.sensitivity.placement import WHOLE_SHARE
 
 FLOAT, DOUBLE = 4, 8
 # Weights that compensation rounds at a time, on a GPU and on a processor (samq.quantization.compensation)
@@ -62,12 +62,12 @@ class TorchRun:
     def is_whole(self) -> bool:
         """Whether all weights are on the device: as `samq.sensitivity.placement` decides. Else blocks wait elsewhere."""
         waits_nowhere = self.outline.is_gguf and not self.on_gpu
-        return waits_nowhere or self.weights * WORKING_SHARE <= sum(self.rooms)
+        return waits_nowhere or self.weights * WHOLE_SHARE <= sum(self.rooms)
 
     @property
     def is_spread(self) -> bool:
         """Whether the weights are on several GPUs, since the first does not hold all. Else the first needs the most."""
-        return self.is_whole and self.on_gpu and self.weights * WORKING_SHARE > self.rooms[0]
+        return self.is_whole and self.on_gpu and self.weights * WHOLE_SHARE > self.rooms[0]
 
     @property
     def room(self) -> int:

@@ -21,6 +21,9 @@ from samq.sensitivity.offloading import ALL, NOTHING, Needed, Residence, compute
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart, and how its weights are used
 
+# What a forward function raises without its blocks, if it is not made for that
+_NOT_APART = (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError)
+
 
 class _AllEntered(Exception):
     """Ends a forward pass of the model after its last block was called."""
@@ -49,7 +52,7 @@ class Blocks:
         """
         try:
             return _taken_apart(model)
-        except (NotApart, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as reason:
+        except _NOT_APART as reason:
             if has_offloaded(model):
                 raise cannot_run(model, reason) from reason
             logger.info("%s is measured whole, and not a block at a time: %s", type(model).__name__, reason)
@@ -178,6 +181,15 @@ def _taken_apart(model: PreTrainedModel) -> Blocks:
     return blocks
 
 
+def comes_apart(model: PreTrainedModel) -> bool:
+    """Whether the model runs a block at a time."""
+    try:
+        _taken_apart(model)
+    except _NOT_APART:
+        return False
+    return True
+
+
 def block_list(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks: the one outermost list of modules in the text part that has as many as the configuration says.
 
@@ -216,7 +228,7 @@ def _with_outputs_as_the_model_takes_them(model: PreTrainedModel, layers: list[n
             return blocks
         except NotApart as error:
             reason = error
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        except _NOT_APART as error:
             reason = NotApart(f"its forward function fails without its blocks ({type(error).__name__}: {error})")
     raise reason
 

@@ -30,11 +30,11 @@ from samq.progress import Progress, silent
 from samq.records import ModelSource
 from samq.sensitivity import gguf_config
 from samq.sensitivity.as_llama_cpp import compute_as_llama_cpp
-from samq.sensitivity.blocks import main_device
+from samq.sensitivity.blocks import comes_apart, main_device
 from samq.sensitivity.checkpoint import describe_source, weight_files
 from samq.sensitivity.memory import return_freed_memory
-from samq.sensitivity.offloading import is_offloaded
-from samq.sensitivity.placement import not_read, offload_folder, placement, take_over
+from samq.sensitivity.offloading import has_offloaded, is_offloaded
+from samq.sensitivity.placement import LEAST_SHARE, WHOLE_SHARE, not_read, offload_folder, placement, take_over
 from samq.sensitivity.published_types import dequantize_at_load
 
 # `set_tqdm_hook` does not reach transformers' bar over a GGUF's tensors, so that bar is made like the others.
@@ -73,14 +73,25 @@ def load_model(
         dtype: float32, bfloat16 or float16.
         device: a torch device, or auto: all GPUs if there are any, else cpu.
         progress: told of the tensors that are read from a GGUF, and then of those that the model has.
-        memory_limit: bytes of the device's memory that the model may take; None for what is free. The matrices of a model
-            that does not fit stay on disk, or a GGUF's blocks in the host's memory (`samq.sensitivity.offloading`).
+        memory_limit: bytes of the device's memory for the model and what is measured; None for what is free. Where it is less
+            than twice the model, its matrices stay on disk, or a GGUF's blocks in the host's memory
+            (`samq.sensitivity.offloading`). A model that does not run a block at a time needs less to be loaded whole.
 
     Raises:
         SamqError: the dtype is unknown, or the model cannot be loaded on the device.
     """
     if dtype not in DTYPES:
         raise SamqError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    loaded = _load(source, dtype, device, progress, memory_limit, WHOLE_SHARE)
+    if has_offloaded(loaded[0]) and not comes_apart(loaded[0]):
+        del loaded
+        loaded = _load(source, dtype, device, progress, memory_limit, LEAST_SHARE)
+    return loaded
+
+
+def _load(
+    source: ModelSource, dtype: str, device: str, progress: Progress, memory_limit: int | None, share: float
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     place = ("auto" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     folder, from_gguf = _places(source)
     if not from_gguf:
@@ -97,7 +108,7 @@ def load_model(
             model_class = model_class_of(config)
             with torch.device("meta"):
                 skeleton = model_class.from_config(config, dtype=DTYPES[dtype])
-            places = placement(skeleton, place, "cpu" if from_gguf else "disk", memory_limit)
+            places = placement(skeleton, place, "cpu" if from_gguf else "disk", memory_limit, share)
             safetensors = not from_gguf and all(file.suffix == ".safetensors" for file in weight_files(folder))
             with not_read(skeleton, places) if safetensors else nullcontext():
                 loaded: Any = model_class.from_pretrained(

@@ -166,6 +166,20 @@ def test_a_model_that_fits_the_limit_is_in_memory(tmp_path):
     size = sum(parameter.nbytes for parameter in load_model(source, device="cpu")[0].parameters())
     fits, _ = load_model(source, device="cpu", memory_limit=2 * size)
     assert not any(map(is_offloaded, fits.parameters()))
+    too_large, _ = load_model(source, device="cpu", memory_limit=2 * size - 4)
+    assert any(map(is_offloaded, too_large.parameters()))
+
+
+def test_a_model_that_does_not_come_apart_is_in_memory_where_it_just_fits(tmp_path):
+    source = describe_source(write_model("Gemma 4", tmp_path / "model"))
+    whole, _ = load_model(source, device="cpu")
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    fits, _ = load_model(source, device="cpu", memory_limit=int(1.26 * size))
+    assert not any(map(is_offloaded, fits.parameters()))
+    for parameter, there in zip(fits.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter, there)
+    too_large, _ = load_model(source, device="cpu", memory_limit=int(1.24 * size))
+    assert any(map(is_offloaded, too_large.parameters()))
 
 
 def test_a_model_without_a_list_of_blocks_that_does_not_fit_is_refused():
@@ -176,3 +190,4 @@ def test_a_model_without_a_list_of_blocks_that_does_not_fit_is_refused():
     )
     with pytest.raises(SamqError, match=message):
         placement(model, "cpu", "disk", 1)
+    assert placement(model, "cpu", "disk", int(1.26 * sum(each.nbytes for each in model.parameters()))) == "cpu"
