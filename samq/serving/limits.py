@@ -11,6 +11,8 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from samq.errors import TextError
+from samq.llamacpp.grammar_cost import grammar_cost
+from samq.llamacpp.schema_cost import SelfReference, schema_cost
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.refusal import Refused
 from samq.serving.settings import ServingSettings
@@ -21,12 +23,15 @@ _MOST_VALUES = (
 )
 _MOST_KEYS = 5000  # of one object: llama-server's time grows with their square, 25 s for 60,000
 _MOST_REPETITIONS = 1000  # llama.cpp itself refuses more than 2000
-_MOST_OPTIONS = (
-    30  # of a pattern: 20 cost nothing, `^(a?|b?){40}$` has 80 and takes 2 s a token, `[a-z]?` 60 times more
-)
+_MOST_MATCHES = 1000  # at once: they take 0.3 s a token with a vocabulary of 49,000
+_MOST_ELEMENTS = 1_000_000  # of a written-out grammar: 25 MB of memory
 _LONG_TEXT = 4096  # characters; shorter ones need no stack worth counting
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 _GRAMMARS = ("response_format", "json_schema", "grammar", "tools", "functions", "text")  # fields that become a grammar
+_SCHEMAS = ("schema", "parameters", "input_schema")  # fields in them that hold a JSON schema
+_SIMPLER = (
+    "let alternatives differ in their first required property, and use fewer optional parts and enumerated values"
+)
 _FROM_TO = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*")
 _PATTERN_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|\{(?P<count>[^}]*)\}|.", re.DOTALL)
 
@@ -38,7 +43,9 @@ def read_body(body: bytes, settings: ServingSettings, vocabulary: tuple[str, str
     out: a client may send the server's own message back, and to llama-server null is no text.
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise Refused(413, f"the body has more than {_MOST_VALUES} values; send less", code="too_many_values")
+        raise Refused(
+            413, f"the body has more than {_MOST_VALUES} commas and brackets; send less", code="too_many_values"
+        )
     try:
         fields = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
@@ -99,8 +106,8 @@ def _check_media(part: Any, param: str) -> None:
 
 
 def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
-    """Raise Refused if schemas and grammars are too long together, or if one has too many repetitions or options."""
-    size = 0
+    """Raise Refused if schemas and grammars are too long together, or if one would take too much of the engine's time."""
+    size = elements = 0
     for name, grammar in grammars.items():
         size += len(to_json(grammar))
         if size > most_bytes:
@@ -111,47 +118,43 @@ def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
             for count in map(node.get, _COUNTS):
                 if isinstance(count, int | float) and abs(count) > _MOST_REPETITIONS:
                     raise _unusable(name, f"it asks for {count} repetitions, and the limit is {_MOST_REPETITIONS}")
-            pattern = node.get("pattern")
             if repeats_backwards(node):
-                raise _unusable(name, "it asks for more repetitions at least than at most")
-            if isinstance(pattern, str) and (count := options(pattern)) > _MOST_OPTIONS:
-                raise _unusable(name, f"a pattern has {count} optional parts, and the limit is {_MOST_OPTIONS}")
+                raise _unusable(name, "a minimum of repetitions exceeds its maximum")
+        try:
+            costs = [grammar_cost(grammar)] if isinstance(grammar, str) else map(schema_cost, _schemas(name, grammar))
+            for cost in costs:
+                if cost.matches > _MOST_MATCHES:
+                    raise _unusable(name, f"a text can match it in over {_MOST_MATCHES} ways at once; {_SIMPLER}")
+                elements += cost.elements
+        except SelfReference as error:
+            raise _unusable(name, str(error)) from error
+        if elements > _MOST_ELEMENTS:
+            raise _unusable(name, f"written out, its repetitions have over {_MOST_ELEMENTS} elements; ask for fewer")
+
+
+def _schemas(name: str, value: Any) -> Iterator[Any]:
+    """The JSON schemas in a field, each as a whole: `$ref`s start at its root."""
+    waiting = [value] if name != "json_schema" else []
+    yield from [] if waiting else [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            for key, inner in node.items():
+                if key in _SCHEMAS and isinstance(inner, dict):
+                    yield inner
+                else:
+                    waiting.append(inner)
 
 
 def repeats_backwards(schema: dict[str, Any]) -> bool:
-    """Whether a schema asks for more repetitions at least than at most: llama.cpp would fill the memory with them."""
+    """Whether a minimum of repetitions exceeds its maximum: llama.cpp would fill the memory with them."""
     pairs = [(schema.get(f"min{what}"), schema.get(f"max{what}")) for what in ("Items", "Length")]
     if isinstance(pattern := schema.get("pattern"), str):
         counts = [token["count"] or "" for token in _PATTERN_TOKEN.finditer(pattern)]
         pairs += [(int(both[1][:9]), int(both[2][:9])) for count in counts if (both := _FROM_TO.fullmatch(count))]
     return any(isinstance(least, int) and isinstance(most, int) and least > most for least, most in pairs)
-
-
-def options(pattern: str) -> int:
-    """Parts of a regular expression that may be left out, when its counted repetitions are written out.
-
-    They are those with `?` or `*`, and empty alternatives.
-    """
-    groups, last, before = [0], 0, "("  # options of each open group; those of what a repetition would repeat
-    for token in _PATTERN_TOKEN.finditer(pattern):
-        if token["count"] is not None:
-            more = last * (max(int(number[:9]) for number in re.findall(r"\d+", token["count"]) or ["1"]) - 1)
-            groups[-1] += more
-            last += more
-        elif token[0] == "(":
-            groups.append(0)
-        elif token[0] == ")" and len(groups) > 1:
-            last = groups.pop() + (before in "(|")
-            groups[-1] += last
-        elif token[0] in "*?":
-            groups[-1] += 1
-            last += 1
-        elif token[0] == "|":
-            groups[-1] += before in "(|"
-        else:
-            last = 0
-        before = token[0]
-    return sum(groups)
 
 
 def _nodes(value: Any) -> Iterator[Any]:
