@@ -18,4 +18,6 @@ def drop_files(at: Workspace, sweep: Sweep, keep: Finalists, tracking_uri: str) 
     kept, spared = sweep.finalists(keep), aliased_content(files_that_may_be_stored(tracking_uri))
     dropped = [result for result in sweep.results if result.name not in kept and result.model.sha256 not in spared]
     freed = Store(at.store).forget([result.gguf for result in dropped])
-    log.info("dropped the files of %s: %.1f MB", ", ".join(result.name for result in dropped) or "nobody", freed / 1e6)
+    log.info(
+        "dropped the files of %s: %.1f MB", ", ".join(result.name for result in dropped) or "no candidate", freed / 1e6
+    )

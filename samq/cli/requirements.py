@@ -30,8 +30,8 @@ def show_requirements(config: Path) -> None:
     without = f", without {' and '.join(unknown)}" if unknown else ""
     for line in (
         f"about {duration(needed.seconds)} in all{without}",
-        "Times are estimates by multiplication with what this machine did just now, beside its other programs.",
-        "All is for a run from its start, with sequences of the longest length; what the store has already is not made again.",
+        "Times are estimates from short tests on this machine, while its other programs run.",
+        "All figures are for an empty store and sequences of full length. Stages that the store has take no time.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
     lacking = [resource for resource in needed.resources if not resource.suffices]

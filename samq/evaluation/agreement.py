@@ -127,8 +127,8 @@ def require_agreement(agreement: Agreement, source: ModelSource) -> None:
         return
     if source.gguf is not None:
         advice = (
-            "transformers reads something of it otherwise; give the Hugging Face folder that the GGUF was made from as the model "
-            "(`samq compensate`: --model)"
+            "transformers reads it differently from llama.cpp; give the Hugging Face folder that the GGUF was made from as the "
+            "model (`samq compensate`: --model)"
         )
     else:
         advice = (

@@ -118,7 +118,7 @@ def test_doctor_says_what_a_run_needs_and_that_it_is_there(samq, tiny_gguf, tmp_
     assert peaks.keys() == {"RAM", "disk"}
     assert peaks["RAM"][2].endswith(" GiB") and peaks["disk"][3].endswith(" GB")
     assert "in all\n" in done.stderr
-    assert "Times are estimates by multiplication" in done.stderr
+    assert "Times are estimates from short tests" in done.stderr
 
 
 def test_doctor_says_what_to_do_about_a_disk_that_is_too_small(samq, tiny_gguf, tmp_path, disk):
