@@ -5,11 +5,13 @@ import errno
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from samq.errors import SamqError
 
+GONE = ".gone-"  # in the names of folders that are being removed
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -77,6 +79,14 @@ def export_file(source: Path, target: Path) -> None:
     with work_folder(target.absolute().parent) as work:
         shutil.copyfile(source, work / target.name)
         (work / target.name).replace(target)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, which need not exist; a process that is killed meanwhile leaves it whole or under another name."""
+    gone = folder.with_name(f"{folder.name}{GONE}{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove_all_but_logs(folder: Path) -> None:

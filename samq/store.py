@@ -21,10 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from samq.errors import SamqError
 from samq.gguf.file import HashedFile, file_sha256
-from samq.output import remove_all_but_logs
+from samq.output import GONE, discard, remove_all_but_logs
 from samq.records import Record, digest_of
 
 MANIFEST = "artifact.json"
+_GOING_ON = "going-on-"
 
 
 class FileEntry(BaseModel):
@@ -143,7 +144,7 @@ class Store:
 
         It is gone when the block ends well, or by a SamqError. None if another process works on the same artifact just now.
         """
-        folder = self._temporary / f"going-on-{stage}-{key}"
+        folder = self._temporary / f"{_GOING_ON}{stage}-{key}"
         lock = FileLock(folder.with_suffix(".held"), blocking=False, fallback_to_soft=False)
         try:
             lock.acquire()
@@ -152,9 +153,9 @@ class Store:
             return
         try:
             yield folder
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
         except SamqError:  # the next process would fail in the same way
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             raise
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
@@ -232,6 +233,12 @@ class Store:
                     lock_path.unlink(missing_ok=True)
             except OSError:
                 continue  # its owner is alive, or has just finished, or the store can only be read
+        for folder in self._temporary.glob(f"*{GONE}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._temporary.glob(f"{_GOING_ON}*"):
+            stage, _, key = folder.name.removeprefix(_GOING_ON).rpartition("-")
+            if (self.root / stage / key / MANIFEST).is_file():  # the process was killed after it had published that
+                discard(folder)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -1,6 +1,5 @@
 """Stages of compensated rounding (GPTQ): all plans of a sweep together, or a file that another program quantized."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -127,7 +126,10 @@ def _compensate(
     *,
     everything: bool,
 ) -> dict[str, Compensation]:
-    """Write the files that `create` gives, first where a killed process goes on with them, then into the folder."""
+    """Write the files that `create` gives where a killed process goes on with them, and link them into the folder.
+
+    They stay there, with all that says what is done, until the folder is in the store: the process may be killed before.
+    """
     torch_model, layout = model.load_with_layout(at)
     work = at.scratch or folder
     work.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,9 @@ def _compensate(
         )
         full, log = NearestRounding(model.full.path(GGUF_NAME)), work / _ERRORS_NAME
         errors = write_compensated(files, full, rounded, pieces, log, everything=everything, devices=memory.devices)
-    log.unlink(missing_ok=True)
+    if work == folder:
+        log.unlink(missing_ok=True)
+        return errors
     for file in files.values():
-        os.replace(file.path, folder / file.path.name)
+        link_or_copy(file.path, folder / file.path.name)
     return errors

@@ -1,6 +1,5 @@
 """Tensors in the files of a folder, from which a computation that was killed goes on."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from samq.errors import SamqError
+from samq.output import discard
 
 
 class Checkpoints:
@@ -55,7 +55,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Forget all."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            discard(self.folder)
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None

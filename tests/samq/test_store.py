@@ -1,10 +1,12 @@
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from samq.errors import SamqError
+from samq.output import discard
 from samq.store import MANIFEST, Store
 
 
@@ -148,6 +150,27 @@ def test_what_a_killed_process_leaves_to_go_on_from_is_there_for_the_next_alone(
         folder.mkdir()
         raise SamqError("the text is wrong")
     assert not folder.exists(), "the next process would fail in the same way"
+
+
+def test_what_a_process_leaves_that_is_killed_after_its_end_is_removed(store):
+    publish(store, "k")
+    folder = store.root / ".tmp" / "going-on-stage-k"
+    for left in (folder, folder.with_name("going-on-other-k.gone-1"), folder.with_name("going-on-other-k")):
+        left.mkdir()
+        (left / "half").touch()
+    Store(store.root)
+    assert [path.name for path in (store.root / ".tmp").iterdir()] == ["going-on-other-k"]
+
+
+def test_a_folder_is_discarded_whole(tmp_path, monkeypatch):
+    """A process that is killed while it removes the files leaves none in their place."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    discard(folder)
+    assert not folder.exists()
+    discard(folder)  # it need not exist
 
 
 def test_prune_removes_what_was_not_used(store):

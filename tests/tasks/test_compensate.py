@@ -66,6 +66,7 @@ def artifacts(toolchain, tmp_path_factory):
         full=full,
         nearest_prices=nearest_prices,
         prices=prices,
+        plans=plans,
         plan=plans["it"],
         nearest=nearest,
         built=built,
@@ -123,6 +124,26 @@ def test_a_model_that_stays_on_disk_gives_the_same_file(artifacts, toolchain, tm
     on_disk = compensate(at, artifacts["model"], text, artifacts["inputs"], plans, provenance)
     assert on_disk.files["it.gguf"].sha256 == artifacts["compensated"].files["model.gguf"].sha256
     assert not list(at.store.glob(".tmp/going-on-*"))
+
+
+def test_what_is_killed_before_its_files_are_in_the_store_gives_the_same_files(
+    artifacts, toolchain, tmp_path, monkeypatch
+):
+    at = Workspace(tmp_path / "store", toolchain, device="cpu", timeout_s=60.0, memory_limit=1)
+    text = InputText(artifacts["tokens"], 16, 10_000, 4)
+    inputs, plans = artifacts["inputs"], artifacts["plans"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_move_into_place", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compensate(at, artifacts["model"], text, inputs, plans, {"version": "1"})
+    again = compensate(at, artifacts["model"], text, inputs, plans, {"version": "1"})
+    assert {name: file.sha256 for name, file in again.files.items()} == {
+        name: file.sha256 for name, file in artifacts["built"].files.items()
+    }
 
 
 @torch.no_grad()
