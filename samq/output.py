@@ -84,7 +84,7 @@ def export_file(source: Path, target: Path) -> None:
 def discard(folder: Path) -> None:
     """Remove a folder, which need not exist; a process that is killed meanwhile leaves it whole or under another name."""
     gone = folder.with_name(f"{folder.name}{GONE}{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # it does not exist, or can only be read
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 

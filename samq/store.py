@@ -238,7 +238,8 @@ class Store:
         for folder in self._temporary.glob(f"{_GOING_ON}*"):
             stage, _, key = folder.name.removeprefix(_GOING_ON).rpartition("-")
             if (self.root / stage / key / MANIFEST).is_file():  # the process was killed after it had published that
-                discard(folder)
+                with self.scratch(stage, key):
+                    pass  # it is gone at the end, unless another process still works there
 
 
 def _entry(path: Path) -> FileEntry:

@@ -147,7 +147,7 @@ def _compensate(
         errors = write_compensated(files, full, rounded, pieces, log, everything=everything, devices=memory.devices)
     if work == folder:
         log.unlink(missing_ok=True)
-        return errors
-    for file in files.values():
-        link_or_copy(file.path, folder / file.path.name)
+    else:
+        for file in files.values():
+            link_or_copy(file.path, folder / file.path.name)
     return errors

@@ -29,6 +29,7 @@ TOO_MUCH = 10**9  # numbers stop there
 _CHARACTERS = 128 + 2**11 + 1  # ASCII, blocks of 32 others, and one that stands for the rest
 
 _PATTERN_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|\(\?:|.", re.DOTALL)
+_FROM_TO = re.compile(r"\{\s*(\d+)\s*,\s*(\d+)\s*\}")
 _GRAMMAR_TOKEN = re.compile(
     r'#[^\n]*|[\w-]+\s*::=|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|!?<[^>]*>|[\w-]+|\{[^}]*\}|[|()*+?.]', re.DOTALL
 )
@@ -75,6 +76,12 @@ def pattern_cost(pattern: str) -> Cost:
     """Of a regular expression in a schema."""
     tokens = [match[0] for match in _PATTERN_TOKEN.finditer(pattern) if match[0] not in "^$"]
     return _cost({"": _parsed(tokens, _pattern_atom) or _Sequence([])}, "")  # llama.cpp takes any text if too deep
+
+
+def counts_backwards(pattern: str) -> bool:
+    """Whether a repetition in a regular expression has a minimum above its maximum: llama.cpp would fill the memory with it."""
+    counts = [_FROM_TO.fullmatch(match[0]) for match in _PATTERN_TOKEN.finditer(pattern)]
+    return any(int(count[1][:9]) > int(count[2][:9]) for count in counts if count)
 
 
 def grammar_cost(text: str) -> Cost:

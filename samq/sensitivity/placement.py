@@ -44,8 +44,7 @@ def placement(
         limit: bytes of each device's memory that the measurement may take; None for what is free.
         share: the memory that a model needs to be on the device, in shares of its weights.
     """
-    weights, room = bytes_of(skeleton.parameters()), _room(device, limit)
-    size = weights * share
+    size, room = bytes_of(skeleton.parameters()) * share, _room(device, limit)
     if device == "auto" and size <= room[0]:
         return _FIRST  # the others get copies of a block while it runs
     if size <= sum(room) or device == elsewhere:
@@ -53,8 +52,8 @@ def placement(
     try:
         layers = block_list(skeleton)
     except NotApart as reason:
-        if weights * LEAST_SHARE <= sum(room):
-            return device
+        if share > LEAST_SHARE:
+            return placement(skeleton, device, elsewhere, limit, LEAST_SHARE)
         raise cannot_run(skeleton, reason) from reason
     names = {module: name for name, module in skeleton.named_modules()}
     return _beside(skeleton, names[layers], {"auto": _FIRST}.get(device, device), elsewhere)

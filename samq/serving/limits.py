@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from samq.errors import TextError
-from samq.llamacpp.grammar_cost import grammar_cost
+from samq.llamacpp.grammar_cost import counts_backwards, grammar_cost
 from samq.llamacpp.schema_cost import SelfReference, schema_cost
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.refusal import Refused
@@ -32,8 +32,6 @@ _SCHEMAS = ("schema", "parameters", "input_schema")  # fields in them that hold 
 _SIMPLER = (
     "let alternatives differ in their first required property, and use fewer optional parts and enumerated values"
 )
-_FROM_TO = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*")
-_PATTERN_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|\{(?P<count>[^}]*)\}|.", re.DOTALL)
 
 
 def read_body(body: bytes, settings: ServingSettings, vocabulary: tuple[str, str]) -> tuple[dict[str, Any], bytes]:
@@ -134,8 +132,10 @@ def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
 
 def _schemas(name: str, value: Any) -> Iterator[Any]:
     """The JSON schemas in a field, each as a whole: `$ref`s start at its root."""
-    waiting = [value] if name != "json_schema" else []
-    yield from [] if waiting else [value]
+    if name == "json_schema":
+        yield value
+        return
+    waiting = [value]
     while waiting:
         node = waiting.pop()
         if isinstance(node, list):
@@ -150,10 +150,9 @@ def _schemas(name: str, value: Any) -> Iterator[Any]:
 
 def repeats_backwards(schema: dict[str, Any]) -> bool:
     """Whether a minimum of repetitions exceeds its maximum: llama.cpp would fill the memory with them."""
+    if isinstance(pattern := schema.get("pattern"), str) and counts_backwards(pattern):
+        return True
     pairs = [(schema.get(f"min{what}"), schema.get(f"max{what}")) for what in ("Items", "Length")]
-    if isinstance(pattern := schema.get("pattern"), str):
-        counts = [token["count"] or "" for token in _PATTERN_TOKEN.finditer(pattern)]
-        pairs += [(int(both[1][:9]), int(both[2][:9])) for count in counts if (both := _FROM_TO.fullmatch(count))]
     return any(isinstance(least, int) and isinstance(most, int) and least > most for least, most in pairs)
 
 

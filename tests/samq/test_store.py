@@ -162,6 +162,15 @@ def test_what_a_process_leaves_that_is_killed_after_its_end_is_removed(store):
     assert [path.name for path in (store.root / ".tmp").iterdir()] == ["going-on-other-k"]
 
 
+def test_what_another_process_works_with_stays_though_a_third_has_published_that(store):
+    with store.scratch("stage", "k") as folder:
+        folder.mkdir()
+        publish(store, "k")
+        Store(store.root)
+        assert folder.exists()
+    assert not any((store.root / ".tmp").iterdir())
+
+
 def test_a_folder_is_discarded_whole(tmp_path, monkeypatch):
     """A process that is killed while it removes the files leaves none in their place."""
     folder = tmp_path / "folder"
