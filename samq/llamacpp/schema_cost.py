@@ -64,7 +64,9 @@ class _Schema:
                     chain: dict[str, Any] = {}
                     while isinstance(ref, str) and ref not in targets:
                         if ref in chain:
-                            raise SelfReference(f"$ref {ref} leads back to itself")
+                            raise SelfReference(
+                                f"$ref {ref} leads back to itself and to nothing else; point it at a schema that has a type"
+                            )
                         target = chain[ref] = self._resolved(ref)
                         ref = target.get("$ref") if isinstance(target, dict) else None
                     targets |= chain

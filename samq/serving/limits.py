@@ -42,7 +42,9 @@ def read_body(body: bytes, settings: ServingSettings, vocabulary: tuple[str, str
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise Refused(
-            413, f"the body has more than {_MOST_VALUES} commas and brackets; send less", code="too_many_values"
+            413,
+            f"the body has more than {_MOST_VALUES} commas and opening brackets, those in texts included; send less",
+            code="too_many_values",
         )
     try:
         fields = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)

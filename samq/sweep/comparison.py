@@ -8,7 +8,7 @@ The interval is the wider, at each end, of two for the logarithm of the ratio of
 Student's t with the ratio's linearised standard error. With few chunks the bootstrap alone is too narrow, as a resample
 cannot spread more than the few chunks did: of its intervals, called 95 %, 90 % hold the truth at 12 chunks and 76 % at 3.
 Student's t allows for that, and falls short itself where a chunk dominates the mean. The wider of both holds the truth in
-92 to 95 % at 12 chunks, and in 91 to 94 % at 3 (simulated: tests/samq/sweep/test_comparison.py).
+92 to 95 % at 12 chunks, and in 91 to 94 % at 3, as simulated once; tests/samq/sweep/test_comparison.py requires 90 to 98 %.
 """
 
 import math
