@@ -29,6 +29,7 @@ from samq.gguf.file import read_metadata, read_tensors
 from samq.llamacpp.toolchain import find_toolchain
 from samq.records import CalibrationSet, Compensation, CompensationShares, Evaluation
 from samq.sensitivity.checkpoint import describe_source
+from samq.serving.source import FileSource
 from samq.workspace import Workspace
 from tasks.agreement import agreement
 from tasks.calibrate import Passes, calibrate, load_map
@@ -43,6 +44,7 @@ from tasks.target import Target
 from tasks.text import FirstSequences, heldout, load_text, tokenize
 from tests.architectures.models import ARCHITECTURES, REFUSED, write_model
 from tests.architectures.table import Row, table_row
+from tests.samq.serving.conftest import running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -127,3 +129,15 @@ def test_a_folder_becomes_an_evaluated_gguf(name, workspace, tmp_path):
 def test_what_llama_cpp_cannot_convert_is_said(name, workspace, tmp_path):
     with pytest.raises(SamqError, match=f"llama.cpp's converter does not support {REFUSED[name]}"):
         convert(workspace, describe_source(write_model(name, tmp_path / "model")), "F16")
+
+
+@pytest.mark.parametrize("name", ["GLM-4.5", "Qwen3.5"])
+def test_a_models_own_layers_propose_tokens_when_it_serves(name, workspace, tmp_path):
+    full = convert(workspace, describe_source(write_model(name, tmp_path / "model")), "F16")
+    answers, proposed = {}, {}
+    for kind in ("none", "mtp"):
+        with running(FileSource(full.path(GGUF_NAME)), context_tokens=64, speculation={"kind": kind}) as server:
+            answers[kind] = server.complete(prompt="def f(x):", max_tokens=24).json()["choices"][0]["text"]
+            proposed[kind] = server.scraped("llamacpp:spec_decode_num_draft_tokens_total")
+    assert answers["mtp"] == answers["none"]
+    assert proposed["mtp"] > proposed["none"] == 0
