@@ -26,6 +26,7 @@ _MOST_REPETITIONS = 2000  # beyond it llama.cpp takes a repetition for one witho
 _MOST_DEPTH = 100  # of groups; llama.cpp does not use deeper patterns
 _MOST_COPIES = 40  # of a repeated part: if it may be empty, so many are already too costly
 TOO_MUCH = 10**9  # numbers stop there
+_TOO_LARGE = "it is too large to count in how many ways at once a text can match it; shorten it"
 _CHARACTERS = 128 + 2**11 + 1  # ASCII, blocks of 32 others, and one that stands for the rest
 
 _PATTERN_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|\(\?:|.", re.DOTALL)
@@ -34,6 +35,10 @@ _GRAMMAR_TOKEN = re.compile(
     r'#[^\n]*|[\w-]+\s*::=|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|!?<[^>]*>|[\w-]+|\{[^}]*\}|[|()*+?.]', re.DOTALL
 )
 _CLASS_RANGE = re.compile(r"(\\.|.)(?:-(\\.|[^\]]))?", re.DOTALL)
+
+
+class UnusableGrammar(ValueError):
+    """A grammar or schema that llama.cpp must not be given; the message says why, and what to do."""
 
 
 class Cost(NamedTuple):
@@ -73,7 +78,7 @@ _Node = _Atom | _Sequence | _Alternatives | _Repetition | str
 
 @lru_cache(maxsize=1024)
 def pattern_cost(pattern: str) -> Cost:
-    """Of a regular expression in a schema."""
+    """Of a regular expression in a schema. Raises UnusableGrammar."""
     tokens = [match[0] for match in _PATTERN_TOKEN.finditer(pattern) if match[0] not in "^$"]
     return _cost({"": _parsed(tokens, _pattern_atom) or _Sequence([])}, "")  # llama.cpp takes any text if too deep
 
@@ -85,7 +90,7 @@ def counts_backwards(pattern: str) -> bool:
 
 
 def grammar_cost(text: str) -> Cost:
-    """Of a grammar in GBNF."""
+    """Of a grammar in GBNF. Raises UnusableGrammar."""
     rules: dict[str, list[str]] = {}
     tokens: list[str] = []
     for match in _GRAMMAR_TOKEN.finditer(text):
@@ -96,7 +101,7 @@ def grammar_cost(text: str) -> Cost:
             tokens.append(token)
     nodes = {name: node for name, tokens in rules.items() if (node := _parsed(tokens, _grammar_atom))}
     if len(nodes) < len(rules):
-        return Cost(TOO_MUCH, TOO_MUCH)
+        raise UnusableGrammar(_TOO_LARGE)
     return _cost(nodes, "root")
 
 
@@ -297,7 +302,7 @@ def _cost(rules: dict[str, _Node], root: str) -> Cost:
         recursion = _recursion(rules) if root else 1  # a pattern has no name
         elements = sum(_elements(node) for node in rules.values())
         return Cost(max(1, ways, recursion, *map(len, sets)), min(TOO_MUCH, elements))
-    return Cost(TOO_MUCH, TOO_MUCH)
+    raise UnusableGrammar(_TOO_LARGE)
 
 
 def _elements(node: _Node) -> int:
@@ -308,7 +313,7 @@ def _elements(node: _Node) -> int:
     if isinstance(node, _Repetition):
         repeated = node.part.elements if isinstance(node.part, _Atom) else 1
         if node.most is not None and node.most < node.least:
-            return TOO_MUCH  # llama.cpp would fill the memory
+            raise UnusableGrammar("a minimum of repetitions exceeds its maximum; swap them")  # it would fill the memory
         return _elements(node.part) + (repeated + 3) * max(node.least, node.most or 0)
     return sum(map(_elements, node.parts), len(node.parts))
 

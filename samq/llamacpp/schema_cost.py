@@ -11,19 +11,15 @@ Its matches at once, as `samq.llamacpp.grammar_cost` has them:
 from collections import Counter
 from typing import Any
 
-from samq.llamacpp.grammar_cost import TOO_MUCH, TURNS, Cost, pattern_cost
-
-
-class SelfReference(ValueError):
-    """A `$ref` that leads to itself and nothing else, which ends llama-server."""
+from samq.llamacpp.grammar_cost import TOO_MUCH, TURNS, Cost, UnusableGrammar, pattern_cost
 
 
 def schema_cost(schema: Any) -> Cost:
-    """Of a JSON schema. Raises SelfReference."""
+    """Of a JSON schema. Raises UnusableGrammar."""
     try:
         return _Schema(schema).cost()
     except RecursionError:
-        return Cost(TOO_MUCH, TOO_MUCH)
+        raise UnusableGrammar("it is nested too deep; shorten it") from None
 
 
 _Kinds = dict[tuple[str, ...], int]  # matches at once of the values that begin alike
@@ -64,7 +60,7 @@ class _Schema:
                     chain: dict[str, Any] = {}
                     while isinstance(ref, str) and ref not in targets:
                         if ref in chain:
-                            raise SelfReference(
+                            raise UnusableGrammar(  # it would end llama-server
                                 f"$ref {ref} leads back to itself and to nothing else; point it at a schema that has a type"
                             )
                         target = chain[ref] = self._resolved(ref)

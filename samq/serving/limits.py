@@ -11,8 +11,8 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from samq.errors import TextError
-from samq.llamacpp.grammar_cost import counts_backwards, grammar_cost
-from samq.llamacpp.schema_cost import SelfReference, schema_cost
+from samq.llamacpp.grammar_cost import UnusableGrammar, counts_backwards, grammar_cost
+from samq.llamacpp.schema_cost import schema_cost
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.refusal import Refused
 from samq.serving.settings import ServingSettings
@@ -119,14 +119,14 @@ def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
                 if isinstance(count, int | float) and abs(count) > _MOST_REPETITIONS:
                     raise _unusable(name, f"it asks for {count} repetitions, and the limit is {_MOST_REPETITIONS}")
             if repeats_backwards(node):
-                raise _unusable(name, "a minimum of repetitions exceeds its maximum")
+                raise _unusable(name, "a minimum of repetitions exceeds its maximum; swap them")
         try:
             costs = [grammar_cost(grammar)] if isinstance(grammar, str) else map(schema_cost, _schemas(name, grammar))
             for cost in costs:
                 if cost.matches > _MOST_MATCHES:
                     raise _unusable(name, f"a text can match it in over {_MOST_MATCHES} ways at once; {_SIMPLER}")
                 elements += cost.elements
-        except SelfReference as error:
+        except UnusableGrammar as error:
             raise _unusable(name, str(error)) from error
         if elements > _MOST_ELEMENTS:
             raise _unusable(name, f"written out, its repetitions have over {_MOST_ELEMENTS} elements; ask for fewer")

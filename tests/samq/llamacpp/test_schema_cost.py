@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel
 
-from samq.llamacpp.grammar_cost import Cost
-from samq.llamacpp.schema_cost import SelfReference, schema_cost
+from samq.llamacpp.grammar_cost import Cost, UnusableGrammar
+from samq.llamacpp.schema_cost import schema_cost
 
 TEXT = {"type": "string"}
 
@@ -100,5 +100,5 @@ def test_the_elements_of_a_schema_written_out(schema, elements):
     ],
 )
 def test_a_reference_that_leads_to_itself_is_found(schema):
-    with pytest.raises(SelfReference):
+    with pytest.raises(UnusableGrammar, match="leads back to itself"):
         schema_cost(schema)

@@ -189,7 +189,7 @@ def schema_of(**schema):
         (schema_of(**{"$defs": {"a": {"$ref": "#/$defs/a"}}, "allOf": [{"$ref": "#/$defs/a"}]}), "back to itself"),
         (schema_of(anyOf=[{"type": "array", "items": {}, "minItems": 1000}] * 400), "1000000 elements"),
         ({"json_schema": {"enum": list(range(1001))}}, "over 1000 ways at once"),
-        ({"grammar": 'root ::= "a"{3,2}'}, "over 1000000 elements"),
+        ({"grammar": 'root ::= "a"{3,2}'}, "minimum of repetitions exceeds"),
         ({"grammar": 'root ::= "[" root "]" | "[" root "]" | "a"'}, "over 1000 ways at once"),
         ({"grammar": "root ::= " + '"a" ' * 50_000}, "the limit is 65536"),
         (
