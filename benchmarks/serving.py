@@ -81,7 +81,7 @@ def both(gguf: Path, threads: int) -> Iterator[tuple[dict[str, int], psutil.Proc
     toolchain = find_toolchain()
     bare = [str(program(toolchain, "llama-server")), "--model", str(gguf), "--port", str(ports["llama-server"])]
     bare += ["--parallel", str(SLOTS), "--ctx-size", str(CONTEXT * SLOTS), "--threads", str(threads)]
-    bare += ["--cache-type-k", "f16", "--cache-type-v", "f16", "--load-mode", "none", "--metrics", "--no-ui"]
+    bare += "--cache-type-k f16 --cache-type-v f16 --load-mode none --cache-ram 0 --metrics --no-ui".split()
     settings = {"port": ports["samq serve"], "slots": SLOTS, "context_tokens": CONTEXT, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "serving.yaml"

@@ -145,6 +145,7 @@ def _llama_server(files: Files, name: str, loading: Loading, settings: ServingSe
         "cache-type-v": values.lower(),
         "gpu-layers": "all" if loading.gpu_layers == -1 else loading.gpu_layers,
         "threads": settings.threads,
+        "cache-ram": 0,  # copying an ended answer's state into host memory would stop all other answers meanwhile
         "mmproj": files.mmproj,
         "load-mode": "none",  # it reads all of the file: what happens to that later does not reach the answers
         "metrics": True,

@@ -71,7 +71,7 @@ class ServingSettings(BaseModel):
     )
     engine_flags: dict[str, bool | int | float | str] = Field(
         default={},
-        description="more flags of the engine by name, such as `cache-ram: 0`; of llama-cpp-python: its model settings",
+        description="more flags of the engine by name, such as `cache-ram: 8192`; of llama-cpp-python: its model settings",
     )
     slots: int | None = Field(
         default=None, ge=1, description="requests to answer at the same time; None: 4, with llama-cpp-python 1"

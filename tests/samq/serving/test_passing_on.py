@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -230,14 +231,20 @@ def test_the_text_of_an_end_token_is_no_part_of_an_answer(engine, kind, tmp_path
             assert (answer["message"]["content"], answer["finish_reason"]) == ("", "stop")
 
 
+def flag_of(tmp_path, flag, **flags):
+    """The value that llama-server is started with; None without it."""
+    files, settings = Files(tmp_path, "model.gguf"), ServingSettings(engine_flags=flags)
+    arguments = ENGINES["llama-server"].command(files, "name", Loading(512, 0), settings).arguments
+    assert arguments.count(flag) <= 1
+    return arguments[arguments.index(flag) + 1] if flag in arguments else None
+
+
 def test_overrides_of_the_metadata_come_on_top(tmp_path):
-    files, loading = Files(tmp_path, "model.gguf"), Loading(512, 0)
-
-    def given(**flags):
-        arguments = (
-            ENGINES["llama-server"].command(files, "name", loading, ServingSettings(engine_flags=flags)).arguments
-        )
-        return arguments[arguments.index("--override-kv") + 1] if "--override-kv" in arguments else None
-
+    given = partial(flag_of, tmp_path, "--override-kv")
     assert given(override_kv="a=int:1") == "tokenizer.ggml.add_eos_token=bool:false,a=int:1"
     assert given(embeddings=True) is None  # such a model's result is that of EOS
+
+
+def test_no_answer_waits_for_the_cache_of_prompts_unless_it_is_asked_for(tmp_path):
+    assert flag_of(tmp_path, "--cache-ram") == "0"
+    assert flag_of(tmp_path, "--cache-ram", cache_ram=8192) == "8192"
