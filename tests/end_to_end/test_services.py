@@ -11,8 +11,11 @@ import sys
 import time
 import urllib.request
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import httpx
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
@@ -43,7 +46,7 @@ def environment(folder, home):
 
 
 @pytest.fixture(scope="module")
-def up(folder, environment):
+def up(folder, home, environment):
     """(MLflow's address, Prefect's address) of a running `samq up`, which afterwards ends all that it started."""
     log = folder / "up.log"
     command = [sys.executable, "-m", "samq.cli", "up", "--mlflow-port", free_port(), "--prefect-port", free_port()]
@@ -61,9 +64,10 @@ def up(folder, environment):
         code = child.wait(120)
     assert code == 0, log.read_text()
     assert started_by(folder) == []
+    assert [name for name in ("mlflow", "prefect") if "Traceback" in (home / f"{name}.log").read_text()] == []
     with closing(sqlite3.connect(folder / "prefect" / "prefect.db")) as database:
         states = [state for (state,) in database.execute("select state_type from flow_run")]
-    assert states and set(states) <= {"COMPLETED", "CRASHED"}, "none is said to be running"
+    assert states and set(states) <= {"COMPLETED", "CRASHED", "SCHEDULED"}, "none is said to be running"
 
 
 def started_by(folder):
@@ -82,6 +86,22 @@ def test_prefects_page_asks_the_server_that_it_came_from(up):
     _, prefect = up
     with urllib.request.urlopen(f"{prefect}/ui-settings") as answer:
         assert json.load(answer)["api_url"] == f"{prefect}/api"
+
+
+def test_the_nightly_runs_are_scheduled(up):
+    """Prefect's server creates the runs of the coming nights within a minute."""
+    filters = {
+        "deployments": {"name": {"any_": ["nightly"]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    deadline = time.monotonic() + 120
+    while not (runs := httpx.post(f"{up[1]}/api/flow_runs/filter", json=filters).json()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    due = min(datetime.fromisoformat(run["next_scheduled_start_time"]) for run in runs)
+    assert due - datetime.now(UTC) < timedelta(days=1, hours=1)
+    there = due.astimezone(ZoneInfo("Europe/Berlin"))
+    assert there.minute == 30 and there.hour in (2, 3)  # 3 where the clock goes from 2 to 3 that night
 
 
 @pytest.fixture
