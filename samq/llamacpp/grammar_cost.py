@@ -27,6 +27,7 @@ _MOST_DEPTH = 100  # of groups; llama.cpp does not use deeper patterns
 _MOST_COPIES = 40  # of a repeated part: if it may be empty, so many are already too costly
 TOO_MUCH = 10**9  # numbers stop there
 _TOO_LARGE = "it is too large to count in how many ways at once a text can match it; shorten it"
+BACKWARDS = "a minimum of repetitions exceeds its maximum; swap them"  # llama.cpp would fill the memory
 _CHARACTERS = 128 + 2**11 + 1  # ASCII, blocks of 32 others, and one that stands for the rest
 
 _PATTERN_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|\(\?:|.", re.DOTALL)
@@ -313,7 +314,7 @@ def _elements(node: _Node) -> int:
     if isinstance(node, _Repetition):
         repeated = node.part.elements if isinstance(node.part, _Atom) else 1
         if node.most is not None and node.most < node.least:
-            raise UnusableGrammar("a minimum of repetitions exceeds its maximum; swap them")  # it would fill the memory
+            raise UnusableGrammar(BACKWARDS)
         return _elements(node.part) + (repeated + 3) * max(node.least, node.most or 0)
     return sum(map(_elements, node.parts), len(node.parts))
 

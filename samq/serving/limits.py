@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from samq.errors import TextError
-from samq.llamacpp.grammar_cost import UnusableGrammar, counts_backwards, grammar_cost
+from samq.llamacpp.grammar_cost import BACKWARDS, UnusableGrammar, counts_backwards, grammar_cost
 from samq.llamacpp.schema_cost import schema_cost
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.refusal import Refused
@@ -119,7 +119,7 @@ def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
                 if isinstance(count, int | float) and abs(count) > _MOST_REPETITIONS:
                     raise _unusable(name, f"it asks for {count} repetitions, and the limit is {_MOST_REPETITIONS}")
             if repeats_backwards(node):
-                raise _unusable(name, "a minimum of repetitions exceeds its maximum; swap them")
+                raise _unusable(name, BACKWARDS)
         try:
             costs = [grammar_cost(grammar)] if isinstance(grammar, str) else map(schema_cost, _schemas(name, grammar))
             for cost in costs:

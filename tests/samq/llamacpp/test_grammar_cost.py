@@ -38,6 +38,11 @@ ws ::= | " " | "\n" [ \t]{0,20}
 """
 
 
+def test_a_pattern_that_is_too_large_to_count_is_one_sentence():
+    with pytest.raises(UnusableGrammar, match="too large to count"):
+        pattern_cost("^((((a|b|c){9}){9}){9}){9}$")
+
+
 def multiplied(depth):
     rules = "".join(f"r{number} ::= {' | '.join([f'r{number + 1} [a-z]'] * 8)}\n" for number in range(depth))
     return f"root ::= r0\n{rules}r{depth} ::= [a-z]"
