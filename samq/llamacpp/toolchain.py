@@ -16,7 +16,7 @@ from pathlib import Path
 from samq.errors import ToolError
 from samq.records import Toolchain
 
-PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
+PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity")
 
 
 def find_toolchain() -> Toolchain:
