@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,7 @@ def doctor(
         findings = diagnose()
     table = Table("", "component", "found", "advice")
     for finding in findings:
-        table.add_row(finding.state, finding.name, finding.found, finding.advice)
+        table.add_row(finding.state, finding.name, finding.detail, finding.advice)
     console.print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
@@ -106,6 +107,7 @@ def ui(
     import webbrowser
 
     from samq.services import mlflow_page, prefect_page
+    from samq.tracking.tracked import start_page
 
     prepare_prefect()
     with console.status("start MLflow and Prefect"), ExitStack() as stack:
@@ -114,11 +116,9 @@ def ui(
         services = stack.pop_all()
     with services:
         links = _latest_links(mlflow, prefect)
-        width = max(map(len, links), default=0)
-        for page, address in links.items():
-            console.print(f"{page:{width}}  {address}", highlight=False, soft_wrap=True)
+        _print_links(links or {"MLflow": start_page(mlflow), "Prefect": prefect})
         if not links:
-            console.print(f"MLflow   {mlflow}\nPrefect  {prefect}\nNo sweep yet: run `samq demo`.", highlight=False)
+            console.print("No sweep yet: run `samq demo`.", highlight=False)
         console.print("Press Ctrl-C to stop both servers.", highlight=False)
         if open_report and links:
             webbrowser.open(links["report"])
@@ -134,12 +134,19 @@ def _latest_links(mlflow: str, prefect: str) -> dict[str, str]:
     return sweep.links(mlflow, prefect) if sweep else {}
 
 
+def _print_links(links: Mapping[str, str]) -> None:
+    width = max(map(len, links))
+    for page, address in links.items():
+        console.print(f"{page:{width}}  {address}", highlight=False, soft_wrap=True)
+
+
 def up(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None:
     """Run MLflow, Prefect and a worker until Ctrl-C.
 
     Creates the deployments of prefect.yaml, such as the nightly run.
     """
     from samq.services import mlflow_page, prefect_page, worker
+    from samq.tracking.tracked import start_page
 
     prepare_prefect()
     with console.status("start MLflow, Prefect and a worker"), ExitStack() as stack:
@@ -149,8 +156,8 @@ def up(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None
         stack.enter_context(worker(prefect, PROJECT))
         services = stack.pop_all()
     with services:
+        _print_links({"MLflow": start_page(mlflow), "Prefect": prefect, **_latest_links(mlflow, prefect)})
         console.print(
-            f"MLflow   {mlflow}\nPrefect  {prefect}\n"
             f"To run the demo: PREFECT_API_URL={prefect}/api prefect deployment run requantize/on-demand\n"
             "Press Ctrl-C to stop everything.",
             highlight=False,

@@ -52,9 +52,9 @@ def view_of(parent_run_id: str, created_ms: int, candidates: Iterable[Iterable[s
     common = set.intersection(*metrics) if metrics else set()
     logged = {f"metrics.`{name}`" for names in metrics for name in names}
     columns = {name: width for name, width in _COLUMNS.items() if name in logged or not name.startswith("metrics.")}
-    charts = [_parallel("What bytes buy", _AXES, metrics)]
+    charts = [_parallel("Metrics by size", _AXES, metrics)]
     if with_threshold := [names for names in metrics if _THRESHOLD in names]:
-        charts.append(_parallel("What thresholds buy", (_THRESHOLD, *_AXES), with_threshold))
+        charts.append(_parallel("Metrics by threshold", (_THRESHOLD, *_AXES), with_threshold))
     charts += [
         _scatter("Size against fidelity", "memory/file_bytes", "fidelity/mean_kld_nats"),
     ]

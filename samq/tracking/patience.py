@@ -55,7 +55,7 @@ def check_database(path: Path, tracking_uri: str) -> None:
         raise unusable(tracking_uri, error) from error
 
 
-def quiet() -> None:
+def quiet_mlflow() -> None:
     """Keep MLflow from logging tracebacks of database errors: `unusable` reports them."""
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 

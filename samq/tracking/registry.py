@@ -25,7 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERS
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
 from samq.home import path_of, place_of, place_uri, sqlite_file
 from samq.relocation import relocate
-from samq.tracking.patience import check_database, is_of_database, patient, quiet, unusable
+from samq.tracking.patience import check_database, is_of_database, patient, quiet_mlflow, unusable
 
 if TYPE_CHECKING:
     from samq.records import Evaluation, Plan, QuantizedModel
@@ -118,7 +118,7 @@ def connect_registry(tracking_uri: str) -> MlflowClient:
 
 def _connect(tracking_uri: str, open_client: Callable[[], Any]) -> MlflowClient:
     database = sqlite_file(tracking_uri)
-    quiet()
+    quiet_mlflow()
     try:
         if database:
             database.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def check_version(name: str, version: str) -> None:
     """Raise SamqError if that cannot be a version of the model `name`."""
     if not re.fullmatch(VERSION, version):
         raise SamqError(
-            f"{_quoted(version)} is no version of {name}; give a number such as 7, see `samq status {name}`"
+            f"{_quoted(version)} is not a version of {name}; give a number such as 7, see `samq status {name}`"
         )
 
 

@@ -1,6 +1,6 @@
 """A sweep in MLflow: a parent run for the sweep, a child run for each candidate, the best one registered.
 
-Everything goes through a client of one tracking URI, so MLflow's global state (its URI, its active run) is not touched and
+Everything goes through a client of one tracking URI. So MLflow's global state (its URI, its active run) is not touched, and
 sweeps may be tracked from several threads. A run is FINISHED once all of it is logged, and FAILED if something went wrong.
 """
 
@@ -43,7 +43,7 @@ from samq.sweep.sweep import MadeFrom, Sweep
 from samq.tracking import mlflow_view
 from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
 from samq.tracking.registry import HELDOUT, connect, name_mmproj, register, user
-from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings
+from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings, types_figure
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ _EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the 
 _EXPERIMENT_NOTE = """\
 A parent run is a sweep; its children are the candidates: full precision, stock mixtures, and plans by sensitivity.
 
-- **To choose,** open *Views*, *Latest sweep*: the candidates with their figures, and as charts what bytes buy.
+- **To choose,** open *Views*, *Latest sweep*: the candidates with their metrics, and charts of the metrics by size.
 - A parent run's description has the whole report, its artifacts the figures.
 - `comparison/...` is against the stock mixture in the tag `samq.rival`: the largest that is no larger or of its size.
 - `plan/threshold` of full precision is 0 (it keeps every tensor), of a stock mixture 1 (it keeps none).
@@ -72,7 +72,8 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> Tracke
     try:
         experiment_id = _experiment(client, settings)
         with _run(client, experiment_id, settings.run_name, _parent_tags(settings, sweep, report)) as parent:
-            _log_parent(client, parent, settings, sweep, report)
+            figures = _figures(sweep)
+            _log_parent(client, parent, settings, sweep, report, figures)
             children = _log_children(client, experiment_id, parent, settings, sweep)
             version, not_registered = _register(client, settings.registered_model, children, sweep)
             if version or not_registered:
@@ -94,6 +95,7 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> Tracke
         model_version=version,
         not_registered=not_registered,
         flow_run_id=settings.tags.get(FLOW_RUN) or None,
+        types_figure=types_figure(figures),
     )
 
 
@@ -110,15 +112,22 @@ def _parent_tags(settings: TrackingSettings, sweep: Sweep, report: str) -> dict[
     return tags
 
 
-def _log_parent(client: MlflowClient, run_id: str, settings: TrackingSettings, sweep: Sweep, report: str) -> None:
+def _log_parent(
+    client: MlflowClient,
+    run_id: str,
+    settings: TrackingSettings,
+    sweep: Sweep,
+    report: str,
+    figures: Mapping[str, Figure],
+) -> None:
     """Parameters, report, table, figures, and the records of comparisons and checks."""
     parameters = {**flatten(settings.parameters), **common_params(sweep.made_from)}
     client.log_batch(run_id, _best_metrics(sweep.best), _params(parameters))
     _log_inputs(client, run_id, _datasets(sweep.made_from))
     client.log_text(run_id, report, "report.md")
     client.log_table(run_id, results_table(sweep), "candidates.json")
-    for name, figure in _figures(sweep).items():
-        client.log_figure(run_id, figure, f"figures/{name}.png")
+    for name, figure in figures.items():
+        client.log_figure(run_id, figure, f"figures/{name}")
     client.log_dict(run_id, sweep.sensitivity.content(), "sensitivity-map.json")
     if sweep.benchmarks:
         rows = [comparison.model_dump(mode="json") for comparison in sweep.benchmarks]
@@ -177,13 +186,13 @@ def _register(
 
 def _figures(sweep: Sweep) -> dict[str, Figure]:
     """What the parent run shows, by name; figures that the sweep has no data for are left out."""
-    figures = {"pareto": pareto_figure(sweep), "sensitivity": sensitivity_heatmap(sweep.sensitivity)}
+    figures = {"pareto.png": pareto_figure(sweep), "sensitivity.png": sensitivity_heatmap(sweep.sensitivity)}
     if predicted_and_measured(sweep.results):
-        figures["prediction"] = prediction_figure(sweep)
+        figures["prediction.png"] = prediction_figure(sweep)
     if sweep.best:
-        figures["types"] = types_heatmap(sweep.best.plan)
+        figures["types.png"] = types_heatmap(sweep.best.plan)
     if budgets := [result.plan for result in sweep.by_size if result.plan.policy == "budget"]:
-        figures["budgets"] = plans_heatmap(budgets)
+        figures["budgets.png"] = plans_heatmap(budgets)
     return figures
 
 

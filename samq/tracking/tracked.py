@@ -1,6 +1,8 @@
 """Where a sweep is to be tracked, and where it is then to be found: links that answer what people ask."""
 
 import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -49,6 +51,7 @@ class TrackedSweep:
     model_version: str | None = None
     not_registered: str | None = None  # why the best is not, though a name for it was given
     flow_run_id: str | None = None
+    types_figure: str | None = None  # the figure of the plans' types, of those in the artifacts' folder `figures`
 
     def links(self, mlflow: str, prefect: str | None = None) -> dict[str, str]:
         """What a page answers -> its address, on the servers at these addresses."""
@@ -62,8 +65,9 @@ class TrackedSweep:
             "charts": f"{view}&compareRunsMode=CHART",
             "compare": f"{mlflow}/#/compare-runs?runs={ids}&experiments=%5B%22{self.experiment_id}%22%5D&{_MODELS}",
             "Pareto plot": f"{run}/artifacts/figures/pareto.png?{_MODELS}",
-            "where the bits went": f"{run}/artifacts/figures/budgets.png?{_MODELS}",
         }
+        if self.types_figure:
+            links["where the bits went"] = f"{run}/artifacts/figures/{self.types_figure}?{_MODELS}"
         if self.registered_model and self.model_version:
             name = quote(self.registered_model)
             links["registered model"] = f"{mlflow}/#/models/{name}/versions/{self.model_version}?{_MODELS}"
@@ -83,6 +87,11 @@ class TrackedSweep:
         return lines
 
 
+def start_page(mlflow: str) -> str:
+    """Address of MLflow's experiments at this server, with the pages for models."""
+    return f"{mlflow}/#/experiments?{_MODELS}"
+
+
 def latest_sweep(client: MlflowClient, tracking_uri: str) -> TrackedSweep | None:
     """The sweep that was tracked last; None if there is none."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -94,13 +103,20 @@ def latest_sweep(client: MlflowClient, tracking_uri: str) -> TrackedSweep | None
 def _tracked(client: MlflowClient, tracking_uri: str, parent: Run) -> TrackedSweep:
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
     children = client.search_runs([parent.info.experiment_id], query)
-    name, _, version = parent.data.tags.get(REGISTERED, "").rpartition(" version ")
+    registered = re.fullmatch(r"([^:/]+) version (\d+)", parent.data.tags.get(REGISTERED, ""))  # else it says why not
+    figures = [figure.path.removeprefix("figures/") for figure in client.list_artifacts(parent.info.run_id, "figures")]
     return TrackedSweep(
         tracking_uri=tracking_uri,
         experiment_id=parent.info.experiment_id,
         parent_run_id=parent.info.run_id,
         child_run_ids={child.info.run_name: child.info.run_id for child in children},
-        registered_model=name or None,
-        model_version=version if name else None,
+        registered_model=registered[1] if registered else None,
+        model_version=registered[2] if registered else None,
         flow_run_id=parent.data.tags.get(FLOW_RUN) or None,
+        types_figure=types_figure(figures),
     )
+
+
+def types_figure(figures: Collection[str]) -> str | None:
+    """The figure that shows which types the tensors have: of the budgets' plans, else of the best candidate."""
+    return next((name for name in ("budgets.png", "types.png") if name in figures), None)

@@ -13,14 +13,14 @@ from tests.samq.registered import BEST, NAME, make_home, uri_of
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, empty_database):
-    folder = tmp_path_factory.mktemp("made")
+def home_and_sweep(tmp_path_factory, empty_database):
+    folder = tmp_path_factory.mktemp("tracked")
     return folder / "home", make_home(folder / "home", empty_database, folder / "scratch")
 
 
 @pytest.fixture
-def home(made, tmp_path):
-    return shutil.copytree(made[0], tmp_path / "home")
+def home(home_and_sweep, tmp_path):
+    return shutil.copytree(home_and_sweep[0], tmp_path / "home")
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def store(home):
 
 
 @pytest.fixture
-def gguf(home, made):
-    return home / "store" / "candidate" / made[1].result(BEST).model.sha256 / "model.gguf"
+def gguf(home, home_and_sweep):
+    return home / "store" / "candidate" / home_and_sweep[1].result(BEST).model.sha256 / "model.gguf"
 
 
 def test_a_file_is_known_by_its_aliases_place_and_content(client, gguf):

@@ -36,11 +36,11 @@ def check_registration(client, sweep, tmp_path):
     """What must hold over SQLite and over a server alike."""
     result = sweep.result("threshold-0.2")
     version, run_id = register_result(client, result)
-    found = resolve(client, "llama-3.1", "candidate")
-    assert (found.version, found.run_id) == (version, run_id) == ("1", run_id)
-    assert found.path == result.gguf
-    assert (found.sha256, found.size_bytes) == (result.model.sha256, result.bytes)
-    assert found.plan_digest == result.plan.digest()
+    candidate = resolve(client, "llama-3.1", "candidate")
+    assert (candidate.version, candidate.run_id) == (version, run_id) == ("1", run_id)
+    assert candidate.path == result.gguf
+    assert (candidate.sha256, candidate.size_bytes) == (result.model.sha256, result.bytes)
+    assert candidate.plan_digest == result.plan.digest()
 
     registered = client.get_model_version("llama-3.1", version)
     assert registered.tags["parent_run"] == "the-parent"
@@ -175,7 +175,7 @@ def test_a_version_that_is_no_number_is_one_sentence(sweep, mlflow_uri, version)
     client = connect(mlflow_uri)
     register_result(client, sweep.result("threshold-0.2"))
     with pytest.raises(
-        SamqError, match=r"is no version of llama-3\.1; give a number such as 7, see `samq status llama-3\.1`"
+        SamqError, match=r"is not a version of llama-3\.1; give a number such as 7, see `samq status llama-3\.1`"
     ):
         find_version(client, "llama-3.1", version)
 

@@ -20,7 +20,7 @@ from samq.sweep.selection import Failure, SelectionRule
 from samq.tracking import mlflow_view
 from samq.tracking.registry import connect
 from samq.tracking.sweep_runs import track_sweep
-from samq.tracking.tracked import TrackingSettings
+from samq.tracking.tracked import TrackingSettings, latest_sweep
 from tests.samq.sweeps import check_of, make_sweep
 
 RULE = SelectionRule(max_size_ratio=1.6)
@@ -77,8 +77,8 @@ def tracked_sweep(tmp_path_factory, empty_database):
 
 
 def artifacts(client, run_id, folder=None):
-    found = client.list_artifacts(run_id, folder)
-    return {path for item in found for path in (artifacts(client, run_id, item.path) if item.is_dir else {item.path})}
+    entries = client.list_artifacts(run_id, folder)
+    return {path for item in entries for path in (artifacts(client, run_id, item.path) if item.is_dir else {item.path})}
 
 
 def test_a_sweep_is_a_parent_run_with_a_child_for_each_candidate(sweep, mlflow_uri):
@@ -171,16 +171,16 @@ def test_the_saved_view_shows_this_sweep(few, mlflow_uri):
         tags = client.get_experiment(tracked.experiment_id).tags
         state = json.loads(tags[mlflow_view.TAG])["state"].removeprefix("deflate;")
         view = json.loads(zlib.decompress(base64.b64decode(state)))
-        found = client.search_runs(
+        runs = client.search_runs(
             [tracked.experiment_id], view["searchFilter"], order_by=["metrics.`memory/file_bytes` DESC"]
         )
-        assert [run.info.run_name for run in found] == [*tracked.child_run_ids, "threshold-0.9"]
+        assert [run.info.run_name for run in runs] == [*tracked.child_run_ids, "threshold-0.9"]
         columns = {column.split("`")[1] for column in view["selectedColumns"]}
-        data = found[0].data
+        data = runs[0].data
         logged = data.metrics.keys() | data.tags.keys() | {"plan/threshold", "plan/kept_tensors"}
         assert columns <= logged, "every column of the view is logged"
         parallel, thresholds, size, prediction = view["compareRunCharts"]
-        children = [run.data.metrics for run in found if run.info.status == "FINISHED"]
+        children = [run.data.metrics for run in runs if run.info.status == "FINISHED"]
         assert "plan/threshold" not in parallel["selectedMetrics"], "MLflow would leave out the budget plans"
         assert thresholds["selectedMetrics"][0] == "plan/threshold"
         axes = {"memory/file_bytes", "plan/predicted_kl_nats", "fidelity/mean_kld_nats", "speed/latency_p99_ms"}
@@ -202,7 +202,7 @@ def test_thresholds_have_a_chart_of_their_own():
     view = json.loads(mlflow_view.view_of("parent", 0, [common, common | threshold]))
     state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
     by_bytes, by_threshold, size = state["compareRunCharts"]
-    assert [by_bytes["displayName"], by_threshold["displayName"]] == ["What bytes buy", "What thresholds buy"]
+    assert [by_bytes["displayName"], by_threshold["displayName"]] == ["Metrics by size", "Metrics by threshold"]
     assert size["displayName"] == "Size against fidelity"
     assert set(by_bytes["selectedMetrics"]) == common
     assert set(by_threshold["selectedMetrics"]) == common | threshold
@@ -290,6 +290,19 @@ def test_the_registered_version_of_a_multimodal_model_names_its_vision_part(few,
     assert version.tags["mmproj_sha256"] == file_sha256(tmp_path / "mmproj.gguf")
 
 
+def test_where_the_bits_went_links_to_a_figure_that_exists(tracked_sweep, few, mlflow_uri):
+    client, _, tracked = tracked_sweep
+    assert tracked.types_figure == "budgets.png"
+    without = replace(few, results=tuple(result for result in few.results if result.plan.policy != "budget"))
+    tracked = track(without, settings(mlflow_uri))
+    client = connect(mlflow_uri)
+    latest = latest_sweep(client, mlflow_uri)
+    assert latest and latest.types_figure == tracked.types_figure == "types.png"
+    figure = latest.links("")["where the bits went"].rpartition("/artifacts/")[2].partition("?")[0]
+    assert figure in artifacts(client, latest.parent_run_id)
+    assert "where the bits went" not in replace(tracked, types_figure=None).links("")
+
+
 def test_a_registration_that_fails_costs_nothing_else(few, mlflow_uri):
     tracked = track(few, settings(mlflow_uri, registered_model="org/model"))
     client = connect(mlflow_uri)
@@ -300,6 +313,9 @@ def test_a_registration_that_fails_costs_nothing_else(few, mlflow_uri):
     assert parent.data.tags["samq.registered"] == f"failed: {tracked.not_registered}"
     assert tracked.summary()[-1].startswith("not registered: cannot register")
     assert "org/model" in tracked.summary()[-1] and "registered model" not in tracked.links("")
+    client.set_tag(tracked.parent_run_id, "samq.registered", "failed: the server wants version 7")
+    latest = latest_sweep(client, mlflow_uri)
+    assert latest and latest.registered_model is None
     assert mlflow_view.TAG in client.get_experiment(tracked.experiment_id).tags
 
 
