@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from bench import keep
-from large_model import write_model
+from large_llama import write_model
 from large_rounding import write_gguf
 from setting import conclude
 

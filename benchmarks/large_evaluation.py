@@ -73,7 +73,7 @@ def evaluate(full: Path, files: dict[str, Path], chunks: int, limit: int | None,
     with stages.of("baseline logits") as figures, stages.leaving(limit):
         request = BaselineRequest(gguf=full, sha256="full", tokens=tokens, output=folder, settings=settings)
         in_child(request, work, figures)
-    found = {}
+    evaluations = {}
     for name, path in files.items():
         with stages.of(f"evaluate {name}") as figures, stages.leaving(limit):
             request = EvaluationRequest(
@@ -87,9 +87,9 @@ def evaluate(full: Path, files: dict[str, Path], chunks: int, limit: int | None,
             )
             in_child(request, work, figures)
         evaluation = Evaluation.load(request.output / "evaluation.json")
-        found[name] = evaluation.model_dump(mode="json", include={"metrics", "missing", "environment"})
+        evaluations[name] = evaluation.model_dump(mode="json", include={"metrics", "missing", "environment"})
         kld = evaluation.metrics["fidelity/mean_kld_nats"].value
         print(
             f"{name:26} mean KLD {kld:.5f} nats, layers on the GPU: {evaluation.environment['gpu_layers']}", flush=True
         )
-    return found
+    return evaluations

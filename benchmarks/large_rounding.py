@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ def measure_rounding(
         }
         memory, rounding = replace(memory, folder=work / "going-on-compensate"), NearestRounding(full, matrix)
         pieces = input_moments(model, tokens, layout.weights, batch_size=batch_size, memory=memory)
+        if arguments.blocks_compensated is not None:
+            pieces = takewhile(lambda piece: piece.part < arguments.blocks_compensated, pieces)  # no later block runs
         errors = write_compensated(
             files, rounding, rounding, pieces, work / "errors", everything=True, devices=memory.devices
         )

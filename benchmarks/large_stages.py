@@ -20,10 +20,10 @@ _INTERVAL_S = 0.1
 def peak_rss(process: int | str = "self") -> int:
     """Peak resident memory of a process, with mapped pages of files; 0 if it is gone."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except OSError:
-        found = None
-    return 1024 * int(found[1]) if found else 0
+        match = None
+    return 1024 * int(match[1]) if match else 0
 
 
 def reset_peak_rss() -> None:
@@ -36,7 +36,7 @@ class Stages:
     """Stage -> its figures.
 
     `peak_gpu_bytes` is what torch allocated on the GPU with most. `peak_device_bytes` is all memory of the GPUs, as the driver
-    (NVML) sees it, with CUDA's own share and that of child processes, less what was in use at the start.
+    (NVML) sees it, less what was in use at the start. CUDA's own share and that of child processes count.
     """
 
     def __init__(self, folders: list[Path], *, cuda: bool) -> None:
@@ -45,7 +45,7 @@ class Stages:
         self._ballast_bytes = 0  # of GPU memory that is taken so that less is free
         self._peak_before = 0  # of torch's memory, before the ballast was there
         self._folders, self._cuda = folders, cuda
-        self._free = sum(gpu.free_bytes()) if cuda else 0
+        self._free = sum(gpu.free_gpu_bytes()) if cuda else 0
 
     @contextmanager
     def of(self, name: str) -> Iterator[dict[str, Any]]:
@@ -106,7 +106,7 @@ class Stages:
         figures["disk_peak_bytes"] = 0
         while True:
             figures["disk_peak_bytes"] = max(figures["disk_peak_bytes"], self._disk_bytes())
-            if self._cuda and (free := gpu.free_bytes()):
+            if self._cuda and (free := gpu.free_gpu_bytes()):
                 used = self._free - sum(free) - self._ballast_bytes
                 figures["peak_device_bytes"] = max(figures.get("peak_device_bytes", 0), used)
             if end.wait(_INTERVAL_S):

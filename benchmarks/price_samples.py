@@ -1,7 +1,7 @@
 """Claim: a large tensor's price is known from a sample of its rows, and plans made from samples are as good.
 
-Every tensor with more rows is priced from samples of --rows rows, drawn as samq.allocation.price_rows draws them for tensors of
-over 2^25 weights, which this model need not have. The table has for each size of sample:
+Every tensor with more rows is priced from samples of --rows rows. They are drawn as samq.allocation.price_rows draws them for
+tensors of over 2^25 weights, which this model need not have. The table has for each size of sample:
 
 - the error of a sampled price relative to the exact one, over tensors and types: the median and the largest;
 - the error of the predicted KL of the budget plan at Q4_K_M's bytes;
@@ -11,14 +11,13 @@ over 2^25 weights, which this model need not have. The table has for each size o
 Takes the arguments of quality.py (--samples makes it short) except --bits, --seeds and --repeats, and shares its --work folder.
 """
 
-import json
 import sys
 import time
 from contextlib import contextmanager
 
 import numpy as np
 from bench import Bench, open_bench, parser
-from setting import machine, versions
+from setting import conclude
 
 from samq.allocation import price_rows
 from samq.allocation.prices import plan_cost, price_table
@@ -30,10 +29,11 @@ from samq.sensitivity.fisher import load_fisher
 
 MIXTURE = "Q4_K_M"
 BUDGET = f"size-of:{MIXTURE}"
+LOSS = 0.001  # of the plan's predicted KL, with at least as many rows as SAMQ takes
 
 
 def main() -> None:
-    """Measure, print the table and write it as JSON."""
+    """Measure, print the table and write it as JSON; exits 1 if plans from samples as large as SAMQ's lose more."""
     options = parser(__doc__ or "")
     options.add_argument("--rows", type=int, nargs="+", default=[128, 256, 512, 1024], help="sizes of samples")
     arguments = options.parse_args()
@@ -63,18 +63,20 @@ def main() -> None:
             f"(largest {row['largest_error']:.2%}), the plan's KL by {row['error_of_plan']:+.2%}; "
             f"the plan from them is worse by {row['loss_of_plan']:.3%}"
         )
-    if arguments.json:
-        result = {
-            "samples": rows,
-            "gguf": arguments.gguf.name,
-            "model_bytes": bench.target.full.path.stat().st_size,
-            "types": bench.types,
-            "seed": arguments.seed,
-            "calibration_sequences": bench.costs.sensitivity.samples,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        "samples": rows,
+        "gguf": arguments.gguf.name,
+        "model_bytes": bench.target.full.path.stat().st_size,
+        "types": bench.types,
+        "seed": arguments.seed,
+        "calibration_sequences": bench.costs.sensitivity.samples,
+    }
+    verdicts = {
+        f"{row['rows']} rows: a plan made from them loses at most {LOSS:.1%}": row["loss_of_plan"] <= LOSS
+        for row in rows
+        if row["rows"] >= price_rows.SAMPLED_ROWS
+    }
+    conclude(result, verdicts, arguments.json)
 
 
 def priced(bench: Bench, rows: int | None) -> tuple[PriceTable, float]:

@@ -34,7 +34,12 @@ class Costs:
     @cached_property
     def routing(self) -> Routing:
         """Which experts the calibration text reached too seldom."""
-        return routing(load_fisher(self.sensitivities.path(FISHER_NAME)), load_prices(self.prices).scarce_experts)
+        return routing(load_fisher(self.sensitivities.path(FISHER_NAME)), self.scarce_experts)
+
+    @cached_property
+    def scarce_experts(self) -> dict[str, dict[int, int]]:
+        """Tensor -> number of an expert -> its tokens, if they were too few."""
+        return load_prices(self.prices).scarce_experts
 
     @property
     def tables(self) -> dict[Rounding, PriceTable]:

@@ -34,7 +34,7 @@ class ModelParameters(Parameters):
     """Which model, and in which full precision it is the baseline."""
 
     source: str = Field(
-        description="hub id, folder in Hugging Face's layout, GGUF file, or package:<module>/<file> of an installed package; "
+        description="hub id, folder in Hugging Face's layout, GGUF file, or package:<module>/<file> of an installed package. "
         "rescaled:<GGUF> is the same model with other weights, off the grid of the type it was quantized to"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
@@ -49,8 +49,8 @@ class ModelParameters(Parameters):
     device: str = Field(default="auto", description="auto (all GPUs, else the CPU), cpu, or cuda:0")
     memory_limit: str | None = Field(
         default=None,
-        description="memory of the device that SAMQ counts on for gradients and inputs of layers, such as 20GiB; if it is less "
-        "than twice the model, the model's blocks stay on disk until they run; default: what is free",
+        description="memory of the device that SAMQ counts on for gradients and inputs of layers, such as 20GiB; default: what "
+        "is free. If it is less than twice the model, the model's blocks stay on disk until they run",
     )
 
     @field_validator("memory_limit")
@@ -78,8 +78,8 @@ class CalibrationParameters(Parameters):
     batch_size: int = Field(default=1, ge=1, description="sequences a forward and backward pass")
     labels: Labels = Field(
         default="model",
-        description="tokens that gradients are taken at: drawn from the model (for the true Fisher information, which "
-        "predicts KL), or those of the text (the founding method)",
+        description="tokens that gradients are taken at. model: drawn from the model, for the true Fisher information, which "
+        "predicts KL; text: those of the text, for the empirical Fisher information",
     )
     seed: int = Field(default=0, ge=0, description="of labels drawn from the model")
     first_sequences: int = Field(
@@ -139,15 +139,15 @@ class CandidateParameters(Parameters):
     )
     budgets: tuple[str, ...] = Field(
         default_factory=lambda given: tuple(f"size-of:{mixture}" for mixture in given.get("stock", ())),
-        description="sizes to spend where it helps most: 1500MiB, 4.5bpw, size-of:Q4_K_M (which is then a candidate as "
-        "well), or vram:24GiB@8192; left out: the sizes of all stock mixtures, so that each meets a plan of its size",
+        description="sizes to fill: 1500MiB, 4.5bpw, size-of:Q4_K_M (which is then a candidate as well), or vram:24GiB@8192. "
+        "Default: the sizes of all stock mixtures, so that each is compared with a plan of its size",
     )
     budget_policy: BudgetPolicy = BudgetPolicy()
     ladder: tuple[str, ...] = Field(default=DEFAULT_TYPES, description="types that budgets choose from")
     rounding: Rounding = Field(
         default="compensated",
-        description="of the budgets' plans: compensated (GPTQ on llama-quantize's own scales: errors of a row's weights make "
-        "up for each other, at the same bytes), or nearest (the bytes that llama-quantize writes)",
+        description="of the budgets' plans. compensated: GPTQ on llama-quantize's own scales, where the errors of a row cancel, "
+        "at the same file size; nearest: the bytes that llama-quantize writes",
     )
     thresholds: tuple[float | str, ...] = Field(
         default=(), description="scores above which a block keeps its bits: 0.35, or a quantile of the scores: q0.75"
@@ -159,13 +159,13 @@ class CandidateParameters(Parameters):
     unmeasured_type: str = Field(
         default=UNMEASURED,
         description="type of tensors that are not measured, such as layers for multi-token prediction, which transformers does "
-        "not load; a tensor that is smaller already keeps its type",
+        "not load. A tensor that is smaller already keeps its type",
     )
     keep: Finalists = Field(
         default="all",
-        description="whose files stay when the sweep is over: all; front: the Pareto front of bytes and KL, with the best and "
-        "the stock mixture of its size; best: those two. Full precision and files that an alias points at always stay. A "
-        "file that was dropped is made again when a later run needs it",
+        description="candidates whose files stay after the sweep. front: the Pareto front of bytes and KL, with the best and "
+        "the stock mixture of its size; best: those two; all. Full precision and files that an alias points at always stay. "
+        "A later run that needs a dropped file makes it again",
     )
 
     @field_validator("stock")
@@ -199,7 +199,7 @@ class CandidateParameters(Parameters):
 
     @property
     def compensated(self) -> bool:
-        """Whether there are plans whose rounding errors make up for each other."""
+        """Whether any plan gets compensated rounding, whose errors cancel each other."""
         return bool(self.budgets) and self.rounding == "compensated"
 
     @property
@@ -230,13 +230,13 @@ class BenchmarkParameters(BenchmarkSettings):
     candidates: Finalists = Field(
         default="front",
         description="front: the Pareto front of bytes and KL, with the best and the stock mixture of its size; best: those "
-        "two; all: every candidate; full precision is always among them",
+        "two; all: every candidate. Full precision is always among them",
     )
     margin: float = Field(default=MARGIN, ge=0, description="largest relative loss that counts as none: 0.01 is 1 %")
 
     @property
     def settings(self) -> BenchmarkSettings:
-        """What a task is put with, whomever it is put to."""
+        """Settings shared by all candidates."""
         return BenchmarkSettings(**self.model_dump(include=set(BenchmarkSettings.model_fields)))
 
 

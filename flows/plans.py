@@ -15,13 +15,14 @@ def plan_candidates(
     at: Workspace, inputs: Inputs, costs: Costs, candidates: CandidateParameters, gather: Gather
 ) -> dict[str, Artifact]:
     """Name -> plan."""
-    sensitivity, target = costs.sensitivity, inputs.target
+    sensitivity, target, policy = costs.sensitivity, inputs.target, candidates.policy
+    guarded = policy.guarded(costs.scarce_experts)
     thresholds = [*candidates.thresholds]
     if count := candidates.proposed_thresholds:
-        thresholds += propose_thresholds(at, target, sensitivity, candidates.policy, count)
+        thresholds += propose_thresholds(at, target, sensitivity, policy, count, guarded)
     by_threshold = {
         threshold_name(threshold): plan_threshold.submit(
-            at, target, sensitivity, threshold, candidates.policy, candidates.unmeasured_type
+            at, target, sensitivity, threshold, policy, candidates.unmeasured_type, guarded
         )
         for threshold in thresholds
     }

@@ -88,7 +88,14 @@ def estimate(parameters: RequantizeParameters, progress: Progress = silent) -> R
         gpu = 0 if parameters.evaluation.gpu_layers == 0 else sum(machine.gpus)
         clock = Clock(run, model.dtype, rates, machine.ram, gpu)
         stages = _stages(parameters, plans, clock, machine)
-        needed = resources(machine, stages, outline.download_bytes, is_whole=run.is_whole, is_spread=run.is_spread)
+        needed = resources(
+            machine,
+            stages,
+            outline.download_bytes,
+            is_whole=run.is_whole,
+            is_spread=run.is_spread,
+            two_blocks=2 * run.block,
+        )
         return Requirements(stages, needed)
 
 

@@ -25,7 +25,7 @@ def load_results(
 def require_candidates(evaluations: Mapping[str, Artifact], failures: Sequence[Failure]) -> None:
     """Raises SamqError if the baseline or every other candidate failed: then nothing can be compared."""
     if FULL not in evaluations or len(evaluations) == 1:
-        reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in failures)
+        reasons = "; ".join(f"{'baseline' if one.name == FULL else one.name}: {one.reason}" for one in failures)
         raise SamqError(f"the baseline or every candidate failed ({reasons}); see the logs of this run")
 
 

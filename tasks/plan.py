@@ -32,7 +32,7 @@ def plan_stock(at: Workspace, folder: Path, target: Target, mixture: str) -> Non
     plan.save(folder / PLAN_NAME)
 
 
-@stage("plan", version=5, run_name="plan threshold {threshold}", keyed_by=("toolchain",))
+@stage("plan", version=5, run_name="plan threshold {threshold}", keyed_by=("toolchain",), unless_empty=("guarded",))
 def plan_threshold(
     at: Workspace,
     folder: Path,
@@ -41,9 +41,14 @@ def plan_threshold(
     threshold: float | str,
     policy: ThresholdPolicy,
     unmeasured: str,
+    guarded: dict[str, str],
 ) -> None:
-    """`plan.json`: blocks that score above the threshold keep their bits."""
-    threshold_plan(target.open(at.toolchain), sensitivity, threshold, policy, unmeasured).save(folder / PLAN_NAME)
+    """`plan.json`: blocks that score above the threshold keep their bits.
+
+    `guarded` are the tensors that the policy gives a least type because some of their experts saw too few tokens.
+    """
+    opened = target.open(at.toolchain)
+    threshold_plan(opened, sensitivity, threshold, policy, unmeasured, guarded).save(folder / PLAN_NAME)
 
 
 @stage("plan", version=5, run_name="plan budget {budget}", keyed_by=("toolchain",), packages=("llama-cpp-python",))
@@ -60,7 +65,12 @@ def plan_budget(
 
 @step("propose thresholds")
 def propose_thresholds(
-    at: Workspace, target: Target, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int
+    at: Workspace,
+    target: Target,
+    sensitivity: SensitivityMap,
+    policy: ThresholdPolicy,
+    count: int,
+    guarded: dict[str, str],
 ) -> list[float]:
     """Thresholds at which the plan changes, so that the sweep wastes no candidate."""
-    return thresholds.propose_thresholds(target.open(at.toolchain), sensitivity, policy, count)
+    return thresholds.propose_thresholds(target.open(at.toolchain), sensitivity, policy, count, guarded)

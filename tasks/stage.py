@@ -1,8 +1,8 @@
 """What every stage has in common: cached by content in the store and in Prefect, retried for transient faults only.
 
-A stage is a function `make(at, folder, **inputs)` that writes its files into `folder`. Its key is a digest of the stage's
-name and version, the versions of the packages that shape its output, the content of its inputs (records by their digest,
-artifacts by their files), and what it names of the workspace. A path or a time never enters a key.
+A stage is a function `make(at, folder, **inputs)` that writes its files into `folder`. Its key is a digest of the
+stage's name and version, the versions of the packages that shape its output, and its inputs. Inputs count by content: records by
+their digest, artifacts by their files. What the stage names of the workspace counts, too. A path or a time never enters a key.
 """
 
 import functools
@@ -102,10 +102,12 @@ class ContentCache(CachePolicy):
     version: int = 1
     keyed_by: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    unless_empty: tuple[str, ...] = ()
 
     def artifact_key(self, at: Workspace, inputs: Mapping[str, Any]) -> str:
         """The store's key for these inputs."""
         content = _flat(inputs) | at.contents(self.keyed_by)
+        content = {name: value for name, value in content.items() if value or name not in self.unless_empty}
         return digest_of(
             {
                 "stage": self.stage,
@@ -192,15 +194,17 @@ def stage(
     run_name: str,
     keyed_by: tuple[str, ...] = (),
     packages: tuple[str, ...] = (),
+    unless_empty: tuple[str, ...] = (),
     retries: int = 2,
     goes_on: bool = False,
 ) -> Callable[[Callable[Concatenate[Workspace, Path, P], None]], LocalTask[Concatenate[Workspace, P], Artifact]]:
     """Decorate `make(at, folder, *inputs)` into a task `(at, *inputs) -> Artifact`.
 
-    `keyed_by` names what of the workspace the output depends on (see `Workspace.contents`), `packages` the Python packages. A
-    stage that `goes_on` where a killed one was has a folder for that, `at.scratch`.
+    `keyed_by` names what of the workspace the output depends on (see `Workspace.contents`), `packages` the Python packages. An
+    input named in `unless_empty` is in the key only if it holds something, so that it leaves the keys of before as they were.
+    A stage that `goes_on` where a killed one was has a folder for that, `at.scratch`.
     """
-    policy = ContentCache(stage=name, version=version, keyed_by=keyed_by, packages=packages)
+    policy = ContentCache(stage=name, version=version, keyed_by=keyed_by, packages=packages, unless_empty=unless_empty)
 
     def decorate(
         make: Callable[Concatenate[Workspace, Path, P], None],

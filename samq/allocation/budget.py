@@ -13,7 +13,7 @@ from samq.errors import SamqError
 from samq.gguf.formats import EMBEDDING, MIXTURES, OUTPUT, bits_per_weight, check_type
 from samq.llamacpp.memory import predict_memory
 from samq.records import Plan, Price, PriceTable
-from samq.sensitivity.fisher import ENOUGH_TOKENS
+from samq.sensitivity.fisher import EXPERT_GUARD, EXPERT_GUARD_USE
 
 _NOTHING_NATS = 1e-7  # bytes spent on less in a tensor are wasted: llama.cpp's own rounding of activations costs 1e-4
 _METADATA_BYTES = 16 * 1024  # provenance, importance matrix's values and padding, beside the source's own metadata
@@ -30,11 +30,7 @@ class BudgetPolicy(BaseModel):
     least_type: str | None = Field(
         default=None, description="least type of every tensor, where second order is not to be trusted with fewer bits"
     )
-    expert_guard: str | None = Field(
-        default="Q3_K",
-        description=f"least type of stacked experts some of which saw fewer than {ENOUGH_TOKENS} calibration tokens, too few "
-        "to know their price",
-    )
+    expert_guard: str | None = Field(default=EXPERT_GUARD, description=EXPERT_GUARD_USE)
 
     @field_validator("output_guard", "embedding_guard", "least_type", "expert_guard")
     @classmethod
@@ -52,10 +48,10 @@ class Budget:
 
 
 def parse_budget(text: str, target: OpenTarget) -> Budget:
-    """What a budget as a person writes it comes to, in bytes of tensors.
+    """A written budget in bytes of tensors.
 
-    A size bounds the whole file. `4.5bpw` is bits per weight over all tensors, `size-of:Q4_K_M` the bytes that
-    llama-quantize's mixture has on this model, and `vram:24GiB@8192` leaves room for KV cache and compute buffers at that
+    A size bounds the whole file. `4.5bpw` is bits per weight over all tensors. `size-of:Q4_K_M` is the bytes that
+    llama-quantize's mixture has on this model. `vram:24GiB@8192` leaves room for KV cache and compute buffers at that
     context length. Raises SamqError for anything else.
     """
     written = read_budget(text)
@@ -163,8 +159,8 @@ def why_doubted(plan: Plan, prices: PriceTable) -> str | None:
 def _allowed(name: str, prices: PriceTable, target: OpenTarget, policy: BudgetPolicy) -> dict[str, Price]:
     """The types that the guards leave to a tensor; if they leave none, the one with most bits. Its own type is exact.
 
-    Types larger than the smallest that costs next to nothing are left out, not priced at zero: a plan's KL is then what was
-    minimised, to the last digit, and falls as the budget rises.
+    Types larger than the smallest that costs next to nothing are left out, not priced at zero. So a plan's KL is exactly
+    what was minimised, and falls as the budget rises.
     """
     if name not in prices.tensors:
         raise SamqError(f"there is no price for {name}; price this model's ladder again")

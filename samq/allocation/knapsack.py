@@ -33,8 +33,8 @@ def solve(options: Options, limit: int) -> Solution:
     """One type a tensor with least summed KL and at most `limit` bytes, which must be possible; exact.
 
     With a price of `rate` nats a byte every tensor chooses for itself, which bounds the least cost from below (Lagrange).
-    The right rate leaves a plan in hand so near that bound that of most tensors only one option can still be in a better
-    plan; dynamic programming over the rest finds the best.
+    The right rate also gives a plan close to that bound. For most tensors only one option can then be in a better plan.
+    Dynamic programming over the rest finds the best.
     """
     names = list(options)
     kinds, sizes, costs, rows = [], [], [], []
@@ -119,8 +119,8 @@ class _Choices:
         """The best plan whose options' summed `excess`, and idle bytes at `rate`, are at most `distance`; and whether
         the search was complete. None: there is none.
 
-        A state is a choice for the tensors so far; it is kept if no other is both smaller and cheaper, and if even the
-        largest options of the tensors to come could bring it within the distance.
+        A state is a choice for the tensors so far. It is kept if no other is both smaller and cheaper, and if the largest
+        options of the other tensors could still reach the distance.
         """
         core = np.flatnonzero(excess <= distance)
         groups = np.split(core, np.flatnonzero(np.diff(self.row[core])) + 1)

@@ -1,6 +1,6 @@
 """Check of a plan's predicted KL: its second-order cost, measured again on samples that did not choose the plan.
 
-The prediction uses the samples that chose the plan, approximates the Fisher information by means over rows and columns,
+The prediction uses the samples that chose the plan. It approximates the Fisher information by means over rows and columns,
 and leaves out the terms between weights. Let g be the gradient of a sequence's summed loss, with labels drawn from the
 model, and dW the plan's rounding error. Three sums over a sequence's gradient estimate the plan's cost, each with more of
 these terms:
@@ -72,8 +72,8 @@ def check_prediction(
         progress: told of the blocks that are done, there and back.
 
     Raises:
-        SamqError: too few sequences, a GGUF of another model or plan, NaN or Inf in it, in a loss or in a gradient, or
-            too little GPU memory.
+        SamqError: too few sequences, a GGUF of another model or plan, or too little GPU memory. Also NaN or Inf in the GGUF,
+            in a loss or in a gradient.
     """
     plan = candidate.plan
     if len(tokens) < 2:

@@ -3,7 +3,7 @@
 Rounding a 70B model to seven types takes a processor more than an hour. A price is a sum over rows of the row's Fisher mean
 times its weighted squared error, and the Fisher means are known. So rows are drawn with probabilities proportional to them
 (Hansen and Hurwitz 1943), one from each of equal parts of their sum. The price is then the sum of all Fisher means times the
-mean error of the drawn rows: what little rows' errors differ is all that is left to chance (benchmarks/price_samples.py).
+mean error of the drawn rows. Only the differences between rows' errors are left to chance (benchmarks/price_samples.py).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Prices: the cost of each tensor in each type, in bytes and in predicted KL.
 
-The rounding error dW is not modelled: some rows at a time are rounded as llama-quantize rounds them, and the difference is
-weighed and forgotten (samq.gguf.nearest). Of a large tensor a sample of rows is taken (samq.allocation.price_rows). With the
+The rounding error dW is not modelled. Some rows at a time are rounded as llama-quantize rounds them, and the difference is
+weighted and dropped (samq.gguf.nearest). Of a large tensor a sample of rows is taken (samq.allocation.price_rows). With the
 Fisher information F (samq.sensitivity.fisher: means over rows and columns), a tensor in a type costs
 
     KL = sum over weights of F dW^2 / 2,  in nats per token,
@@ -34,7 +34,7 @@ from samq.sensitivity.fisher import ENOUGH_TOKENS, Fisher, without_gradient
 
 # A type that lengthens weights by this share or more costs more in a mixture than its prices say, since its errors have one
 # sign. IQ3_S lengthens by 2 to 3 %, and no other type by a thousandth (benchmarks/low_bits.py). Shorter weights do not have
-# this cost: Q3_K shortens by 1 % and Q2_K by 4 %, since a level is the mean of the weights that are rounded to it, and Q3_K
+# this cost. Q3_K shortens by 1 % and Q2_K by 4 %, since a level is the mean of the weights that are rounded to it. Q3_K
 # with its length restored is not better.
 LENGTHENING_LIMIT = 0.01
 # From this KL on, predicted or measured, rounding is no small change and second order fails.
@@ -80,11 +80,11 @@ def price_table(
             for name, kinds in prices.items()
         },
         length_changes=_length_changes(rounding),
-        scarce_experts=_scarce_experts(target, fisher),
+        scarce_experts=scarce_experts(target, fisher),
     )
 
 
-def _scarce_experts(target: OpenTarget, fisher: Mapping[str, Fisher]) -> dict[str, dict[int, int]]:
+def scarce_experts(target: OpenTarget, fisher: Mapping[str, Fisher]) -> dict[str, dict[int, int]]:
     """Tensor -> number of an expert -> its tokens, if they are too few; the importance matrix counts them, if there is one."""
     scarce = without_gradient(fisher)
     counted = expert_tokens(target.imatrix.path, target.quantizable) if target.imatrix else {}
@@ -186,7 +186,7 @@ def ratio_stderr(costs: NDArray[np.float64], tokens: NDArray[np.int64]) -> float
 def sequences_wanted(costs: Iterable[Metric], precision: float, *, measured: int, available: int) -> int:
     """The number of calibration sequences, in all, for which the relative standard error of every cost is `precision`.
 
-    The error of a mean falls with the square root of the number; the result has a tenth more, since the estimate of the
+    The error of a mean falls with the square root of the number. The result has a tenth more, since the estimate of the
     error is itself noisy. Returns `measured` if that is enough, or if fewer than two of the `available` sequences are left:
     a single one has no standard error.
     """

@@ -1,10 +1,10 @@
-"""The threshold policy, the founding method: what scores above the threshold keeps more bits, the rest gets the base."""
+"""The threshold policy: what scores above the threshold keeps more bits, the rest gets the base type."""
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -24,11 +24,13 @@ from samq.gguf.formats import (
 )
 from samq.llamacpp.quantize import mixture_types
 from samq.records import Plan, SensitivityMap, Substitution, Toolchain
+from samq.sensitivity.fisher import EXPERT_GUARD, EXPERT_GUARD_USE
 
 
 class ThresholdPolicy(BaseModel):
     """Parameters of the threshold policy, the threshold itself apart."""
 
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"expert_guard"})  # has no part in plans without scarce experts
     model_config = ConfigDict(frozen=True, extra="forbid")
     keep: str = Field(default="Q8_0", description="type of what scores above the threshold")
     base: str = Field(default="Q4_K_M", description="type or llama-quantize mixture of the rest")
@@ -41,13 +43,18 @@ class ThresholdPolicy(BaseModel):
         description="least type of output.weight, or of token_embd.weight when it is tied to it",
     )
     embedding_guard: str | None = Field(default=None, description="least type of an untied token_embd.weight")
+    expert_guard: str | None = Field(default=EXPERT_GUARD, description=EXPERT_GUARD_USE)
+
+    def guarded(self, scarce: Collection[str]) -> dict[str, str]:
+        """Tensor -> the least type of it, for those with scarce experts, if there is a guard."""
+        return dict.fromkeys(scarce, self.expert_guard) if self.expert_guard else {}
 
     @field_validator("keep")
     @classmethod
     def _known_type(cls, name: str) -> str:
         return check_type(name)
 
-    @field_validator("output_guard", "embedding_guard")
+    @field_validator("output_guard", "embedding_guard", "expert_guard")
     @classmethod
     def _known_guard(cls, name: str | None) -> str | None:
         return check_type(name) if name else None
@@ -64,12 +71,14 @@ def threshold_plan(
     threshold: float | str,
     policy: ThresholdPolicy,
     unmeasured: str = UNMEASURED,
+    scarce: Collection[str] = (),
 ) -> Plan:
     """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
 
     `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. A tensor that was not measured gets the
-    type `unmeasured`, and no tensor a larger type than it has. Guards are applied after,
-    and types that a row length does not allow, or that lack an importance matrix, are replaced, visibly.
+    type `unmeasured`, and no tensor a larger type than it has. `scarce` names stacked tensors with experts that saw too few
+    tokens (`samq.allocation.prices.scarce_experts`): they score low for want of data. Guards are applied after, and types that
+    a row length does not allow, or that lack an importance matrix, are replaced, visibly.
     """
     measured = sensitivity.tensors.keys() & target.quantizable.keys()
     if reason := mostly_unknown(target.quantizable, measured):
@@ -82,6 +91,7 @@ def threshold_plan(
     guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
     if not target.tied:
         guards[EMBEDDING] = policy.embedding_guard
+    guards |= policy.guarded(scarce)
     chosen: dict[str, str] = {}
     for name in target.quantizable:
         requested = policy.keep if name in kept else types[name] if name in measured else unmeasured
@@ -95,7 +105,7 @@ def threshold_plan(
         if swap:
             substitutions[name] = swap
     parameters = {
-        **policy.model_dump(),
+        **policy.model_dump(exclude=None if policy.guarded(scarce) else {"expert_guard"}),
         "threshold": cut,
         "quantile": float(threshold[1:]) if isinstance(threshold, str) else None,
         "kept_tensors": len(kept),
@@ -171,15 +181,20 @@ def _between(low: float, high: float) -> float:
 
 
 def propose_thresholds(
-    target: OpenTarget, sensitivity: SensitivityMap, policy: ThresholdPolicy, count: int
+    target: OpenTarget,
+    sensitivity: SensitivityMap,
+    policy: ThresholdPolicy,
+    count: int,
+    scarce: Collection[str] = (),
 ) -> list[float]:
     """At most `count` thresholds, highest first, whose plans differ and whose sizes rise in about equal steps.
 
-    Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out.
+    Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out. `scarce` is as for
+    `threshold_plan`.
     """
 
     def size(threshold: float) -> int:
-        return threshold_plan(target, sensitivity, threshold, policy).tensor_bytes
+        return threshold_plan(target, sensitivity, threshold, policy, scarce=scarce).tensor_bytes
 
     smallest = size(1.0)
     free: dict[int, float] = {}  # bytes -> the highest threshold that takes them

@@ -11,6 +11,7 @@ from samq.allocation.threshold import ThresholdPolicy
 from samq.errors import SamqError
 from samq.gguf.formats import MIXTURES, NEEDS_IMATRIX, bits_per_weight, check_type, fallback
 from samq.records import Plan
+from samq.sensitivity.fisher import is_stacked
 
 # Without IQ3_S, which lengthens weights by 2 to 3 % where the others shorten them. That costs more than prices without terms
 # between weights predict (samq.allocation.prices.LENGTHENING_LIMIT), so plans with IQ3_S are worse. IQ3_XXS does not lengthen
@@ -48,9 +49,13 @@ def _by_bits(names: Iterable[str]) -> list[str]:
 
 def threshold_types(target: OpenTarget, policy: ThresholdPolicy) -> set[str]:
     """The types that threshold plans of this policy use at any threshold: the type above it, the base's, the guards."""
-    base = set(stock_plan(target, policy.base).types.values()) if policy.base in MIXTURES else {policy.base}
+    is_mixture = policy.base in MIXTURES
+    base = stock_plan(target, policy.base).types if is_mixture else dict.fromkeys(target.quantizable, policy.base)
     guards = {guard for guard in (policy.output_guard, policy.embedding_guard) if guard}
-    return {policy.keep} | base | guards
+    for name, guard in policy.guarded(list(filter(is_stacked, base))).items():
+        if min(map(bits_per_weight, (base[name], policy.keep))) < bits_per_weight(guard):
+            guards.add(guard)
+    return {policy.keep, *base.values(), *guards}
 
 
 def uniform_plan(target: OpenTarget, name: str) -> Plan:

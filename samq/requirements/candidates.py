@@ -9,8 +9,9 @@ from samq.allocation.target import OpenTarget, stock_plan
 from samq.allocation.threshold import ThresholdPolicy
 from samq.allocation.types import uniform_plan
 from samq.errors import SamqError
-from samq.gguf.formats import EMBEDDING, MIXTURES, OUTPUT, bits_per_weight, tensor_bytes
+from samq.gguf.formats import EMBEDDING, MIXTURES, OUTPUT, bits_per_weight, fallback, tensor_bytes
 from samq.records import Plan
+from samq.sensitivity.fisher import is_stacked
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def of_threshold(target: OpenTarget, policy: ThresholdPolicy, kept: float) -> Ca
     most = uniform_plan(target, policy.keep)
     output = target.tensors[EMBEDDING if target.tied else OUTPUT]
     guard = tensor_bytes(policy.output_guard, output.shape) if policy.output_guard else 0
+    for name, kind in policy.guarded(list(filter(is_stacked, base.types))).items():  # all may have scarce experts
+        shape = target.tensors[name].shape
+        guard += max(0, tensor_bytes(fallback(kind, shape[-1]), shape) - tensor_bytes(base.types[name], shape))
     rise = max(0, most.tensor_bytes - base.tensor_bytes)
     return CandidateSize(base.tensor_bytes + guard + int(kept * rise), _of_plan(target, base).weights)
 

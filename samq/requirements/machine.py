@@ -80,7 +80,13 @@ def _present(folder: Path) -> Path:
 
 
 def resources(
-    machine: Machine, stages: Sequence[StageNeeds], download: int, *, is_whole: bool = False, is_spread: bool = False
+    machine: Machine,
+    stages: Sequence[StageNeeds],
+    download: int,
+    *,
+    is_whole: bool = False,
+    is_spread: bool = False,
+    two_blocks: int = 0,
 ) -> list[Resource]:
     """The peaks of all stages.
 
@@ -90,6 +96,7 @@ def resources(
         download: bytes that the hub still has to give.
         is_whole: whether all weights are in memory; else the model's blocks wait until they run.
         is_spread: whether they are on all GPUs; else the first needs the most.
+        two_blocks: bytes of the largest block, twice: the next one comes while one runs.
     """
     needs = [_of_memory("RAM", stages, [machine.python + stage.taken.ram for stage in stages], machine.ram)]
     if machine.gpus:
@@ -98,6 +105,8 @@ def resources(
         if is_whole:
             limit = "set model.memory_limit to a smaller size, so that the model's blocks stay on disk until they run"
             gpu = replace(gpu, advice=limit)
+        elif two_blocks > free:
+            gpu = replace(gpu, advice=_TWO_BLOCKS.format(two_blocks / 2**30))
         needs.insert(0, gpu)
     kept, peaks = download if machine.cache_disk is None else 0, []
     for stage in stages:
@@ -121,6 +130,10 @@ def _of_memory(name: str, stages: Sequence[StageNeeds], needed: Sequence[int], f
 
 _SMALLER_BATCHES = "lower calibration.batch_size or calibration.sequence_tokens"
 _LAYERS_THAT_FIT = "leave evaluation.gpu_layers out, so that llama.cpp has as much on the GPU as fits"
+_TWO_BLOCKS = (
+    "a block with all its experts and the next one take {:.1f} GiB, so use a GPU with more memory, set model.dtype to bfloat16, "
+    "or set model.device to cpu"
+)
 _NO_MATRICES = "set candidates.rounding to nearest, which needs no Gram matrices"
 _ADVICE = {
     **dict.fromkeys(("calibrate", "check", "agreement"), _SMALLER_BATCHES),

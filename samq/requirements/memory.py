@@ -2,9 +2,9 @@
 
 They were compared with what torch allocated on an H200 (benchmarks/large_model.py). Gradients of 8B in memory: 30.2 GiB by
 the formula, 29.8 measured. A 70B shape from disk: gradients 8.9 and 8.5, inputs of layers 12.1 and 12.0, compensation 13.5 and
-12.6; the driver saw up to 17.1 in use. On a processor, beside Python itself: gradients of 135M in memory 1.3 and 1.4, and of
-2B from disk 0.8 and 0.9. They are for transformers of linear layers; what a model keeps beside those (states of Mamba, windows
-of attention) they do not know.
+12.6. The driver saw up to 17.1 in use. On a processor, beside Python itself: gradients of 135M in memory 1.3 and 1.4, and of
+2B from disk 0.8 and 0.9. The formulas are for transformers of linear layers. They do not know what a model keeps beside those
+(states of Mamba, windows of attention).
 """
 
 import math
@@ -168,7 +168,7 @@ def gradients(run: TorchRun, sequences: int) -> Taken:
     """Backward passes over all sequences (`samq.sensitivity.backpropagation`).
 
     Autograd keeps what enters and leaves the layers, and backward has as much again in gradients. By blocks that is of one
-    block, and the slopes of all sequences are on the device; the states before each block lie on disk, or on the GPU if the
+    block, and the slopes of all sequences are on the device. The states before each block lie on disk, or on the GPU if the
     model and they fit. Whole, on a processor, it is of all blocks, with logits, their gradient and two copies of both.
     """
     depth, positions = len(run.outline.blocks), sequences * run.sequence_tokens

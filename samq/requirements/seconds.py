@@ -1,7 +1,7 @@
 """How long stages take, extrapolated: what they compute, read and write, over what this machine does in a second.
 
 The products of a pass reach a share of the rate of one large product. On an H200 gradients of 8B in memory reached 0.47,
-and of 20 blocks of a 70B shape from disk 0.54 (benchmarks/large_model.py); on 2 cores the demo's reached 0.8.
+and of 20 blocks of a 70B shape from disk 0.54 (benchmarks/large_model.py). On 2 cores the demo's reached 0.8.
 Inputs of layers and llama.cpp reached 0.4 to 0.5 in the demo.
 """
 

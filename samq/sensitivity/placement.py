@@ -18,7 +18,7 @@ from samq.sensitivity.blocks import block_list, cannot_run
 from samq.sensitivity.memory import compute_devices, free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk, stored_of
 
-# The memory that a model needs to stay there while it is measured, in shares of its weights: Gram matrices, activations and
+# The memory that a model needs to stay there while it is measured, in shares of its weights. Gram matrices, activations and
 # hidden states took 0.5 to 1.6 times the weights on a GPU (8B, and 4 blocks of 70B).
 WHOLE_SHARE = 2.0
 LEAST_SHARE = 1.25  # of a model that does not come apart: its weights, and what a batch takes at least
@@ -43,6 +43,9 @@ def placement(
         elsewhere: where the blocks wait: disk, or cpu beside a GPU.
         limit: bytes of each device's memory that the measurement may take; None for what is free.
         share: the memory that a model needs to be on the device, in shares of its weights.
+
+    Raises:
+        SamqError: the model does not fit, and has no blocks that could wait, or a GPU does not hold two of them.
     """
     size, room = bytes_of(skeleton.parameters()) * share, _room(device, limit)
     if device == "auto" and size <= room[0]:
@@ -55,8 +58,20 @@ def placement(
         if share > LEAST_SHARE:
             return placement(skeleton, device, elsewhere, limit, LEAST_SHARE)
         raise cannot_run(skeleton, reason) from reason
+    if gpus := [free_bytes(place) for place in compute_devices(device) if place.type == "cuda"]:
+        require_room_for_blocks(skeleton, layers, min(gpus))
     names = {module: name for name, module in skeleton.named_modules()}
     return _beside(skeleton, names[layers], {"auto": _FIRST}.get(device, device), elsewhere)
+
+
+def require_room_for_blocks(skeleton: PreTrainedModel, layers: nn.ModuleList, room: int) -> None:
+    """Raise SamqError if a device with `room` bytes does not hold a block and the next one, each with all its experts."""
+    needed = 2 * max(bytes_of(layer.parameters()) for layer in layers)
+    if needed > room:
+        raise SamqError(
+            f"a block of {type(skeleton).__name__} and the next one take {needed / 2**30:.1f} GiB of the GPU, which has "
+            f"{room / 2**30:.1f} GiB free; use a GPU with more memory, a smaller type (bfloat16), or the CPU (device)"
+        )
 
 
 def _beside(module: nn.Module, blocks: str, device: str, elsewhere: str, prefix: str = "") -> dict[str, str]:

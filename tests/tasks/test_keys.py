@@ -60,7 +60,7 @@ INPUTS = {
     "imatrix": (imatrix, (FULL, TEXT, 512)),
     "calibrate": (calibrate, (MODEL, FIRST, None, Passes(2, "model", 1))),
     "plan_stock": (plan_stock, (TARGET, "Q4_K_M")),
-    "plan_threshold": (plan_threshold, (WITHOUT_IMATRIX, SENSITIVITY, "q0.75", ThresholdPolicy(), "Q8_0")),
+    "plan_threshold": (plan_threshold, (WITHOUT_IMATRIX, SENSITIVITY, "q0.75", ThresholdPolicy(), "Q8_0", {})),
     "plan_budget": (plan_budget, (TARGET, PRICES, "5bpw", BudgetPolicy())),
     "quantize": (quantize, ("p", TARGET, PLAN, PROVENANCE)),
     "baseline": (baseline, (FULL, HELDOUT, SETTINGS)),
@@ -121,6 +121,13 @@ def test_the_list_is_of_all_stages_but_those_that_are_gone_or_made_from_other_in
     assert KEYS.keys() - INPUTS.keys() == GONE | FROM_OTHER_INPUTS.keys()
     for name, (stage, inputs) in FROM_OTHER_INPUTS.items():
         assert key_of(stage, inputs) != KEYS[name]
+
+
+def test_only_scarce_experts_give_a_threshold_plan_another_key():
+    stage, inputs = INPUTS["plan_threshold"]
+    others = [(*inputs[:-1], {"blk.0.ffn_up_exps.weight": kind}) for kind in ("Q3_K", "Q4_K")]
+    assert key_of(stage, inputs) == key_of(stage, inputs, without={"guarded"})
+    assert len({key_of(stage, other) for other in (inputs, *others)}) == 3
 
 
 def test_auto_and_the_device_that_it_stands_for_are_one_calibration(monkeypatch):

@@ -151,14 +151,14 @@ def test_sizes_are_read_to_the_last_byte():
 def loadable(toolchain, tmp_path_factory):
     """Whether embeddings are tied -> a model that llama.cpp can load, and prices of its tensors."""
     folder = tmp_path_factory.mktemp("loadable")
-    made = {}
+    cases = {}
     for tied in (False, True):
         path = folder / f"{tied}.gguf"
         write_tiny_gguf(path, vocabulary=260, tied=tied, add_tokenizer=lambda writer: add_byte_vocabulary(writer, None))
         target = OpenTarget.open(path, toolchain)
         assert target.tied == tied
-        made[tied] = target, random_prices(target)
-    return made
+        cases[tied] = target, random_prices(target)
+    return cases
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

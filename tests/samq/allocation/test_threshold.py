@@ -1,4 +1,5 @@
 import pytest
+from gguf import GGMLQuantizationType
 
 from samq.allocation.target import OpenTarget, stock_plan
 from samq.allocation.threshold import (
@@ -10,10 +11,12 @@ from samq.allocation.threshold import (
     threshold_name,
     threshold_plan,
 )
+from samq.allocation.types import threshold_types
 from samq.errors import SamqError
 from samq.llamacpp.quantize import quantize
 from samq.records import SensitivityMap, TensorSensitivity
-from tests.conftest import write_tiny_gguf
+from samq.requirements.candidates import of_threshold
+from tests.conftest import write_stacked_gguf, write_tiny_gguf
 from tests.samq.tiny_imatrix import write_tiny_imatrix
 
 SCORES = {"token_embd.weight": 1.0, "blk.0.attn_q.weight": 0.5, "blk.1.ffn_up.weight": 0.3, "blk.1.attn_v.weight": 0.31}
@@ -200,6 +203,28 @@ def test_a_tensor_that_was_not_measured_is_safe(target, sensitivity):
     others = {other: tensor for other, tensor in sensitivity.tensors.items() if other != name}
     plan = threshold_plan(target, sensitivity.model_copy(update={"tensors": others}), 0.4, ThresholdPolicy())
     assert plan.types == threshold_plan(target, sensitivity, 0.4, ThresholdPolicy()).types | {name: "Q8_0"}
+
+
+def test_experts_that_saw_few_tokens_get_no_small_type_for_want_of_data(toolchain, tmp_path):
+    target = OpenTarget.open(write_stacked_gguf(tmp_path / "full.gguf", GGMLQuantizationType.F16), toolchain)
+    sensitivity, policy = sensitivity_of(target), ThresholdPolicy(base="Q2_K")
+    gate, down = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_down_exps.weight"
+    known = threshold_plan(target, sensitivity, 1.0, policy)
+    assert known.types[gate] == "Q2_K" and "expert_guard" not in known.parameters
+    plan = threshold_plan(target, sensitivity, 1.0, policy, scarce=[gate])
+    assert plan.types == known.types | {gate: "Q3_K"} and plan.parameters["expert_guard"] == "Q3_K"
+    stronger, unguarded = (ThresholdPolicy(base="Q2_K", expert_guard=guard) for guard in ("q6_K", None))
+    both = threshold_plan(target, sensitivity, 1.0, stronger, scarce=[gate, down])
+    assert both.types == known.types | {gate: "Q6_K", down: "Q8_0"}
+    assert (both.substitutions[down].requested, both.substitutions[down].used) == ("Q6_K", "Q8_0")
+    assert threshold_plan(target, sensitivity, 1.0, unguarded, scarce=[gate]) == known
+    assert threshold_plan(target, sensitivity, 0.0, policy, scarce=[gate]).types[gate] == "Q8_0"
+    assert threshold_types(target, policy) - threshold_types(target, unguarded) == {"Q3_K"}
+    assert threshold_types(target, ThresholdPolicy(base="Q4_K")) == {"Q8_0", "Q4_K"}
+    assert (
+        of_threshold(target, policy, 0.0).bytes
+        >= threshold_plan(target, sensitivity, 1.0, policy, scarce=[gate, down]).tensor_bytes
+    )
 
 
 @pytest.mark.parametrize("parameters", [{"keep": "Q9"}, {"base": "Q4_K_X"}, {"output_guard": "nothing"}])

@@ -23,25 +23,25 @@ def machine(tmp_path, **free):
     return Machine(device=torch.device("cpu"), folder=tmp_path, **settings | free)
 
 
-def by_name(found):
-    return {resource.name: resource for resource in found}
+def by_name(needs):
+    return {resource.name: resource for resource in needs}
 
 
 def test_the_peaks_are_of_memory_the_largest_stage_and_of_the_disk_what_is_there_at_once(tmp_path):
-    found = by_name(resources(machine(tmp_path), STAGES, download=0))
-    assert list(found) == ["GPU memory", "RAM", "disk"]
-    assert (found["GPU memory"].needed, found["GPU memory"].stage) == (20, "compensate")
-    assert (found["RAM"].needed, found["RAM"].stage) == (4 + 9, "calibrate")
-    assert (found["disk"].needed, found["disk"].stage) == (100 + 70, "calibrate")
-    assert all(resource.suffices for resource in found.values())
+    needs = by_name(resources(machine(tmp_path), STAGES, download=0))
+    assert list(needs) == ["GPU memory", "RAM", "disk"]
+    assert (needs["GPU memory"].needed, needs["GPU memory"].stage) == (20, "compensate")
+    assert (needs["RAM"].needed, needs["RAM"].stage) == (4 + 9, "calibrate")
+    assert (needs["disk"].needed, needs["disk"].stage) == (100 + 70, "calibrate")
+    assert all(resource.suffices for resource in needs.values())
     later = [*STAGES, StageNeeds("evaluate", "", Taken(kept=20), 1.0)]
     assert by_name(resources(machine(tmp_path), later, download=0))["disk"].needed == 180
 
 
 def test_the_first_gpu_counts_unless_the_weights_are_on_all(tmp_path):
     for is_spread, free in ((False, 24), (True, 34)):
-        found = resources(machine(tmp_path), STAGES, download=0, is_whole=True, is_spread=is_spread)
-        assert by_name(found)["GPU memory"].free == free
+        needs = resources(machine(tmp_path), STAGES, download=0, is_whole=True, is_spread=is_spread)
+        assert by_name(needs)["GPU memory"].free == free
 
 
 def test_what_the_hub_still_has_to_give_needs_room_on_its_disk(tmp_path):
@@ -56,13 +56,16 @@ def test_what_the_hub_still_has_to_give_needs_room_on_its_disk(tmp_path):
 
 
 def test_what_does_not_suffice_says_what_to_do(tmp_path):
-    found = by_name(resources(machine(tmp_path, gpus=(7, 99), ram=12, disk=169), STAGES, download=0))
-    assert not any(resource.suffices for resource in found.values())
-    assert "candidates.rounding to nearest" in found["GPU memory"].advice
-    assert "calibration.batch_size" in found["RAM"].advice
-    assert "SAMQ_HOME" in found["disk"].advice
+    needs = by_name(resources(machine(tmp_path, gpus=(7, 99), ram=12, disk=169), STAGES, download=0))
+    assert not any(resource.suffices for resource in needs.values())
+    assert "candidates.rounding to nearest" in needs["GPU memory"].advice
+    assert "calibration.batch_size" in needs["RAM"].advice
+    assert "SAMQ_HOME" in needs["disk"].advice
     whole = by_name(resources(machine(tmp_path, gpus=(7,)), STAGES, download=0, is_whole=True))
     assert "model.memory_limit" in whole["GPU memory"].advice
+    for two_blocks, advice in ((7, "candidates.rounding"), (8, "a block with all its experts and the next one take")):
+        needs = by_name(resources(machine(tmp_path, gpus=(7,)), STAGES, download=0, two_blocks=two_blocks))
+        assert advice in needs["GPU memory"].advice
 
 
 def test_this_machine_without_a_gpu_has_ram_and_the_stores_disk(tmp_path, monkeypatch):

