@@ -1,6 +1,7 @@
 """Torch and llama.cpp are compared before anything is measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,23 @@ def test_a_model_that_amplifies_roundings_is_measured_against_them(at, tmp_path,
     measured = agreement(at, inputs(at, tmp_path, **UNSTABLE), tokens)
     record = json.loads(measured.path(AGREEMENT_NAME).read_text())
     assert 1e-4 < record["median_kld_nats"] < record["limit_nats"] == 10 * record["rounding_kld_nats"]
+
+
+@pytest.mark.parametrize(("dtype", "theta"), [("bfloat16", 8400.0), ("float16", 8200.0)])
+def test_a_model_that_is_a_little_wrong_is_refused_in_two_bytes_too(at, tmp_path, tokens, dtype, theta):
+    """As far from the right one as a Llama 3 whose rotary frequencies are not scaled: 0.006 nats."""
+    model = inputs(at, tmp_path)
+    right = json.loads(agreement(at, replace(model, dtype=dtype), tokens).path(AGREEMENT_NAME).read_text())
+    assert right["median_kld_nats"] < right["limit_nats"] / 5 and right["rounding_kld_nats"] is None
+
+    rope = {"rope_type": "default", "rope_theta": theta}
+    folder = save_folder(tiny_llama(**SHAPE, rope_parameters=rope), tmp_path / "folder")
+    byte_tokenizer().save_pretrained(folder)
+    wrong = TorchModel(describe_source(model.source.gguf, hf_folder=folder), model.full, dtype)
+    with pytest.raises(
+        SamqError, match=rf"lie 0\.00[56]\d* nats apart \(median of 126 tokens in {dtype}; at most 0\.00\d+\)"
+    ):
+        agreement(at, wrong, tokens)
 
 
 @pytest.mark.parametrize("shape", [{}, UNSTABLE], ids=["stable", "unstable"])

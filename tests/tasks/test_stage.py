@@ -34,11 +34,11 @@ from tests.conftest import write_tiny_gguf
 pytestmark = pytest.mark.usefixtures("prefect_home")
 
 
-def make_stage(version=1, made=None):
+def make_stage(version=1, datasets=None):
     @stage("greet", version=version, run_name="greet {text.dataset}")
     def greet(at: Workspace, folder: Path, text: TextSet, loud: bool = False) -> None:
-        if made is not None:
-            made.append(text.dataset)
+        if datasets is not None:
+            datasets.append(text.dataset)
         (folder / "greeting.txt").write_text(" ".join(text.texts) + ("!" if loud else ""))
 
     return greet
@@ -121,11 +121,11 @@ def test_a_damaged_artifact_is_made_again_once(at, damage):
 
 
 def test_what_the_store_has_is_not_made_again_when_prefect_forgot(at):
-    made = []
-    greet = make_stage(made=made)
+    datasets = []
+    greet = make_stage(datasets=datasets)
     greet(at, texts("hello"))
     assert run(greet, at, texts("hello")).name == "Completed"
-    assert made == ["words"]
+    assert datasets == ["words"]
 
 
 def test_a_moved_store_is_found_where_it_is_now(at, tmp_path):
@@ -171,14 +171,14 @@ def test_a_transient_fault_is_tried_again_and_said(at, monkeypatch, caplog):
 
 
 def test_an_artifact_says_what_made_it_and_is_the_same_whatever_made_it(at, toolchain):
-    def made(version):
+    def artifact_of(version):
         @stage("count", version=version, run_name="count", keyed_by=("toolchain",), packages=("numpy",))
         def count(at: Workspace, folder: Path) -> None:
             (folder / "number.txt").write_text("1")
 
         return count(replace(at, toolchain=toolchain))
 
-    one, other = made(1), made(2)
+    one, other = artifact_of(1), artifact_of(2)
     assert one.made_by == {
         "samq": __version__,
         "stage version": "1",
@@ -205,14 +205,14 @@ def test_an_artifact_made_from_others_says_which_llama_cpp_made_those(at, toolch
 
 
 def test_without_a_key_a_stage_fails_and_does_not_run_uncached(at, tmp_path):
-    made = []
+    models = []
 
     @stage("guess", version=1, run_name="guess")
     def guess(at: Workspace, folder: Path, model: Path) -> None:
-        made.append(model)
+        models.append(model)
 
     state = run(guess, at, tmp_path / "model")  # Prefect itself logs what its key function raises
-    assert state.is_failed() and made == []
+    assert state.is_failed() and models == []
     with pytest.raises(TypeError, match="PosixPath has no content to key a cache by"):
         state.result()
 
@@ -295,12 +295,12 @@ def no_server(tmp_path):
 
 
 def test_outside_of_a_flow_run_a_stage_is_a_function_with_the_same_store_and_needs_no_server(at, no_server):
-    made = []
-    greet = make_stage(made=made)
+    datasets = []
+    greet = make_stage(datasets=datasets)
     artifact = greet(at, texts("hello"))
     assert artifact.path("greeting.txt").read_text() == "hello"
     assert greet(at, texts("hello")) == greet.submit(at, texts("hello")).result() == artifact
-    assert made == ["words"], "the store had it"
+    assert datasets == ["words"], "the store had it"
     assert not no_server.exists()
 
 

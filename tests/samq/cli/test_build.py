@@ -9,8 +9,12 @@ from pathlib import Path
 import gguf as gguf_package
 import pytest
 
-from samq.gguf.file import file_sha256
+from samq.allocation.target import OpenTarget, stock_plan
+from samq.gguf.file import file_sha256, read_tensors
+from samq.llamacpp.convert import convert
 from samq.records import Plan
+from samq.sensitivity.checkpoint import describe_source
+from tests.architectures.models import write_model
 from tests.command_line import refused
 from tests.command_line import samq as samq_process
 from tests.conftest import write_tiny_gguf
@@ -93,6 +97,24 @@ def test_a_quantized_file_of_another_model_is_not_compensated(samq, tmp_path, gg
     done = samq("compensate", quantized, "--gguf", other, "--out", tmp_path / "out.gguf")
     assert refused(done, f"q4.gguf was not made from {other}: output.weight (Q6_K) has a squared error of")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_that_transformers_cannot_read_is_compensated_with_its_folder(samq, tmp_path, toolchain):
+    folder, quantized, out = write_model("Gemma", tmp_path / "tiny"), tmp_path / "q4.gguf", tmp_path / "out.gguf"
+    (tmp_path / "full").mkdir()
+    full = convert(describe_source(folder), tmp_path / "full", toolchain)
+    plan = stock_plan(OpenTarget.open(full, toolchain), "Q4_0").save(tmp_path / "plan.json")
+    assert samq("quantize", "--gguf", full, "--plan", plan, "--out", quantized).returncode == 0
+    command = ("compensate", quantized, "--gguf", full, "--samples", 4, "--sequence-tokens", 64, "--out", out)
+
+    assert refused(samq(*command), "from a GGUF of the architecture gemma; give the model's Hugging Face folder")
+    assert not out.exists()
+
+    done = samq(*command, "--model", folder)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"compensated \d+ tensors; their layers keep \d+ % of the output error", done.stderr)
+    assert read_tensors(out) == read_tensors(quantized) and file_sha256(out) != file_sha256(quantized)
 
 
 def test_values_that_compensate_cannot_use_are_refused(samq, tmp_path, gguf):

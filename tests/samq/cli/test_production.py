@@ -68,7 +68,7 @@ def test_status_shows_versions_whose_tags_somebody_edited(samq, llama):
 @pytest.mark.parametrize("version", ["", " ", "latest", "-1"])
 def test_an_empty_version_is_refused_before_anything_starts(samq, llama, version):
     done = samq("promote", "llama", f"--version={version}")
-    assert refused(done, f"{version!r} is no version of llama; give a number such as 7, see `samq status llama`")
+    assert refused(done, f"{version!r} is not a version of llama; give a number such as 7, see `samq status llama`")
     assert llama.get_registered_model("llama").aliases["production"] == 3
 
 
