@@ -1,9 +1,13 @@
 """Claim: compensated rounding of stacked experts needs each expert's own inputs, and those of all where it saw few tokens.
 
-For uniform plans of a mixture of experts the script measures, on held-out text, the mean KLD of nearest rounding, of
-compensation of everything but the experts, and of all with Gram matrices of experts that borrow more or less from that of
-all experts (`samq.sensitivity.moments.BORROWED_TOKENS`, tokens a column). It does so for little and for much calibration text,
-with the same importance matrix for all files of a length of text.
+The script measures the mean KLD of uniform plans of a mixture of experts, on held-out text, for three kinds of rounding:
+
+- to the nearest value;
+- compensation of everything but the experts;
+- compensation of all, with experts' Gram matrices that borrow more or less from that of all experts
+  (`samq.sensitivity.moments.BORROWED_TOKENS`, tokens a column).
+
+It does so for little and for much calibration text, with the same importance matrix for all files of a length of text.
 """
 
 import argparse

@@ -1,14 +1,19 @@
 """Claim: Fisher information as means over rows and over columns predicts and allocates as well as that of single weights.
 
-E[g^2] of every weight is measured once and averaged to coarser grains: blocks of a row, whole rows, rows by columns (the
-product's grain), whole tensors. The script reports for each grain:
+E[g^2] of every weight is measured once and averaged to coarser grains. These are blocks of a row, whole rows, rows by columns
+(the product's grain), whole tensors. The script reports for each grain:
 
 - its size in storage;
-- the rank correlation (Spearman) of predicted and measured KL over the same plans: uniform plans, stock mixtures, and the
-  budget plans of all grains;
-- the budget plan at the bytes of each mixture: its predicted KL; the finest grain's prediction for it, relative to that for
-  the finest grain's own plan; the share of tensors of another type than in that plan; and mean KLD on held-out text, with
-  the paired change against the plan of the product's grain.
+- the rank correlation (Spearman) of predicted and measured KL over uniform plans, stock mixtures, and the budget plans of all
+  grains;
+- the budget plan at the bytes of each mixture.
+
+Of each budget plan it reports:
+
+- its predicted KL;
+- the finest grain's prediction for it, relative to that for the finest grain's own plan;
+- the share of tensors of another type than in that plan;
+- mean KLD on held-out text, with the paired change against the plan of the product's grain.
 
 Weights are rounded to the nearest value, so that plans differ by allocation alone. Takes the arguments of quality.py
 (--samples and --chunks make it short) except --bits, --seeds and --repeats, and shares its --work folder.

@@ -30,7 +30,7 @@ from lm_eval.models.huggingface import HFLM
 from setting import conclude
 
 from samq.allocation.target import OpenTarget, stock_plan
-from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet
+from samq.evaluation.lm_eval.benchmark_tasks import TaskLibrary, quiet_lm_eval
 from samq.evaluation.lm_eval.harness import GgufLM
 from samq.evaluation.settings import BenchmarkSettings
 from samq.files import GGUF_NAME
@@ -161,7 +161,7 @@ def make_ggufs(work: Path) -> dict[str, Path]:
 def task_requests(name: str, limit: int, seed: int) -> list[list[Instance]]:
     """The requests of `limit` items, a list for each item."""
     name, _, examples = name.partition("@")
-    with quiet():
+    with quiet_lm_eval():
         (task,) = TaskLibrary().open(name, BenchmarkSettings(tasks=(name,))).tasks.values()
         if examples:
             task.set_config("num_fewshot", int(examples))

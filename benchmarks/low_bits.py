@@ -1,11 +1,11 @@
 """Claim: below 4 bits the value of a type depends on more than the size of its rounding error, and predictions fail.
 
-For each type the script measures how much it changes the length of weights: the part of the rounding error along the
+For each type the script measures how much it changes the length of weights. That is the part of the rounding error along the
 weights themselves, over the weights. It also compares predicted and measured KL of all tensors at that type. Then it makes
 the budget plan at the bytes of Q3_K_M from the default types, and from these with each further type. A type whose
 errors all have one sign costs more in a mixture than prices without terms between weights say. Last, the script adds budget
-plans from all types at fewer and fewer bits, and sorts all plans by predicted KL: measured over predicted KL shows where
-second order fails. Takes the arguments of quality.py except --bits, --seeds and --repeats, and shares its --work folder.
+plans from all types at fewer and fewer bits, and sorts all plans by predicted KL. Measured over predicted KL shows where second
+order fails. Takes the arguments of quality.py except --bits, --seeds and --repeats, and shares its --work folder.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Claim: at the bytes of llama-quantize's mixtures, with the same importance matrix, SAMQ's plans are closer to F16.
 
-For each mixture the script measures, on held-out text: the mixture itself; the plan of least predicted KL with no more
-bytes, with nearest and with compensated rounding; and the best threshold plan with no more bytes. The flow's own phases
+For each mixture the script measures the mixture and plans with no more bytes, on held-out text. These are the plan of least
+predicted KL, with nearest and with compensated rounding, and the best threshold plan. The flow's own phases
 calibrate, price, build and measure them (benchmarks/bench.py). It measures uniform plans too, so that the rank correlation
 of predicted and measured KL covers all kinds of plan.
 
@@ -9,8 +9,8 @@ In the JSON, `samq` is the compensated plan, and `samq_nearest` shows what alloc
 1 - kld_samq / kld_stock, and `ci_low` and `ci_high` are its 95 % interval, paired by chunk.
 
 The script repeats the plans with --seeds other seeds. A seed determines the calibration sequences and the labels of the
-gradients. `seeds` in the JSON has a row for each: by mixture, the mean KLD (`kld`) and the share of tensors of another type
-than in the first seed's plan (`changed_tensors`). `seed_spread` is, by mixture, the largest mean KLD of all seeds over the
+gradients. `seeds` in the JSON has a row for each. By mixture, it has the mean KLD (`kld`) and the share of tensors of another
+type than in the first seed's plan (`changed_tensors`). `seed_spread` is, by mixture, the largest mean KLD of all seeds over the
 smallest, minus 1; the claim is at most 0.03. Then the script repeats everything from nothing with the first seed, --repeats
 times: plans and bytes must be those of the first run. `verdicts` says of every claim whether it holds; the script exits 1 if
 one does not. Set both options to 0 for a short run.

@@ -1,7 +1,7 @@
 """Claims: `samq serve` keeps 97 % of a bare llama-server's tokens per second, adds under 5 ms, and loses no request.
 
-`samq serve` and a bare llama-server of the same flags run at the same time, and 1, 2, 4 and 8 clients ask one and then the
-other, in changing order, with the same prompts. Each client streams one answer after another. A round gives the tokens per
+`samq serve` and a bare llama-server of the same flags run at the same time. 1, 2, 4 and 8 clients ask one and then the other,
+in changing order, with the same prompts. Each client streams one answer after another. A round gives the tokens per
 second of all clients together, and the median time to the first token. Compared are the medians over the rounds; share
 and delay are those within a round, since a machine's speed changes from one to the next.
 

@@ -37,7 +37,7 @@ class Finding:
 
     name: str
     ok: bool
-    found: str
+    detail: str
     advice: str = ""
 
     @property
@@ -99,7 +99,7 @@ def _demo_package(requirement: Requirement) -> Finding:
     finding = _package(requirement)
     if finding.ok:
         return finding
-    return Finding(finding.name, True, finding.found, f"only for the demo's data: {finding.advice}")
+    return Finding(finding.name, True, finding.detail, f"only for the demo's data: {finding.advice}")
 
 
 def _llama_cpp() -> list[Finding]:
@@ -172,21 +172,21 @@ def _disk(folder: Path, needed_bytes: int) -> Finding:
     """Free space on the disk where `folder` is or will be."""
     present = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(present).free
-    found = f"{free / 1e9:.1f} GB free for {folder}"
+    free_space = f"{free / 1e9:.1f} GB free for {folder}"
     if not os.access(present, os.W_OK):
         return Finding("disk", False, f"{present} cannot be written to", "set SAMQ_HOME to a folder of your own")
     if free < needed_bytes:
         advice = f"free {needed_bytes / 1e9:.0f} GB for the demo, or set SAMQ_HOME to a folder on a larger disk"
-        return Finding("disk", False, found, advice)
-    return Finding("disk", True, found)
+        return Finding("disk", False, free_space, advice)
+    return Finding("disk", True, free_space)
 
 
 def _memory(needed_bytes: int) -> Finding:
     memory = psutil.virtual_memory()
-    found = f"{memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB"
+    free_memory = f"{memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f} GB"
     if memory.available < needed_bytes:
-        return Finding("memory", False, found, f"end other programs: the demo needs {needed_bytes / 1e9:.0f} GB")
-    return Finding("memory", True, found)
+        return Finding("memory", False, free_memory, f"end other programs: the demo needs {needed_bytes / 1e9:.0f} GB")
+    return Finding("memory", True, free_memory)
 
 
 def _gpu() -> Finding:

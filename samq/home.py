@@ -1,7 +1,7 @@
 """The folder of SAMQ's data: `.samq` in the working directory, or `SAMQ_HOME`; and places of files below it.
 
-A place is how MLflow's tags name a file: relative to the SAMQ folder, so that the folder can be moved or copied, or an
-absolute URI if the file is elsewhere.
+A place is how MLflow's tags name a file. It is relative to the SAMQ folder, so that the folder can be moved or copied. If the
+file is elsewhere, it is an absolute URI.
 """
 
 import os

@@ -155,9 +155,9 @@ class TensorSensitivity(BaseModel):
     score: float = Field(description="gradient norm over the largest of the model: 0..1")
     fisher: float | None = Field(
         default=None,
-        description="mean over the weights of the Fisher information: squared gradients of the sequences' summed losses, "
-        "divided by all label tokens, in nats per token per squared weight; fisher.safetensors has the means over rows and "
-        "columns",
+        description="mean of the Fisher information over the weights, in nats per token per squared weight. It is the squared "
+        "gradients of the sequences' summed losses, divided by all label tokens. fisher.safetensors has the means over rows "
+        "and columns",
     )
     sequence_squares: tuple[float, ...] = Field(
         description="for each calibration sequence the squared L2 norm of the gradient of its summed loss"
@@ -307,8 +307,8 @@ class PriceTable(Record):
     tensors: dict[str, TensorPrices]
     length_changes: dict[str, float] = Field(
         default={},
-        description="type -> relative change of the weights' length by rounding to the nearest value: the component of the "
-        "rounding errors along the weights, over all tensors with a price in the type",
+        description="type -> relative change of the weights' length by rounding to the nearest value, over all tensors with a "
+        "price in the type. It is the component of the rounding errors along the weights",
     )
     scarce_experts: dict[str, dict[int, int]] = Field(
         default={},
@@ -322,8 +322,11 @@ class PredictionCheck(Record):
 
     Each figure is a sum over sequences divided by their label tokens, in nats per token, with the standard error of that
     ratio. Let g be the gradient of a sequence's summed loss (labels drawn from the model), and dW the plan's rounding error.
-    A sequence adds the sum over weights of g^2 dW^2 / 2 to `additive`; the sum over tensors of <g, dW>^2 / 2, which includes
-    the terms between the weights of a tensor, to `by_tensor`; and <g, dW>^2 / 2 over all tensors together to `joint`.
+    A sequence adds three terms:
+
+    - to `additive` the sum over weights of g^2 dW^2 / 2;
+    - to `by_tensor` the sum over tensors of <g, dW>^2 / 2, which includes the terms between the weights of a tensor;
+    - to `joint` <g, dW>^2 / 2 over all tensors together.
     """
 
     SCHEMA: ClassVar[str] = "samq.prediction-check/1"

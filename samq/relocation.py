@@ -1,9 +1,9 @@
 """Paths in a SAMQ folder that was moved or copied: they follow, so that the folder uses its own files and no others.
 
-Tags name files by their place (`samq.home`), relative to the folder. MLflow however stores where artifacts are as absolute
-paths (it makes relative ones absolute), and its API cannot change them, so `relocate` rewrites them in its database. Where the
-folder was before follows from the database: from the place that an experiment's tag gives its artifacts, or from runs whose
-artifacts are in this folder, though the database says elsewhere. The names of their folders are unique.
+Tags name files by their place (`samq.home`), relative to the folder. MLflow however stores absolute paths of artifacts (it
+makes relative ones absolute), and its API cannot change them. So `relocate` rewrites them in MLflow's database. The database
+also tells where the folder was. An experiment's tag gives the place of its artifacts. Or runs have their artifacts in this
+folder, though the database says elsewhere. The names of their folders are unique.
 """
 
 import logging

@@ -20,7 +20,7 @@ from samq.llamacpp.process import kill_group
 from samq.relocation import relocate
 
 WORK_POOL = "samq"
-PATIENCE_S = 15
+SERVICE_TIMEOUT_S = 15
 _running: dict[str, subprocess.Popen[bytes]] = {}
 
 
@@ -110,7 +110,7 @@ def _report_ended(api: str, processes: set[int]) -> None:
 
 def _post(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+    with urllib.request.urlopen(request, timeout=SERVICE_TIMEOUT_S) as answer:
         return json.load(answer)
 
 
@@ -172,7 +172,7 @@ def _end(processes: list[psutil.Process]) -> None:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 end(process)
-        _, processes = psutil.wait_procs(processes, timeout=PATIENCE_S)
+        _, processes = psutil.wait_procs(processes, timeout=SERVICE_TIMEOUT_S)
 
 
 def _log(name: str) -> Path:

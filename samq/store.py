@@ -1,8 +1,8 @@
 """Content-addressed store of what the stages made: key -> folder, published whole or not at all.
 
-A stage's key is a digest of everything its output depends on. Its files are made in a temporary folder beside the
-store, listed with their hashes in `artifact.json`, which is written last, and moved into place by one rename: a
-process killed at any moment leaves no folder that could be taken for a whole one.
+A stage's key is a digest of everything its output depends on. Its files are made in a temporary folder beside the store.
+`artifact.json` lists them with their hashes and is written last. One rename moves the folder into place. So a process killed at
+any moment leaves no folder that could be taken for a whole one.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The reference pages of docs/, generated when MkDocs builds the site (a hook of mkdocs.yml).
 
-Commands come from typer, parameters and records from pydantic, the HTTP API from FastAPI's OpenAPI description, and
-metrics from the Prometheus registry, so that no page can disagree with the code.
+Commands come from typer, and parameters and records from pydantic. The HTTP API comes from FastAPI's OpenAPI description, and
+metrics from the Prometheus registry. So no page can disagree with the code.
 """
 
 import json

@@ -21,7 +21,7 @@ log = logging.getLogger("samq.agreement")
 
 @stage(
     "agreement",
-    version=2,
+    version=3,
     run_name="compare torch and llama.cpp on {model.source.name}",
     keyed_by=("device",),
     packages=("torch", "transformers", "llama-cpp-python"),

@@ -13,7 +13,7 @@ from tasks.stage import stage
 
 @stage(
     "convert",
-    version=2,
+    version=3,
     run_name="convert {source.name} to {precision}",
     keyed_by=("toolchain", "converter"),
     packages=("gguf", "transformers"),

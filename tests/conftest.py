@@ -84,32 +84,34 @@ def toolchain():
     return find_toolchain()
 
 
-def write_tiny_gguf(
-    path: Path,
-    *,
-    width=256,
-    hidden=512,
-    blocks=2,
-    vocabulary=64,
-    tied=False,
-    seed=0,
-    context=128,
-    spread=0.02,
-    add_tokenizer=lambda writer: None,
-    rare=(),
-    rope_factors=False,
-    mxfp4=(),
-) -> Path:
-    """A Llama with random weights: all that llama-quantize looks at.
+@dataclass(frozen=True)
+class TinyLlama:
+    """The shape of a Llama of `write_tiny_gguf`."""
 
-    It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones. With
-    `rope_factors` it scales the rotary frequencies, as Llama 3.1 does. Tensors named in `mxfp4` have that type.
+    width: int = 256
+    hidden: int = 512
+    blocks: int = 2
+    vocabulary: int = 64
+    context: int = 128
+    tied: bool = False
+    rope_factors: bool = False  # scales the rotary frequencies, as Llama 3.1 does
+
+
+def write_tiny_gguf(
+    path: Path, *, seed=0, spread=0.02, add_tokenizer=lambda writer: None, rare=(), mxfp4=(), **shape
+) -> Path:
+    """A Llama with random weights, all that llama-quantize looks at; `shape` has fields of `TinyLlama`.
+
+    It has no tokenizer unless one is added, and never says the `rare` tokens when it says the most probable ones. Tensors
+    named in `mxfp4` have that type.
     """
+    llama = TinyLlama(**shape)
+    width, hidden, vocabulary = llama.width, llama.hidden, llama.vocabulary
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(context)
+    writer.add_context_length(llama.context)
     writer.add_embedding_length(width)
-    writer.add_block_count(blocks)
+    writer.add_block_count(llama.blocks)
     writer.add_feed_forward_length(hidden)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -128,7 +130,7 @@ def write_tiny_gguf(
             writer.add_tensor(name, values)
 
     add("token_embd.weight", vocabulary, width)
-    for block in range(blocks):
+    for block in range(llama.blocks):
         add(f"blk.{block}.attn_norm.weight", width)
         add(f"blk.{block}.attn_q.weight", width, width)
         add(f"blk.{block}.attn_k.weight", width // 2, width)
@@ -139,9 +141,9 @@ def write_tiny_gguf(
         add(f"blk.{block}.ffn_up.weight", hidden, width)
         add(f"blk.{block}.ffn_down.weight", width, hidden)
     add("output_norm.weight", width)
-    if rope_factors:
+    if llama.rope_factors:
         add("rope_freqs.weight", width // 4 // 2)  # one for each pair of a head's dimensions
-    if not tied:
+    if not llama.tied:
         output = random.normal(0, spread, (vocabulary, width)).astype(np.float16)
         output[list(rare)] = 0
         writer.add_tensor("output.weight", output)

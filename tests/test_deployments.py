@@ -98,9 +98,9 @@ def test_nightly_runs_once_a_night_in_a_time_zone_and_one_at_a_time():
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_deployment_asks_for_the_disk_that_its_parameters_reckon(name):
-    (asked,) = [deployment["description"] for deployment in DEPLOYMENTS if deployment["name"] == name]
+    (description,) = [deployment["description"] for deployment in DEPLOYMENTS if deployment["name"] == name]
     reckoned = (ROOT / "deployments" / "parameters" / f"{name}.yaml").read_text()
-    assert re.findall(r"\d+ GB of disk", asked) == re.findall(r"\d+ GB of disk", reckoned) != []
+    assert re.findall(r"\d+ GB of disk", description) == re.findall(r"\d+ GB of disk", reckoned) != []
 
 
 @pytest.mark.slow

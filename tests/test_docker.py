@@ -41,12 +41,12 @@ def copied():
 
 def sent(path):
     """Whether the builder is sent a file: the last pattern that matches it, or a folder that it is in, decides."""
-    found = True
+    is_sent = True
     for line in IGNORE:
         pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
         if any(re.fullmatch(pattern, str(part)) for part in (Path(path), *Path(path).parents)):
-            found = line.startswith("!")
-    return found
+            is_sent = line.startswith("!")
+    return is_sent
 
 
 def test_the_dockerfile_copies_what_the_repository_has_and_the_builder_is_sent():
@@ -229,8 +229,8 @@ def compose_command():
         return plugin, False
     if shutil.which("docker-compose") is None:
         return None
-    asked = subprocess.run(["docker-compose", "version", "--short"], capture_output=True, text=True, check=True)
-    return ("docker-compose",), asked.stdout.startswith("1.")
+    answer = subprocess.run(["docker-compose", "version", "--short"], capture_output=True, text=True, check=True)
+    return ("docker-compose",), answer.stdout.startswith("1.")
 
 
 def compose_reads(text, secrets=("SAMQ_API_KEY", "POSTGRES_PASSWORD", "GRAFANA_PASSWORD")):
@@ -260,8 +260,8 @@ def test_docker_compose_accepts_the_file():
     ],
 )
 def test_docker_compose_notices_a_fault(right, wrong, complaint):
-    before, found, after = (FOLDER / "compose.yaml").read_text().rpartition(right)
-    assert found
+    before, separator, after = (FOLDER / "compose.yaml").read_text().rpartition(right)
+    assert separator
     done = compose_reads(before + wrong + after)
     assert done.returncode
     assert complaint in done.stderr

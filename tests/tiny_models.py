@@ -150,9 +150,10 @@ def add_byte_tokenizer(writer, tokenizer, vocab_size, pre="gpt-2", normal=(), ad
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def write_mamba_gguf(path, tokenizer, vocab_size, width=16, inner=32, state=4, rank=2, kernel=4, seed=0):
+def write_mamba_gguf(path, tokenizer, vocab_size):
     """A recurrent model of one block with random weights."""
-    random = np.random.default_rng(seed)
+    width, inner, state, rank, kernel = 16, 32, 4, 2, 4
+    random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "mamba")
     writer.add_context_length(128)
     writer.add_embedding_length(width)

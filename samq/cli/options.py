@@ -52,7 +52,7 @@ Packing = Annotated[
     typer.Option(
         "--packing/--no-packing",
         help="Cut the text into sequences of equal length, or take one sequence per sample. "
-        "[default: cut only a text file without form feeds; --samples then counts sequences]",
+        "If cut, --samples counts sequences. [default: cut only a text file without form feeds]",
     ),
 ]
 SequenceTokens = Annotated[int, typer.Option(min=2, help="Longest sequence, in tokens.")]

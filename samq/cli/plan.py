@@ -1,5 +1,6 @@
 """`samq plan`: a type for each tensor, by budget or by threshold."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,17 +108,21 @@ def _threshold_plan(
     map_path: Path, gguf: Path, threshold: str, options: dict[str, str], unmeasured: str, imatrix: Path | None
 ) -> "Plan":
     """The plan of a threshold, printed with other thresholds that change it; `options` are the policy's."""
+    from samq.allocation.prices import scarce_experts
     from samq.allocation.target import OpenTarget
     from samq.allocation.threshold import ThresholdPolicy, threshold_plan
     from samq.llamacpp.toolchain import find_toolchain
     from samq.records import SensitivityMap
+    from samq.sensitivity.fisher import load_fisher
 
     policy = validated(ThresholdPolicy, **options)
-    sensitivity = SensitivityMap.load(map_path)
+    sensitivity, fisher_path = SensitivityMap.load(map_path), fisher_beside(map_path)
+    fisher = load_fisher(fisher_path) if fisher_path.exists() else {}
     with bar(f"plan {gguf.name}"):
         target = OpenTarget.open(gguf, find_toolchain(), imatrix)
-        chosen = threshold_plan(target, sensitivity, _number(threshold), policy, unmeasured)
-        alternatives = _other_thresholds(target, sensitivity, policy)
+        scarce = scarce_experts(target, fisher)
+        chosen = threshold_plan(target, sensitivity, _number(threshold), policy, unmeasured, scarce)
+        alternatives = _other_thresholds(target, sensitivity, policy, scarce)
     kept, groups = chosen.parameters["kept_tensors"], chosen.parameters["kept_groups"]
     console.print(
         f"threshold {chosen.parameters['threshold']:.4g} keeps {kept} of {len(chosen.types)} tensors "
@@ -125,19 +130,23 @@ def _threshold_plan(
         f"{chosen.tensor_bytes / 1e6:.1f} MB, {chosen.bits_per_weight:.2f} bits per weight",
         highlight=False,
     )
+    if guard := chosen.parameters.get("expert_guard"):
+        console.print(f"{len(scarce)} tensors have experts that saw few tokens, and at least {guard}", highlight=False)
     console.print(alternatives)
     return chosen
 
 
-def _other_thresholds(target: "OpenTarget", sensitivity: "SensitivityMap", policy: "ThresholdPolicy") -> Table:
+def _other_thresholds(
+    target: "OpenTarget", sensitivity: "SensitivityMap", policy: "ThresholdPolicy", scarce: Collection[str]
+) -> Table:
     """Some thresholds at which the plan changes, with the size of each plan."""
     from samq.allocation.threshold import change_points, propose_thresholds, threshold_plan
 
     count = len(change_points(sensitivity, target.quantizable, policy.grouping))
     title = f"{count} thresholds change the plan, for example:"
     table = Table("threshold", "kept", "MB", "bits per weight", title=title)
-    for threshold in propose_thresholds(target, sensitivity, policy, 6):
-        other = threshold_plan(target, sensitivity, threshold, policy)
+    for threshold in propose_thresholds(target, sensitivity, policy, 6, scarce):
+        other = threshold_plan(target, sensitivity, threshold, policy, scarce=scarce)
         size = f"{other.tensor_bytes / 1e6:.1f}"
         table.add_row(f"{threshold:g}", str(other.parameters["kept_tensors"]), size, f"{other.bits_per_weight:.2f}")
     return table

@@ -17,8 +17,8 @@ _BYTES_ON_DISK = "huggingface_hub.snapshot_download"
 def bytes_told_to(progress: Progress) -> type[HubBar]:
     """Return a `tqdm_class` for `huggingface_hub.snapshot_download` that draws nothing and tells `progress` of bytes.
 
-    `progress` is called with the bytes that are on disk and the bytes of all files whose download has begun, at most ten
-    times a second and once at the end; with nothing if HF_HUB_DISABLE_PROGRESS_BARS is set.
+    `progress` gets the bytes that are on disk, and the bytes of all files whose download has begun. It is called at most ten
+    times a second and once at the end. It gets nothing if HF_HUB_DISABLE_PROGRESS_BARS is set.
     """
 
     class Bar(HubBar):

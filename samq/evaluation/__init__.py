@@ -1,7 +1,7 @@
 """Measuring one candidate: fidelity, JSON compliance, speed and memory.
 
-A flow runs this in a child process, `python -m samq.evaluation REQUEST.json`: a crash in llama.cpp then takes nothing
-else down, all memory is given back, and the peak of GPU memory is the candidate's own.
+A flow runs this in a child process, `python -m samq.evaluation REQUEST.json`. So a crash in llama.cpp takes nothing else
+down, and all memory is given back. The peak of GPU memory is the candidate's own.
 """
 
 import os

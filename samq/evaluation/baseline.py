@@ -1,8 +1,8 @@
 """The full-precision model's logits on held-out text, computed once and compared with every candidate.
 
-Text is cut into chunks as `llama-perplexity --kl-divergence` cuts it (tools/perplexity/perplexity.cpp of llama.cpp):
-tokenized whole, in pieces of the context length, each starting with BOS if the model adds one; only positions with
-enough text before them (by default the second half of a chunk) are scored.
+Text is cut into chunks as `llama-perplexity --kl-divergence` cuts it (tools/perplexity/perplexity.cpp of llama.cpp). It is
+tokenized whole and cut into pieces of the context length. Each starts with BOS if the model adds one. Only positions with
+enough text before them are scored, by default the second half of a chunk.
 """
 
 import hashlib

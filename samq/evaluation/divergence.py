@@ -5,10 +5,11 @@ For a scored position with the baseline's distribution P and the candidate's Q o
     KLD = sum over v of P(v) (ln P(v) - ln Q(v)), in nats
     delta p = Q(t) - P(t), with t the token that follows in the text
 
-The statistics are those of `llama-perplexity --kl-divergence`, under its names. Three things differ: it keeps the
-baseline as 16-bit log-probabilities, here they are 32-bit logits; it leaves out of the KLD what the baseline gives less
-than e^-16, here nothing is left out; and its standard errors take all tokens as independent, here they allow for the
-likeness of the tokens of one chunk.
+The statistics are those of `llama-perplexity --kl-divergence`, under its names. Three things differ:
+
+- The program keeps the baseline as 16-bit log-probabilities. SAMQ keeps 32-bit logits.
+- The program leaves tokens out of the KLD if the baseline gives them less than e^-16. SAMQ leaves out none.
+- The program's standard errors take all tokens as independent. SAMQ's allow for the likeness of the tokens of one chunk.
 """
 
 from collections.abc import Iterable
@@ -39,11 +40,11 @@ def measure_divergence(
 ) -> tuple[dict[str, Metric], pd.DataFrame]:
     """Compare a candidate with the baseline in folder `baseline`, one chunk at a time.
 
-    `sha256` is the candidate's. If the baseline is of that very file, its logits are the candidate's and are not computed
-    a second time, unless the candidate's KV cache is of another type than the baseline's.
+    `sha256` is the candidate's. If the baseline is of that very file, its logits are the candidate's. They are computed a
+    second time only if the candidate's KV cache has another type than the baseline's.
 
-    Returns the metrics (`fidelity/...`) and a row for each scored token: chunk, position (of that token in its chunk),
-    token, kld, nll, nll_base (nats), delta_p, same_top. Raises SamqError if the baseline is of other tokens or another
+    Returns the metrics (`fidelity/...`) and a row for each scored token. A row has chunk, position (of that token in its
+    chunk), token, kld, nll, nll_base (nats), delta_p, same_top. Raises SamqError if the baseline is of other tokens or another
     vocabulary, or damaged, and if the candidate's logits are not finite.
     """
     expected = open_baseline(baseline, chunks, settings, model.vocab_size)

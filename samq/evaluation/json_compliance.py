@@ -1,9 +1,9 @@
 """JSON compliance: how often a model that is asked for JSON of a schema answers with exactly that.
 
-Decoding is greedy and unconstrained: no grammar helps, because it is the model that is measured. An answer counts as
-valid when all of it, white space around it apart, is one JSON value (RFC 8259: no NaN, no comments, no code fence, no
-words before or after) that the schema (draft 2020-12, formats checked) accepts. What would be valid without the code
-fence around it is counted apart.
+Decoding is greedy and unconstrained: no grammar helps, because it is the model that is measured. A valid answer is one JSON
+value that the schema accepts (draft 2020-12, formats checked), apart from white space around it. JSON is that of RFC 8259:
+no NaN, no comments, no code fence, no words before or after. What would be valid without the code fence around it is counted
+apart.
 """
 
 import json
@@ -58,9 +58,13 @@ def json_room(model: Model, prompts: Sequence[JsonPrompt], settings: EvaluationS
 def is_settled(answer: str) -> bool:
     """Whether nothing that could follow would make an answer valid, so that generation can stop.
 
-    True when it starts with what starts neither an object, an array nor a code fence (every schema here asks for an
-    object or an array), when it has a syntax error that no more text mends, and when something else follows the end of
-    the value or the fence. An answer that has just ended is not settled: the model must also end there.
+    It is settled in three cases:
+
+    - It starts with something other than an object, an array or a code fence. Every schema here asks for an object or an array.
+    - It has a syntax error that no more text mends.
+    - Something else follows the end of the value or the fence.
+
+    An answer that has just ended is not settled: the model must also end there.
     """
     text = answer.lstrip()
     if text.startswith(("{", "[")):
@@ -131,8 +135,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _is_broken(text: str) -> bool:
     """Whether the start of an object or array has a syntax error in what is complete, so that going on is no use.
 
-    What may yet become a number, `true`, `false` or `null` (one run of letters, digits and signs at the end), and a string
-    or an escape that is not closed, are not complete.
+    Two things are not complete. One is a run of letters, digits and signs at the end, which may yet become a number, `true`,
+    `false` or `null`. The other is a string or an escape that is not closed.
     """
     try:
         json.loads(text)

@@ -1,9 +1,9 @@
 """The tasks of JSON compliance, and how they are put to a model.
 
-A task's JSON schema is what its answer is checked against. The model is shown its outline instead, in the shape that
-the answer has, `{"name": string, "age": integer 0 to 130}`: small models take a schema for something to copy (of 40
-answers of SmolLM2-135M none fits the schema when shown it, 14 to 17 when shown the outline), and large ones
-understand both. Two worked examples come first; all prompts share them, so they cost next to nothing.
+A task's answer is checked against its JSON schema. The model is shown an outline instead, in the shape that the answer has:
+`{"name": string, "age": integer 0 to 130}`. Small models copy a schema, and large ones understand both. Shown the schema,
+SmolLM2-135M gave no valid answer of 40; shown the outline, 14 to 17. Two worked examples come first. All prompts share them, so
+they cost next to nothing.
 """
 
 import json

@@ -79,7 +79,7 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
         if request.baseline is None:
             missing["fidelity"] = "the request names no baseline"
         else:
-            found, tokens = measure_divergence(
+            fidelity, tokens = measure_divergence(
                 model,
                 _chunks(model, token_ids, settings),
                 request.baseline,
@@ -87,11 +87,11 @@ def evaluate(request: EvaluationRequest, report: Report) -> Evaluation:
                 partial(report, "fidelity"),
                 sha256=request.sha256,
             )
-            metrics |= found
+            metrics |= fidelity
             write_table(tokens, request.output / DIVERGENCE_NAME)
         if prompts:
-            found, items = measure_json(model, prompts, settings, partial(report, "json"))
-            metrics |= found
+            validity, items = measure_json(model, prompts, settings, partial(report, "json"))
+            metrics |= validity
             write_table(items, request.output / ANSWERS_NAME)
         else:
             missing["json"] = "the settings ask for no JSON prompts"

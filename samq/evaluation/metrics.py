@@ -1,7 +1,7 @@
 """The metrics that people choose by: their names, and how each is shown.
 
 Every module of this package measures some metrics, named `group/what_unit`, and `measure.py` calls it. A metric reaches MLflow
-without being listed here; listed in `COLUMNS` it is also in the report, on the terminal, and has words for a gate.
+without being listed here. A metric in `COLUMNS` is also in the report and on the terminal, and has words for a gate.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Speed: what one user alone waits for, with the same tokens for every candidate.
 
-A request is a prompt of held-out tokens evaluated at once, followed by greedy decoding of a fixed number of tokens,
-end tokens included, one after the other. Requests differ in their prompts; warm-up requests come first and do not
-count.
+A request is a prompt of held-out tokens evaluated at once, followed by greedy decoding of a fixed number of tokens. End tokens
+count as others. Requests come one after the other and differ in their prompts. Warm-up requests come first and do not count.
 """
 
 from time import perf_counter

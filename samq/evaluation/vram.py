@@ -13,7 +13,7 @@ from samq.errors import SamqError
 from samq.evaluation.metrics import VRAM
 from samq.evaluation.settings import EvaluationSettings
 from samq.llamacpp import gpu
-from samq.llamacpp.fit import SPARE_BYTES, Room, planned_bytes
+from samq.llamacpp.fit import SPARE_BYTES, Room, planned_gpu_bytes
 from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Model
 from samq.records import Evaluation, Metric
@@ -33,7 +33,7 @@ def planned_vram(gguf: Path, share: GpuShare, settings: EvaluationSettings, pred
 
     Raises ToolError if llama.cpp cannot plan it.
     """
-    return planned_bytes(gguf, share, vram_room(settings)) if share.layers > 0 else predicted
+    return planned_gpu_bytes(gguf, share, vram_room(settings)) if share.layers > 0 else predicted
 
 
 def measure_vram(
@@ -56,7 +56,7 @@ def measure_vram(
     outputs = 1 if model.gpu_share.layers < 0 else None  # as it was planned
     with model.context(room.tokens, outputs=outputs, kv_type=room.kv_type, threads=settings.threads) as context:
         if (
-            min(gpu.free_bytes(), default=0) < SPARE_BYTES
+            min(gpu.free_gpu_bytes(), default=0) < SPARE_BYTES
         ):  # CUDA ends the process where computing needs more than there is
             raise SamqError(f"a context of {room.tokens} tokens leaves less than {SPARE_BYTES // 2**20} MiB of a GPU")
         positions = np.arange(len(prompt))

@@ -50,7 +50,7 @@ def as_is(gguf: Path, sha256: str, plan: Plan) -> QuantizedModel:
 def audit(gguf: Path, plan: Plan) -> dict[str, str]:
     """Read a GGUF back and return tensor -> type.
 
-    Raises ToolError if a tensor is missing or has another type than in the plan, if all tensors together have another
+    Raises ToolError if a tensor is missing or has another type than in the plan. Also if all tensors together have another
     size, or if the file's own metadata names another plan.
     """
     tensors = read_tensors(gguf)

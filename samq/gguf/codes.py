@@ -1,7 +1,7 @@
 """The codes of a quantized tensor: read from its blocks, and written back without a change to the scales.
 
-A weight is `scale * level + offset`. Its block gives the scale and the offset; the level is one of the few numbers of
-the type, and the weight's code is the number of that level. A block stores the codes of its weights as bit fields.
+A weight is `scale * level + offset`. Its block gives the scale and the offset. The level is one of the few numbers of the
+type, and the weight's code is the index of that level. A block stores the codes of its weights as bit fields.
 Layouts: ggml/src/ggml-common.h of llama.cpp, and `gguf.quants`, which orders a field's bits the same way. Types whose
 codes stand for several weights at once (IQ3_S, IQ2_XS and the like) do not have such a grid.
 """
@@ -32,7 +32,7 @@ class _Field:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _BlockLayout:
     """Where the codes of a type are in its blocks, and which levels they stand for."""
 
     weights: int
@@ -48,19 +48,19 @@ def _uniform(bits: int) -> tuple[int, ...]:
 
 
 _LAYOUTS = {
-    "Q2_K": _Layout(256, 84, (_Field(16, 64, 32, 2),), _uniform(2)),
-    "Q3_K": _Layout(256, 110, (_Field(32, 64, 32, 2), _Field(0, 32, 32, 1, shift=2)), _uniform(3)),
-    "Q4_K": _Layout(256, 144, (_Field(16, 128, 32, 4),), _uniform(4)),
-    "Q5_K": _Layout(256, 176, (_Field(48, 128, 32, 4), _Field(16, 32, 32, 1, shift=4)), _uniform(5)),
-    "Q6_K": _Layout(256, 210, (_Field(0, 128, 64, 4), _Field(128, 64, 32, 2, shift=4)), _uniform(6)),
-    "IQ4_XS": _Layout(256, 136, (_Field(8, 128, 16, 4),), IQ4_NL.kvalues),
-    "IQ4_NL": _Layout(32, 18, (_Field(2, 16, 16, 4),), IQ4_NL.kvalues),
-    "Q4_0": _Layout(32, 18, (_Field(2, 16, 16, 4),), _uniform(4)),
-    "Q4_1": _Layout(32, 20, (_Field(4, 16, 16, 4),), _uniform(4)),
-    "Q5_0": _Layout(32, 22, (_Field(6, 16, 16, 4), _Field(2, 4, 1, 1, shift=4)), _uniform(5)),
-    "Q5_1": _Layout(32, 24, (_Field(8, 16, 16, 4), _Field(4, 4, 1, 1, shift=4)), _uniform(5)),
+    "Q2_K": _BlockLayout(256, 84, (_Field(16, 64, 32, 2),), _uniform(2)),
+    "Q3_K": _BlockLayout(256, 110, (_Field(32, 64, 32, 2), _Field(0, 32, 32, 1, shift=2)), _uniform(3)),
+    "Q4_K": _BlockLayout(256, 144, (_Field(16, 128, 32, 4),), _uniform(4)),
+    "Q5_K": _BlockLayout(256, 176, (_Field(48, 128, 32, 4), _Field(16, 32, 32, 1, shift=4)), _uniform(5)),
+    "Q6_K": _BlockLayout(256, 210, (_Field(0, 128, 64, 4), _Field(128, 64, 32, 2, shift=4)), _uniform(6)),
+    "IQ4_XS": _BlockLayout(256, 136, (_Field(8, 128, 16, 4),), IQ4_NL.kvalues),
+    "IQ4_NL": _BlockLayout(32, 18, (_Field(2, 16, 16, 4),), IQ4_NL.kvalues),
+    "Q4_0": _BlockLayout(32, 18, (_Field(2, 16, 16, 4),), _uniform(4)),
+    "Q4_1": _BlockLayout(32, 20, (_Field(4, 16, 16, 4),), _uniform(4)),
+    "Q5_0": _BlockLayout(32, 22, (_Field(6, 16, 16, 4), _Field(2, 4, 1, 1, shift=4)), _uniform(5)),
+    "Q5_1": _BlockLayout(32, 24, (_Field(8, 16, 16, 4), _Field(4, 4, 1, 1, shift=4)), _uniform(5)),
     # llama-quantize never writes -128, and some of ggml's kernels negate a value, which int8 cannot do to it.
-    "Q8_0": _Layout(32, 34, (_Field(2, 32, 1, 8),), _uniform(8), signed=True, first=1),
+    "Q8_0": _BlockLayout(32, 34, (_Field(2, 32, 1, 8),), _uniform(8), signed=True, first=1),
 }
 TYPES_WITH_CODES = frozenset(_LAYOUTS)
 
@@ -124,5 +124,5 @@ def _shifts(field: _Field) -> NDArray[np.uint8]:
     return np.arange(0, 8, field.bits, dtype=np.uint8).reshape(1, 1, -1, 1)
 
 
-def _sign(layout: _Layout) -> np.uint8:
+def _sign(layout: _BlockLayout) -> np.uint8:
     return np.uint8(0x80 if layout.signed else 0)

@@ -1,7 +1,7 @@
 """A GGUF's header: read without parsing arrays that nobody asks for, or as bytes that can be written again unchanged.
 
-A vocabulary is hundreds of thousands of strings. gguf's own reader makes two numpy arrays of each, which takes seconds;
-the reader here finds where an array ends and parses its values when they are asked for.
+A vocabulary is hundreds of thousands of strings. gguf's own reader makes two numpy arrays of each, which takes seconds.
+The reader here finds where an array ends and parses its values when they are asked for.
 """
 
 import mmap
@@ -89,8 +89,8 @@ class LazyReader(GGUFReader):
             kind = int(field.parts[4][0])
             if kind not in _TYPE_NUMBERS:
                 raise UnknownTypeError(
-                    f"{field.name} has type {kind}, which is none of ggml's in the gguf package that SAMQ pins: a fork or a "
-                    "newer llama.cpp wrote it"
+                    f"{field.name} has type {kind}, which the pinned gguf package does not know: a fork or a newer "
+                    "llama.cpp wrote it"
                 )
         super()._build_tensors(start_offs, fields)
 

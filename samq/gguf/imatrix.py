@@ -40,7 +40,7 @@ def usable_entries(path: Path, tensors: Mapping[str, TensorInfo]) -> frozenset[s
     """Names of the `tensors` for which an importance matrix has an entry that llama-quantize can use.
 
     The file is a GGUF, or a .dat of an older llama-imatrix. Experts that saw no token are logged; llama-quantize weighs
-    their inputs alike. Raises SamqError if the file cannot be read, if it has entries for none of the tensors, or if an
+    their inputs alike. Raises SamqError if the file cannot be read, or if it has entries for none of the tensors. Also if an
     entry has another length than its tensor's rows, is zero for a whole matrix, or holds negative numbers, NaN or infinity.
     """
     try:
@@ -242,8 +242,10 @@ def _entries(path: Path) -> Iterator[tuple[str, _Entry]]:
 
 
 def _dat_entries(file: BinaryIO) -> Iterator[tuple[str, _Entry]]:
-    """Yield the entries of a .dat: their number, then of each the length of the name, the name, the number of calls, the
-    number of values, and the values. Experts that saw no token have ones there.
+    """Yield the entries of a .dat. Experts that saw no token have ones there.
+
+    The file has the number of entries. Then come, for each: the length of the name, the name, the number of calls, the number of
+    values, and the values.
     """
     left = os.fstat(file.fileno()).st_size
     (count,) = struct.unpack("<i", file.read(4))

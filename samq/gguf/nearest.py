@@ -55,7 +55,7 @@ class NearestRounding:
         return as_float(tensor, self._stored(tensor, rows))
 
     def blocks(self, name: str, kind: str, rows: Rows) -> NDArray[np.uint8]:
-        """Some rows of a tensor in a type: its blocks, (rows, bytes of a row); as they are if the file has it in that type."""
+        """Some rows' blocks in a type, (rows, bytes of a row). They stay as they are if the file has the tensor in that type."""
         tensor = self._tensors[name]
         if tensor.tensor_type.name == kind:
             return self._stored(tensor, rows).view(np.uint8)

@@ -1,7 +1,7 @@
 """A Llama GGUF in another basis: other weights that compute the same function.
 
-Weights dequantized from a quantized GGUF lie on its type's grid, so that type costs them nothing and a sweep over them has
-no trade-off to show. Three changes take them off the grid, and no output changes:
+Weights dequantized from a quantized GGUF lie on its type's grid. That type then costs them nothing, and a sweep over them
+shows no trade-off. Three changes take them off the grid, and no output changes:
 
 - The columns that read a norm's output are multiplied by a scale each, and the norm's weights divided by it.
 - The rows of `attn_v` are multiplied and the columns of `attn_output` that read them divided; `ffn_up` and `ffn_down` alike.

@@ -20,10 +20,10 @@ _ROWS_OF_AN_EXPERT = 4  # at least
 _NEGLIGIBLE = 1e-4
 
 # Type -> the largest squared error of a tensor, or of an expert, as a share of its weights' squares. Zeros have 1.
-# Measured with ggml_quantize_chunk, with and without importance matrices, on 12 distributions (Gauss to t with 2 degrees of
-# freedom, sparse, outlier columns) and on three trained models of 46 to 135 million weights. Gaussian weights have Q8_0 3e-5,
-# Q6_K 3e-4, Q5_K 1e-3, Q4_K 5e-3, Q3_K 0.02, Q2_K 0.07, IQ1_S 0.24 and TQ1_0 0.65; trained tensors at most 2.5 times that, and
-# GPTQ multiplies it by up to 2.8. The limits are over all of these, by 10 to 100 times where 1 leaves room for that.
+# Measured with ggml_quantize_chunk, with and without importance matrices, on three trained models of 46 to 135 million weights.
+# Also on 12 distributions (Gauss to t with 2 degrees of freedom, sparse, outlier columns). Gaussian weights have Q8_0 3e-5,
+# Q6_K 3e-4, Q5_K 1e-3, Q4_K 5e-3, Q3_K 0.02, Q2_K 0.07, IQ1_S 0.24 and TQ1_0 0.65. Trained tensors have at most 2.5 times that,
+# and GPTQ multiplies it by up to 2.8. The limits are over all of these, by 10 to 100 times where 1 leaves room for that.
 LIMITS = {
     **dict.fromkeys(("TQ1_0", "TQ2_0"), 0.95),
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS"), 0.9),

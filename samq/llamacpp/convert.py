@@ -1,5 +1,6 @@
 """Writes a model as a full-precision GGUF, by llama.cpp's converter, and its vision or audio part."""
 
+import logging
 import os
 import re
 import shutil
@@ -11,10 +12,13 @@ from samq.files import GGUF_NAME, MMPROJ_NAME
 from samq.gguf.file import read_tensors
 from samq.gguf.formats import FULL_PRECISION
 from samq.gguf.values import first_not_finite
+from samq.llamacpp.prediction_layers import left_out
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
 from samq.llamacpp.reason import reason_in
 from samq.llamacpp.toolchain import environment, program
 from samq.records import ModelSource, Toolchain
+
+log = logging.getLogger(__name__)
 
 
 def convert(
@@ -29,28 +33,31 @@ def convert(
 
     llama.cpp's converter converts a Hugging Face folder; experts that are published in MXFP4 keep it bit for bit. A
     full-precision GGUF is linked or copied. A quantized GGUF is dequantized, which does not restore what its quantization
-    lost. Raises SamqError for a model that the converter does not support or whose weights are not finite in that precision,
-    and ToolError if a program is missing or fails.
+    lost. The log warns of layers for multi-token prediction that the GGUF lacks. Raises SamqError for a model that the
+    converter does not support or whose weights are not finite in that precision. Raises ToolError if a program is missing or
+    fails.
     """
-    target, log = folder / GGUF_NAME, folder / "convert.log"
+    target, log_path = folder / GGUF_NAME, folder / "convert.log"
     if source.gguf is None:
-        _run_converter(source, ["--outtype", precision.lower()], target, log, toolchain, timeout_s)
+        _run_converter(source, ["--outtype", precision.lower()], target, log_path, toolchain, timeout_s)
     elif _is_full_precision(source.gguf):
         link_or_copy(source.gguf, target)
     else:
         quantize_program = program(toolchain, "llama-quantize")
         command: list[str | Path] = [quantize_program, "--allow-requantize", source.gguf.absolute(), target, precision]
-        run(command, log=log, timeout_s=timeout_s, env=environment(toolchain))
+        run(command, log=log_path, timeout_s=timeout_s, env=environment(toolchain))
     advice = "set model.precision to BF16, or give a GGUF that llama.cpp's converter wrote with --outtype bf16"
     _require_finite(target, source.name, advice)
+    if source.folder is not None and (lack := left_out(source.folder, read_tensors(target), source.gguf is None)):
+        log.warning("the GGUF of %s %s", source.name, lack)
     return target
 
 
 def _require_finite(gguf: Path, model: str, advice: str) -> None:
     """Raise SamqError for weights that are no numbers; `advice` says what to do about those that F16 cannot hold."""
-    if not (found := first_not_finite(gguf)):
+    if not (not_finite := first_not_finite(gguf)):
         return
-    name, is_infinite = found
+    name, is_infinite = not_finite
     if is_infinite and read_tensors(gguf)[name].type == "F16":
         raise SamqError(f"{name} of {model} has weights over 65504, which F16 cannot hold; {advice}")
     raise SamqError(f"{name} of {model} holds NaN or infinity; get the model again, or choose another one")
@@ -66,7 +73,7 @@ def convert_mmproj(
 ) -> Path:
     """Write the vision or audio part of a Hugging Face folder (`precision`: F16 or Q8_0) into `folder`; return its path.
 
-    Raises SamqError if the converter does not know that part, or the folder lacks its weights or the scaling of images, and
+    Raises SamqError if the converter does not know that part, or the folder lacks its weights or the scaling of images. Raises
     ToolError if the converter is missing or fails.
     """
     target = folder / MMPROJ_NAME
@@ -88,7 +95,7 @@ def convert_mmproj(
 
 
 def _run_converter(
-    source: ModelSource, arguments: list[str], target: Path, log: Path, toolchain: Toolchain, timeout_s: float
+    source: ModelSource, arguments: list[str], target: Path, log_path: Path, toolchain: Toolchain, timeout_s: float
 ) -> None:
     assert source.folder is not None, "a ModelSource has a folder or a GGUF"
     if toolchain.converter is None:
@@ -99,9 +106,9 @@ def _run_converter(
     is_mmproj = "--mmproj" in arguments
     has_own_package = (toolchain.converter.parent / "gguf-py").is_dir()
     try:
-        run(command, log=log, timeout_s=timeout_s, env=None if has_own_package else {"NO_LOCAL_GGUF": "1"})
+        run(command, log=log_path, timeout_s=timeout_s, env=None if has_own_package else {"NO_LOCAL_GGUF": "1"})
     except ToolError as error:
-        output = log.read_text(errors="replace")
+        output = log_path.read_text(errors="replace")
         if "BPE pre-tokenizer was not recognized" in output:
             raise SamqError(
                 f"llama.cpp's converter does not know the tokenizer of {source.name}; convert the model with a llama.cpp "

@@ -16,13 +16,13 @@ from pathlib import Path
 from samq.errors import ToolError
 from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.process import run
-from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Model, padded
+from samq.llamacpp.runtime import PHYSICAL_BATCH_TOKENS, Model, allocated_tokens
 from samq.llamacpp.toolchain import environment, find_toolchain, program
 
 logger = logging.getLogger(__name__)
 
 # GPU memory that a plan does not count: what CUDA takes for kernels and products. llama.cpp's own programs leave as much free
-# (fit_params_target in its common.h), and it ends the process where CUDA cannot allocate it.
+# (fit_params_target in its common.h). llama.cpp ends the process where CUDA cannot allocate it.
 SPARE_BYTES = 2**30
 _MIB = 2**20
 HOST = "Host"  # how the program names the processor's memory
@@ -42,7 +42,7 @@ class Room:
     @property
     def cells(self) -> int:
         """Tokens that the KV cache holds."""
-        return padded(self.tokens) * self.sequences
+        return allocated_tokens(self.tokens) * self.sequences
 
 
 def choose_gpu_share(gguf: Path, gpu_layers: int | None, room: Callable[[Model], Room]) -> GpuShare:
@@ -76,7 +76,7 @@ def fit(gguf: Path, room: Room) -> GpuShare:
     return read_options(_ask(gguf, room, "--fit-target", str(SPARE_BYTES // _MIB)))
 
 
-def planned_bytes(gguf: Path, share: GpuShare, room: Room) -> int:
+def planned_gpu_bytes(gguf: Path, share: GpuShare, room: Room) -> int:
     """Bytes on all GPUs together that llama.cpp plans for this share of a model and a context of `room`.
 
     The context may ask for the logits of all tokens. Each GPU's weights, context and compute buffers are rounded down to MiB.
@@ -87,7 +87,7 @@ def planned_bytes(gguf: Path, share: GpuShare, room: Room) -> int:
         options += ["--tensor-split", ",".join(f"{part:g}" for part in share.split)]
     if share.overrides:
         options += ["--override-tensor", ",".join(f"{pattern}={name}" for pattern, name in share.overrides)]
-    return sum(size for name, size in read_plan(_ask(gguf, room, *options)).items() if name != HOST)
+    return sum(size for name, size in read_device_bytes(_ask(gguf, room, *options)).items() if name != HOST)
 
 
 def planned_by_device(gguf: Path, room: Room, *options: str) -> dict[str, int]:
@@ -95,7 +95,7 @@ def planned_by_device(gguf: Path, room: Room, *options: str) -> dict[str, int]:
 
     Raises ToolError if the program is missing or fails.
     """
-    return read_plan(_ask(gguf, room, "--fit-print", "on", *options))
+    return read_device_bytes(_ask(gguf, room, "--fit-print", "on", *options))
 
 
 def read_options(text: str) -> GpuShare:
@@ -103,9 +103,9 @@ def read_options(text: str) -> GpuShare:
 
     Raises ToolError if it has no such line.
     """
-    if not (found := _OPTIONS.search(text)):
+    if not (match := _OPTIONS.search(text)):
         raise ToolError("llama-fit-params did not print -ngl; use the version of llama-cpp-python that SAMQ pins")
-    layers, split, overrides = found.groups()
+    layers, split, overrides = match.groups()
     pairs = (part.rsplit("=", 1) for part in (overrides or "").split(",") if part)
     return GpuShare(
         layers=int(layers),
@@ -114,7 +114,7 @@ def read_options(text: str) -> GpuShare:
     )
 
 
-def read_plan(text: str) -> dict[str, int]:
+def read_device_bytes(text: str) -> dict[str, int]:
     """Device -> bytes in what `llama-fit-params --fit-print on` prints: `CUDA0 4096 512 300`, and last the host.
 
     Raises ToolError if it has no line of the host.

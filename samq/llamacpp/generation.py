@@ -1,7 +1,7 @@
 """Continues many prompts at the same time: sequences share batches, which is faster than one after the other.
 
-The tokens of a sequence do not depend on the other sequences of its batch, except through rounding: batches of another
-shape may add in another order, which can change a token where the best two are nearly equal. Prompts are admitted in a
+The tokens of a sequence do not depend on the other sequences of its batch, except through rounding. Batches of another shape
+may add in another order. That can change a token where the best two are nearly equal. Prompts are admitted in a
 fixed order, so one model on one machine gives the same answers every time.
 """
 

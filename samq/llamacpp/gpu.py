@@ -86,7 +86,7 @@ def used_bytes(pid: int | None = None) -> int | None:
     return sum(_used_by(device, pid or os.getpid()) for device in devices) if devices else None
 
 
-def free_bytes() -> list[int]:
+def free_gpu_bytes() -> list[int]:
     """Free bytes of each GPU; empty without NVML."""
     return [int(pynvml.nvmlDeviceGetMemoryInfo(device).free) for device in _devices()]
 

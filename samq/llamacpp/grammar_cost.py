@@ -58,7 +58,7 @@ class _Atom:
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class _Concatenation:
     parts: list["_Node"]
 
 
@@ -74,14 +74,14 @@ class _Repetition:
     most: int | None
 
 
-_Node = _Atom | _Sequence | _Alternatives | _Repetition | str
+_Node = _Atom | _Concatenation | _Alternatives | _Repetition | str
 
 
 @lru_cache(maxsize=1024)
 def pattern_cost(pattern: str) -> Cost:
     """Of a regular expression in a schema. Raises UnusableGrammar."""
     tokens = [match[0] for match in _PATTERN_TOKEN.finditer(pattern) if match[0] not in "^$"]
-    return _cost({"": _parsed(tokens, _pattern_atom) or _Sequence([])}, "")  # llama.cpp takes any text if too deep
+    return _cost({"": _parsed(tokens, _pattern_atom) or _Concatenation([])}, "")  # llama.cpp takes any text if too deep
 
 
 def counts_backwards(pattern: str) -> bool:
@@ -115,7 +115,7 @@ def _parsed(tokens: list[str], atom: Callable[[str], "_Node"]) -> _Node | None:
             levels.append([[]])
         elif token == ")" and len(levels) > 1:
             group = levels.pop()
-            levels[-1][-1].append(_Alternatives([_Sequence(parts) for parts in group]))
+            levels[-1][-1].append(_Alternatives([_Concatenation(parts) for parts in group]))
         elif token == "|":
             levels[-1].append([])
         elif token in ("*", "+", "?") or token.startswith("{"):
@@ -125,7 +125,7 @@ def _parsed(tokens: list[str], atom: Callable[[str], "_Node"]) -> _Node | None:
             sequence.append(atom(token))
         if len(levels) > _MOST_DEPTH + 1:
             return None
-    return _Alternatives([_Sequence(parts) for parts in levels[0]])
+    return _Alternatives([_Concatenation(parts) for parts in levels[0]])
 
 
 def _counts(token: str) -> tuple[int, int | None]:
@@ -146,7 +146,7 @@ def _grammar_atom(token: str) -> _Node:
     if token[0] == "[":
         return _class(token[1:-1])
     if token[0] == '"':
-        return _literal(token[1:-1]) if len(token) > 2 else _Sequence([])
+        return _literal(token[1:-1]) if len(token) > 2 else _Concatenation([])
     if token[0] in "!<.":
         return _Atom(np.ones(_CHARACTERS, np.bool_))
     return token
@@ -261,7 +261,7 @@ class _Automaton:
                 set().union(*(first for _, first, _ in parts)),
                 set().union(*(last for _, _, last in parts)),
             )
-        if isinstance(node, _Sequence):
+        if isinstance(node, _Concatenation):
             return self._sequence(node.parts, least=len(node.parts))
         most = node.least + 1 if node.most is None else max(node.least, node.most)
         copies = min(most, _MOST_COPIES)

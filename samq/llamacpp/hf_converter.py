@@ -1,4 +1,4 @@
-"""llama.cpp's converter of Hugging Face folders, with what it misses of a configuration and two of its faults mended.
+"""llama.cpp's converter of Hugging Face folders, with what it misses of a configuration and some of its faults mended.
 
 `python -m samq.llamacpp.hf_converter CONVERTER ARGUMENT...` runs the converter with these arguments. It asks transformers
 for the configuration. Transformers 5 renames keys of published files, leaves others out, and writes its own names when a
@@ -10,18 +10,17 @@ import json
 import os
 import re
 import runpy
-import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from samq.llamacpp.prediction_layers import count_in_weights, weight_names
+
 Config = dict[str, Any]
 
-_LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-_NOT_TEXT = re.compile(r"vision|visual|audio")
 _SCORES = ("score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func")
 
 # Name of the class in transformers -> in published configurations, and so in the converter
@@ -71,6 +70,21 @@ def _granite_hybrid(config: Config) -> Config:
     return {"layer_types": [GRANITE_LAYERS.get(kind, kind) for kind in config["layer_types"]]}
 
 
+def _mimo(config: Config) -> Config:
+    """transformers keeps one shape of attention heads, and twice the key and value heads where a layer has a window."""
+    windowed = [kind == "sliding_attention" for kind in config["layer_types"]]
+    rotated = config["rope_parameters"]["full_attention"]["partial_rotary_factor"]
+    shared = ("head_dim", "num_attention_heads", "v_head_dim")
+    return {
+        **{f"swa_{name}": config[name] for name in shared},
+        "swa_num_key_value_heads": 2 * config["num_key_value_heads"],
+        "hybrid_layer_pattern": [int(window) for window in windowed],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": rotated},
+        "topk_method": "noaux_tc",
+    }
+
+
 # Model type -> what its configuration needs; None stands for a key that has to go.
 COMPLETIONS: Mapping[str, Callable[[Config], Config]] = {
     "bamba": lambda config: {"attn_rotary_emb": _rotated(config)},
@@ -82,6 +96,7 @@ COMPLETIONS: Mapping[str, Callable[[Config], Config]] = {
     "gpt_bigcode": _positions,
     "gpt_neox": lambda config: {"rotary_pct": config["rope_parameters"].get("partial_rotary_factor", 0.25)},
     "granitemoehybrid": _granite_hybrid,
+    "mimo_v2_flash": _mimo,
     "minimax_m2": lambda config: {"rotary_dim": _rotated(config)} | _sigmoid(config),
     "nemotron_h": _nemotron_h,
 }
@@ -97,22 +112,6 @@ def completed(config: Config) -> Config:
     if names := config.get("architectures"):
         changes["architectures"] = [ARCHITECTURES.get(name, name) for name in names]
     return {key: value for key, value in (config | changes).items() if value is not None or key not in changes}
-
-
-def has_prediction_layers(names: Iterable[str], layers: int) -> bool:
-    """Whether some weights are of layers that predict further tokens (MTP, nextn), beyond the model's own `layers`."""
-    text = [name for name in names if not _NOT_TEXT.search(name)]
-    return any("mtp" in name or any(int(layer) >= layers for layer in _LAYER_OF.findall(name)) for name in text)
-
-
-def weight_names(folder: Path) -> list[str]:
-    """Names of the tensors in a folder's safetensors; empty if it has none."""
-    names: list[str] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names += json.loads(file.read(length))
-    return names
 
 
 def partial_rotary_order(rows: int, head: int, rotated: int) -> list[int]:
@@ -132,7 +131,7 @@ def _completing(load: Callable[..., Config], base: Any) -> Callable[..., Config]
         layers = (text or config).get("num_hidden_layers")
         names = weight_names(Path(folder))
         if names and isinstance(layers, int):  # else the GGUF would promise layers that it does not have
-            base.no_mtp = not has_prediction_layers(names, layers)
+            base.no_mtp = not count_in_weights(names, layers)
         return config
 
     return load_completed
@@ -169,6 +168,24 @@ def _with_partial_rotary(modify: Callable[..., Any]) -> Callable[..., Any]:
     return rotating
 
 
+def _joining_attention(modify: Callable[..., Any]) -> Callable[..., Any]:
+    """Join queries, keys and values of MiMo's layers of prediction: llama.cpp takes them joined only (src/models/mimo2.cpp)."""
+
+    @wraps(modify)
+    def joining(self: Any, tensor: Any, name: str, block: int | None) -> Iterator[Any]:
+        if match := re.fullmatch(r"(model\.mtp\.layers\.\d+\.self_attn\.)([qkv])_proj\.weight", name):
+            parts = vars(self).setdefault("_attention_parts", {}).setdefault(match[1], {})
+            parts[match[2]] = tensor
+            if len(parts) < 3:
+                return
+            import torch  # the converter's
+
+            tensor, name = torch.cat([parts[part] for part in "qkv"]), f"{match[1]}qkv_proj.weight"
+        yield from modify(self, tensor, name, block)
+
+    return joining
+
+
 def _with_completed_file(initialize: Callable[..., None]) -> Callable[..., None]:
     """Mamba-2 and hybrids read config.json themselves, so what transformers wrote there is completed here."""
 
@@ -193,6 +210,16 @@ def _with_tokenizer_json(set_vocab: Callable[..., None]) -> Callable[..., None]:
     return set_vocab_of_file
 
 
+def _keep_prediction_layer(base: Any) -> None:
+    """Convert DeepSeek-V3 by GLM-4.7-Flash's class, which is of the same architecture and keeps the layer that predicts a
+    further token. The converter leaves DeepSeek's out, though llama.cpp reads both alike (src/models/deepseek2.cpp).
+    """
+    deepseek, glm = _class("deepseek", "DeepseekV2Model"), _class("glm", "Glm4MoeLiteModel")
+    if deepseek and glm and deepseek.skip_mtp:
+        own = {"model_arch": glm.model_arch, "set_vocab": deepseek.set_vocab}
+        base.register("DeepseekV3ForCausalLM")(type("DeepseekV3Model", (glm,), own))
+
+
 def mend(converter: Path) -> None:
     """Change the converter's modules in this process. Those that a llama.cpp of another time does not have are left out."""
     sys.path.insert(0, str(converter.parent))
@@ -202,10 +229,12 @@ def mend(converter: Path) -> None:
     if base is None:
         return
     base.load_hparams = staticmethod(_completing(base.load_hparams, base))
+    _keep_prediction_layer(base)
     for module, name, method, wrap in (
         ("stablelm", "StableLMModel", "modify_tensors", _yielding_what_it_returns),
         ("granite", "GraniteHybridModel", "modify_tensors", _with_partial_rotary),
         ("mamba", "Mamba2Model", "__init__", _with_completed_file),
+        ("mimo", "MimoV2Model", "modify_tensors", _joining_attention),
         ("hunyuan", "HunYuanMoEModel", "set_vocab", _with_tokenizer_json),
     ):
         if model := _class(module, name):

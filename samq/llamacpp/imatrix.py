@@ -27,7 +27,7 @@ def measure_imatrix(
     """Run llama-imatrix over `text` in contexts of `context_tokens`, and return the path of the importance matrix.
 
     llama-imatrix measures the output tensor only if it has weights of its own, and not the embedding's. Raises TextError
-    if the text has a run that is too long to tokenize, and ToolError if the program fails or does not write a file.
+    if the text has a run that is too long to tokenize. Raises ToolError if the program fails or does not write a file.
     """
     metadata = read_metadata(gguf)
     stack = stack_bytes(text, *(str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")))

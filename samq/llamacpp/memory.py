@@ -1,8 +1,8 @@
 """Prediction of the GPU memory that a candidate needs, from llama.cpp's own plan.
 
-llama.cpp plans a model and a context without allocating them (`no_alloc`, which its --fit uses) and logs their sizes, so
-the model may be larger than this machine's memory. The plan is for all layers on the GPU and one sequence that asks for
-the logits of one token at a time, as in serving. It does not include the CUDA context, some hundred MB a process.
+llama.cpp plans a model and a context without allocating them (`no_alloc`, which its --fit uses) and logs their sizes. So the
+model may be larger than this machine's memory. The plan is for all layers on the GPU. One sequence asks for the logits of one
+token at a time, as in serving. It does not include the CUDA context, some hundred MB a process.
 """
 
 import re
@@ -38,7 +38,7 @@ def predict_memory(
         Model(gguf, gpu_layers=gpu_layers, allocate=False) as model,
         model.context(context_tokens, outputs=1, kv_type=kv_type, threads=threads),
     ):
-        cache, compute = read_plan(log())
+        cache, compute = read_buffer_bytes(log())
     values = {
         "file_bytes": gguf.stat().st_size,
         "weights_bytes": weights,
@@ -61,7 +61,7 @@ def weights_on_gpu(gguf: Path) -> int:
     return sum(tensor.bytes for name, tensor in tensors.items() if name not in on_host)
 
 
-def read_plan(log: Sequence[str]) -> tuple[int, int]:
+def read_buffer_bytes(log: Sequence[str]) -> tuple[int, int]:
     """Read the bytes of the KV cache and of the compute buffers from the log that llama.cpp writes for a context.
 
     The compute buffers are those of the GPUs, or the processor's on a machine without a GPU. Raises SamqError if the log

@@ -2,7 +2,7 @@
 
 In sorted order, sequences with a common prefix are neighbours. Neighbours become one batch, a tree in depth-first order:
 a token that several of them share at the same position is in the batch once. The prefix that the next batch shares with
-the last sequence of this one stays in the KV cache, so a prefix of a thousand sequences is evaluated once as well.
+the last sequence of this one stays in the KV cache. So a prefix of a thousand sequences is evaluated once as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class Tree:
 def trees(sequences: Sequence[Tokens], logits_from: Sequence[int], *, tokens: int, members: int) -> Iterator[Tree]:
     """Put every sequence into a tree of at most `members`.
 
-    `logits_from[i]` is the first position of sequence i whose logits are needed: from there on its tokens are in the batch,
+    `logits_from[i]` is the first position of sequence i whose logits are needed. From there on its tokens are in the batch,
     even if the cache holds them. Cache and batch together have at most `tokens` more than the longest sequence. The
     sequences must differ.
     """

@@ -1,7 +1,7 @@
 """Turns a plan into a GGUF with llama-quantize, and asks that program which types it gives.
 
 The program runs in its own process group with a time limit. It runs in the folder of its output, with file names
-relative to that folder: llama.cpp writes the names of its inputs into the GGUF, and absolute ones would make the bytes
+relative to that folder. llama.cpp writes the names of its inputs into the GGUF, and absolute ones would make the bytes
 depend on the machine.
 """
 
@@ -83,8 +83,9 @@ def quantize(
 
     `provenance` is added to the metadata as `samq.<key>` (at most 127 bytes a value, llama.cpp's limit). llama-quantize
     rounds each weight to its nearest value, also for a plan of compensated rounding, which
-    `samq.quantization.compensation` then applies. Raises SamqError if the disk is too full or the importance matrix is not
-    the plan's or cannot be used (`samq.gguf.imatrix`), and ToolError if llama-quantize fails or its file is not the plan's.
+    `samq.quantization.compensation` then applies. Raises SamqError if the disk is too full, or if the importance matrix is
+    not the plan's or cannot be used (`samq.gguf.imatrix`). Raises ToolError if llama-quantize fails or its file is not the
+    plan's.
     """
     check_imatrix(plan, imatrix)
     if imatrix:

@@ -23,8 +23,8 @@ _NOT_ERRORS = re.compile(r"\bwarn|\bkv +\d+:|print_info:|^\s*\[ *\d+/ *\d+\]|^(?
 def reason_in(log: str) -> str:
     """The line of a program's log that says why it failed, or the last line if none does.
 
-    That is a last line `error: ...`, as SAMQ's own processes end; else the exception that ended a Python program, with the
-    line of code if it says nothing by itself; else the first error that is more than a report of failure.
+    That is a last line `error: ...`, as SAMQ's own processes end. Without one it is the exception that ended a Python program,
+    with the line of code if it says nothing by itself. Otherwise it is the first error that is more than a report of failure.
     """
     lines = [line.rstrip() for line in log.splitlines() if line.strip()]
     if not lines:

@@ -1,8 +1,8 @@
 """llama.cpp in this process: a model, contexts on it, batches of tokens in, logits out.
 
 All measurements and the server build on this module. It knows nothing about metrics or prompts. It uses the C API
-through llama_cpp's ctypes bindings, because only there can sequences share a batch and a caller choose the tokens whose
-logits are computed. Models and contexts are context managers, which free llama.cpp's memory at the end of the `with`.
+through llama_cpp's ctypes bindings. Only there can sequences share a batch, and a caller choose the tokens whose logits are
+computed. Models and contexts are context managers, which free llama.cpp's memory at the end of the `with`.
 """
 
 import ctypes
@@ -181,8 +181,8 @@ class Model:
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> NDArray[np.int32]:
         """Token ids of `text`.
 
-        `add_special` adds the special tokens that the model expects around a whole text: BOS before it, and EOS after it if
-        the model was trained so. `parse_special` reads `<|im_start|>` and the like as the special tokens of that name, and
+        `add_special` adds the special tokens that the model expects around a whole text: BOS before it, and EOS after it
+        if it was trained so. `parse_special` reads `<|im_start|>` and the like as the special tokens of that name, and
         not as plain text. Raises TextError if llama.cpp cannot tokenize the text, and SamqError without a tokenizer.
         """
         if api.llama_vocab_type(self.vocab) == api.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp would end the process
@@ -254,7 +254,7 @@ class Context:
         self.model = model
         self.tokens = tokens
         params = api.llama_context_default_params()
-        params.n_ctx = params.n_batch = padded(tokens) * (1 if shared else sequences)
+        params.n_ctx = params.n_batch = allocated_tokens(tokens) * (1 if shared else sequences)
         params.kv_unified = shared
         params.n_ubatch = PHYSICAL_BATCH_TOKENS
         params.n_seq_max = sequences
@@ -356,7 +356,7 @@ class Context:
             )
 
 
-def padded(tokens: int) -> int:
+def allocated_tokens(tokens: int) -> int:
     """The context length that llama.cpp allocates: the next multiple of 256."""
     return -(-tokens // 256) * 256
 

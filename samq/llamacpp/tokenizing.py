@@ -1,7 +1,7 @@
 """Texts that llama.cpp's tokenizers cannot take as they are, and the stack that they need.
 
 Most of llama.cpp's BPE vocabularies cut a text by regular expressions of C++'s standard library. GCC's recurses once for
-each character of a match, so a run of 20,000 letters, spaces or dashes overflows the stack of a usual thread, which ends
+each character of a match. So a run of 20,000 letters, spaces or dashes overflows the stack of a usual thread, which ends
 the process. Such a text is tokenized in a thread with a stack that is large enough; the tokens are the same.
 """
 

@@ -3,9 +3,9 @@
 Over SQLite it is a file lock beside the database, which the system releases when a process dies. MLflow's server has no
 locks, and cannot compare and swap an alias. There, each process writes a claim, a tag of the registered model, and goes
 on when it sees no other claim. Of two processes that see each other's claims, the one with the smaller claim waits and
-the other gives up. A process writes its claim before it reads the others, so two never go on at once, with two
-exceptions: a claim older than `STALE_S` counts as that of a dead process, and somebody who moves an alias by MLflow's
-own page or client makes no claim.
+the other gives up. A process writes its claim before it reads the others, so two never go on at once. There are
+two exceptions. A claim older than `STALE_S` counts as that of a dead process. And somebody who moves an alias by MLflow's own
+page or client makes no claim.
 """
 
 import os

@@ -1,7 +1,7 @@
 """A plan's GGUF, written tensor by tensor in any order.
 
-The header comes first: all sizes follow from the plan. It is the one that llama-quantize writes for the same plan, and so is
-the whole file if the tensors are rounded to the nearest values (samq.gguf.nearest).
+The header comes first: all sizes follow from the plan. llama-quantize writes the same header for the same plan. It also writes
+the same file if the tensors are rounded to the nearest values (samq.gguf.nearest).
 """
 
 import os

@@ -1,8 +1,8 @@
 """Compensated rounding: the types and scales of llama-quantize, with rounding errors that cancel out.
 
 llama-quantize rounds each weight to the nearest value of its block. The error of the layer's output depends on how the
-inputs vary together, which the Gram matrix measures (samq.sensitivity.gram), and GPTQ (samq.quantization.gptq) lets the errors
-of a row's weights make up for each other. Only codes change (samq.gguf.codes). Size, types and scales stay, and llama.cpp
+inputs vary together, which the Gram matrix measures (samq.sensitivity.gram). GPTQ (samq.quantization.gptq) lets the errors of
+a row's weights cancel. Only codes change (samq.gguf.codes). Size, types and scales stay, and llama.cpp
 reads the file as any other.
 
 A block's Gram matrices are there while that block runs. So all files that are made get their tensors of this block then.
@@ -54,13 +54,13 @@ def write_compensated(
     """Write the tensors of several GGUFs, with compensated rounding where it is possible, while the pieces come.
 
     A row keeps its codes if compensation would not reduce the error of its output. A tensor keeps its codes if its type
-    does not have a code for each weight, if its input is not among the moments, or if it is as exact as F16. A tensor that
+    has no code for each weight, or is as exact as F16. So does a tensor whose input is not among the moments. A tensor that
     several files have in one type is rounded once. Each of stacked experts is compensated on its own.
 
     Args:
         files: name -> the file.
         full: the weights in full precision.
-        rounded: where the blocks come from that compensation starts with, whose scales stay: the same GGUF with an importance
+        rounded: source of the blocks that compensation starts with. Their scales stay. It is the same GGUF with an importance
             matrix, or the file that another program quantized.
         pieces: the moments of the layers' inputs, from `samq.sensitivity.gram.input_moments`.
         log: the errors that are known are noted there, so that a killed process goes on with those of the one before.
@@ -120,7 +120,7 @@ class _Errors:
 
 
 @dataclass(frozen=True)
-class _Input:
+class _SharedInput:
     """What several tensors have as input, and their rows in the types that files have them in."""
 
     moments: Moments
@@ -128,7 +128,7 @@ class _Input:
     groups: list[list[Place]]  # of slabs that are rounded at a time
 
 
-def _inputs(files: Mapping[str, PlannedFile], full: NearestRounding, piece: Piece) -> list[_Input]:
+def _inputs(files: Mapping[str, PlannedFile], full: NearestRounding, piece: Piece) -> list[_SharedInput]:
     """The inputs of tensors that can be compensated."""
     inputs = []
     for moments in piece.moments:
@@ -140,7 +140,7 @@ def _inputs(files: Mapping[str, PlannedFile], full: NearestRounding, piece: Piec
         ]
         if moments.gram.ndim > 1 and tensors:
             limit = _WEIGHTS_AT_A_TIME if moments.gram.device.type == "cpu" else _GPU_WEIGHTS_AT_A_TIME
-            inputs.append(_Input(moments, tensors, groups_of_slabs(full, tensors, moments.expert, limit)))
+            inputs.append(_SharedInput(moments, tensors, groups_of_slabs(full, tensors, moments.expert, limit)))
     return inputs
 
 
@@ -156,7 +156,7 @@ def _compensate_piece(
     inputs = _inputs(files, full, piece)
     of_all = prepared([group for of_one in inputs for group in of_one.groups], full, rounded)
 
-    def compensate(of_one: _Input, device: torch.device | None) -> None:
+    def compensate(of_one: _SharedInput, device: torch.device | None) -> None:
         # devices that share the inputs take them in an order of their own
         slabs = of_all if device is None else prepared(of_one.groups, full, rounded)
         _compensate_input(files, replace(of_one, moments=of_one.moments.on(device)), slabs, errors)
@@ -165,20 +165,20 @@ def _compensate_piece(
 
 
 def _compensate_input(
-    files: Mapping[str, PlannedFile], of_one: _Input, slabs: Iterator[list[Slab]], errors: _Errors
+    files: Mapping[str, PlannedFile], of_one: _SharedInput, slabs: Iterator[list[Slab]], errors: _Errors
 ) -> None:
     """Round the tensors that have an input; `slabs` begin with its groups."""
     moments = of_one.moments
-    found: dict[tuple[str, str], OutputError | None] = dict.fromkeys(of_one.tensors)
+    output_errors: dict[tuple[str, str], OutputError | None] = dict.fromkeys(of_one.tensors)
     with _on_device(moments.tensors[0]):
         compensator = Compensator(moments.estimate)
         for some in islice(slabs, len(of_one.groups)):
             for slab, blocks, error in _compensate_slabs(some, compensator):
                 for file in _by_type(files, slab.name)[slab.kind]:
                     file.write(slab.name, slab.rows.start, blocks)
-                before = found[slab.tensor]
-                found[slab.tensor] = before + error if before and error else before or error
-    for (name, kind), error in found.items():
+                before = output_errors[slab.tensor]
+                output_errors[slab.tensor] = before + error if before and error else before or error
+    for (name, kind), error in output_errors.items():
         errors.add(name, kind, moments.expert, error and error * moments.share)
 
 

@@ -1,7 +1,7 @@
 """GPTQ for the rows of one input (Frantar et al. 2023, arXiv:2210.17323).
 
-The columns of a weight matrix are rounded one after another, those with the largest inputs first, and each rounding error is
-pushed onto the columns that follow, by what the Gram matrix says of how they vary together.
+The columns of a weight matrix are rounded one after another, those with the largest inputs first. Each rounding error is
+pushed onto the columns that follow. The Gram matrix says how the columns vary together, and so how much each one gets.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ _BLOCK = 2048  # rows and columns of a matrix that are factored at a time
 class Compensator:
     """GPTQ for the rows of one input: the order of their columns, and the share of an error that each column passes on.
 
-    With H the damped Gram matrix and U the upper Cholesky factor of its inverse, the best compensation of an error e of
-    column j subtracts e U[j, k] / U[j, j] from each column k after it (Frantar et al., section 3).
+    H is the damped Gram matrix, and U the upper Cholesky factor of its inverse. The best compensation of an error e of column
+    j subtracts e U[j, k] / U[j, j] from each later column k. See Frantar et al., section 3.
     """
 
     def __init__(self, gram: torch.Tensor) -> None:

@@ -18,9 +18,11 @@ def describe_plan(plan: Plan) -> str:
             return f"llama-quantize's own mixture {plan.mixture}, the same recipe in every layer."
         case "threshold":
             groups = f" in {parameters['kept_groups']} groups" if parameters["grouping"] == "block" else ""
+            least = parameters.get("expert_guard")
+            guard = f", but experts that saw few tokens have at least {least}" if least else ""
             return (
                 f"Score above {parameters['threshold']:.4g}: {parameters['kept_tensors']} of {len(plan.types)} tensors"
-                f"{groups} keep {parameters['keep']}; the rest is {parameters['base']}."
+                f"{groups} keep {parameters['keep']}; the rest is {parameters['base']}{guard}."
             )
         case "uniform":
             return f"Every tensor in {parameters['type']}, or in what its rows allow."
@@ -44,7 +46,7 @@ def _describe_budget_plan(plan: Plan) -> str:
     least = [f"{what} at least {plan.parameters[key]}" for key, what in guards.items() if plan.parameters.get(key)]
     guarded = f"; {', '.join(least)}" if least else ""
     gap = f"; the best may be {100 * plan.solver_gap:.1f} % lower" if plan.solver_gap else ""
-    rounding = "; rounding errors make up for each other" if plan.rounding == "compensated" else ""
+    rounding = "; rounding errors cancel each other" if plan.rounding == "compensated" else ""
     budget = read_budget(str(plan.parameters["budget"]))
     return (
         f"Least predicted KL within {budget.in_words}: {predicted} nats per token at {plan.bits_per_weight:.2f} "
@@ -64,4 +66,4 @@ def type_counts(plan: Plan) -> str:
 def substitution_counts(plan: Plan) -> str:
     """How many tensors got another type than asked for, as their rows do not allow it: `181 Q4_K → Q5_0`."""
     pairs = Counter((one.requested, one.used) for one in plan.substitutions.values())
-    return ", ".join(f"{count} {asked} → {used}" for (asked, used), count in pairs.most_common()) or "none"
+    return ", ".join(f"{count} {requested} → {used}" for (requested, used), count in pairs.most_common()) or "none"

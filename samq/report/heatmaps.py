@@ -62,7 +62,7 @@ def plans_heatmap(plans: Sequence[Plan]) -> Figure:
     kinds = {kind for plan in plans for kind in plan.types.values()}
     bits = {kind: bits_per_weight(kind) for kind in sorted(kinds, key=lambda kind: (-bits_per_weight(kind), kind))}
     norm, colours = LogNorm(vmin=min(bits.values()), vmax=max(bits.values())), matplotlib.colormaps["plasma"]
-    layout = _Layout.of(plans[0].types)
+    layout = _PanelLayout.of(plans[0].types)
     rows = max(len(layout.kinds), len(layout.others))
     figure = Figure(figsize=(layout.width, 0.6 + len(plans) * (0.55 + 0.17 * rows)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(plans), 2, width_ratios=layout.width_ratios, squeeze=False)
@@ -82,7 +82,7 @@ def _headline(plan: Plan) -> str:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _PanelLayout:
     """A cell for each tensor: those of the blocks in a large panel, the others in a small one on its left."""
 
     others: list[str]
@@ -144,7 +144,7 @@ def _heatmap(
     scale_label: str,
 ) -> Figure:
     """One value a tensor, with its label written into its cell."""
-    layout = _Layout.of(values)
+    layout = _PanelLayout.of(values)
     figure = Figure(figsize=(layout.width, 1.2 + 0.36 * max(len(layout.kinds), 3)), dpi=DPI, layout="constrained")
     side, main, scale = figure.subplots(1, 3, width_ratios=[*layout.width_ratios, 0.3])
     layout.draw(side, main, values, norm, colours, label_size=8)

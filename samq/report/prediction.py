@@ -78,8 +78,8 @@ def prediction_section(sweep: Sweep) -> list[str]:
     if sweep.routing.scarce:
         parts.append(
             f"**{sweep.routing}.** What their weights cost is hardly known, and text that needs them may suffer more than was "
-            "measured. So budget plans give their tensors at least the type `expert_guard`, and compensated rounding lets them "
-            "borrow the inputs of all experts of their layer. Calibrate on more text, or on text of more kinds."
+            "measured. So plans by budget and by threshold give their tensors at least the type `expert_guard`. Compensated "
+            "rounding lets them borrow the inputs of all experts of their layer. Calibrate on more text, or text of more kinds."
         )
     if checks:
         parts += [
@@ -93,11 +93,11 @@ def prediction_section(sweep: Sweep) -> list[str]:
 
 def _by_lengthened(results: Sequence[Result]) -> dict[tuple[tuple[str, float], ...], list[str]]:
     """Types that lengthen weights -> names of the plans by budget, which mix them with others, that have just these."""
-    found: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    plans: dict[tuple[tuple[str, float], ...], list[str]] = {}
     for result in by_size(results):
         if result.lengthened and result.plan.policy == "budget":
-            found.setdefault(tuple(result.lengthened.items()), []).append(result.name)
-    return found
+            plans.setdefault(tuple(result.lengthened.items()), []).append(result.name)
+    return plans
 
 
 def _left_out(results: Sequence[Result]) -> list[str]:

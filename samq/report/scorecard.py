@@ -1,7 +1,7 @@
-"""The founding article's table: what the mixed model costs and keeps, beside full precision and the uniform one.
+"""The table of full precision, uniform and mixed: what each costs, and what quality it keeps.
 
-Beside it a sheet of what serving costs, and all benchmarks with what can be said of their differences. A figure that is not
-there says why; none is made up. As `samq.report.prediction`, this gives sections of a report.
+Also the costs of serving, and all benchmarks with the significance of their differences. A missing figure says why it is
+missing. As `samq.report.prediction`, this gives sections of a report.
 """
 
 from collections.abc import Iterable, Sequence
@@ -139,13 +139,13 @@ def _benchmark_rows(evaluations: Sequence[Evaluation]) -> list[_Row]:
 
 def _headlines(evaluations: Sequence[Evaluation]) -> Iterable[tuple[str, str]]:
     """Each benchmark that was measured, and the metric to show."""
-    found: dict[str, list[str]] = {}
+    metrics_of: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics):
         prefix, _, rest = name.partition("/")
         benchmark, _, metric = rest.partition("/")
         if prefix == "eval":
-            found.setdefault(benchmark, []).append(metric)
-    for benchmark, metrics in found.items():
+            metrics_of.setdefault(benchmark, []).append(metric)
+    for benchmark, metrics in metrics_of.items():
         yield benchmark, next((metric for metric in _HEADLINES if metric in metrics), metrics[0])
 
 
@@ -196,10 +196,10 @@ def benchmark_section(sweep: Sweep) -> list[str]:
     return parts
 
 
-def _differences(rows: Sequence[_Row], asked: Sequence[Result], against: Sequence[PairedComparison]) -> str:
+def _differences(rows: Sequence[_Row], benchmarked: Sequence[Result], against: Sequence[PairedComparison]) -> str:
     """The table of differences from one reference, for what was compared with it."""
     lines = []
-    names = list(dict.fromkeys(one.name for one in asked if any(c.candidate == one.name for c in against)))
+    names = list(dict.fromkeys(one.name for one in benchmarked if any(c.candidate == one.name for c in against)))
     for row in rows:
         differences = {c.candidate: c for c in against if c.metric_name == row.compared}
         if differences:
@@ -207,11 +207,11 @@ def _differences(rows: Sequence[_Row], asked: Sequence[Result], against: Sequenc
     return markdown.table(["", *names], lines)
 
 
-def _difference(row: _Row, found: PairedComparison | None) -> str:
-    if found is None:
+def _difference(row: _Row, comparison: PairedComparison | None) -> str:
+    if comparison is None:
         return "–"
-    error = "" if found.stderr is None else f" ± {found.stderr * row.compared_scale:{row.format}}"
-    return f"{found.difference * row.compared_scale:+{row.format}}{error}, {found.verdict}"
+    error = "" if comparison.stderr is None else f" ± {comparison.stderr * row.compared_scale:{row.format}}"
+    return f"{comparison.difference * row.compared_scale:+{row.format}}{error}, {comparison.verdict}"
 
 
 _AGAINST = "The change against the version that had the alias `production`, on the same items, in points where it is in per cent."

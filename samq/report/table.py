@@ -36,8 +36,8 @@ def results_table(sweep: Sweep) -> pd.DataFrame:
     """One row for each candidate, full precision first, then by size; the failed ones last. Other failures have none.
 
     Columns carry their units; each metric is followed by its standard error (`± ...`) where one is known. What was not
-    measured is NaN. Columns that say something of some candidates only (rounding, threshold, kept tensors, budget), standard
-    errors and the predicted KL are left out where no candidate has them.
+    measured is NaN. Some columns are left out where no candidate has them: rounding, threshold, kept tensors, budget, standard
+    errors and the predicted KL.
     """
     compensated = any(result.plan.rounding == "compensated" for result in sweep.results)
     rows: list[dict[str, str | float | int | bool | None]] = []

@@ -5,9 +5,9 @@ gradients of the second kind is the true Fisher information. Memory does not hol
 function reduces each gradient as soon as it is computed.
 
 If a model's blocks are on disk, or it is on a GPU, all sequences go through one decoder block after another
-(`samq.sensitivity.block_pass`): no more than a block's weights need to be in memory, and batches may be large. On a CPU a model
-that is in memory goes through whole, a batch after another, which computes nothing twice and takes four fifths of the time.
-So do models that do not come apart into blocks.
+(`samq.sensitivity.block_pass`). So no more than a block's weights need to be in memory, and batches may be large. On a CPU a
+model that is in memory runs whole, batch by batch. That computes nothing twice and takes four fifths of the time. Models that
+do not come apart into blocks run whole, too.
 """
 
 import logging

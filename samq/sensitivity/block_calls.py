@@ -68,8 +68,8 @@ def replaced(
             if len(returned) != number:
                 raise NotApart("its blocks are not called in turn, once each")
             hidden = returned[-1] if returned else _first_hidden(positional, named)
-            call, found = _without_hidden(positional, named, hidden)
-            if not found:
+            call, has_hidden = _without_hidden(positional, named, hidden)
+            if not has_hidden:
                 raise NotApart("a block gets something else than the hidden states of the one before")
             output = replace(number, hidden, call)
             returned.append(output)

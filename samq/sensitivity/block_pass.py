@@ -240,9 +240,9 @@ class BlockPass:
 
             of_another = self._unneeded.get(alike)
             expected = None if of_another is None else [layers[number] for number in of_another]
-            found = unneeded(layers, run, expected)
-            self._unneeded[alike] = [layers.index(one) for one in found]
-        return found
+            not_needed = unneeded(layers, run, expected)
+            self._unneeded[alike] = [layers.index(one) for one in not_needed]
+        return not_needed
 
     def _back_through(self, block: int, layer: nn.Module, share: int, number: int, hidden: torch.Tensor) -> None:
         """One batch through a block again, and back."""

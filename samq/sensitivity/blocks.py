@@ -1,7 +1,7 @@
 """A causal LM taken apart into its decoder blocks, which then run one at a time over all sequences.
 
-What comes before the blocks and after them, and the arguments of each block, are what the model's own forward function makes
-of them: it runs with the blocks replaced. So no architecture has code of its own here. A model whose blocks exchange more
+The model's own forward function runs with the blocks replaced. It makes what comes before the blocks and after them, and the
+arguments of each block. So no architecture has code of its own here. A model whose blocks exchange more
 than hidden states does not come apart like this, and `Blocks.of` says why.
 """
 
@@ -251,16 +251,16 @@ def _trainable_outside(blocks: Blocks) -> Iterator[dict[str, nn.Parameter]]:
 
 def _leaves(output: torch.Tensor) -> set[int]:
     """The ids of the tensors that autograd would give gradients from this one."""
-    found, seen, left = set(), set(), [output.grad_fn]
+    leaves, seen, left = set(), set(), [output.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if (leaf := getattr(node, "variable", None)) is not None:
-            found.add(id(leaf))
+            leaves.add(id(leaf))
         left += [following for following, _ in node.next_functions]
-    return found
+    return leaves
 
 
 @torch.no_grad()

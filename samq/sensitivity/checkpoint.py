@@ -25,7 +25,7 @@ from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 from samq.sensitivity.published_types import refused_method
-from samq.sensitivity.safetensors_header import read_header
+from samq.sensitivity.safetensors_header import read_safetensors_header
 from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -241,7 +241,7 @@ def _check_safetensors(path: Path) -> None:
     """Raise SamqError if the file's size is not what its header promises; takes a second for a model of any size."""
     size = path.stat().st_size
     try:
-        first, entries = read_header(path)
+        first, entries = read_safetensors_header(path)
         promised = first + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamqError(f"{path} has a damaged header; download that file again") from error

@@ -1,11 +1,11 @@
 """Fisher information of weight matrices, as means over rows and over columns.
 
 The values of single weights would take as much memory as the model. In a linear layer the gradient of one token is the
-product of the output's gradient and the input. The expected square of a sequence's gradient is nearly a product too: of
-the sensitivity of a row's output and the size of a column's inputs. F[i, j] is approximated as
+product of the output's gradient and the input. The expected square of a sequence's gradient is nearly a product too. Its
+factors are the sensitivity of a row's output and the size of a column's inputs. F[i, j] is approximated as
 rows[i] columns[j] / mean(F), the best approximation of rank one in the generalized Kullback-Leibler divergence (as in
 Adafactor: Shazeer and Stern 2018, arXiv:1804.04235, section 3). Means over blocks of a row, however small, do not show
-which columns have large inputs, and an importance matrix makes llama-quantize keep its errors away from these columns
+which columns have large inputs. But an importance matrix makes llama-quantize keep its errors away from these columns
 (benchmarks/fisher_grain.py).
 """
 
@@ -52,6 +52,11 @@ class Fisher:
 
 # An expert that saw fewer calibration tokens is scarce: the standard error of its Fisher information is over an eighth of it.
 ENOUGH_TOKENS = 64
+EXPERT_GUARD = "Q3_K"  # the default least type of tensors with scarce experts
+EXPERT_GUARD_USE = (
+    f"least type of stacked experts some of which saw fewer than {ENOUGH_TOKENS} calibration tokens, too few to know what their "
+    "rounding costs"
+)
 
 
 @dataclass(frozen=True)

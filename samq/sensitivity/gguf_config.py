@@ -49,10 +49,10 @@ BIASES = {
     "mlp_bias": re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.bias"),
 }
 
-gguf_tensors.register()
+gguf_tensors.register_processors()
 
 
-def completed(config: PreTrainedConfig, path: Path) -> PreTrainedConfig:
+def completed_from_gguf(config: PreTrainedConfig, path: Path) -> PreTrainedConfig:
     """The configuration that transformers made of the file, with what the file says and transformers left out.
 
     Attributes that the configuration's class does not have stay unknown.
@@ -73,10 +73,14 @@ def completed(config: PreTrainedConfig, path: Path) -> PreTrainedConfig:
     if special := SPECIAL.get(config.model_type):
         for attribute, value in special(config, known, tensors).items():
             setattr(config, attribute, value)
+    if (config.pad_token_id or 0) >= config.vocab_size:  # the published model's, where the file names none
+        config.pad_token_id = None
     rope = getattr(config, "rope_parameters", None)
     factors = {name: read_weights(path, name).tolist() for name in (LONG_FACTORS, SHORT_FACTORS) if name in tensors}
     if isinstance(rope, dict) and "rope_theta" in rope:
         rope |= _rope_parameters(config, known, factors)
+        if "original_max_position_embeddings" in rope and hasattr(config, "original_max_position_embeddings"):
+            config.original_max_position_embeddings = rope["original_max_position_embeddings"]  # it replaces rope's
     elif isinstance(rope, dict) and "full_attention" in rope:  # two kinds of layers, of which one has windows
         rope["full_attention"] |= _rope_parameters(config, known, factors)
         rope["sliding_attention"]["rope_theta"] = known.get("rope.freq_base_swa", 10_000.0)

@@ -1,6 +1,6 @@
 """Tensors of a GGUF that transformers reads into the wrong place or shape: its processors, mended.
 
-transformers looks its processors up by architecture. `register` puts these in the place of its own.
+transformers looks its processors up by architecture. `register_processors` puts these in the place of its own.
 """
 
 import re
@@ -106,7 +106,7 @@ def _read_string(blob: Any, pos: int) -> tuple[str, int]:
     return bytes(blob[pos + 8 : end]).decode(errors="replace"), end
 
 
-def register() -> None:
+def register_processors() -> None:
     """Let transformers use these processors, Llama's names for Mixtral, and a name of the model that is not UTF-8."""
     processors = {"falcon": Falcon, "gemma4": Gemma4, "llama": Llama, "qwen2moe": Qwen2Moe, "stablelm": StableLm}
     reading.TENSOR_PROCESSORS |= processors

@@ -1,10 +1,10 @@
 """Gradients of the single sequences of a batch, handed over for one weight at a time and freed before the next.
 
 Autograd would add up the sequences of a batch and keep a gradient for every weight. Here the weights are frozen. Hooks keep
-the input and the output's gradient of every linear layer and every embedding until all its uses in a backward pass are
-known, and hand them over (`samq.sensitivity.weight_gradients`). Weights in other kinds of modules (GPT-2's Conv1D, stacked
-experts), and those that a model uses without calling their module (Mamba's dt_proj), take autograd's gradient, which limits
-a batch to one sequence.
+the input and the output's gradient of every linear layer and every embedding. When all uses of a layer in a backward pass are
+known, they hand these over (`samq.sensitivity.weight_gradients`). Weights in other modules (GPT-2's Conv1D, stacked experts) take
+autograd's gradient. So do weights that a model uses without calling their module (Mamba's dt_proj). Both limit a batch to one
+sequence.
 """
 
 from collections import defaultdict
@@ -45,8 +45,8 @@ class Batch:
 class SampleGradients:
     """Hooks on a model during a `with` block, in which backward passes hand each weight's gradients to `receive`.
 
-    A pass may be over the whole model or over a part of it, with all uses of the part's weights but one: of an embedding that
-    is the output as well, the two uses may come in two passes, the output's first.
+    A pass may be over the whole model or over a part of it. It has all uses of the part's weights, with one exception. If the
+    embedding is the output as well, its two uses may come in two passes, the output's first.
     """
 
     def __init__(self, model: PreTrainedModel, weights: list[Weight], receive: Receive) -> None:
@@ -58,7 +58,7 @@ class SampleGradients:
         self._open: dict[int, int] = defaultdict(int)
         self._uses: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         # (weight, sequence) of a weight that is embedding and output -> input and gradient of the output at that sequence's
-        # tokens, until the embedding's gradient comes
+        # tokens. They are here until the embedding's gradient comes.
         self._tied: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._ids: dict[int, torch.Tensor] = {}  # weight -> token ids that the embedding saw last
         self._uses_of = _uses_of(model, weights)

@@ -1,7 +1,7 @@
 """Second moments of the inputs of weight matrices on calibration text: Gram matrices, one block of the model at a time.
 
 The Gram matrix G of a layer with input x is the mean of x x^T over tokens, (row length, row length). Its diagonal is the
-importance matrix of llama-imatrix. The whole matrix determines what an error dW of a row does to the layer's output: the
+importance matrix of llama-imatrix. The whole matrix determines what an error dW of a row does to the layer's output. The
 mean square of the output's error is dW G dW^T.
 
 All matrices of a large model would take more memory than the model itself. So they are handed over as soon as a block's are
@@ -55,8 +55,8 @@ def input_moments(
         weights: the model's, as its GGUF has them (`samq.sensitivity.layout`).
         matrices: whole Gram matrices; else their diagonals alone.
         batch_size: sequences a forward pass; 1 with stacked experts, where the padding of a batch cannot be told.
-        memory: what hidden states may take. With a folder a pass that was killed goes on at a part that was not finished: one is
-            finished when the next one's moments are asked for.
+        memory: what hidden states may take. With a folder a pass that was killed goes on at a part that was not finished. One
+            is finished when the next one's moments are asked for.
         matrices_bytes: limit for the matrices that are added up at a time; a part with more runs several times.
         progress: told of the parts that are done.
 

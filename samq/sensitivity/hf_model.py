@@ -1,11 +1,13 @@
 """A causal LM in full precision, loaded into torch."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import gguf
@@ -25,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from samq.errors import SamqError
+from samq.gguf.file import read_metadata
 from samq.gguf.header import LazyReader
 from samq.progress import Progress, silent
 from samq.records import ModelSource
@@ -41,6 +44,7 @@ from samq.sensitivity.published_types import dequantize_at_load
 modeling_gguf_pytorch_utils.tqdm = transformers_logging.tqdm  # type: ignore[attr-defined]
 log = logging.getLogger("samq.model")
 _loading = threading.Lock()  # loading changes transformers and gguf, which is visible to all threads
+_ABOUT_DEVICE = re.compile(r"device type|CUDA|NVIDIA|out of memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +56,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     folder, from_gguf = _places(source)
-    with _transformers_errors(f"the tokenizer of {source.name}", source.gguf is not None):
+    with _transformers_errors(f"the tokenizer of {source.name}", source):
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, **({} if source.folder is not None else from_gguf)
         )
@@ -100,7 +104,7 @@ def _load(
     what = f"{source.name} as {dtype} on {place}"
     with _loading, _gguf_read_once():
         with (
-            _transformers_errors(what, source.gguf is not None),
+            _transformers_errors(what, source),
             _bars_told_to(progress),
             _without_known_warnings(),
         ):
@@ -154,7 +158,9 @@ def _configuration(source: ModelSource) -> Any:
     if source.gguf is None:
         dequantize_at_load(config)
         return config
-    return config.get_text_config() if source.folder is not None else gguf_config.completed(config, source.gguf)
+    return (
+        config.get_text_config() if source.folder is not None else gguf_config.completed_from_gguf(config, source.gguf)
+    )
 
 
 def model_class_of(config: Any) -> Any:
@@ -246,18 +252,23 @@ def _counted(items: Any, progress: Progress) -> Iterator[Any]:
 
 
 @contextmanager
-def _transformers_errors(what: str, from_gguf: bool) -> Iterator[None]:
+def _transformers_errors(what: str, source: ModelSource) -> Iterator[None]:
     """Raise SamqError with the first line of whatever error transformers or torch raises.
 
-    transformers reads few architectures from a GGUF, so the advice is then to give the folder.
+    transformers reads few architectures from a GGUF, and its own words about the others are of no use: the advice is to give
+    the folder.
     """
     try:
         yield
     except (OSError, TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        folder = "give the model's Hugging Face folder as the model (`samq compensate`: --model)"
-        advice = folder if from_gguf else "check its files and the device"
-        raise SamqError(f"transformers cannot load {what} ({type(error).__name__}: {reason}); {advice}") from error
+        cause = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        if source.gguf is None or _ABOUT_DEVICE.search(cause):
+            raise SamqError(f"transformers cannot load {what} ({cause}); check its files and the device") from error
+        architecture = read_metadata(source.gguf).get("general.architecture", "unknown")
+        raise SamqError(
+            f"transformers cannot read {what} from a GGUF of the architecture {architecture}; give the model's Hugging Face "
+            f"folder or hub id as the model instead (`samq compensate`: --model); cause: {shorten(cause, 120)}"
+        ) from error
 
 
 def write_hf_folder(gguf: Path, folder: Path) -> Path:

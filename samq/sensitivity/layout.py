@@ -131,7 +131,7 @@ def _stored(model: PreTrainedModel, names: Names, there: Set[str] | None) -> lis
     """The tensors of the model's weight matrices, in the model's order; `there` are the file's, if a file is known."""
     config = model.config.get_text_config()
     conv1d = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    found: dict[str, _Stored] = {}
+    stored_tensors: dict[str, _Stored] = {}
     shared: set[str] = set()
     for hf_name, parameter in model.named_parameters():  # a tied weight comes once, under the embedding's name
         if parameter.ndim not in (2, 3):
@@ -141,27 +141,32 @@ def _stored(model: PreTrainedModel, names: Names, there: Set[str] | None) -> lis
                 continue  # a convolution, which llama.cpp never quantizes
             shape = tuple(parameter.shape)
             views = [make(config, shape) for make in ((turned,) if id(parameter) in conv1d else makers)]
-            if name in found:
+            if name in stored_tensors:
                 shared.add(name)
-            found[name] = _Stored(name, parameter, tuple(view for view in views if view is not None))
-    _split_tied(model, found, there or set())
+            stored_tensors[name] = _Stored(name, parameter, tuple(view for view in views if view is not None))
+    _split_tied(model, stored_tensors, there or set())
     for name in sorted(shared):
         logger.warning("several parameters make up %s, which is not measured", name)
-        del found[name]
-    if not found:
+        del stored_tensors[name]
+    if not stored_tensors:
         raise SamqError(
             f"no weight of {type(model).__name__} has a GGUF name; check that the GGUF was converted from this model"
         )
-    return [stored for stored in found.values() if stored.views]
+    return [stored for stored in stored_tensors.values() if stored.views]
 
 
-def _split_tied(model: PreTrainedModel, found: dict[str, _Stored], there: Set[str]) -> None:
+def _split_tied(model: PreTrainedModel, stored: dict[str, _Stored], there: Set[str]) -> None:
     """Let each of two copies of a tied weight, which some GGUFs have, be measured where it is used."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if {EMBEDDING, OUTPUT} <= there and EMBEDDING in found and output is not None and embedding.weight is output.weight:
-        tied = found[EMBEDDING]
+    if (
+        {EMBEDDING, OUTPUT} <= there
+        and EMBEDDING in stored
+        and output is not None
+        and embedding.weight is output.weight
+    ):
+        tied = stored[EMBEDDING]
         for name, user in ((EMBEDDING, embedding), (OUTPUT, output)):
-            found[name] = replace(tied, name=name, user=user)
+            stored[name] = replace(tied, name=name, user=user)
 
 
 def _tensors(hf_name: str, names: Names, there: Set[str] | None) -> dict[str, tuple[MakeView, ...]]:
@@ -171,7 +176,7 @@ def _tensors(hf_name: str, names: Names, there: Set[str] | None) -> dict[str, tu
         gguf_names = {name: _weight_name(names(name)) for name in storage}
         if all(gguf_names.values()):
             with_names.append({str(gguf_names[name]): makers for name, makers in storage.items()})
-    complete = [found for found in with_names if there is None or found.keys() <= there]
+    complete = [tensors for tensors in with_names if there is None or tensors.keys() <= there]
     return next(iter(complete or with_names[-1:]), {})
 
 

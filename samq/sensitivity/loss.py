@@ -21,8 +21,8 @@ LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 class Labelling:
     """The labels of the loss, and what the sequences are for.
 
-    A sequence's labels are drawn from a random stream of its own, which depends on `purpose`, `seed` and the sequence's
-    number, and not on the batches.
+    A sequence's labels are drawn from a random stream of its own. It depends on `purpose`, `seed` and the sequence's number,
+    and not on the batches.
     """
 
     labels: Labels = "text"  # next tokens of the text, or drawn from the model's distribution at the same positions
@@ -82,8 +82,8 @@ def _loss_gradient(
     """Return the summed negative log likelihood of one sequence in nats, in float64, and write its gradient to `gradient`.
 
     `logits` and `gradient` are (T, vocabulary), `labels` (T,) or None, which draws them from the logits. The gradient with
-    respect to the logits is softmax(logits) - onehot(label), computed a few positions at a time: autograd would keep
-    float32 copies of all logits.
+    respect to the logits is softmax(logits) - onehot(label). It is computed a few positions at a time, since autograd would
+    keep float32 copies of all logits.
     """
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
     drawn = torch.from_numpy(stream.random(len(logits))).to(logits.device)

@@ -2,12 +2,12 @@
 
 One pass over the calibration sequences measures both. With g the gradient of one sequence's summed loss:
 
-    gradient norm   the threshold method's measure: the L2 norm of the gradient of the sequence's mean loss, |g| / its
-                    label tokens; mean over sequences, with its standard error. The score is the norm divided by the
-                    model's largest.
+    gradient norm   the threshold method's measure. It is the L2 norm of the gradient of the sequence's mean loss, |g| /
+                    its label tokens. SAMQ keeps the mean over sequences, with its standard error. The score is the norm
+                    divided by the model's largest.
     fisher          the sum over sequences of g^2, divided by all label tokens, in nats per token per squared weight.
-                    Replacing W by W + dW costs about sum(fisher * dW^2) / 2 nats per token: the second-order term of
-                    the KL divergence, without the terms between weights. Labels drawn from the model give the true
+                    Replacing W by W + dW costs about sum(fisher * dW^2) / 2 nats per token. That is the second-order
+                    term of the KL divergence, without the terms between weights. Labels drawn from the model give the true
                     Fisher information, labels of the text the empirical one.
 
 Of the Fisher information SAMQ keeps the means over rows and over columns (samq.sensitivity.fisher).

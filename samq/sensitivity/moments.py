@@ -57,8 +57,9 @@ class Moments:
     def estimate(self) -> torch.Tensor:
         """The Gram matrix that other text is expected to have.
 
-        An expert's is a mean of its own and that of all experts, as if it had seen `BORROWED_TOKENS` more tokens for each
-        column, those of all experts. So an expert that saw few tokens borrows most of its matrix, and one that saw many little.
+        An expert's is a mean of its own and that of all experts. It is as if the expert had seen `BORROWED_TOKENS` more tokens
+        for each column, those of all experts. So an expert that saw few tokens borrows most of its matrix, and one that saw
+        many borrows little.
         """
         if self.pooled is None:
             return self.gram
@@ -68,7 +69,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the moments of a part of the model: of a block, by its number, or of what is around the blocks, the last part."""
+    """Some of the moments of a part of the model: a block, by its number, or the last part, which is around the blocks."""
 
     part: int
     moments: list[Moments]

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from samq.errors import SamqError
-from samq.sensitivity.safetensors_header import read_header
+from samq.sensitivity.safetensors_header import read_safetensors_header
 from samq.sensitivity.transfer import Transfer, now
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class StoredTensor:
 @lru_cache(maxsize=1024)
 def _header(file: Path, changed_ns: int, size: int) -> tuple[int, dict[str, Any]]:
     """The header of a file that has this time and size: it is read for every part of a tensor."""
-    return read_header(file)
+    return read_safetensors_header(file)
 
 
 def _read_bytes(file: Path, offset: int, into: torch.Tensor) -> None:
@@ -192,8 +192,9 @@ NOTHING = Needed(frozenset(), frozenset())
 class Residence:
     """Brings the weights of a model's parts to the devices that compute, during a `with` block.
 
-    The parts are the blocks, in order, and two of all other modules: `after` the last block and `before` the first, on the
-    first device alone. Of what is on disk these two have those weights that are needed; zeros stand for the others.
+    The parts are the blocks, in order, and two parts of all other modules: `after` the last block and `before` the first.
+    These two are on the first device alone. Of what is on disk they have those weights that are needed; zeros stand for the
+    others.
     """
 
     def __init__(

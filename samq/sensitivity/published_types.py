@@ -2,7 +2,7 @@
 
 llama.cpp's converter and torch must read the same numbers. For FP8 both multiply a weight by the scale of its block in float32
 (`dequant_simple` in llama.cpp's conversion/base.py). transformers' own function divides the rows by the rows of scales
-instead, and so fails or errs where blocks of 128 do not divide a matrix, as in DeepSeek-V3. For MXFP4 both are exact.
+instead. So it fails or errs where blocks of 128 do not divide a matrix, as in DeepSeek-V3. For MXFP4 both are exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,6 +102,23 @@ class _Dequantize(Fp8Dequantize):
             return super()._dequantize_one(quantized, scales, output_dtype)
         block = self.hf_quantizer.quantization_config.weight_block_size
         return dequantize_fp8(quantized, scales, block).to(output_dtype or torch.float32)
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What is not in FP8 gets the model's type here, since transformers leaves it in the file's."""
+        converted: dict[str, Any] = super().convert(input_dict, full_layer_name, model, **kwargs)
+        dtype = self._get_target_dtype(model, full_layer_name)
+        if dtype is None:
+            return converted
+        return {
+            name: [tensor.to(dtype) for tensor in tensors] if isinstance(tensors, list) else tensors.to(dtype)
+            for name, tensors in converted.items()
+        }
 
 
 @register_quantization_config(_OUR_FP8)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+def read_safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the values begin in the file, in bytes, and the header's entry of each tensor; takes no part of the values.
 
     Raises struct.error, ValueError or AttributeError if there is no such header.

@@ -1,9 +1,9 @@
 """Linear layers of a block whose outputs the way back does not need.
 
-When a block is computed again for its gradients (`samq.sensitivity.block_pass`), the values of its last layers are often for
-nothing: a Llama's `down_proj` is only added to the hidden states, and the gradient of a sum needs neither term. Which layers
-those are shows in values, and no architecture is named here: such a layer may give NaN, and no NaN gets into what the gradients
-are computed from. It gives NaN ever after, so that a use of its output would be no silent one.
+When a block is computed again for its gradients (`samq.sensitivity.block_pass`), the values of its last layers are often not
+needed. A Llama's `down_proj` is only added to the hidden states, and the gradient of a sum needs neither term. Values show
+which layers those are, and no architecture is named here. Such a layer may give NaN, and no NaN gets into what the gradients
+are computed from. From then on it gives NaN, so that a use of its output would show.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +27,11 @@ def unneeded(layers: Sequence[nn.Linear], run: Run, expected: Sequence[nn.Linear
     called = _called(layers, run)
     if expected and set(expected) <= set(called) and not _reaches_gradients(expected, layers, run):
         return list(expected)
-    found: list[nn.Linear] = []
+    not_needed: list[nn.Linear] = []
     for layer in reversed(called):
-        if not _reaches_gradients([*found, layer], layers, run):
-            found.append(layer)
-    return found
+        if not _reaches_gradients([*not_needed, layer], layers, run):
+            not_needed.append(layer)
+    return not_needed
 
 
 @contextmanager

@@ -22,8 +22,8 @@ Order = NDArray[np.intp]
 class View:
     """Where in a parameter of torch the values of one GGUF tensor are.
 
-    `matrix` turns the parameter, or a tensor of its shape such as a gradient, into (rows, row length), experts first if they
-    are stacked; None if it is that already. `rows` and `columns` are torch's numbers of the GGUF's; None for all in order.
+    `matrix` turns the parameter, or a tensor of its shape such as a gradient, into (rows, row length). Stacked experts come
+    first. None: it has that shape already. `rows` and `columns` are torch's numbers of the GGUF's; None for all in order.
     """
 
     matrix: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -1,8 +1,8 @@
 """Gradients of one weight matrix, one for each sequence of a batch, in the form in which backpropagation gives them.
 
 The gradient of a linear layer's weights is dY^T X, of its output's gradient dY (T, out) and its input X (T, in). It is as
-large as the weights, and what SAMQ needs of it is not: the sums of its squares over rows and columns follow from products of
-tokens with tokens, without the gradient itself (as in Goodfellow 2015, arXiv:1510.01799, for its norm):
+large as the weights. What SAMQ needs of it is smaller: the sums of its squares over rows and columns. They follow from products
+of tokens with tokens, without the gradient itself (as in Goodfellow 2015, arXiv:1510.01799, for its norm):
 
     sums over columns, for each row    sum over t, s of dY[t, row] (X X^T)[t, s] dY[s, row]
     sums over rows, for each column    sum over t, s of X[t, column] (dY dY^T)[t, s] X[s, column]

@@ -1,4 +1,4 @@
-"""A child process that is an engine with one model: its start, its answers, its signs of life and its end."""
+"""A child process that is an engine with one model: its start, its answers, its supervision and its end."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ _READINESS = "/v1/models"  # answered with 200 when the model is loaded, by ever
 _STACK_BYTES = STACK_BYTES + 8 * 2**20
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _ENDING_S = 0.5  # an engine that takes no connection is about to end; if not, the next attempt waits so long
-_QUIET_S = 1.0  # an engine at work that has said nothing for so long is asked for a sign of life
+_QUIET_S = 1.0  # a busy engine that has been silent for this long is probed
 
 
 class LostError(SamqError):
@@ -165,7 +165,7 @@ class Child:
             self._asking -= 1
 
     async def heard(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """The pieces of an answer as they come, an event each if it is a stream; each is a sign of life."""
+        """The pieces of an answer as they come, an event each if it is a stream. Each shows that the engine responds."""
         async for piece, _ in response.content.iter_chunks():
             self._heard = self._loop.time()
             if piece:
@@ -210,9 +210,9 @@ class Child:
             await asyncio.sleep(0.01)
 
     async def _watch(self) -> None:
-        """Kill the process when it hangs: at work, and without a sign of life for `hang_timeout_s`."""
+        """Kill the process when it hangs: busy, and without a response for `hang_timeout_s`."""
         path = self._engine.sign_of_life
-        # Without a path that it answers meanwhile, only the end of an answer is a sign of life.
+        # An engine without a path to probe responds only at the end of an answer.
         limit = self._settings.hang_timeout_s if path else max(
             self._settings.hang_timeout_s, self._settings.request_timeout_s
         )  # fmt: skip
@@ -226,7 +226,7 @@ class Child:
                     await self.get(path, limit - quiet)
                     self._heard = self._loop.time()
             elif quiet >= limit:
-                self.killed_for = f"hung: it gave no sign of life for {limit:g} s"
+                self.killed_for = f"hung: it did not respond for {limit:g} s"
                 logger.error("the engine %s; it is killed", self.killed_for)
                 await asyncio.to_thread(kill_group, self._process)
                 return

@@ -1,4 +1,4 @@
-"""The engines: programs that speak OpenAI's API. Each is a command, flags that SAMQ sets itself, and a sign of life."""
+"""The engines: programs that speak OpenAI's API. Each is a command, flags that SAMQ sets itself, and a path to probe."""
 
 import json
 import os

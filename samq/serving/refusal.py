@@ -92,9 +92,9 @@ def refused_by_engine(status: int, body: bytes) -> Refused:
         answer = json.loads(body)
         detail = answer.get("error") or answer.get("detail")
         message = str(detail["message"] if isinstance(detail, dict) else detail)
-        if found := _PYDANTIC.search(message):
-            place = found["place"].replace("'", "").removeprefix("body, ").replace(", ", ".")
-            status, message = 400, f"{place}: {found['message']}"
+        if match := _PYDANTIC.search(message):
+            place = match["place"].replace("'", "").removeprefix("body, ").replace(", ", ".")
+            status, message = 400, f"{place}: {match['message']}"
     except (ValueError, LookupError, TypeError, AttributeError):
         detail, message = {}, body.decode(errors="replace")[:300] or "the engine gave no reason"
     if status == 500 and _CLIENTS_FAULT.search(message):

@@ -203,7 +203,7 @@ def fits_beside(served: Served, settings: ServingSettings) -> bool:
         logger.warning("llama.cpp cannot tell how much memory %s needs: %s", served.gguf, error)
         return False
     host = planned.pop(fit.HOST)
-    free = gpu.free_bytes()
+    free = gpu.free_gpu_bytes()
     on_gpus = sum(planned.values()) <= sum(each - fit.SPARE_BYTES for each in free) if planned else True
     return on_gpus and host < psutil.virtual_memory().available
 

@@ -116,7 +116,7 @@ class ServingSettings(BaseModel):
 
     start_timeout_s: float = Field(default=900, gt=0, description="time limit of the engine's start")
     hang_timeout_s: float = Field(
-        default=120, gt=0, description="an engine at work that gives no sign of life for so long is started again"
+        default=120, gt=0, description="a busy engine that does not respond for this long is restarted"
     )
     poll_interval_s: float = Field(default=10, gt=0, description="time between two checks of the alias or the file")
     warmup_prompt: str = Field(

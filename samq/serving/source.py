@@ -36,8 +36,8 @@ class ServedGguf:
         return f"{self.name}{version} (sha256 {self.sha256[:12]})"
 
 
-# Looks up the GGUF to serve. Raises UnreachableError if MLflow or the file cannot be read, NotRegisteredError if MLflow has
-# no such model, version or alias, and SamqError if the GGUF cannot be served here.
+# Looks up the GGUF to serve. Raises UnreachableError if MLflow or the file cannot be read. Raises NotRegisteredError if MLflow
+# has no such model, version or alias, and SamqError if the GGUF cannot be served here.
 Source = Callable[[], ServedGguf]
 
 

@@ -69,8 +69,8 @@ async def warm_up(child: Child, name: str, settings: ServingSettings) -> None:
 async def token_agreement(old: Child, new: Child, prompts: Sequence[Prompt], tokens: int) -> float | None:
     """Share of tokens that two models agree on, with greedy decoding and up to their first difference in each answer.
 
-    It is the mean over prompts of (length of the common prefix / length of the longer answer), and None if no prompt can
-    be answered by both. Answers are compared as texts, so the two models may have different vocabularies.
+    It is the mean over prompts of (length of the common prefix / length of the longer answer). It is None if no prompt can be
+    answered by both. Answers are compared as texts, so the two models may have different vocabularies.
     """
     shares = []
     for prompt in prompts:

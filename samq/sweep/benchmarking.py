@@ -84,13 +84,13 @@ def compare_benchmarks(
     tables = {result.name: compared_items(result) for result in results}
     full = next((result.name for result in results if result.plan.policy == "full"), None)
     benchmarked = [name for name, items in tables.items() if name != full and len(items)]
-    found: list[PairedComparison] = []
+    comparisons: list[PairedComparison] = []
     for name in benchmarked:
         if full is not None and len(tables[full]):
-            found += compare_items(name, tables[name], full, tables[full], margin=margin)
+            comparisons += compare_items(name, tables[name], full, tables[full], margin=margin)
         if production is not None and len(production):
-            found += _against_production(name, tables[name], production, margin)
-    return found
+            comparisons += _against_production(name, tables[name], production, margin)
+    return comparisons
 
 
 def _against_production(

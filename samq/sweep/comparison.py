@@ -4,11 +4,11 @@ Compared is the relative reduction of mean KLD, 1 - mean KLD of the candidate / 
 interval is paired: what makes a token hard is hard for both, and cancels. It is over whole chunks of text, not tokens:
 the tokens of a chunk share their text, so they are fewer observations than they seem.
 
-The interval is the wider, at each end, of two for the logarithm of the ratio of means: the percentile bootstrap, and
-Student's t with the ratio's linearised standard error. With few chunks the bootstrap alone is too narrow, as a resample
-cannot spread more than the few chunks did: of its intervals, called 95 %, 90 % hold the truth at 12 chunks and 76 % at 3.
-Student's t allows for that, and falls short itself where a chunk dominates the mean. The wider of both holds the truth in
-92 to 95 % at 12 chunks, and in 91 to 94 % at 3, as simulated once; tests/samq/sweep/test_comparison.py requires 90 to 98 %.
+SAMQ computes two intervals for the logarithm of the ratio of means, and takes the wider at each end. One is the percentile
+bootstrap, the other Student's t with the ratio's linearised standard error. With few chunks the bootstrap alone is too narrow,
+as a resample cannot spread more than the few chunks did. Of its 95 % intervals, 90 % hold the truth at 12 chunks and 76 % at 3.
+Student's t allows for that, and falls short itself where a chunk dominates the mean. In simulations the wider of both holds the
+truth in 92 to 95 % at 12 chunks, and in 91 to 94 % at 3. tests/samq/sweep/test_comparison.py requires 90 to 98 %.
 """
 
 import math

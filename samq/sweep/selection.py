@@ -2,8 +2,8 @@
 
 A candidate is worth having when no other is both smaller and closer to full precision (the Pareto front of bytes and
 mean KL divergence). The best is the closest one within the limits of a `SelectionRule`, and never worse than
-llama-quantize's own mixtures: a plan by sensitivity must beat, with confidence, each of them that is no larger, and those
-at whose bytes it is shown. A mixture that was not measured is not known to be worse.
+llama-quantize's own mixtures. A plan by sensitivity must beat, with confidence, each mixture that is no larger, and those at
+whose bytes it is shown. A mixture that was not measured is not known to be worse.
 """
 
 import math
@@ -21,7 +21,7 @@ from samq.records import Evaluation, Metric, Plan, QuantizedModel
 Finalists = Literal["front", "best", "all"]
 BY_SENSITIVITY = ("threshold", "budget")  # the policies that are SAMQ's own
 # Two files are of one size if they differ by no more than this share. A budget plan leaves up to a tensor's step of its
-# budget idle, and the metadata of two files differ by kilobytes: less than this even for a model of some 20 MB.
+# budget idle, and the metadata of two files differ by kilobytes. That is less than this share even for a model of some 20 MB.
 SAME_SIZE = 0.001
 NEARLY_SAME_SIZE = 0.01  # how much smaller a plan may be to be shown at a mixture's bytes
 
@@ -141,8 +141,8 @@ def exclusion(
 ) -> str | None:
     """Why the rule does not let this candidate be the best; None if it may be.
 
-    A plan by sensitivity needs a comparison with every stock candidate of the sweep that it has to beat (`_to_beat`) and
-    that is within the rule's limits itself: what was not compared is not known to be better. A plan by budget needs a
+    A plan by sensitivity needs a comparison with every stock candidate that it has to beat (`_to_beat`) and that is within the
+    rule's limits itself. What was not compared is not known to be better. A plan by budget needs a
     stock candidate that was measured, and the one whose bytes it was given.
     """
     if result.plan.policy == "full":

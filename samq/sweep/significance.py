@@ -1,14 +1,14 @@
 """Whether a candidate does worse on a benchmark than a reference, on the same items.
 
-All is paired: what makes an item hard is hard for both, and cancels. For metrics that are 0 or 1 for an item, what counts
-are the items on which the two differ: the p value is McNemar's exact one, and the interval of the difference is Tango's
-score interval (Statistics in Medicine 17, 1998), which stays honest when few items differ, or none. Other metrics get a
-paired bootstrap, and the wider, at each end, of its percentile interval and Student's t; where no item differs, which
-would leave no width, the interval is as wide as Tango's, in the range of the values.
+All is paired: what makes an item hard is hard for both, and cancels. For metrics that are 0 or 1 for an item, only items on
+which the two differ count. The p value is McNemar's exact one. The interval of the difference is Tango's score interval
+(Statistics in Medicine 17, 1998), which stays honest when few items differ, or none. Other metrics get a paired bootstrap. Their
+interval is the wider, at each end, of its percentile interval and Student's t. If no item differs, that would have no width. The
+interval is then as wide as Tango's, in the range of the values.
 
-Non-inferior means: with 95 % confidence no worse than the reference by more than a margin, one per cent of the reference's
-value unless told otherwise. That two do not differ significantly is not enough for it, and few items never are: with no
-item on which the two differ it takes 268 of them to rule out a loss of one per cent of all.
+Non-inferior means, with 95 % confidence, at most a margin worse than the reference. The default margin is one per cent of the
+reference's value. It is not enough that two do not differ significantly, and few items never suffice. With no item on which the
+two differ, it takes 268 items to rule out a loss of one per cent of all.
 """
 
 import math
@@ -28,7 +28,7 @@ from samq.records import Metric, Record
 from samq.sweep.comparison import CONFIDENCE, RESAMPLES
 
 JSON_ITEMS = "json/valid"  # the JSON prompts' answers among the items: every evaluation may have them
-MARGIN = 0.01  # the founding goal: no more than 1 % worse
+MARGIN = 0.01  # at most 1 % worse than the reference
 _POWER = 0.8  # chance to decide with the items that are said to be needed, the usual one
 _BATCH = 100  # resamples in memory at once: 8 MB for 10,000 items
 _ITEM = ["task", "item", "document"]
@@ -203,7 +203,7 @@ def tango_limit(differences: NDArray[np.float64], confidence: float, side: Liter
     """One end of Tango's score interval of a mean of paired 0/1 differences, which are -1, 0 or 1.
 
     `confidence` is one-sided. The end is the difference d at which the score test of "the true difference is d" just
-    rejects; its standard error is taken at d, not at what was observed, so it is never zero.
+    rejects. Its standard error is taken at d, not at what was observed, so it is never zero.
     """
     count = len(differences)
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
@@ -271,9 +271,10 @@ def _bootstrap_p(difference: float, means: NDArray[np.float64]) -> float:
 def items_needed(gains: NDArray[np.float64], margin: float, reach: float = 1.0) -> int | None:
     """Items with which the verdict is decided with a chance of 80 %, if mean and spread of the gains stay as they are.
 
-    n = ((z of the confidence + z of the power) * spread / distance of the mean from the margin)^2, the usual sample size
-    of a non-inferiority trial; and at least what it takes to rule out the margin when no item differs, of metrics that
-    differ by 0 or `reach`. None if the mean lies on the margin, or the margin is 0 and no item differs.
+    n = ((z of the confidence + z of the power) * spread / distance of the mean from the margin)^2
+
+    This is the usual sample size of a non-inferiority trial. The result is at least what rules out the margin when no item
+    differs, of metrics that differ by 0 or `reach`. None if the mean lies on the margin, or the margin is 0 and no item differs.
     """
     distance = abs(float(gains.mean()) + margin)
     spread = float(gains.std())

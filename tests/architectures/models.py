@@ -1,28 +1,28 @@
 """Tiny random models of the architectures that people quantize, in folders as they are published."""
 
-import io
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from samq.data.datasets import packaged_rows
+from tests.architectures.publishing import (
+    copied_output,
+    gemma_3n,
+    glm_mtp,
+    mimo_mtp,
+    qwen_mtp,
+    renamed_layers,
+    vocabulary_model,
+    with_config,
+    with_tensors,
+)
+from tests.architectures.vocabularies import VOCABULARY, tokenizer_of
 from tests.published import publish_in_compressed_fp8, publish_in_fp8, publish_in_mxfp4
 
-VOCABULARY = 512
-SPECIAL = [
-    *("<unk>", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|user|>", "<|assistant|>"),
-    *("<|im_start|>", "<|im_end|>", "[gMASK]", "<sop>", "<eop>", "<|system|>", "<|observation|>"),
-]
 SHAPE = dict(
     vocab_size=VOCABULARY,
     hidden_size=256,
@@ -84,90 +84,6 @@ def multimodal(kind: str, vision: dict[str, Any], *, whole: Any = None, publish:
     """A text model of `llama_like` in a multimodal one; `whole` is what the configuration says beside the two parts."""
     model = llama_like(kind, publish=publish, **text)
     return replace(model, shape={"text_config": model.shape, "vision_config": vision} | (whole or {}))
-
-
-def with_config(**changes: Any) -> Callable[[Path], None]:
-    """Set entries of config.json, or leave out those that are None."""
-
-    def publish(folder: Path) -> None:
-        path = folder / "config.json"
-        config = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-
-    return publish
-
-
-def renamed_layers(folder: Path) -> None:
-    """Granite 4's names of the kinds of layers."""
-    path = folder / "config.json"
-    text = path.read_text().replace('"linear_attention"', '"mamba"').replace('"full_attention"', '"attention"')
-    path.write_text(text)
-
-
-def with_tensors(make: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
-    """Add tensors to the weights."""
-
-    def publish(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        weights = load_file(path)
-        save_file(weights | make(weights), path, metadata={"format": "pt"})
-
-    return publish
-
-
-def copied_output(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A tied model whose file holds the output as well."""
-    return {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
-
-
-def layer_as(weights: dict[str, torch.Tensor], layer: int, prefix: str) -> dict[str, torch.Tensor]:
-    """Copies of a layer's weights under another name."""
-    found = {name: re.match(rf"model\.(?:language_model\.)?layers\.{layer}\.(.*)", name) for name in weights}
-    return {f"{prefix}{match[1]}": weights[name].clone() for name, match in found.items() if match}
-
-
-def qwen_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Qwen3-Next's and Qwen3.5's layer for multi-token prediction."""
-    width = next(weight.shape[1] for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
-    norms = {
-        f"mtp.{name}.weight": torch.zeros(width) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
-    }
-    return layer_as(weights, 3, "mtp.layers.0.") | {"mtp.fc.weight": torch.randn(width, 2 * width) * 0.03} | norms
-
-
-def glm_mtp(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """GLM-4.5's layer for multi-token prediction."""
-    width = weights["model.embed_tokens.weight"].shape[1]
-    norms = {f"model.layers.2.{name}.weight": torch.ones(width) for name in ("enorm", "hnorm", "shared_head.norm")}
-    return (
-        layer_as(weights, 1, "model.layers.2.")
-        | norms
-        | {
-            "model.layers.2.eh_proj.weight": torch.randn(width, 2 * width) * 0.03,
-            "model.layers.2.shared_head.head.weight": weights["lm_head.weight"].clone(),
-            "model.layers.2.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
-        }
-    )
-
-
-def gemma_3n(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gemma 3n's scales as trained, and what transformers leaves out: keys and values of layers that use those of others."""
-    scales = {name: torch.ones_like(scale) for name, scale in weights.items() if name.endswith("correct_output_scale")}
-    norms = {  # which divide by the root of the head's width, since attention does not
-        name: torch.full_like(norm, len(norm) ** -0.25)
-        for name, norm in weights.items()
-        if re.search(r"[qk]_norm", name)
-    }
-    whole = weights | scales | norms
-    unused = layer_as(whole, 18, "model.layers.20.") | layer_as(whole, 19, "model.layers.21.")
-    return (
-        scales | norms | {name: weight for name, weight in unused.items() if re.search(r"\.[kv]_(proj|norm)\.", name)}
-    )
-
-
-def vocabulary_model(folder: Path) -> None:
-    """SentencePiece's file, which some converters ask for beside tokenizer.json."""
-    (folder / "tokenizer.model").write_bytes(_sentencepiece_model())
 
 
 GEMMA = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=256)
@@ -254,10 +170,20 @@ ARCHITECTURES = {
         "deepseek_v2", num_key_value_heads=4, first_k_dense_replace=1, head_dim=32, often=True, **ROUTED, **LATENT
     ),
     "DeepSeek-V3": llama_like(
-        "deepseek_v3", num_key_value_heads=4, first_k_dense_replace=1, n_group=2, topk_group=1, **ROUTED, **LATENT
+        "deepseek_v3", num_key_value_heads=4, first_k_dense_replace=1, n_group=2, topk_group=1,
+        publish=(with_tensors(glm_mtp), with_config(num_nextn_predict_layers=1)), **ROUTED, **LATENT,
     ),
     "GLM-4.7-Flash": llama_like(
-        "glm4_moe_lite", num_key_value_heads=4, first_k_dense_replace=1, n_group=1, topk_group=1, **ROUTED, **LATENT
+        "glm4_moe_lite", num_key_value_heads=4, first_k_dense_replace=1, n_group=1, topk_group=1,
+        publish=(with_tensors(glm_mtp), with_config(num_nextn_predict_layers=1)), **ROUTED, **LATENT,
+    ),
+    "MiMo-V2-Flash": llama_like(
+        "mimo_v2_flash", num_key_value_heads=1, head_dim=64, v_head_dim=64, sliding_window=128, n_routed_experts=8,
+        num_experts_per_tok=2, moe_intermediate_size=256, publish=with_tensors(mimo_mtp),
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+            for kind, theta in (("full_attention", 5e6), ("sliding_attention", 1e4))
+        },
     ),
     "Mixtral": llama_like("mixtral", num_local_experts=8, num_experts_per_tok=2, often=True),
     "Qwen2 MoE": llama_like("qwen2_moe", shared_expert_intermediate_size=256, often=True, **MOE),
@@ -413,7 +339,7 @@ def write_model(name: str, folder: Path) -> Path:
     model = (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM).from_config(config).float().eval()
     _spread(model)
     model.save_pretrained(folder)
-    _tokenizer(wanted.tokenizer).save_pretrained(folder)
+    tokenizer_of(wanted.tokenizer).save_pretrained(folder)
     if wanted.tokenizer == "sentencepiece":
         vocabulary_model(folder)
     for publish in wanted.publish:
@@ -432,53 +358,3 @@ def _spread(model: torch.nn.Module) -> None:
                 parameter.copy_((torch.randn(parameter.shape, generator=random) * scales).bfloat16())
             elif name.endswith("bias") and "dt" not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.02)
-
-
-@cache
-def _texts() -> tuple[str, ...]:
-    return tuple(row["prompt"] + row["canonical_solution"] for row in packaged_rows("humaneval"))
-
-
-@cache
-def _sentencepiece_model() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in _texts() for line in text.splitlines()), model_writer=model,
-        vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True, character_coverage=0.99, pad_id=0, eos_id=1, bos_id=2,
-        unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>", minloglevel=2,
-        hard_vocab_limit=True, user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
-    )  # fmt: skip
-    return model.getvalue()
-
-
-@cache
-def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    if kind == "pieces":
-        return _pieces()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_texts(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-
-
-def _pieces() -> PreTrainedTokenizerFast:
-    """Pieces and bytes as Gemma has them in its tokenizer.json."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *(chr(code) for code in range(33, 127))]
-    pairs = [(one, other) for one in "etaoinsrhldcumfpgwyb" for other in "etaoinsr"][: VOCABULARY - len(pieces)]
-    pieces += [one + other for one, other in pairs]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>"
-    )

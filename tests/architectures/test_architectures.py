@@ -26,6 +26,7 @@ from samq.files import (
     SHARES_NAME,
 )
 from samq.gguf.file import read_metadata, read_tensors
+from samq.llamacpp.prediction_layers import count_in_gguf
 from samq.llamacpp.toolchain import find_toolchain
 from samq.records import CalibrationSet, Compensation, CompensationShares, Evaluation
 from samq.sensitivity.checkpoint import describe_source
@@ -131,9 +132,16 @@ def test_what_llama_cpp_cannot_convert_is_said(name, workspace, tmp_path):
         convert(workspace, describe_source(write_model(name, tmp_path / "model")), "F16")
 
 
-@pytest.mark.parametrize("name", ["GLM-4.5", "Qwen3.5"])
-def test_a_models_own_layers_propose_tokens_when_it_serves(name, workspace, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("DeepSeek-V3", 1), ("GLM-4.5", 1), ("GLM-4.7-Flash", 1), ("MiMo-V2-Flash", 3), ("Qwen3-Next", 1), ("Qwen3.5", 1)],
+)
+def test_a_models_own_layers_propose_tokens_when_it_serves(name, layers, workspace, tmp_path, caplog):
     full = convert(workspace, describe_source(write_model(name, tmp_path / "model")), "F16")
+    metadata = read_metadata(full.path(GGUF_NAME))
+    assert metadata[f"{metadata['general.architecture']}.nextn_predict_layers"] == layers
+    assert count_in_gguf(read_tensors(full.path(GGUF_NAME))) == layers
+    assert "multi-token prediction" not in caplog.text
     answers, proposed = {}, {}
     for kind in ("none", "mtp"):
         with running(FileSource(full.path(GGUF_NAME)), context_tokens=64, speculation={"kind": kind}) as server:

@@ -75,13 +75,13 @@ def write_first_blocks(path):
 
 def artifacts(home):
     """(stage, key) -> time the artifact was made."""
-    found = Store(home / "store").artifacts()
-    return {(artifact.stage, artifact.key): artifact.folder.stat().st_mtime_ns for artifact in found}
+    stored = Store(home / "store").artifacts()
+    return {(artifact.stage, artifact.key): artifact.folder.stat().st_mtime_ns for artifact in stored}
 
 
 def rebuilt(before, after):
     """The stages whose artifacts are new or were made again."""
-    return sorted(stage for (stage, key), made in after.items() if before.get((stage, key)) != made)
+    return sorted(stage for (stage, key), made_at in after.items() if before.get((stage, key)) != made_at)
 
 
 @flow(task_runner=requantize.task_runner)

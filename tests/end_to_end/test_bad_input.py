@@ -60,7 +60,7 @@ def test_bad_input_of_the_flow_is_one_sentence_and_exit_code_2(tmp_path):
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "COLUMNS": "400",
     }
-    command = [sys.executable, "-c", COMMANDS, json.dumps([asked for asked, _ in cases])]
+    command = [sys.executable, "-c", COMMANDS, json.dumps([arguments for arguments, _ in cases])]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )

@@ -15,7 +15,7 @@ def of_stage(home, made_by_sweep):
     """Stage -> an artifact of the sweep, and the largest of its files."""
 
     def find(stage):
-        artifact = Store(home / "store").find(*next(made for made in made_by_sweep if made[0] == stage))
+        artifact = Store(home / "store").find(*next(identity for identity in made_by_sweep if identity[0] == stage))
         return artifact, largest_file(artifact)
 
     return find

@@ -45,11 +45,11 @@ SERVING = {"context_tokens": 512, "poll_interval_s": 0.3, "queue_size": 64, "req
 def requantized(home, prefect_home):
     """Run a sweep, the first time that it is asked for; gives its best candidate's version of the model, and sha256."""
     plain = {"stock": ["Q4_K_M"], "budgets": [], "proposed_thresholds": 0}
-    asked = {"first": {}, "another": {"candidates": plain}}
+    changes = {"first": {}, "another": {"candidates": plain}}
 
     @cache
     def run(which):
-        tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}, **asked[which]}
+        tracked = {**SMALL, "tracking": {"experiment": MODEL, "registered_model": MODEL}, **changes[which]}
         finished = requantize(RequantizeParameters.model_validate(tracked))
         return finished.tracked.model_version, finished.sweep.best.model.sha256
 
@@ -188,8 +188,8 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
     address = serve()
     assert served_sha256(address) == first_sha256
     user = openai.OpenAI(base_url=f"{address}/v1", api_key="none needed", max_retries=0)
-    asked = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    before = user.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content
+    question = {"model": MODEL, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    before = user.chat.completions.create(**question, max_tokens=8, temperature=0).choices[0].message.content
     assert before
     second, second_sha256 = requantized("another")
     assert second_sha256 != first_sha256 == served_sha256(address)
@@ -207,7 +207,7 @@ def test_promoted_versions_reach_the_running_server_without_a_failed_request_and
         swapped = streaming.answers
         wait(lambda: streaming.answers > swapped + CLIENTS or streaming.failed, lambda: streaming.answers)
     assert streaming.failed == []
-    assert user.chat.completions.create(**asked, max_tokens=8, temperature=0).choices[0].message.content == before
+    assert user.chat.completions.create(**question, max_tokens=8, temperature=0).choices[0].message.content == before
     history = samq(environment, "status", MODEL)
     assert reason in history and "rolled back" in history
 

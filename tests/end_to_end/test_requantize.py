@@ -58,8 +58,8 @@ def test_the_budgets_plan_is_compensated_and_the_others_are_as_llama_quantize_wr
     # The package has the embedding as Q8_0 and the rest as Q4_1; the plan finds that out, and next to nothing is lost.
     assert result.plan.types == {name: "Q4_1" for name in result.plan.types} | {"token_embd.weight": "Q8_0"}
     assert result.predicted.value < 1e-5
-    (made,) = [Store(home / "store").find(*made) for made in made_by_sweep if made[0] == "candidate"]
-    errors = Compensation.load(made.path(COMPENSATION_NAME)).tensors.values()
+    (candidate,) = [Store(home / "store").find(*identity) for identity in made_by_sweep if identity[0] == "candidate"]
+    errors = Compensation.load(candidate.path(COMPENSATION_NAME)).tensors.values()
     assert len(errors) < 5 < len(result.plan.types)  # what full precision was itself made from is not rounded anew
     assert all(error.compensated <= error.nearest for error in errors)
 
@@ -106,8 +106,8 @@ def test_the_flow_runs_page_has_the_report_the_table_and_readable_names(finished
 
 def test_the_finalists_are_put_to_the_benchmarks_item_by_item(finished, sweep, home):
     client = MlflowClient(tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
-    asked = {result.name for result in sweep.results if "eval/samq_hellaswag/acc" in result.evaluation.metrics}
-    assert {"F16", sweep.best.name} <= asked and len(asked) < len(sweep.results)
+    benchmarked = {result.name for result in sweep.results if "eval/samq_hellaswag/acc" in result.evaluation.metrics}
+    assert {"F16", sweep.best.name} <= benchmarked and len(benchmarked) < len(sweep.results)
     run_id = finished.tracked.child_run_ids[sweep.best.name]
     metrics = client.get_run(run_id).data.metrics
     assert metrics["eval/samq_hellaswag/acc"] == sweep.best.evaluation.metrics["eval/samq_hellaswag/acc"].value
@@ -176,7 +176,7 @@ def hf_folder(sweep, tmp_path):
 
 
 def test_a_folder_from_hugging_face_is_requantized_in_the_precision_asked_for(sweep, hf_folder):
-    asked = {
+    parameters = {
         **SMALL,
         "model": {"source": str(hf_folder), "precision": "BF16"},
         # Few rungs.
@@ -185,7 +185,7 @@ def test_a_folder_from_hugging_face_is_requantized_in_the_precision_asked_for(sw
         "benchmarks": {"tasks": []},
         "tracking": {"experiment": "hf-folder"},
     }
-    measured = measure(asked)
+    measured = measure(parameters)
     assert measured.failures == ()
     results = {result.plan.policy: result for result in measured.results}
     assert results.keys() == {"full", "stock", "threshold"}
@@ -245,8 +245,8 @@ def compensated(home, prefect_home):
     sweep = measure(COMPENSATED)
     (result,) = [result for result in sweep.results if result.plan.policy == "budget"]
     assert result.plan.rounding == "compensated"
-    made = [artifact for artifact in Store(home / "store").artifacts() if artifact.stage == "candidate"]
-    assert any(Compensation.load(artifact.path(COMPENSATION_NAME)).tensors for artifact in made)
+    candidates = [artifact for artifact in Store(home / "store").artifacts() if artifact.stage == "candidate"]
+    assert any(Compensation.load(artifact.path(COMPENSATION_NAME)).tensors for artifact in candidates)
     return sweep
 
 
@@ -266,8 +266,8 @@ def is_half_done(store, stage):
 def built(home):
     """SHA-256 of every candidate's GGUF in the store of a SAMQ folder."""
     stages = ("quantize", "candidate")
-    found = Store(home / "store").artifacts()
-    return {artifact.files[GGUF_NAME].sha256 for artifact in found if artifact.stage in stages}
+    stored = Store(home / "store").artifacts()
+    return {artifact.files[GGUF_NAME].sha256 for artifact in stored if artifact.stage in stages}
 
 
 def check_whole(store):

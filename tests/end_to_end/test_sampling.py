@@ -58,8 +58,8 @@ def sampled(home, parameters):
     """A sweep whose precision cannot be reached, and the artifacts of a stage that it made."""
     before = artifacts(home)
     sweep = measure(parameters)
-    store, made = Store(home / "store"), artifacts(home).keys() - before.keys()
-    return sweep, lambda stage: [store.find(*key) for key in sorted(made) if key[0] == stage]
+    store, new_keys = Store(home / "store"), artifacts(home).keys() - before.keys()
+    return sweep, lambda stage: [store.find(*key) for key in sorted(new_keys) if key[0] == stage]
 
 
 def test_sequences_are_added_until_all_are_used_and_give_what_one_pass_over_all_gives(sampled, home):
@@ -68,9 +68,9 @@ def test_sequences_are_added_until_all_are_used_and_give_what_one_pass_over_all_
     maps = {SensitivityMap.load(artifact.path(MAP_NAME)).samples: artifact for artifact in made_by("calibrate")}
     assert len(maps) >= 2 and (min(maps), max(maps)) == (2, AVAILABLE)
     last = maps[AVAILABLE]
-    found = SensitivityMap.load(last.path(MAP_NAME))
+    last_map = SensitivityMap.load(last.path(MAP_NAME))
     (plan,) = [result.plan for result in sweep.results if result.plan.policy == "budget"]
-    assert plan.map_digest == found.digest()
+    assert plan.map_digest == last_map.digest()
     tables = [PriceTable.load(artifact.path(PRICES_NAME)) for artifact in made_by("price")]
     assert sorted(len(table.sequence_tokens) for table in tables) == sorted(maps)
 
@@ -79,12 +79,12 @@ def test_sequences_are_added_until_all_are_used_and_give_what_one_pass_over_all_
     once = calibrate(Workspace.here(device="cpu"), model, sequences, None, Passes())
     assert once.key != last.key
     whole = SensitivityMap.load(once.path(MAP_NAME))
-    assert found.sequence_tokens == whole.sequence_tokens
-    assert found.loss_nats == pytest.approx(whole.loss_nats, rel=1e-5)
-    assert found.tensors.keys() == whole.tensors.keys()
+    assert last_map.sequence_tokens == whole.sequence_tokens
+    assert last_map.loss_nats == pytest.approx(whole.loss_nats, rel=1e-5)
+    assert last_map.tensors.keys() == whole.tensors.keys()
     for name, tensor in whole.tensors.items():
         for figure in ("gradient_norm", "gradient_norm_stderr", "score", "fisher", "sequence_squares"):
-            assert getattr(found.tensors[name], figure) == pytest.approx(getattr(tensor, figure), rel=1e-4), figure
+            assert getattr(last_map.tensors[name], figure) == pytest.approx(getattr(tensor, figure), rel=1e-4), figure
     fishers = [load_fisher(artifact.path(FISHER_NAME)) for artifact in (last, once)]
     for name, fisher in fishers[1].items():
         np.testing.assert_allclose(fishers[0][name].rows, fisher.rows, rtol=1e-4)

@@ -72,14 +72,14 @@ def up(folder, home, environment):
 
 def started_by(folder):
     """Command lines of the processes that have the folder in their environment and still run."""
-    found = []
+    command_lines = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if str(folder).encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text())
+                command_lines.append((process / "cmdline").read_text())
         except OSError:
             continue  # it has ended, or is another user's
-    return found
+    return command_lines
 
 
 def test_prefects_page_asks_the_server_that_it_came_from(up):

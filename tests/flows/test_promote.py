@@ -41,8 +41,8 @@ def policy(tmp_path):
 
 
 def in_use(home):
-    found = aliases(connect(f"sqlite:///{home / 'mlflow.db'}"), NAME)
-    return found.get("production"), found.get("previous")
+    version_of = aliases(connect(f"sqlite:///{home / 'mlflow.db'}"), NAME)
+    return version_of.get("production"), version_of.get("previous")
 
 
 def run(**parameters) -> State:

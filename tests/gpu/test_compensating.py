@@ -60,10 +60,10 @@ def test_a_compensated_file_is_as_near_as_the_cpus(tmp_path):
             Piece(0, [Moments((name,), 1, gram.to(device))]),
         )
         log = tmp_path / f"log-{number}"
-        made = write_compensated(
+        compensations = write_compensated(
             {"": file}, NearestRounding(full), NearestRounding(nearest), [piece], log, everything=False
         )
-        errors.append(made[""].tensors)
+        errors.append(compensations[""].tensors)
         contents.append(file.path.read_bytes())
     cpu, one, two = errors
     assert one == two and contents[1] == contents[2]

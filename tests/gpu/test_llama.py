@@ -14,7 +14,7 @@ from samq.evaluation.measure import compute_baseline, evaluate
 from samq.evaluation.settings import BaselineRequest, EvaluationRequest, EvaluationSettings
 from samq.evaluation.vram import ERROR, MEASURED, vram_warning
 from samq.llamacpp import gpu
-from samq.llamacpp.fit import SPARE_BYTES, Room, choose_gpu_share, planned_bytes
+from samq.llamacpp.fit import SPARE_BYTES, Room, choose_gpu_share, planned_gpu_bytes
 from samq.llamacpp.generation import Decoding, generate
 from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.memory import predict_memory, weights_on_gpu
@@ -34,14 +34,14 @@ def logits(model):
 
 
 def test_the_gpu_computes_what_the_cpu_does_and_the_same_every_time(sharp_gguf):
-    found = []
+    outputs = []
     for layers in (0, 5, None, None):
         with Model(sharp_gguf, gpu_layers=layers) as model:
-            found.append(logits(model))
+            outputs.append(logits(model))
             if layers is None:
                 assert model.gpu_share == GpuShare(-1)
-                assert np.array_equal(logits(model), found[-1])
-    cpu, some, one, two = found
+                assert np.array_equal(logits(model), outputs[-1])
+    cpu, some, one, two = outputs
     assert np.array_equal(one, two)
     for other in (some, one):
         scored = compare_logits(cpu, other, TOKENS)
@@ -87,20 +87,20 @@ def test_an_evaluation_says_what_it_ran_on_and_a_model_is_no_distance_from_itsel
     given = dict(gguf=sharp_gguf, sha256="0" * 64, tokens=tokens, settings=SETTINGS)
     compute_baseline(BaselineRequest(output=tmp_path / "base", **given), lambda *_: None)
     request = EvaluationRequest(name="same", baseline=tmp_path / "base", output=tmp_path / "out", **given)
-    found = evaluate(request, lambda *_: None)
-    assert found.missing == {}
-    assert found.metrics["fidelity/mean_kld_nats"].value == 0
-    assert found.metrics["fidelity/same_top_percent"].value == 100
-    assert found.environment["gpu"] == ", ".join(gpu.names()) and "NVIDIA" in found.environment["gpu"]
-    assert "CUDA" in found.environment["llama_cpp_features"]
-    assert found.environment["measured_vram_peak_of"] == "this process"
-    assert found.environment["gpu_layers"] == "17 of 17"
-    assert vram_warning(found) is None, found.metrics[ERROR]
-    predicted = found.metrics["memory/predicted_vram_bytes"].value
-    assert found.metrics[MEASURED].value == pytest.approx(predicted * (1 + found.metrics[ERROR].value / 100))
+    evaluation = evaluate(request, lambda *_: None)
+    assert evaluation.missing == {}
+    assert evaluation.metrics["fidelity/mean_kld_nats"].value == 0
+    assert evaluation.metrics["fidelity/same_top_percent"].value == 100
+    assert evaluation.environment["gpu"] == ", ".join(gpu.names()) and "NVIDIA" in evaluation.environment["gpu"]
+    assert "CUDA" in evaluation.environment["llama_cpp_features"]
+    assert evaluation.environment["measured_vram_peak_of"] == "this process"
+    assert evaluation.environment["gpu_layers"] == "17 of 17"
+    assert vram_warning(evaluation) is None, evaluation.metrics[ERROR]
+    predicted = evaluation.metrics["memory/predicted_vram_bytes"].value
+    assert evaluation.metrics[MEASURED].value == pytest.approx(predicted * (1 + evaluation.metrics[ERROR].value / 100))
     # with CUDA's own share, and what other tests of this process hold
-    weights = found.metrics["memory/weights_bytes"].value
-    assert weights < found.metrics["memory/measured_vram_peak_bytes"].value < weights + 4000 * MIB
+    weights = evaluation.metrics["memory/weights_bytes"].value
+    assert weights < evaluation.metrics["memory/measured_vram_peak_bytes"].value < weights + 4000 * MIB
 
 
 def test_as_many_layers_are_on_the_gpu_as_fit_and_that_is_recorded(sharp_gguf, leave, tmp_path):
@@ -111,19 +111,19 @@ def test_as_many_layers_are_on_the_gpu_as_fit_and_that_is_recorded(sharp_gguf, l
     with Model(sharp_gguf) as model, model.context(256):
         pass  # CUDA's own share comes before what is left is counted
     # llama-fit-params takes CUDA's own share of its process from what is left
-    with leave(SPARE_BYTES + 500 * MIB + weights // 2 + planned_bytes(sharp_gguf, GpuShare(-1), room) - weights):
+    with leave(SPARE_BYTES + 500 * MIB + weights // 2 + planned_gpu_bytes(sharp_gguf, GpuShare(-1), room) - weights):
         share = choose_gpu_share(sharp_gguf, None, lambda _: room)
         assert 0 < share.layers < 17, share
-        planned = planned_bytes(sharp_gguf, share, room)
-        assert 0 < planned < planned_bytes(sharp_gguf, GpuShare(-1), room)
+        planned = planned_gpu_bytes(sharp_gguf, share, room)
+        assert 0 < planned < planned_gpu_bytes(sharp_gguf, GpuShare(-1), room)
         request = EvaluationRequest(
             name="half", gguf=sharp_gguf, sha256="0" * 64, tokens=tokens, output=tmp_path, settings=SETTINGS
         )
-        found = evaluate(request, lambda *_: None)
-    layers = int(found.environment["gpu_layers"].removesuffix(" of 17"))
+        evaluation = evaluate(request, lambda *_: None)
+    layers = int(evaluation.environment["gpu_layers"].removesuffix(" of 17"))
     assert 0 < layers < 17
-    assert vram_warning(found) is None, found.metrics
-    assert found.metrics[MEASURED].value < found.metrics["memory/predicted_vram_bytes"].value
+    assert vram_warning(evaluation) is None, evaluation.metrics
+    assert evaluation.metrics[MEASURED].value < evaluation.metrics["memory/predicted_vram_bytes"].value
 
 
 def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(sharp_gguf, leave):
@@ -139,17 +139,17 @@ def test_a_model_that_the_gpu_does_not_hold_is_one_sentence(sharp_gguf, leave):
 def test_what_torch_keeps_for_later_is_given_back():
     tensor = torch.ones(2**30, dtype=torch.uint8, device="cuda")
     del tensor
-    kept, free = torch.cuda.memory_reserved(), sum(gpu.free_bytes())
+    kept, free = torch.cuda.memory_reserved(), sum(gpu.free_gpu_bytes())
     assert kept >= 2**30
     gpu.release_torch_cache()
-    assert torch.cuda.memory_reserved() <= kept - 2**30 and sum(gpu.free_bytes()) >= free + 2**30 - 64 * MIB
+    assert torch.cuda.memory_reserved() <= kept - 2**30 and sum(gpu.free_gpu_bytes()) >= free + 2**30 - 64 * MIB
 
 
 def test_gpus_that_cuda_may_not_use_are_not_counted(monkeypatch):
-    assert gpu.names() and min(gpu.free_bytes()) > 0
+    assert gpu.names() and min(gpu.free_gpu_bytes()) > 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert len(gpu.names()) == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99,0")
     assert gpu.names() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu.names() == [] and gpu.free_bytes() == []
+    assert gpu.names() == [] and gpu.free_gpu_bytes() == []

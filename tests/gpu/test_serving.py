@@ -17,7 +17,7 @@ def file(tmp_path, chat_gguf):
 
 
 def test_all_layers_serve_from_the_gpu_and_engines_give_their_memory_back(file, chat_gguf, other_gguf):
-    free = min(gpu.free_bytes())
+    free = min(gpu.free_gpu_bytes())
     with running(FileSource(file)) as server:
         assert server.ready()["loading"]["gpu_layers"] == LAYERS and server.ready()["loading"]["notes"] == []
         answer = server.complete(max_tokens=40).json()
@@ -29,7 +29,7 @@ def test_all_layers_serve_from_the_gpu_and_engines_give_their_memory_back(file, 
         assert server.complete(max_tokens=40).json()["choices"] == answer["choices"]
         shown = server.client.get("/metrics").text
         assert "samq_process_gpu_memory_bytes" in shown or gpu.used_bytes(server.child.pid) == 0
-    assert min(gpu.free_bytes()) > free - 300 * MIB
+    assert min(gpu.free_gpu_bytes()) > free - 300 * MIB
 
 
 @pytest.mark.parametrize("left", [2000, 1200])

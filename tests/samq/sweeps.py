@@ -168,8 +168,8 @@ def _plan(
 
 
 def _stock_plan(mixture: str, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    asked, used = STOCK[mixture]
-    substitution = Substitution(requested=asked, used=used, reason=f"rows of 576 do not allow {asked}")
+    requested, used = STOCK[mixture]
+    substitution = Substitution(requested=requested, used=used, reason=f"rows of 576 do not allow {requested}")
     types = dict.fromkeys(shapes, used)
     substitutions = dict.fromkeys(shapes, substitution)
     return _plan(mixture, "stock", {"mixture": mixture}, types, shapes, substitutions=substitutions, mixture=mixture)

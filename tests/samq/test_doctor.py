@@ -41,16 +41,16 @@ def test_a_complete_set_up_lacks_nothing_required():
     ):
         assert findings[name].ok, findings[name]
         assert findings[name].advice == ""
-    assert findings["torch"].found == version("torch")
+    assert findings["torch"].detail == version("torch")
 
 
 @pytest.mark.parametrize(
-    ("requirement", "found", "advice"),
+    ("requirement", "detail", "advice"),
     [("numpy<1", version("numpy"), "numpy<1"), ("no-such-package>=2", "not installed", "no-such-package>=2")],
 )
-def test_a_missing_or_unfit_package_is_named_with_what_is_wanted(requirement, found, advice):
+def test_a_missing_or_unfit_package_is_named_with_what_is_wanted(requirement, detail, advice):
     finding = doctor._package(Requirement(requirement))
-    assert (finding.ok, finding.found) == (False, found)
+    assert (finding.ok, finding.detail) == (False, detail)
     assert finding.advice == f"run `make setup` to get {advice}"
 
 
@@ -117,10 +117,10 @@ def test_programs_that_do_not_start_are_reported(tmp_path, monkeypatch, script, 
     assert not findings["llama.cpp's programs"].ok
     assert findings["llama-server"].ok and "only for `samq serve`" in findings["llama-server"].advice
     for name in PROGRAMS:
-        assert f"{name}: " in findings["llama.cpp's programs"].found
-    assert reason in findings["llama.cpp's programs"].found
+        assert f"{name}: " in findings["llama.cpp's programs"].detail
+    assert reason in findings["llama.cpp's programs"].detail
     assert not findings["llama.cpp's converter"].ok
-    assert str(tmp_path) in findings["llama.cpp"].found
+    assert str(tmp_path) in findings["llama.cpp"].detail
 
 
 def test_free_space_is_that_of_the_disk_a_new_folder_will_be_on(tmp_path):
@@ -147,10 +147,10 @@ def test_settings_say_where_data_lies(tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SAMQ_HOME", str(tmp_path))
-    assert by_name()["MLflow"].found == f"sqlite:///{tmp_path}/mlflow.db"
-    assert by_name()["Prefect"].found == str(tmp_path / "prefect")
+    assert by_name()["MLflow"].detail == f"sqlite:///{tmp_path}/mlflow.db"
+    assert by_name()["Prefect"].detail == str(tmp_path / "prefect")
     monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
-    assert by_name()["Prefect"].found == "PREFECT_API_URL=http://prefect.example/api"
+    assert by_name()["Prefect"].detail == "PREFECT_API_URL=http://prefect.example/api"
 
 
 def test_nothing_heavy_is_imported():

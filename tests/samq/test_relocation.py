@@ -23,21 +23,21 @@ from tests.samq.registered import BEST, NAME, make_home, uri_of
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, empty_database):
+def home_and_sweep(tmp_path_factory, empty_database):
     """(a SAMQ folder, its sweep)"""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("tracked")
     return folder / "home", make_home(folder / "home", empty_database, folder / "scratch")
 
 
 @pytest.fixture
-def sweep(made):
-    return made[1]
+def sweep(home_and_sweep):
+    return home_and_sweep[1]
 
 
 @pytest.fixture
-def old(made, tmp_path):
+def old(home_and_sweep, tmp_path):
     """A folder whose URI has to be quoted."""
-    home = shutil.copytree(made[0], tmp_path / "old ü place" / ".samq")
+    home = shutil.copytree(home_and_sweep[0], tmp_path / "old ü place" / ".samq")
     connect(uri_of(home))
     return home
 

@@ -93,11 +93,11 @@ class TaskLibrary:
     def open(self, name: str, settings: BenchmarkSettings) -> Benchmark:
         """Open a task, a group, a tag or a task file, with its data.
 
-        Raises SamqError if the name is unknown, if the file is malformed, if the data cannot be loaded, or if the task
-        runs code and the settings do not allow that.
+        Raises SamqError if the name is unknown, the file is malformed, or the data cannot be loaded. Also if the task runs code
+        and the settings do not allow that.
         """
         is_file = name.endswith((".yaml", ".yml"))
-        with quiet(), code_allowed(settings.run_code):
+        with quiet_lm_eval(), code_allowed(settings.run_code):
             try:
                 manager, config = self._manager(name, is_file)
                 # before loading it: some of lm-eval's own code tasks run code when they are imported
@@ -166,7 +166,7 @@ def check_benchmarks(
     for count, name in enumerate(settings.tasks):
         progress(count, len(settings.tasks))
         for delay_s in (*retry_delays_s, None):
-            with seeded(settings.seed), quiet():
+            with seeded(settings.seed), quiet_lm_eval():
                 try:
                     digests[name] = library.open(name, settings).digest()
                     break
@@ -193,7 +193,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_lm_eval() -> Iterator[None]:
     """Silence lm-eval's warnings about a task, which are for its author, and the bars of `datasets`; keep errors."""
     log = logging.getLogger("lm_eval")
     level, bars = log.level, datasets.are_progress_bars_disabled()

@@ -21,7 +21,7 @@ from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from samq.errors import SamqError
-from samq.evaluation.lm_eval.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet, seeded
+from samq.evaluation.lm_eval.benchmark_tasks import Benchmark, TaskLibrary, code_allowed, quiet_lm_eval, seeded
 from samq.evaluation.lm_eval.harness import GgufLM, explain
 from samq.evaluation.lm_eval.room import benchmark_room
 from samq.evaluation.measure import Report, write_table
@@ -65,7 +65,7 @@ def benchmark(request: BenchmarkRequest, report: Report) -> Evaluation:
     """Run the request's tasks on its candidate, and write `benchmarks.parquet` and, last, `evaluation.json`.
 
     The evaluation has the benchmarks' metrics only. Raises SamqError if the candidate cannot be loaded, or if none of the
-    tasks can be measured, so that nobody stores a failure as a result.
+    tasks can be measured. So nobody stores a failure as a result.
     """
     make_folder(request.output)
     settings = request.settings
@@ -155,7 +155,7 @@ def _run(lm: LM, benchmark: Benchmark, settings: BenchmarkSettings) -> dict[str,
         ):  # 0: the task's prompt has no place for examples
             task.set_config("num_fewshot", settings.few_shots or 0)
         task.set_fewshot_seed(DEFAULT_OTHER_SEED if settings.seed is None else settings.seed)
-    with quiet(), code_allowed(settings.run_code):
+    with quiet_lm_eval(), code_allowed(settings.run_code):
         output = evaluate(
             lm=lm,
             task_dict={"tasks": benchmark.tasks, "groups": benchmark.groups, "group_map": {}},

@@ -387,10 +387,10 @@ def _needs_no_others(arguments: Sequence[str]) -> bool:
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--tasks", "-t", nargs="*", default=[])
     parser.add_argument("--include_path", type=Path, nargs="?")
-    asked, _ = parser.parse_known_args(arguments)
-    names = [name for part in asked.tasks for name in part.split(",")]
+    options, _ = parser.parse_known_args(arguments)
+    names = [name for part in options.tasks for name in part.split(",")]
     try:
-        return bool(names) and TaskLibrary([asked.include_path] if asked.include_path else []).are_near(names)
+        return bool(names) and TaskLibrary([options.include_path] if options.include_path else []).are_near(names)
     except SamqError:  # lm-eval will say what is wrong with the folder
         return False
 

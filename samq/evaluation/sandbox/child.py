@@ -1,9 +1,9 @@
 """The child that runs generated code: `python child.py CHANNEL MEMORY_BYTES CPU_S FILE_BYTES`.
 
-`samq.evaluation.sandbox.run` starts it, and talks to it over the socket CHANNEL: the solution, the tests and a token come in;
-what could not be confined goes out as one line, then the token if the tests ran to their end, else what went wrong. Neither
-the tests nor the token are in this process's memory while the top level of the solution runs, nor the token while the tests
-do. Only the standard library is imported, so that starting takes milliseconds.
+`samq.evaluation.sandbox.run` starts it, and talks to it over the socket CHANNEL. The solution, the tests and a token come in.
+One line goes out that says what could not be confined. Then goes the token if the tests ran to their end, else what went wrong.
+While the top level of the solution runs, neither the tests nor the token are in this process's memory. While the tests run, the
+token is not. Only the standard library is imported, so that starting takes milliseconds.
 """
 
 import os

@@ -3,16 +3,15 @@
 Neither needs root, a container or a namespace, and neither can be undone. Only the standard library is imported: this runs
 in the child that runs the code (`child.py`), which sees no other packages.
 
-- seccomp: no sockets but pairs that are connected to each other (asyncio needs one), no new processes or programs (threads
-  are allowed), no signals, and nothing of what only an administrator does. A forbidden call fails with "Operation not
+- seccomp forbids sockets, except pairs that are connected to each other (asyncio needs one). It forbids new processes and
+  programs (threads are allowed), signals, and what only an administrator does. A forbidden call fails with "Operation not
   permitted".
-- Landlock: files are written in one folder only, and read there and in Python's own folders. It knows nothing of
-  permissions, times and attributes, and before Linux 6.2 nothing of truncating: seccomp forbids what changes those by
-  path, in the folder as well.
+- Landlock: files are written in one folder only, and read there and in Python's own folders. It does not cover permissions,
+  times and attributes, nor truncating before Linux 6.2. seccomp forbids what changes those by path, in the folder as well.
 
-No library does the same job: libseccomp 2.5 (behind pyseccomp) does not know the calls since Linux 6.13 that change
-attributes, and the packages for Landlock are pre-releases of ten times this size. Bubblewrap is a program to install first,
-needs user namespaces, which containers and Ubuntu 24.04 refuse, and leaves processes and attributes to a filter like this.
+No library does the same job. libseccomp 2.5 (behind pyseccomp) does not know the calls since Linux 6.13 that change
+attributes. The packages for Landlock are pre-releases of ten times this size. Bubblewrap must be installed first, and needs
+user namespaces, which containers and Ubuntu 24.04 refuse. It leaves processes and attributes to a filter like this.
 """
 
 import ctypes
@@ -171,8 +170,8 @@ def _decision(name: str) -> list[tuple[int, int, int, int]]:
         address = _ARGUMENT[4]
         lower, upper = (_LOAD, 0, 0, address), (_LOAD, 0, 0, address + 4)
         return [lower, (_IF_EQUAL, 0, 3, 0), upper, (_IF_EQUAL, 0, 1, 0), _PERMIT, _REFUSE]
-    # to open: not to empty a file without asking for the right to write, which is all that Landlock before Linux 6.2 looks
-    # at; nor with the access mode 3, which asks for no right at all
+    # `open` may not empty a file without asking for the right to write: Landlock before Linux 6.2 looks at that right only.
+    # Nor may it use the access mode 3, which asks for no right at all.
     return [
         (_LOAD, 0, 0, _ARGUMENT[2 if name == "openat" else 1]),
         (_AND, 0, 0, os.O_TRUNC | os.O_ACCMODE),

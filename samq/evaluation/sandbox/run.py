@@ -1,11 +1,11 @@
 """Running code that a model wrote, and finding out whether it passes its tests.
 
-The code runs in a child process with a time limit, a process group, an empty folder and an environment of its own, limits
-on memory, processor time and file size, and, on Linux, without network, without new processes, and with no file to write
-outside its folder (`confinement.py`). It sees Python's standard library and nothing else.
+The code runs in a child process with a process group, an empty folder and an environment of its own. Time, memory, processor
+time and file size are limited. On Linux it has no network, starts no processes, and writes no file outside its folder
+(`confinement.py`). It sees Python's standard library and nothing else.
 
-That protects the machine. The score is protected from accidents and short cuts: only a random token counts as success, and
-the child gets at it when the tests have run to their end. It is not protected from code that studies the child's stack:
+That protects the machine. The score is protected from accidents and short cuts. Only a random token counts as success, and the
+child gets at it when the tests have run to their end. It is not protected from code that studies the child's stack:
 tests and code share a process, as in every harness for HumanEval.
 """
 

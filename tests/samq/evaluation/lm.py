@@ -18,18 +18,18 @@ class RuleLM(LM):
     ) -> None:
         super().__init__()
         self.score, self.write = score, write
-        self.asked: list[tuple[Any, ...]] = []
+        self.all_arguments: list[tuple[Any, ...]] = []
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        self.asked += [request.args for request in requests]
+        self.all_arguments += [request.args for request in requests]
         return [(self.score(*request.args), False) for request in requests]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        self.asked += [request.args for request in requests]
+        self.all_arguments += [request.args for request in requests]
         return [-float(len(request.args[0])) for request in requests]
 
     def generate_until(self, requests, disable_tqdm=False):
-        self.asked += [request.args for request in requests]
+        self.all_arguments += [request.args for request in requests]
         return [self.write(request.args[0]) for request in requests]
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -38,4 +38,4 @@ class RuleLM(LM):
     @property
     def prompts(self) -> list[str]:
         """What was asked, each prompt once."""
-        return list(dict.fromkeys(arguments[0] for arguments in self.asked))
+        return list(dict.fromkeys(arguments[0] for arguments in self.all_arguments))

@@ -13,7 +13,7 @@ from samq.evaluation.settings import BaselineRequest, EvaluationRequest, Evaluat
 from samq.evaluation.speed import measure_speed
 from samq.gguf.file import read_tensors
 from samq.llamacpp.generation import Decoding, generate
-from samq.llamacpp.memory import predict_memory, read_plan, weights_on_gpu
+from samq.llamacpp.memory import predict_memory, read_buffer_bytes, weights_on_gpu
 from samq.llamacpp.runtime import Model
 from samq.records import Evaluation
 from tests.conftest import write_tiny_gguf
@@ -35,11 +35,11 @@ def test_a_memory_plan_is_read_from_the_log():
         "sched_reserve:      CUDA0 compute buffer size =    98.25 MiB",
         "sched_reserve:  CUDA_Host compute buffer size =     9.13 MiB",
     ]
-    assert read_plan(log) == (90 * MIB, 98.25 * MIB)
+    assert read_buffer_bytes(log) == (90 * MIB, 98.25 * MIB)
     cpu_only = [log[1], "sched_reserve:        CPU compute buffer size =    97.13 MiB"]
-    assert read_plan(cpu_only) == (90 * MIB, round(97.13 * MIB))
+    assert read_buffer_bytes(cpu_only) == (90 * MIB, round(97.13 * MIB))
     with pytest.raises(SamqError, match="does not give the size of the KV cache"):
-        read_plan(log[2:])
+        read_buffer_bytes(log[2:])
 
 
 def test_the_embedding_needs_gpu_memory_only_where_it_is_the_output_too(tmp_path, tiny_gguf):
@@ -126,12 +126,12 @@ def test_a_child_measures_everything_and_says_what_is_missing(request_of, tmp_pa
     done = carry_out(request_of(baseline=tmp_path / "baseline"))
     assert done.returncode == 0, done.stderr
     assert "progress: fidelity 3/3" in done.stdout
-    found = Evaluation.load(tmp_path / "out" / "evaluation.json")
-    assert {name.partition("/")[0] for name in found.metrics} == {"fidelity", "json", "speed", "memory"}
-    assert found.metrics["fidelity/mean_kld_nats"].value > 0
+    evaluation = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    assert {name.partition("/")[0] for name in evaluation.metrics} == {"fidelity", "json", "speed", "memory"}
+    assert evaluation.metrics["fidelity/mean_kld_nats"].value > 0
     scored = pd.read_parquet(tmp_path / "out" / "divergence.parquet")
-    assert len(scored) == found.metrics["fidelity/mean_kld_nats"].n == 3 * 15
-    assert np.isclose(scored["kld"].mean(), found.metrics["fidelity/mean_kld_nats"].value)
+    assert len(scored) == evaluation.metrics["fidelity/mean_kld_nats"].n == 3 * 15
+    assert np.isclose(scored["kld"].mean(), evaluation.metrics["fidelity/mean_kld_nats"].value)
     assert len(pd.read_parquet(tmp_path / "out" / "json.parquet")) == 1
 
     done = carry_out(request_of(settings={"json_prompts": 0, "speed_requests": 0}))

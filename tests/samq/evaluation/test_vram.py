@@ -55,12 +55,12 @@ def test_a_warning_starts_just_over_the_tolerance_either_way():
 
 
 def test_the_error_is_that_of_the_prediction(gguf, monkeypatch):
-    monkeypatch.setattr(gpu, "free_bytes", lambda: [2**34])
+    monkeypatch.setattr(gpu, "free_gpu_bytes", lambda: [2**34])
     tokens = np.arange(40, dtype=np.int32)
     with Model(gguf, gpu_layers=GpuShare(-1)) as model:
-        found = measure_vram(model, tokens, SETTINGS, 4e8, Driver(500_000_000))
-        assert {name: metric.value for name, metric in found.items()} == {MEASURED: 5e8, ERROR: 25}
-        monkeypatch.setattr(gpu, "free_bytes", lambda: [2**34, 2**29])
+        metrics = measure_vram(model, tokens, SETTINGS, 4e8, Driver(500_000_000))
+        assert {name: metric.value for name, metric in metrics.items()} == {MEASURED: 5e8, ERROR: 25}
+        monkeypatch.setattr(gpu, "free_gpu_bytes", lambda: [2**34, 2**29])
         with pytest.raises(SamqError, match="a context of 512 tokens leaves less than 1024 MiB of a GPU"):
             measure_vram(model, tokens, SETTINGS, 4e8, Driver(500_000_000))
         with pytest.raises(SamqError, match="no NVIDIA GPU"):
@@ -81,13 +81,13 @@ def test_without_a_gpu_an_evaluation_says_so_and_where_it_ran(gguf, tmp_path):
     request = EvaluationRequest(
         gguf=gguf, sha256="0" * 64, tokens=tokens, settings=SETTINGS, name="tiny", output=tmp_path / "out"
     )
-    found = evaluate(request, lambda *_: None)
-    assert found.missing == dict.fromkeys((MEASURED, "memory/measured_vram_peak_bytes"), gpu.NO_NVML) | {
+    evaluation = evaluate(request, lambda *_: None)
+    assert evaluation.missing == dict.fromkeys((MEASURED, "memory/measured_vram_peak_bytes"), gpu.NO_NVML) | {
         "fidelity": "the request names no baseline"
     }
-    assert ERROR not in found.metrics and found.why_missing(ERROR) is None
-    assert found.environment["gpu_layers"] == "none" and found.environment["gpu"] == "none"
-    assert found.metrics["memory/predicted_vram_bytes"].value > 0
+    assert ERROR not in evaluation.metrics and evaluation.why_missing(ERROR) is None
+    assert evaluation.environment["gpu_layers"] == "none" and evaluation.environment["gpu"] == "none"
+    assert evaluation.metrics["memory/predicted_vram_bytes"].value > 0
 
 
 def test_benchmarks_get_room_for_16_usual_texts_or_for_those_of_the_settings(gguf):

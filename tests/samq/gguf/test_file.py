@@ -95,7 +95,7 @@ def test_a_type_that_only_a_fork_has_is_named(tmp_path):
     entry = struct.pack("<Q", len(name)) + name
     struct.pack_into("<I", content, content.index(entry) + len(entry) + 4 + 2 * 8, 139)
     path.write_bytes(content)
-    message = r"cannot read .*fork\.gguf: blk\.0\.attn_q\.weight has type 139, which is none of ggml's"
+    message = r"cannot read .*fork\.gguf: blk\.0\.attn_q\.weight has type 139, which the pinned gguf package does not"
     with pytest.raises(SamqError, match=message):
         read_tensors(path)
 

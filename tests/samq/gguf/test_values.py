@@ -95,8 +95,8 @@ def test_other_values_than_the_models_are_found(full, weights, tmp_path, name, v
 
 def test_several_tensors_at_fault_are_counted(full, weights, tmp_path):
     zeros = {name: np.zeros_like(tensor) for name, tensor in weights.items()}
-    found = value_fault(full, write(tmp_path / "q.gguf", zeros, "Q4_0"))
-    assert found == f"row 0 of {MATRIX} (Q4_0) is all zeros, and not in full precision (3 tensors in all)"
+    message = value_fault(full, write(tmp_path / "q.gguf", zeros, "Q4_0"))
+    assert message == f"row 0 of {MATRIX} (Q4_0) is all zeros, and not in full precision (3 tensors in all)"
 
 
 def test_rows_and_experts_that_weigh_nothing_do_not_count(weights, tmp_path):
@@ -116,8 +116,8 @@ def test_a_tensor_of_zeros_and_rows_without_a_number_stay_what_they_are(weights,
 
 def test_what_f16_cannot_hold_is_found(weights, tmp_path):
     full = write(tmp_path / "full.gguf", changed(weights, MATRIX, 1e5, 0, 0), "F32")
-    found = value_fault(full, write(tmp_path / "f16.gguf", changed(weights, MATRIX, np.inf, 0, 0), "F16"))
-    assert found == f"row 0 of {MATRIX} (F16) holds NaN or infinity, where full precision does not"
+    message = value_fault(full, write(tmp_path / "f16.gguf", changed(weights, MATRIX, np.inf, 0, 0), "F16"))
+    assert message == f"row 0 of {MATRIX} (F16) holds NaN or infinity, where full precision does not"
 
 
 def test_another_shape_is_found(full, weights, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from samq.errors import SamqError, ToolError
-from samq.llamacpp.fit import Room, choose_gpu_share, fit, planned_bytes, read_options, read_plan
+from samq.llamacpp.fit import Room, choose_gpu_share, fit, planned_gpu_bytes, read_device_bytes, read_options
 from samq.llamacpp.gpu_share import GpuShare
 from samq.llamacpp.runtime import Model, captured_log
 from samq.llamacpp.toolchain import PROGRAMS
@@ -50,22 +50,22 @@ def prints(tmp_path, monkeypatch):
 def test_options_are_read_as_llama_fit_params_prints_them():
     assert read_options("-c 4096 -ngl -1\n") == GpuShare(-1)
     assert read_options("0.1 I main: done\n-c 4096 -ngl 20\n") == GpuShare(20)
-    found = read_options(f'-c 512 -ngl 48 -ts 20,28 -ot "{EXPERTS}"\n')
-    assert found.layers == 48 and found.split == (20, 28)
-    assert found.overrides == (
+    share = read_options(f'-c 512 -ngl 48 -ts 20,28 -ot "{EXPERTS}"\n')
+    assert share.layers == 48 and share.split == (20, 28)
+    assert share.overrides == (
         (r"blk\.3\.ffn_(gate|up|gate_up|down).*", "CUDA1"),
         (r"blk\.4\.ffn_(up|down|gate_up|gate)_(ch|)exps", "CPU"),
     )
-    assert found.describe(81) == "48 of 81, parts of 2 in host memory"
+    assert share.describe(81) == "48 of 81, parts of 2 in host memory"
     with pytest.raises(ToolError, match="did not print -ngl"):
         read_options("failed\n")
 
 
 def test_a_plan_names_the_devices():
-    told = read_plan("CUDA0 100 20 3 \nCUDA1 50 0 7 \nHost 9 9 9 \n")
+    told = read_device_bytes("CUDA0 100 20 3 \nCUDA1 50 0 7 \nHost 9 9 9 \n")
     assert told == {"CUDA0": 123 * MIB, "CUDA1": 57 * MIB, "Host": 27 * MIB}
     with pytest.raises(ToolError, match="printed no plan"):
-        read_plan("error\n")
+        read_device_bytes("error\n")
 
 
 def test_shares_are_said_in_layers():
@@ -76,8 +76,8 @@ def test_the_real_program_takes_what_it_is_asked(gguf):
     """Without a GPU everything is in host memory, so that nothing needs to be left out."""
     share = fit(gguf, ROOM)
     assert share.layers in (-1, 3) and share.split == share.overrides == ()
-    assert planned_bytes(gguf, GpuShare(0), Room(256, kv_type="F32")) == 0
-    assert planned_bytes(gguf, GpuShare(2, overrides=((r"blk\.1\.ffn_down.*", "CPU"),)), ROOM) >= 0
+    assert planned_gpu_bytes(gguf, GpuShare(0), Room(256, kv_type="F32")) == 0
+    assert planned_gpu_bytes(gguf, GpuShare(2, overrides=((r"blk\.1\.ffn_down.*", "CPU"),)), ROOM) >= 0
     with pytest.raises(ToolError, match="llama-fit-params failed with exit code 1"):
         fit(gguf.with_name("nothing.gguf"), ROOM)
 
@@ -94,7 +94,8 @@ def test_what_fits_is_asked_with_the_context_that_is_needed(gguf, prints, has_gp
     ]
     arguments = prints("CUDA0 10 2 3 \nHost 1 1 1 ")
     assert (
-        planned_bytes(gguf, GpuShare(2, (1, 1), (("a.*", "CPU"), ("b", "CUDA1"))), Room(10, kv_type="F32")) == 15 * MIB
+        planned_gpu_bytes(gguf, GpuShare(2, (1, 1), (("a.*", "CPU"), ("b", "CUDA1"))), Room(10, kv_type="F32"))
+        == 15 * MIB
     )
     assert arguments.read_text().split()[-10:] == [
         *("--flash-attn", "off", "--fit-print", "on", "--gpu-layers", "2"),
@@ -127,10 +128,10 @@ def logits(gguf, share):
 def test_overrides_and_splits_reach_llama_cpp(gguf):
     moved = GpuShare(2, split=(2.0,), overrides=((r"blk\.1\.ffn_(gate|up|gate_up|down).*", "CPU"),))
     with captured_log() as log:
-        found = logits(gguf, moved)
+        moved_logits = logits(gguf, moved)
     overridden = [line.split()[1] for line in log() if "buffer type overridden to CPU" in line]
     assert sorted(overridden) == [f"blk.1.ffn_{part}.weight" for part in ("down", "gate", "up")]
-    np.testing.assert_allclose(found, logits(gguf, GpuShare(0)), atol=1e-3)
+    np.testing.assert_allclose(moved_logits, logits(gguf, GpuShare(0)), atol=1e-3)
     with pytest.raises(SamqError, match=r"no buffer type CUDA77 here, but .*CPU"):
         Model(gguf, gpu_layers=GpuShare(2, overrides=((".*", "CUDA77"),)))
     with pytest.raises(SamqError, match=r"split over 999 GPUs, but llama\.cpp knows"):

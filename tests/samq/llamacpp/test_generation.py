@@ -42,11 +42,11 @@ def evaluated(monkeypatch):
 def prompts_with_preambles(preambles, each, seed=0):
     """`each` prompts after each of some preambles of 100 tokens, one preamble after the other."""
     random = np.random.default_rng(seed)
-    made = []
+    prompts = []
     for _ in range(preambles):
         preamble = random.integers(0, VOCABULARY, 100)
-        made += [np.append(preamble, random.integers(0, VOCABULARY, random.integers(3, 9))) for _ in range(each)]
-    return [prompt.astype(np.int32) for prompt in made]
+        prompts += [np.append(preamble, random.integers(0, VOCABULARY, random.integers(3, 9))) for _ in range(each)]
+    return [prompt.astype(np.int32) for prompt in prompts]
 
 
 def answers(model, prompts, sampling=GREEDY, **settings):
@@ -99,7 +99,7 @@ def test_a_prompt_after_which_all_is_nonsense_fails_alone(tmp_path, kv_type):
         prompts[3][1] = prompts[18][1] = 7  # the second in a place that was free before
         reasons = {}
         told = []
-        found = answers(
+        replies = answers(
             model,
             prompts,
             kv_type=kv_type,
@@ -107,7 +107,7 @@ def test_a_prompt_after_which_all_is_nonsense_fails_alone(tmp_path, kv_type):
             progress=lambda done, total: told.append((done, total)),
         )
         assert set(reasons) == {3, 18} and "nonsense.gguf gives logits that are not finite" in reasons[3]
-        assert found == ["" if index in reasons else text for index, text in enumerate(expected)]
+        assert replies == ["" if index in reasons else text for index, text in enumerate(expected)]
         assert [done for done, _ in told] == list(range(1, 21))
         for sampling in (GREEDY, Sampling(temperature=1.0)):
             with pytest.raises(SamqError, match="logits that are not finite"):
@@ -128,9 +128,9 @@ def test_a_batch_that_fails_once_takes_its_own_prompts_along_and_no_others(model
     expected = answers(model, prompts)
     decode_fails(at)
     reasons = {}
-    found = answers(model, prompts, failed=reasons.__setitem__)
+    replies = answers(model, prompts, failed=reasons.__setitem__)
     assert 0 < len(reasons) <= 16 and set(reasons.values()) == {"llama.cpp failed on a batch"}
-    assert found == ["" if index in reasons else text for index, text in enumerate(expected)]
+    assert replies == ["" if index in reasons else text for index, text in enumerate(expected)]
     decode_fails(at)
     with pytest.raises(SamqError, match=r"llama.cpp failed"):
         answers(model, prompts)

@@ -34,8 +34,8 @@ def test_cache_and_batch_together_hold_every_sequence_once(sequences, data):
 def test_what_sequences_begin_with_is_evaluated_once(sequences, limit, members):
     beginnings = {sequence[:length] for sequence in sequences for length in range(1, len(sequence) + 1)}
     arrays = [np.array(sequence, np.int32) for sequence in sequences]
-    made = trees(arrays, [len(sequence) - 1 for sequence in sequences], tokens=limit, members=members)
-    assert sum(len(tree.tokens) for tree in made) == len(beginnings)
+    prefix_trees = trees(arrays, [len(sequence) - 1 for sequence in sequences], tokens=limit, members=members)
+    assert sum(len(tree.tokens) for tree in prefix_trees) == len(beginnings)
 
 
 def test_common_length_is_that_of_the_common_beginning():

@@ -60,8 +60,8 @@ def evidence(results):
 
 
 def gate(evidence, name, policy=POLICY):
-    (found,) = [one for one in judge(evidence, policy) if one.name == name]
-    return found
+    (outcome,) = [one for one in judge(evidence, policy) if one.name == name]
+    return outcome
 
 
 def with_candidate(evidence, **changes):
@@ -95,15 +95,15 @@ def test_what_the_policy_does_not_ask_for_does_not_apply(evidence):
 def test_before_anything_is_in_production_full_precision_alone_is_the_reference(evidence):
     nothing = Reference(PRODUCTION, PRODUCTION, None, "nothing is in production yet", expected=False)
     first = dataclasses.replace(evidence, references=(evidence.references[0], nothing), production=None)
-    found = gate(first, "json/valid against production")
-    assert (found.verdict, found.reason) == ("not applicable", "nothing is in production yet")
+    outcome = gate(first, "json/valid against production")
+    assert (outcome.verdict, outcome.reason) == ("not applicable", "nothing is in production yet")
     assert failed(judge(first, POLICY)) == []
 
 
 def test_a_reference_of_which_nothing_is_known_any_more_fails(evidence):
     lost = Reference(FULL, FULL, None, "the sweep has no full-precision run; run it again")
-    found = gate(dataclasses.replace(evidence, references=(lost,)), "json/valid against full precision")
-    assert (found.verdict, found.reason) == ("fail", lost.reason)
+    outcome = gate(dataclasses.replace(evidence, references=(lost,)), "json/valid against full precision")
+    assert (outcome.verdict, outcome.reason) == ("fail", lost.reason)
 
 
 @pytest.mark.parametrize(
@@ -116,33 +116,33 @@ def test_a_reference_of_which_nothing_is_known_any_more_fails(evidence):
     ],
 )
 def test_a_file_that_is_not_the_registered_one_fails_the_audit(evidence, changes, message):
-    found = gate(with_version(evidence, **changes), "audit")
-    assert found.verdict == "fail"
-    assert re.search(message, found.reason)
+    outcome = gate(with_version(evidence, **changes), "audit")
+    assert outcome.verdict == "fail"
+    assert re.search(message, outcome.reason)
 
 
 def test_a_file_that_is_not_its_plan_fails_the_audit(evidence):
     name = "blk.0.attn_q.weight"
     plan = evidence.plan.model_copy(update={"types": {**evidence.plan.types, name: "Q8_0"}})
     other = dataclasses.replace(with_version(evidence, plan_digest=plan.digest()), plan=plan)
-    found = gate(other, "audit")
-    assert found.verdict == "fail"
-    assert f"drifted from plan Q4_K_M, {name} first" in found.reason
+    outcome = gate(other, "audit")
+    assert outcome.verdict == "fail"
+    assert f"drifted from plan Q4_K_M, {name} first" in outcome.reason
 
 
 def test_another_file_than_the_measured_one_fails_the_audit(evidence):
     other = evidence.candidate.evaluation.model_copy(update={"sha256": "0" * 64})
-    found = gate(with_candidate(evidence, evaluation=other), "audit")
-    assert found.verdict == "fail"
-    assert found.reason.split(";")[0] == "the evaluation measured another file than the registered one"
+    outcome = gate(with_candidate(evidence, evaluation=other), "audit")
+    assert outcome.verdict == "fail"
+    assert outcome.reason.split(";")[0] == "the evaluation measured another file than the registered one"
 
 
 def test_missing_provenance_is_named(evidence, results, tmp_path):
     wanted = POLICY.model_copy(update={"provenance": ("plan", "signature")})
     tags = {**evidence.tags, "parent_run": ""}
-    found = gate(dataclasses.replace(evidence, tags=tags), "provenance", wanted)
-    assert (found.verdict, found.value) == ("fail", "1 keys, 5 tags")
-    assert found.reason.startswith("missing: samq.signature of the GGUF, tag parent_run of the version;")
+    outcome = gate(dataclasses.replace(evidence, tags=tags), "provenance", wanted)
+    assert (outcome.verdict, outcome.value) == ("fail", "1 keys, 5 tags")
+    assert outcome.reason.startswith("missing: samq.signature of the GGUF, tag parent_run of the version;")
     bare = shutil.copy(results[0].gguf, tmp_path / "bare.gguf")
     assert gate(with_version(evidence, uri=bare.as_uri()), "provenance").value == "0 keys, 6 tags"
 
@@ -168,18 +168,18 @@ def test_a_figure_that_was_not_measured_fails_with_the_evaluations_reason(eviden
     evaluation = evidence.candidate.evaluation
     metrics = {key: metric for key, metric in evaluation.metrics.items() if not key.startswith(f"{prefix}/")}
     unmeasured = evaluation.model_copy(update={"metrics": metrics, "missing": {prefix: "no time was left"}})
-    found = gate(with_candidate(evidence, evaluation=unmeasured), name)
-    assert (found.verdict, found.value, found.reason) == ("fail", "", "not measured: no time was left")
+    outcome = gate(with_candidate(evidence, evaluation=unmeasured), name)
+    assert (outcome.verdict, outcome.value, outcome.reason) == ("fail", "", "not measured: no time was left")
 
 
 @pytest.mark.parametrize(("items", "changes"), [("json/valid", {"valid": 200}), ("arc/acc", {"right": 200})])
 def test_worse_answers_than_full_precisions_fail(evidence, results, items, changes):
-    found = gate(
+    outcome = gate(
         dataclasses.replace(evidence, candidate=of(results[1], "version 2", **changes)), f"{items} against {FULL}"
     )
-    assert (found.verdict, found.reason) == ("fail", "worse by more than the margin, at 95 % confidence")
-    assert found.value.startswith("0.500 against 0.750, worse by at most 0.2")
-    assert found.limit == "worse by less than 0.0375, 5 % of full precision"
+    assert (outcome.verdict, outcome.reason) == ("fail", "worse by more than the margin, at 95 % confidence")
+    assert outcome.value.startswith("0.500 against 0.750, worse by at most 0.2")
+    assert outcome.limit == "worse by less than 0.0375, 5 % of full precision"
 
 
 def test_a_candidate_as_good_as_full_precision_but_worse_than_production_fails(evidence, results):
@@ -191,9 +191,9 @@ def test_a_candidate_as_good_as_full_precision_but_worse_than_production_fails(e
 
 def test_too_few_items_to_tell_fail_and_say_how_many_it_takes(evidence):
     strict = POLICY.model_copy(update={"json_answers": JsonPolicy(margin=0.001)})
-    found = gate(evidence, "json/valid against full precision", strict)
-    assert found.verdict == "fail"
-    assert re.fullmatch(r"400 items are too few to decide; about [\d,]+ would be enough", found.reason)
+    outcome = gate(evidence, "json/valid against full precision", strict)
+    assert outcome.verdict == "fail"
+    assert re.fullmatch(r"400 items are too few to decide; about [\d,]+ would be enough", outcome.reason)
 
 
 def test_a_single_item_shows_nothing(evidence):
@@ -201,34 +201,34 @@ def test_a_single_item_shows_nothing(evidence):
     (full, _) = evidence.references
     alone = dataclasses.replace(full, measured=dataclasses.replace(full.measured, items=one))
     single = dataclasses.replace(with_candidate(evidence, items=one), references=(alone,))
-    found = gate(single, "json/valid against full precision")
-    assert (found.verdict, found.value) == ("fail", "1.000 against 1.000, worse by at most 0.730")
+    outcome = gate(single, "json/valid against full precision")
+    assert (outcome.verdict, outcome.value) == ("fail", "1.000 against 1.000, worse by at most 0.730")
 
 
 def test_an_improvement_is_told_as_such(evidence, results):
     better = dataclasses.replace(evidence, candidate=of(results[1], "version 2", valid=390))
-    found = gate(better, "json/valid against full precision")
-    assert found.verdict == "pass"
-    assert found.value.startswith("0.975 against 0.750, better by at least 0.1")
+    outcome = gate(better, "json/valid against full precision")
+    assert outcome.verdict == "pass"
+    assert outcome.value.startswith("0.975 against 0.750, better by at least 0.1")
 
 
 def test_other_items_cannot_be_compared(evidence, results):
     others = dataclasses.replace(evidence, candidate=of(results[1], "version 2", first=1))
-    found = gate(others, "json/valid against full precision")
-    assert found.verdict == "fail"
-    assert "were not asked the same items of json; evaluate both" in found.reason
+    outcome = gate(others, "json/valid against full precision")
+    assert outcome.verdict == "fail"
+    assert "were not asked the same items of json; evaluate both" in outcome.reason
 
 
 def test_a_benchmark_that_was_not_run_fails_with_the_evaluations_reason(evidence):
     wanted = POLICY.model_copy(update={"accuracy": AccuracyPolicy(benchmarks=("mmlu/acc",))})
     evaluation = evidence.candidate.evaluation.model_copy(update={"missing": {"eval/mmlu": "there is no network"}})
-    found = gate(with_candidate(evidence, evaluation=evaluation), "mmlu/acc against full precision", wanted)
-    assert (found.verdict, found.reason) == ("fail", "version 2 was not measured: there is no network")
+    outcome = gate(with_candidate(evidence, evaluation=evaluation), "mmlu/acc against full precision", wanted)
+    assert (outcome.verdict, outcome.reason) == ("fail", "version 2 was not measured: there is no network")
 
 
 def test_a_candidate_without_any_table_of_items_fails(evidence):
-    found = gate(with_candidate(evidence, items=join_items(None, None)), "json/valid against production")
-    assert found.reason == "version 2 was not measured: the evaluation gives no reason; run the sweep again"
+    outcome = gate(with_candidate(evidence, items=join_items(None, None)), "json/valid against production")
+    assert outcome.reason == "version 2 was not measured: the evaluation gives no reason; run the sweep again"
 
 
 def test_tables_of_items_are_read_whatever_else_they_hold():

@@ -329,10 +329,10 @@ def test_weights_that_are_held_exactly_stay(target, pieces, toolchain, tmp_path)
     nearest = nearest_of(target, plan, tmp_path / "nearest.gguf")
     full = tmp_path / "full.gguf"
     full.write_bytes(target.full.path.read_bytes())
-    held = [name for piece in pieces for moments in piece.moments for name in moments.tensors]
+    exact_names = [name for piece in pieces for moments in piece.moments for name in moments.tensors]
     with open(full, "r+b") as file:
         for tensor in open_gguf(target.full.path).tensors:
-            if tensor.name in held:
+            if tensor.name in exact_names:
                 file.seek(tensor.data_offset)
                 file.write(read_weights(nearest, tensor.name).astype(np.float16).tobytes())
     exact = OpenTarget.open(full, toolchain)
@@ -359,12 +359,12 @@ def test_matrices_are_gone_before_those_of_the_next_block_come(target, pieces, t
 def forgotten(pieces, gone):
     """Copies of the pieces; notes of each whether nobody has its matrices any more when the next is asked for."""
 
-    def copy(piece, held):
+    def copy(piece, references):
         moments = [replace(of_input, gram=of_input.gram.clone()) for of_input in piece.moments]
-        held += [weakref.ref(of_input.gram) for of_input in moments]
+        references += [weakref.ref(of_input.gram) for of_input in moments]
         return Piece(piece.part, moments)
 
     for piece in pieces:
-        held = []
-        yield copy(piece, held)
-        gone.append(bool(held) and not any(reference() is not None for reference in held))
+        references = []
+        yield copy(piece, references)
+        gone.append(bool(references) and not any(reference() is not None for reference in references))

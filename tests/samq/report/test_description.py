@@ -10,6 +10,13 @@ def test_threshold_plans_are_described_by_what_they_keep(sweep):
     )
 
 
+def test_a_threshold_plan_says_which_type_experts_have_at_least(sweep):
+    plan = sweep.result("threshold-0.2").plan
+    guarded = plan.model_copy(update={"parameters": {**plan.parameters, "expert_guard": "Q3_K"}})
+    said = describe_plan(plan).removesuffix(".") + ", but experts that saw few tokens have at least Q3_K."
+    assert describe_plan(guarded) == said
+
+
 def test_types_and_substitutions_are_counted(sweep):
     stock = sweep.result("Q4_K_M").plan
     assert type_counts(stock) == "29 Q5_0"
@@ -55,7 +62,7 @@ def test_guards_and_a_gap_of_the_solver_are_said(sweep):
 def test_compensated_rounding_is_said(sweep):
     plan = sweep.result("budget-size-of-Q4_K_M").plan
     said = describe_plan(plan.model_copy(update={"rounding": "compensated"}))
-    assert said == describe_plan(plan).removesuffix(".") + "; rounding errors make up for each other."
+    assert said == describe_plan(plan).removesuffix(".") + "; rounding errors cancel each other."
 
 
 def test_a_uniform_plan_names_its_type(sweep):

@@ -17,8 +17,8 @@ RULE = SelectionRule(max_size_ratio=1.6)  # so that there is a best
 
 
 def texts_in(figure):
-    found = [child for child in figure.axes[0].get_children() if isinstance(child, Annotation)]
-    return {text.get_text(): text for text in found if text.get_text()}
+    annotations = [child for child in figure.axes[0].get_children() if isinstance(child, Annotation)]
+    return {text.get_text(): text for text in annotations if text.get_text()}
 
 
 def labels(figure):
@@ -106,8 +106,8 @@ def test_predicted_is_drawn_against_measured_with_the_line_where_they_are_equal(
     assert not joined and points == [(one.predicted.value, one.kld.value) for one in mixtures]
     (equal,) = (line for line in axes.lines if line.get_label() == "equal")
     assert np.array_equal(equal.get_xdata(), equal.get_ydata())
-    found = prediction_quality(sweep.results)
-    assert axes.get_title(loc="left").endswith(f"rank correlation {found.rank_correlation:.3f} over 6 plans")
+    quality = prediction_quality(sweep.results)
+    assert axes.get_title(loc="left").endswith(f"rank correlation {quality.rank_correlation:.3f} over 6 plans")
     assert "over 0.3: not to be trusted" not in labels(figure)
 
 

@@ -18,16 +18,16 @@ def predicted(result, ratio, stderr=None):
 def test_agreement_is_over_all_candidates_that_were_predicted_and_measured(sweep):
     ratios = {"Q4_K_M": 1.5, "Q5_K_M": 1.0, "threshold-0.2": 0.8}
     known = [predicted(sweep.result(name), ratio) for name, ratio in ratios.items()]
-    found = prediction_quality([sweep.result("F16"), *known, dataclasses.replace(sweep.results[2], predicted=None)])
-    assert found.candidates == 3
-    assert (found.lowest_ratio, found.highest_ratio) == (pytest.approx(0.8), pytest.approx(1.5))
-    assert found.rank_correlation == pytest.approx(1.0)
+    quality = prediction_quality([sweep.result("F16"), *known, dataclasses.replace(sweep.results[2], predicted=None)])
+    assert quality.candidates == 3
+    assert (quality.lowest_ratio, quality.highest_ratio) == (pytest.approx(0.8), pytest.approx(1.5))
+    assert quality.rank_correlation == pytest.approx(1.0)
 
 
 def test_rank_correlation_falls_where_ranks_are_changed(sweep):
     ratios = {"Q4_K_M": 10.0, "Q5_K_M": 1.0, "threshold-0.2": 0.1}
-    found = prediction_quality([predicted(sweep.result(name), ratio) for name, ratio in ratios.items()])
-    assert found.rank_correlation < 0
+    quality = prediction_quality([predicted(sweep.result(name), ratio) for name, ratio in ratios.items()])
+    assert quality.rank_correlation < 0
 
 
 def test_two_candidates_have_no_rank_correlation(sweep):
@@ -36,14 +36,14 @@ def test_two_candidates_have_no_rank_correlation(sweep):
 
 
 def test_the_report_says_how_well_predictions_did(sweep):
-    found = prediction_quality(sweep.results)
+    quality = prediction_quality(sweep.results)
     title, text = prediction_section(sweep)
     assert title == "## Predicted against measured"
     assert (
-        f"Over 6 candidates the rank correlation (Spearman) of predicted and measured KL is {found.rank_correlation:.3f}."
+        f"Over 6 candidates the rank correlation (Spearman) of predicted and measured KL is {quality.rank_correlation:.3f}."
         in text
     )
-    assert f"{found.lowest_ratio:.2f} to {found.highest_ratio:.2f} times the prediction" in text
+    assert f"{quality.lowest_ratio:.2f} to {quality.highest_ratio:.2f} times the prediction" in text
 
 
 def test_the_report_says_which_plans_the_agreement_leaves_out(sweep):
@@ -110,10 +110,10 @@ def test_a_check_is_judged_in_words(sweep, additive, joint, fitted, left_out, ad
 
 
 def test_a_check_of_compensated_rounding_is_judged_with_the_terms_within_tensors(sweep):
-    found = check(sweep, 0.0600, 0.0310).model_copy(
+    compensated_check = check(sweep, 0.0600, 0.0310).model_copy(
         update={"rounding": "compensated", "by_tensor": Metric(value=0.0305, stderr=0.0005)}
     )
-    *_, explained, _, judgement = prediction_section(dataclasses.replace(sweep, checks=(found,)))
+    *_, explained, _, judgement = prediction_section(dataclasses.replace(sweep, checks=(compensated_check,)))
     assert explained.endswith("is to be compared with the cost within tensors.")
     assert "it costs +1.7 % (within the error) against the table" in judgement
     assert "leaves out change that by +1.6 % (within the error)." in judgement and "calibrate on more" not in judgement

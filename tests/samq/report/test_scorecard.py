@@ -45,7 +45,7 @@ def items_of(accuracy, count=200):
 
 
 @pytest.fixture
-def asked(sweep):
+def benchmarked(sweep):
     """A sweep of which three candidates were asked GSM8K, with their items; there was no network for MMLU."""
     results = []
     for result in sweep.results:
@@ -55,9 +55,9 @@ def asked(sweep):
             result = with_evaluation(result, metrics=gsm8k, missing={"eval/mmlu": "the hub cannot be reached"})
             result = replace(result, benchmark_folders=(result.folder,))
         results.append(result)
-    asked = replace(sweep, results=tuple(results), rule=SelectionRule(max_size_ratio=1.05))
-    assert asked.best is asked.result(BEST)
-    return asked
+    benchmarked = replace(sweep, results=tuple(results), rule=SelectionRule(max_size_ratio=1.05))
+    assert benchmarked.best is benchmarked.result(BEST)
+    return benchmarked
 
 
 def compared(sweep, production=None):
@@ -74,8 +74,8 @@ def table_of(section, heading):
     }
 
 
-def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
-    section = scorecard_section(compared(asked))
+def test_the_articles_table_has_full_precision_uniform_and_mixed(benchmarked):
+    section = scorecard_section(compared(benchmarked))
     lines = section[1].split("\n")
     assert lines[0] == f"|  | F16 | Q4_K_M | {BEST} ★ |"
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
@@ -87,7 +87,7 @@ def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
         "JSON valid (%)",
     ]
     rows = table_of(section, ARTICLE)
-    full, mixed = (asked.result(name).evaluation.metrics[VRAM].value for name in ("F16", BEST))
+    full, mixed = (benchmarked.result(name).evaluation.metrics[VRAM].value for name in ("F16", BEST))
     assert rows["VRAM (MB)"][0] == f"{full / 1e6:.1f}"
     assert rows["VRAM (MB)"][2] == f"{mixed / 1e6:.1f} ({100 * (mixed / full - 1):+.1f} %)"
     gsm8k = rows["samq_gsm8k: exact_match (%), 200 items"]
@@ -95,26 +95,26 @@ def test_the_articles_table_has_full_precision_uniform_and_mixed(asked):
     assert gsm8k[2].startswith("49.0 ± 3.5 (-1.0 ± 0.7, undecided")
 
 
-def test_json_has_its_paired_error_and_its_verdict(asked):
+def test_json_has_its_paired_error_and_its_verdict(benchmarked):
     for name, valid in (("F16", 40), ("Q4_K_M", 10), (BEST, 38)):
         answers = pd.DataFrame({"id": list(map(str, range(40))), "valid": np.arange(40) < valid})
-        answers.to_parquet(asked.result(name).folder / "json.parquet")
+        answers.to_parquet(benchmarked.result(name).folder / "json.parquet")
     production = join_items(pd.DataFrame({"id": answers["id"], "valid": True}), None)
-    asked = compared(asked, production)
-    rows = table_of(scorecard_section(asked), ARTICLE)
+    benchmarked = compared(benchmarked, production)
+    rows = table_of(scorecard_section(benchmarked), ARTICLE)
     # the change is that of the percentages measured; its error is of the answers, in points too
     assert rows["JSON valid (%)"][1].endswith(" ± 6.9, inferior)") and "± 3.5, undecided)" in rows["JSON valid (%)"][2]
-    rows = table_of(benchmark_section(asked), "### Against what is in production")
+    rows = table_of(benchmark_section(benchmarked), "### Against what is in production")
     assert sorted(rows["JSON valid (%)"]) == ["-5.0 ± 3.5, undecided", "-75.0 ± 6.9, inferior"]
 
 
-def test_a_figure_that_is_not_there_says_why(asked):
+def test_a_figure_that_is_not_there_says_why(benchmarked):
     full = with_evaluation(
-        asked.result("F16"),
+        benchmarked.result("F16"),
         without=("speed/latency_p99_ms", VRAM),
         missing={"speed": "no timed requests", "memory": "odd"},
     )
-    section = scorecard_section(with_results(asked, [full, *asked.results[1:]]))
+    section = scorecard_section(with_results(benchmarked, [full, *benchmarked.results[1:]]))
     rows = table_of(section, ARTICLE)
     assert rows["mmlu: acc (%)"] == ["–", "–", "–"] and rows["VRAM (MB)"][0] == "–"
     assert "(" not in rows["VRAM (MB)"][1], "there is nothing to compare with"
@@ -123,8 +123,8 @@ def test_a_figure_that_is_not_there_says_why(asked):
     assert "- p99 latency (ms) of F16: no timed requests" in gaps and "- VRAM (MB) of F16: odd" in gaps
 
 
-def test_reasons_are_looked_up_from_the_metric_to_what_it_belongs_to(asked):
-    evaluation = asked.result("F16").evaluation.model_copy(
+def test_reasons_are_looked_up_from_the_metric_to_what_it_belongs_to(benchmarked):
+    evaluation = benchmarked.result("F16").evaluation.model_copy(
         update={"missing": {"eval/mmlu": "no network", "speed": "no requests", "speed/latency_p99_ms": "too few"}}
     )
     assert why_missing(evaluation, "eval/mmlu/acc") == "no network"
@@ -134,40 +134,40 @@ def test_reasons_are_looked_up_from_the_metric_to_what_it_belongs_to(asked):
     assert why_missing(evaluation, "json/valid_percent") == "not measured"
 
 
-def test_without_a_choice_or_a_mixture_the_columns_that_are_there_are_shown(asked):
-    without = scorecard_section(replace(asked, rule=SelectionRule(max_bytes=1)))
+def test_without_a_choice_or_a_mixture_the_columns_that_are_there_are_shown(benchmarked):
+    without = scorecard_section(replace(benchmarked, rule=SelectionRule(max_bytes=1)))
     assert without[1].startswith("|  | F16 | Q4_K_M |\n")
     assert "There is no mixed column: no candidate could be the best." in without
-    uncompared = replace(asked, comparisons=())  # so no plan of SAMQ's can be the best
+    uncompared = replace(benchmarked, comparisons=())  # so no plan of SAMQ's can be the best
     for name, ratio in (("Q4_K_M", 1.05), ("Q5_K_M", 1.2)):
         uniform = scorecard_section(replace(uncompared, rule=SelectionRule(max_size_ratio=ratio)))
         assert f"There is no mixed column: the best is {name}, llama-quantize's own mixture." in uniform
-    assert not any("no mixed column" in part for part in scorecard_section(asked))
-    alone = replace(asked, rule=SelectionRule(reference=None, max_bytes=asked.result(BEST).bytes))
+    assert not any("no mixed column" in part for part in scorecard_section(benchmarked))
+    alone = replace(benchmarked, rule=SelectionRule(reference=None, max_bytes=benchmarked.result(BEST).bytes))
     assert scorecard_section(alone)[1].startswith(f"|  | F16 | {BEST} ★ |\n")
     assert scorecard_section(uncompared)[1].startswith("|  | F16 | Q4_K_M ★ |\n")
-    assert scorecard_section(with_results(asked, asked.results[1:])) == []
+    assert scorecard_section(with_results(benchmarked, benchmarked.results[1:])) == []
 
 
-def test_the_cost_sheet_pays_for_whole_gpus_all_month(asked):
-    section = scorecard_section(asked, COST)
+def test_the_cost_sheet_pays_for_whole_gpus_all_month(benchmarked):
+    section = scorecard_section(benchmarked, COST)
     rows = table_of(section, "## Cost")
-    vram = [asked.result(name).evaluation.metrics[VRAM].value for name in ("F16", "Q4_K_M", BEST)]
+    vram = [benchmarked.result(name).evaluation.metrics[VRAM].value for name in ("F16", "Q4_K_M", BEST)]
     gpus = [math.ceil(value / 63e6) for value in vram]
     assert rows["GPUs needed"] == [str(count) for count in gpus] and gpus[0] > gpus[2]
     assert rows["$ per month"][0] == f"{gpus[0] * 2.5 * 730:,.2f}"
     assert rows["$ per month"][2] == f"{gpus[2] * 2.5 * 730:,.2f} ({100 * (gpus[2] / gpus[0] - 1):+.1f} %)"
     assert "2.5 $ an hour" in section[-1] and "90 %" in section[-1]
-    assert cost_metrics(asked.result(BEST).evaluation, COST) == {
+    assert cost_metrics(benchmarked.result(BEST).evaluation, COST) == {
         "cost/gpus_needed": Metric(value=gpus[2]),
         "cost/month_usd": Metric(value=gpus[2] * 2.5 * 730),
     }
 
 
-def test_where_vram_is_not_known_there_is_no_cost(asked):
-    full = with_evaluation(asked.result("F16"), without=(VRAM,))
+def test_where_vram_is_not_known_there_is_no_cost(benchmarked):
+    full = with_evaluation(benchmarked.result("F16"), without=(VRAM,))
     assert cost_metrics(full.evaluation, COST) == {}
-    rows = table_of(cost_section([full, asked.result(BEST)], COST), "## Cost")
+    rows = table_of(cost_section([full, benchmarked.result(BEST)], COST), "## Cost")
     assert rows["GPUs needed"][0] == rows["$ per month"][0] == "–" and "(" not in rows["$ per month"][1]
 
 
@@ -178,10 +178,10 @@ def test_a_gpu_that_is_filled_exactly_is_enough():
         CostSettings(price_per_gpu_hour=0, gpu_memory_bytes=100)
 
 
-def test_all_benchmarks_are_shown_for_who_was_asked(asked):
-    section = benchmark_section(compared(asked))
+def test_all_benchmarks_are_shown_for_who_was_asked(benchmarked):
+    section = benchmark_section(compared(benchmarked))
     lines = section[1].split("\n")
-    assert lines[0].strip("| ").split(" | ") == sorted(ACCURACY, key=lambda name: -asked.result(name).bytes)
+    assert lines[0].strip("| ").split(" | ") == sorted(ACCURACY, key=lambda name: -benchmarked.result(name).bytes)
     assert len(lines) == 3 and "non-inferior" in section[2].lower()
     assert "items would be needed" in section[3]
-    assert benchmark_section(with_results(asked, [asked.result("Q5_K_M")])) == []
+    assert benchmark_section(with_results(benchmarked, [benchmarked.result("Q5_K_M")])) == []

@@ -71,11 +71,11 @@ def test_experts_that_no_token_reached_are_counted_once_a_block():
     for tensor in ("gate", "down"):
         fisher[f"blk.0.ffn_{tensor}_exps.weight"] = Fisher(some, columns)
         fisher[f"blk.1.ffn_{tensor}_exps.weight"] = Fisher(everywhere, columns)
-    found = routing(fisher)
-    assert found == Routing(6, {"blk.0": {1: 0}}) and found.missed == 1
-    assert str(found) == "1 of 6 experts saw fewer than 64 calibration tokens (blk.0: 1 saw none)"
+    coverage = routing(fisher)
+    assert coverage == Routing(6, {"blk.0": {1: 0}}) and coverage.missed == 1
+    assert str(coverage) == "1 of 6 experts saw fewer than 64 calibration tokens (blk.0: 1 saw none)"
     assert str(Routing(6)) == "0 of 6 experts saw fewer than 64 calibration tokens"
     scarce = {f"blk.1.ffn_{tensor}_exps.weight": {2: 7, 0: 0} for tensor in ("gate", "down")}
-    found = routing(fisher, scarce)
-    assert found == Routing(6, {"blk.1": {0: 0, 2: 7}}) and found.missed == 1
-    assert str(found) == "2 of 6 experts saw fewer than 64 calibration tokens (blk.1: 0 saw none, 2 saw 7)"
+    coverage = routing(fisher, scarce)
+    assert coverage == Routing(6, {"blk.1": {0: 0, 2: 7}}) and coverage.missed == 1
+    assert str(coverage) == "2 of 6 experts saw fewer than 64 calibration tokens (blk.1: 0 saw none, 2 saw 7)"

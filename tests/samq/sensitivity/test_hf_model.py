@@ -239,7 +239,7 @@ def test_a_truncated_gguf_is_named(tmp_path):
 
 def test_a_gguf_without_a_tokenizer_says_so(tmp_path):
     source = describe_source(write_llama_gguf(tiny_llama(), tmp_path / "tiny.gguf"))
-    with pytest.raises(SamqError, match="cannot load the tokenizer of tiny"):
+    with pytest.raises(SamqError, match="cannot read the tokenizer of tiny from a GGUF of the architecture llama"):
         load_tokenizer(source)
 
 

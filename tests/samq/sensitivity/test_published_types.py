@@ -69,6 +69,14 @@ def test_blocks_of_128_are_dequantized_as_by_llama_cpps_converter(converter, sha
 
 
 @pytest.mark.parametrize("publish", [publish_in_fp8, publish_in_compressed_fp8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_weights_of_a_model_in_fp8_get_one_type(tmp_path, publish, dtype):
+    """The files hold embedding, norms and output in BF16."""
+    folder = publish(save_folder(tiny_mixtral().bfloat16(), tmp_path / "tiny"), (16, 16))
+    assert {weight.dtype for weight in loaded(folder, dtype=dtype).values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("publish", [publish_in_fp8, publish_in_compressed_fp8])
 @pytest.mark.parametrize("block", [(16, 16), None])
 def test_a_model_in_fp8_is_loaded_with_the_converters_values(converter, tmp_path, publish, block):
     folder = publish(save_folder(tiny_llama(), tmp_path / "tiny"), block)

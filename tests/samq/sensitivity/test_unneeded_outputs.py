@@ -57,8 +57,8 @@ def test_a_layer_is_unneeded_if_its_output_is_in_nothing_that_is_kept():
     block = Block().requires_grad_(False)
     hidden = torch.randn(2, 3, 4).requires_grad_()
     layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    found = unneeded(layers, lambda: block(hidden))
-    assert set(found) == {block.after, block.added}, (
+    not_needed = unneeded(layers, lambda: block(hidden))
+    assert set(not_needed) == {block.after, block.added}, (
         "not where the output is squared, a layer's input, or compared with 0"
     )
     assert unneeded(layers, lambda: block(hidden), [block.added]) == [block.added], "no search where these are enough"
@@ -66,7 +66,7 @@ def test_a_layer_is_unneeded_if_its_output_is_in_nothing_that_is_kept():
     assert unneeded(layers, lambda: block(hidden), []) == []
     assert set(unneeded(layers, lambda: block(hidden), [block.uncalled])) == {block.after, block.added}
     (gradient,) = torch.autograd.grad(block(hidden).sum(), hidden)
-    with without_outputs(found):
+    with without_outputs(not_needed):
         output = block(hidden)
         assert output.isnan().all()
         (without,) = torch.autograd.grad(output, hidden, torch.ones_like(output))
@@ -100,9 +100,9 @@ def test_the_gradients_of_a_model_are_the_same_without_them(name, limit, tmp_pat
         names = {module: name for name, module in model.named_modules()}
 
         def noted(*arguments):
-            found = find(*arguments)
-            left_out.update(names[one].split(".", 3)[-1] for one in found)
-            return found
+            not_needed = find(*arguments)
+            left_out.update(names[one].split(".", 3)[-1] for one in not_needed)
+            return not_needed
 
         monkeypatch.setattr(block_pass, "unneeded", noted)
         matrices = [(one, matrix) for one, matrix in model.named_parameters() if matrix.ndim in (2, 3)]

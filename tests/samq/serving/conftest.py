@@ -54,8 +54,8 @@ class Running:
 
     def metric(self, name, /, **labels):
         """A sample's value now; 0 if there is none."""
-        found = self.server.metrics.registry.get_sample_value(name, labels)
-        return 0 if found is None else found
+        value = self.server.metrics.registry.get_sample_value(name, labels)
+        return 0 if value is None else value
 
     def wait(self, condition, seconds=60):
         """Until the condition holds."""
@@ -78,10 +78,10 @@ def running(source, *, wait=True, **settings):
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
-            made = Running(url, client, server, listening)
+            at_work = Running(url, client, server, listening)
             if wait:
-                made.wait(lambda: client.get("/ready").status_code == 200)
-            yield made
+                at_work.wait(lambda: client.get("/ready").status_code == 200)
+            yield at_work
     finally:
         listener.should_exit = True
         thread.join()
@@ -159,5 +159,5 @@ def engine(request):
 @pytest.fixture(scope="module")
 def served(chat_gguf):
     """One server for all tests of a module that leave it as it is."""
-    with running(FileSource(chat_gguf)) as made:
-        yield made
+    with running(FileSource(chat_gguf)) as server:
+        yield server

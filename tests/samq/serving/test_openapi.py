@@ -33,8 +33,8 @@ echo best_of suffix samplers n_probs chat_template_kwargs reasoning_format docum
 
 @pytest.fixture(scope="module")
 def server(chat_gguf):
-    with running(FileSource(chat_gguf), context_tokens=256, request_timeout_s=600) as made:
-        yield made
+    with running(FileSource(chat_gguf), context_tokens=256, request_timeout_s=600) as running_server:
+        yield running_server
 
 
 @pytest.mark.e2e

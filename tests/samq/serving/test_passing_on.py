@@ -28,8 +28,8 @@ TOOL = {
 @pytest.fixture(scope="module")
 def either(chat_gguf, engine):
     """A server of each engine."""
-    with running(FileSource(chat_gguf), **engine) as made:
-        yield made
+    with running(FileSource(chat_gguf), **engine) as running_server:
+        yield running_server
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(either):

@@ -55,11 +55,11 @@ def process(model, tmp_path, *, until=lambda client: ready(client), environment=
 @contextmanager
 def mlflow(answer):
     """A server in MLflow's place, which lets `answer` deal with each request; yields its URL and the paths asked for."""
-    asked = []
+    paths = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            paths.append(self.path)
             answer(self)
 
         do_POST = do_GET
@@ -67,7 +67,7 @@ def mlflow(answer):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", paths
     finally:
         server.shutdown()
         server.server_close()
@@ -147,9 +147,9 @@ def test_a_second_signal_ends_the_server_at_once(chat_gguf, tmp_path):
 @pytest.mark.e2e
 def test_an_mlflow_that_does_not_answer_does_not_hold_up_the_end(tmp_path):
     hang = threading.Event()
-    with mlflow(lambda handler: hang.wait()) as (url, asked):
+    with mlflow(lambda handler: hang.wait()) as (url, paths):
         environment = {"MLFLOW_TRACKING_URI": url, "MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
-        asking = process("models:/tiny@production", tmp_path, until=lambda client: asked, environment=environment)
+        asking = process("models:/tiny@production", tmp_path, until=lambda client: paths, environment=environment)
         with asking as (child, _):
             child.send_signal(signal.SIGTERM)
             assert child.wait(30) == 0, (tmp_path / "log").read_text()
@@ -159,13 +159,13 @@ def test_an_mlflow_that_does_not_answer_does_not_hold_up_the_end(tmp_path):
 @pytest.mark.e2e
 def test_an_mlflow_that_is_down_is_asked_twice_a_lookup_unless_the_user_has_it_otherwise(tmp_path):
     for own, tries in (({}, 2), ({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, 1)):
-        with mlflow(lambda handler: handler.send_error(503)) as (url, asked):
+        with mlflow(lambda handler: handler.send_error(503)) as (url, paths):
             environment = {"MLFLOW_TRACKING_URI": url, **own}
             target = "models:/tiny@production"
             with process(target, tmp_path, until=problem, environment=environment, poll_interval_s=3600) as (_, client):
                 assert f"cannot use MLflow at {url}" in problem(client)
                 assert "samq_model_lookup_failures_total 1.0" in client.get("/metrics").text
-                assert len(asked) == tries, asked
+                assert len(paths) == tries, paths
 
 
 def test_what_cannot_be_served_is_one_sentence(tmp_path):

@@ -1,6 +1,7 @@
 """Tiny models that can be served: random weights, a vocabulary of single bytes, a chat template."""
 
 import gguf
+import numpy as np
 
 from tests.conftest import write_tiny_gguf
 
@@ -42,4 +43,11 @@ def write_chat_gguf(path, *, seed=0, context=CONTEXT, template=TEMPLATE, spread=
         rare=[0, 1, 2],  # an answer is text, and goes on until its limit
         add_tokenizer=lambda writer: add_byte_vocabulary(writer, template, add_eos, end),
         **shape,
+    )
+
+
+def write_silent_gguf(path):
+    """A model whose weights are not numbers."""
+    return write_tiny_gguf(
+        path, vocabulary=260, spread=np.nan, add_tokenizer=lambda writer: add_byte_vocabulary(writer, None)
     )

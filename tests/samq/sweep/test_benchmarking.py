@@ -30,7 +30,7 @@ def table(values, first=0):
     return pd.DataFrame(rows)
 
 
-def asked(result, values, folder, first=0):
+def benchmarked(result, values, folder, first=0):
     """The result with the benchmark's folder, as the stage leaves it."""
     folder.mkdir()
     table(values, first).to_parquet(folder / ITEMS_NAME)
@@ -42,7 +42,7 @@ def asked(result, values, folder, first=0):
 @pytest.fixture
 def results(sweep, tmp_path):
     return [
-        asked(result, RIGHT[result.name], tmp_path / result.name) if result.name in RIGHT else result
+        benchmarked(result, RIGHT[result.name], tmp_path / result.name) if result.name in RIGHT else result
         for result in sweep.results
     ]
 
@@ -60,24 +60,24 @@ def test_a_result_gets_the_benchmarks_beside_what_was_measured_before(sweep, res
 
 
 def test_those_asked_are_compared_with_full_precision_and_with_production(results):
-    found = compare_benchmarks(results, 0.01, table([1, 1, 1, 1]))
-    assert {(one.candidate, one.reference): one.difference for one in found} == {
+    comparisons = compare_benchmarks(results, 0.01, table([1, 1, 1, 1]))
+    assert {(one.candidate, one.reference): one.difference for one in comparisons} == {
         ("Q4_K_M", "F16"): -0.5,
         ("Q4_K_M", PRODUCTION): -0.75,
         ("threshold-0.2", "F16"): 0.0,
         ("threshold-0.2", PRODUCTION): -0.25,
     }
-    assert compare_benchmarks(results, 0.01) == [one for one in found if one.reference == "F16"]
+    assert compare_benchmarks(results, 0.01) == [one for one in comparisons if one.reference == "F16"]
 
 
 def test_production_whose_json_was_measured_too_is_compared(results):
     answers = pd.DataFrame({"id": ["invoice", "weather"], "valid": [True, False]})
     production = join_items(answers, table([1, 1, 1, 1]))
-    found = compare_benchmarks(results, 0.01, production)
-    assert [one for one in found if one.reference == PRODUCTION] == [
+    comparisons = compare_benchmarks(results, 0.01, production)
+    assert [one for one in comparisons if one.reference == PRODUCTION] == [
         one for one in compare_benchmarks(results, 0.01, table([1, 1, 1, 1])) if one.reference == PRODUCTION
     ]
-    assert {one.difference for one in found if one.reference == PRODUCTION} == {-0.75, -0.25}
+    assert {one.difference for one in comparisons if one.reference == PRODUCTION} == {-0.75, -0.25}
 
 
 def test_answers_to_json_prompts_are_compared_for_all_that_gave_any(results, sweep):
@@ -85,15 +85,15 @@ def test_answers_to_json_prompts_are_compared_for_all_that_gave_any(results, swe
     for name, valid in answers.items():
         pd.DataFrame({"id": ["a", "b", "c"], "valid": valid}).to_parquet(sweep.result(name).folder / "json.parquet")
     production = join_items(pd.DataFrame({"id": ["a", "b", "c"], "valid": [True, True, True]}), None)
-    found = [one for one in compare_benchmarks(results, 0.01, production) if one.metric_name == JSON_ITEMS]
-    assert {(one.candidate, one.reference): one.difference for one in found} == {
+    comparisons = [one for one in compare_benchmarks(results, 0.01, production) if one.metric_name == JSON_ITEMS]
+    assert {(one.candidate, one.reference): one.difference for one in comparisons} == {
         ("Q4_K_M", "F16"): pytest.approx(-1 / 3),
         ("Q4_K_M", PRODUCTION): pytest.approx(-2 / 3),
         ("Q5_K_M", "F16"): pytest.approx(1 / 3),
         ("Q5_K_M", PRODUCTION): 0,
     }
     assert "json/valid_delta_vs_f16" in benchmark_metrics(
-        named(results, "Q5_K_M"), replace(sweep, results=tuple(results), benchmarks=tuple(found)), None
+        named(results, "Q5_K_M"), replace(sweep, results=tuple(results), benchmarks=tuple(comparisons)), None
     )
     assert set(items_of(named(results, "Q4_K_M"))["benchmark"]) == {"samq_hellaswag"}, (
         "MLflow has the answers beside it"
@@ -101,10 +101,10 @@ def test_answers_to_json_prompts_are_compared_for_all_that_gave_any(results, swe
 
 
 def test_production_asked_otherwise_is_left_out_and_a_candidate_is_an_error(results, sweep, tmp_path, caplog):
-    found = compare_benchmarks(results, 0.01, table([1, 1, 1, 1], first=7))
-    assert found == compare_benchmarks(results, 0.01)
+    comparisons = compare_benchmarks(results, 0.01, table([1, 1, 1, 1], first=7))
+    assert comparisons == compare_benchmarks(results, 0.01)
     assert "not compared with production on samq_hellaswag" in caplog.text
-    other = asked(sweep.result("Q5_K_M"), [1, 1, 1, 1], tmp_path / "other", first=7)
+    other = benchmarked(sweep.result("Q5_K_M"), [1, 1, 1, 1], tmp_path / "other", first=7)
     with pytest.raises(SamqError, match="not asked the same items of samq_hellaswag"):
         compare_benchmarks([*results, other], 0.01)
 
@@ -128,9 +128,9 @@ def test_the_report_has_the_table_of_benchmarks_and_says_why_figures_are_missing
     # So that the best is one that was asked.
     wins = tuple(Comparison("threshold-0.2", mixture, 0.4, 0.3, 0.5) for mixture in ("Q4_K_M", "Q5_K_M"))
     rule = SelectionRule(max_size_ratio=1.6)
-    asked = replace(sweep, results=tuple(results), benchmarks=compared, comparisons=wins, rule=rule)
-    assert asked.best is named(results, "threshold-0.2")
-    report = markdown_report(asked)
+    benchmarked_sweep = replace(sweep, results=tuple(results), benchmarks=compared, comparisons=wins, rule=rule)
+    assert benchmarked_sweep.best is named(results, "threshold-0.2")
+    report = markdown_report(benchmarked_sweep)
     assert "## Full precision, uniform and mixed" in report and "## Benchmarks" in report
     assert "### Against what is in production\n\n|  | threshold-0.2 | Q4_K_M |" in report
     assert "| samq_hellaswag: acc (%), 4 items | -25.0 ± 25.0, undecided | -75.0 ± 25.0, " in report

@@ -39,22 +39,22 @@ def test_the_reduction_is_that_of_the_means():
 @pytest.mark.parametrize("chunks", [3, 12, 40])
 @pytest.mark.parametrize("noise", [0.2, 0.8])
 def test_of_100_intervals_about_95_hold_the_truth(chunks, noise):
-    random, held = np.random.default_rng(0), 0
+    random, hits = np.random.default_rng(0), 0
     for _ in range(300):
         ours, theirs = pair(random, chunks, 0.2, noise=noise)
         comparison = compare("a", ours, "b", theirs)
-        held += comparison.low <= 0.2 <= comparison.high
-    assert 0.90 <= held / 300 <= 0.98
+        hits += comparison.low <= 0.2 <= comparison.high
+    assert 0.90 <= hits / 300 <= 0.98
 
 
 def test_the_bootstrap_alone_would_be_too_narrow_for_few_chunks():
-    random, held = np.random.default_rng(0), 0
+    random, hits = np.random.default_rng(0), 0
     for _ in range(300):
         sums = np.stack([table.groupby("chunk")["kld"].sum() for table in pair(random, 5, 0.2)])
         resampled = sums[:, random.integers(0, 5, (500, 5))].sum(axis=2)
         low, high = np.quantile(1 - resampled[0] / resampled[1], [0.025, 0.975])
-        held += low <= 0.2 <= high
-    assert held / 300 < 0.88, "if this no longer holds, the wider interval is not needed"
+        hits += low <= 0.2 <= high
+    assert hits / 300 < 0.88, "if this no longer holds, the wider interval is not needed"
 
 
 def test_pairing_cancels_what_makes_text_hard():

@@ -32,11 +32,11 @@ def draw(random, items, better, worse):
 
 def test_a_comparison_has_both_values_their_difference_and_its_paired_error():
     ours, theirs = paired(better=3, worse=9, same=88)
-    found = compare_values(ours, theirs)
-    assert (found.items, found.value, found.reference_value) == (100, 0.47, 0.53)
-    assert found.difference == pytest.approx(-0.06)
-    assert found.stderr == pytest.approx((ours - theirs).std(ddof=1) / 10)
-    assert found.low < -0.06 < found.high and found.margin == pytest.approx(0.0053)
+    comparison = compare_values(ours, theirs)
+    assert (comparison.items, comparison.value, comparison.reference_value) == (100, 0.47, 0.53)
+    assert comparison.difference == pytest.approx(-0.06)
+    assert comparison.stderr == pytest.approx((ours - theirs).std(ddof=1) / 10)
+    assert comparison.low < -0.06 < comparison.high and comparison.margin == pytest.approx(0.0053)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (0, 5), (3, 9), (40, 41)])
@@ -82,11 +82,11 @@ def test_an_interval_without_a_differing_item_is_not_empty():
 
 @pytest.mark.parametrize(("items", "better", "worse"), [(100, 0.05, 0.05), (100, 0.01, 0.02), (400, 0.1, 0.14)])
 def test_of_100_intervals_about_95_hold_the_truth(items, better, worse):
-    random, held = np.random.default_rng(0), 0
+    random, hits = np.random.default_rng(0), 0
     for _ in range(600):
         drawn = draw(random, items, better, worse)
-        held += tango_limit(drawn, 0.975, -1) <= better - worse <= tango_limit(drawn, 0.975, 1)
-    assert 0.93 <= held / 600 <= 0.995
+        hits += tango_limit(drawn, 0.975, -1) <= better - worse <= tango_limit(drawn, 0.975, 1)
+    assert 0.93 <= hits / 600 <= 0.995
 
 
 def test_a_candidate_at_the_margin_is_called_non_inferior_at_most_five_times_in_100():
@@ -110,8 +110,8 @@ def test_the_verdicts_follow_from_the_interval_and_the_margin():
 
 def test_where_lower_is_better_a_rise_is_a_loss():
     ours, theirs = paired(30, 0, 200)
-    found = compare_values(ours, theirs, higher_is_better=False)
-    assert found.difference > 0 and found.verdict == "inferior" and found.least < -found.difference
+    comparison = compare_values(ours, theirs, higher_is_better=False)
+    assert comparison.difference > 0 and comparison.verdict == "inferior" and comparison.least < -comparison.difference
     assert compare_values(theirs, ours, higher_is_better=False).verdict == "non-inferior"
     spread = np.random.default_rng(0).normal(2, 0.1, 200)
     assert compare_values(spread + 1, spread, higher_is_better=False).verdict == "inferior"
@@ -122,27 +122,27 @@ def test_other_metrics_get_a_bootstrap_that_agrees_with_the_t_test():
     random = np.random.default_rng(0)
     hard = random.normal(0, 1, 400)
     ours, theirs = hard + random.normal(0.03, 0.2, 400), hard + random.normal(0, 0.2, 400)
-    found, expected = compare_values(ours, theirs), ttest_rel(ours, theirs)
-    assert found.test == "bootstrap" and found.p == pytest.approx(expected.pvalue, abs=0.02)
+    comparison, expected = compare_values(ours, theirs), ttest_rel(ours, theirs)
+    assert comparison.test == "bootstrap" and comparison.p == pytest.approx(expected.pvalue, abs=0.02)
     interval = expected.confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.003)
-    assert found.low <= interval.low + 1e-12 and found.high >= interval.high - 1e-12, "never narrower"
-    assert found == compare_values(ours, theirs), "the same for the same seed"
+    assert (comparison.low, comparison.high) == pytest.approx((interval.low, interval.high), abs=0.003)
+    assert comparison.low <= interval.low + 1e-12 and comparison.high >= interval.high - 1e-12, "never narrower"
+    assert comparison == compare_values(ours, theirs), "the same for the same seed"
 
 
 def test_of_100_intervals_of_other_metrics_about_95_hold_the_truth():
-    random, held = np.random.default_rng(0), 0
+    random, hits = np.random.default_rng(0), 0
     for _ in range(150):
         drawn = random.exponential(1, 30)
-        found = compare_values(drawn, np.full(30, 0.5))
-        held += found.low <= 0.5 <= found.high
-    assert held / 150 >= 0.90
+        comparison = compare_values(drawn, np.full(30, 0.5))
+        hits += comparison.low <= 0.5 <= comparison.high
+    assert hits / 150 >= 0.90
 
 
 def test_a_single_item_decides_nothing(tmp_path):
-    found = compare_values(np.array([0.3]), np.array([0.4]))
-    assert (found.verdict, found.stderr, found.low, found.least) == ("undecided", None, None, None)
-    assert PairedComparison.load(found.save(tmp_path / "comparison.json")) == found
+    comparison = compare_values(np.array([0.3]), np.array([0.4]))
+    assert (comparison.verdict, comparison.stderr, comparison.low, comparison.least) == ("undecided", None, None, None)
+    assert PairedComparison.load(comparison.save(tmp_path / "comparison.json")) == comparison
     assert compare_values(np.array([1.0]), np.array([1.0])).verdict == "undecided"
 
 
@@ -162,10 +162,10 @@ def test_no_number_of_items_tells_what_lies_on_the_margin():
 
 def test_few_equal_items_are_no_proof_whatever_the_metric_is():
     shares = np.linspace(0.2, 0.9, 20)  # such as F1
-    found = compare_values(shares, shares)
-    assert found.verdict == "undecided" and found.p == 1 and found.low < 0 < found.high
-    assert found.items_needed > 200
-    many = np.resize(shares, found.items_needed)
+    comparison = compare_values(shares, shares)
+    assert comparison.verdict == "undecided" and comparison.p == 1 and comparison.low < 0 < comparison.high
+    assert comparison.items_needed > 200
+    many = np.resize(shares, comparison.items_needed)
     assert compare_values(many, many).verdict == "non-inferior"
     binary = compare_values(np.ones(50), np.ones(50))
     almost = compare_values(np.r_[np.ones(49), 0.5], np.r_[np.ones(49), 0.5])  # not binary, of the same range
@@ -184,26 +184,31 @@ def items_of(values, benchmark="gsm8k", metric="exact_match", document="d"):
 def test_tables_are_compared_item_by_item_whatever_their_order():
     ours, theirs = items_of([1, 0, 1, 1.0]), items_of([1, 1, 0, 1.0])
     only_ours = items_of([1.0], benchmark="mmlu")
-    (found,) = compare_items("q4", pd.concat([ours, only_ours]), "F16", theirs[::-1])
-    assert (found.benchmark, found.metric, found.candidate, found.reference) == ("gsm8k", "exact_match", "q4", "F16")
-    assert found.difference == 0 and found.items == 4 and found.p == 1
-    metrics = delta_metrics([found], "f16")
-    assert metrics["eval/gsm8k/exact_match_delta_vs_f16"].stderr == found.stderr
+    (comparison,) = compare_items("q4", pd.concat([ours, only_ours]), "F16", theirs[::-1])
+    assert (comparison.benchmark, comparison.metric, comparison.candidate, comparison.reference) == (
+        "gsm8k",
+        "exact_match",
+        "q4",
+        "F16",
+    )
+    assert comparison.difference == 0 and comparison.items == 4 and comparison.p == 1
+    metrics = delta_metrics([comparison], "f16")
+    assert metrics["eval/gsm8k/exact_match_delta_vs_f16"].stderr == comparison.stderr
     assert metrics["eval/gsm8k/exact_match_p_vs_f16"].value == 1
 
 
 def test_item_numbers_may_be_text_and_an_item_counts_once():
     ours, theirs = items_of([1, 0, 1, 1.0] * 3), items_of([1, 1, 0, 1.0] * 3)
     (expected,) = compare_items("q4", ours, "F16", theirs)
-    (found,) = compare_items(
+    (comparison,) = compare_items(
         "q4", pd.concat([ours, ours]), "F16", theirs.astype({"item": str}).astype({"item": object})
     )
-    assert found == expected and found.items == 12
+    assert comparison == expected and comparison.items == 12
 
 
 def test_the_verdict_is_a_metric():
-    (found,) = compare_items("q4", items_of([1.0] * 400), "F16", items_of([1.0] * 400))
-    assert delta_metrics([found], "f16")["eval/gsm8k/exact_match_non_inferior_vs_f16"].value == 1
+    (comparison,) = compare_items("q4", items_of([1.0] * 400), "F16", items_of([1.0] * 400))
+    assert delta_metrics([comparison], "f16")["eval/gsm8k/exact_match_non_inferior_vs_f16"].value == 1
 
 
 def test_other_items_are_refused():

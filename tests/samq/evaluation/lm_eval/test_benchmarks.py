@@ -165,26 +165,26 @@ def test_code_of_a_task_that_samq_does_not_confine_is_called_so(tmp_path):
 def test_the_settings_shape_what_is_asked(tmp_path):
     write_task(tmp_path, more="fewshot_split: test\nfewshot_config: {sampler: first_n}\n")
 
-    def asked(**settings):
+    def prompts(**settings):
         lm = RuleLM()
         assert not run(lm, "colours", task_folders=(tmp_path,), **settings).missing
         return lm.prompts
 
-    assert asked() == ["snow is", "coal is", "grass is", "blood is"], "a task that names no examples gets none"
-    assert asked(limit=2) == ["snow is", "coal is"]
-    assert asked(few_shots=1)[:2] == ["coal is black\n\nsnow is", "snow is white\n\ncoal is"]
-    assert asked(few_shots=1, chat_template=True)[1] == "<user>snow is<assistant>white<user>coal is"
+    assert prompts() == ["snow is", "coal is", "grass is", "blood is"], "a task that names no examples gets none"
+    assert prompts(limit=2) == ["snow is", "coal is"]
+    assert prompts(few_shots=1)[:2] == ["coal is black\n\nsnow is", "snow is white\n\ncoal is"]
+    assert prompts(few_shots=1, chat_template=True)[1] == "<user>snow is<assistant>white<user>coal is"
 
 
 def test_the_choice_of_examples_follows_the_seed(tmp_path):
     write_task(tmp_path, more="fewshot_split: test\n")
 
-    def asked(seed):
+    def prompts(seed):
         lm = RuleLM()
         run(lm, "colours", task_folders=(tmp_path,), few_shots=2, seed=seed)
         return lm.prompts
 
-    assert asked(None) == asked(None) == asked(1234) != asked(5)
+    assert prompts(None) == prompts(None) == prompts(1234) != prompts(5)
 
 
 def test_tasks_that_say_no_examples_keep_to_it():
@@ -195,13 +195,13 @@ def test_tasks_that_say_no_examples_keep_to_it():
 
 def test_a_candidate_is_compared_with_itself_item_by_item():
     results = [run(RuleLM(), "samq_hellaswag", "samq_truthfulqa_mc1", limit=20) for _ in range(2)]
-    found = compare_items("a", results[0].items, "b", results[1].items)
-    assert {(one.benchmark, one.metric) for one in found} == {
+    comparisons = compare_items("a", results[0].items, "b", results[1].items)
+    assert {(one.benchmark, one.metric) for one in comparisons} == {
         ("samq_hellaswag", "acc"),
         ("samq_hellaswag", "acc_norm"),
         ("samq_truthfulqa_mc1", "acc"),
     }
-    assert all(one.difference == 0 and one.p == 1 for one in found)
+    assert all(one.difference == 0 and one.p == 1 for one in comparisons)
 
 
 def test_what_was_asked_otherwise_is_not_compared(tmp_path):
@@ -282,7 +282,10 @@ def test_a_child_writes_the_figures_and_the_items(tmp_path, smollm2_q4_k_m):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "progress: benchmarks" in done.stdout
-    found = Evaluation.load(tmp_path / "out" / "evaluation.json")
-    assert set(found.metrics) == {"eval/samq_truthfulqa_mc1/acc"} and "run_code" in found.missing["eval/samq_humaneval"]
+    evaluation = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    assert (
+        set(evaluation.metrics) == {"eval/samq_truthfulqa_mc1/acc"}
+        and "run_code" in evaluation.missing["eval/samq_humaneval"]
+    )
     items = pd.read_parquet(tmp_path / "out" / ITEMS_NAME)
-    assert items["value"].mean() == found.metrics["eval/samq_truthfulqa_mc1/acc"].value and len(items) == 2
+    assert items["value"].mean() == evaluation.metrics["eval/samq_truthfulqa_mc1/acc"].value and len(items) == 2

@@ -36,11 +36,11 @@ def alone(model, request):
 
 def check(model, requests):
     scores = list(score(model, requests, kv_type="F32"))  # a rounded cache would hide small mistakes
-    assert sorted(found.index for found in scores) == list(range(len(requests)))
-    for found in scores:
-        expected, greedy = alone(model, requests[found.index])
-        assert found.log_probability == pytest.approx(expected, rel=1e-5, abs=5e-3)
-        assert found.is_greedy == greedy
+    assert sorted(scored.index for scored in scores) == list(range(len(requests)))
+    for scored in scores:
+        expected, greedy = alone(model, requests[scored.index])
+        assert scored.log_probability == pytest.approx(expected, rel=1e-5, abs=5e-3)
+        assert scored.is_greedy == greedy
     return scores
 
 
@@ -76,9 +76,9 @@ def test_the_best_continuation_is_greedy_and_no_other(model):
     context = random_tokens(12)[0]
     single = [Continuation(context, np.array([token], np.int32)) for token in range(VOCABULARY)]
     scores = check(model, single)
-    best = max(scores, key=lambda found: found.log_probability)
-    assert [found for found in scores if found.is_greedy] == [best]
-    assert sum(np.exp(found.log_probability) for found in scores) == pytest.approx(1)
+    best = max(scores, key=lambda scored: scored.log_probability)
+    assert [scored for scored in scores if scored.is_greedy] == [best]
+    assert sum(np.exp(scored.log_probability) for scored in scores) == pytest.approx(1)
 
 
 def test_nothing_asked_is_nothing_scored(model):
@@ -101,10 +101,10 @@ def test_nonsense_spreads_no_further_than_its_batch(tmp_path):
         reasons = {}
         scores = list(score(model, requests, kv_type="F32", failed=reasons.__setitem__))
         assert 0 in reasons and "nonsense.gguf gives logits that are not finite" in reasons[0]
-        assert sorted([*reasons, *(found.index for found in scores)]) == list(range(150))
+        assert sorted([*reasons, *(scored.index for scored in scores)]) == list(range(150))
         assert len(scores) >= 150 - 64
-        expected = [alone(model, requests[found.index])[0] for found in scores[:9]]
-        assert [found.log_probability for found in scores[:9]] == pytest.approx(expected, rel=1e-5, abs=5e-3)
+        expected = [alone(model, requests[scored.index])[0] for scored in scores[:9]]
+        assert [scored.log_probability for scored in scores[:9]] == pytest.approx(expected, rel=1e-5, abs=5e-3)
 
 
 def test_a_batch_that_fails_once_takes_no_other_along(model, decode_fails):
@@ -114,9 +114,9 @@ def test_a_batch_that_fails_once_takes_no_other_along(model, decode_fails):
     reasons = {}
     scores = list(score(model, requests, kv_type="F32", failed=reasons.__setitem__))
     assert set(reasons.values()) == {"llama.cpp failed on a batch"} and len(reasons) <= 64
-    assert sorted([*reasons, *(found.index for found in scores)]) == list(range(150))
-    for found in scores[:: len(scores) // 9]:
-        assert found.log_probability == pytest.approx(alone(model, requests[found.index])[0], rel=1e-5, abs=5e-3)
+    assert sorted([*reasons, *(scored.index for scored in scores)]) == list(range(150))
+    for scored in scores[:: len(scores) // 9]:
+        assert scored.log_probability == pytest.approx(alone(model, requests[scored.index])[0], rel=1e-5, abs=5e-3)
     decode_fails(at=2)
     with pytest.raises(SamqError, match=r"llama.cpp failed"):
         list(score(model, requests))

@@ -81,8 +81,8 @@ def test_hellaswag_is_asked_as_lm_eval_asks_it():
     lm = RuleLM()
     results = ask(lm, "samq_hellaswag")
     rows = packaged_rows("hellaswag")
-    assert len(lm.prompts) == len(rows) == 100 and len(lm.asked) == 400
-    assert lm.asked[0] == (
+    assert len(lm.prompts) == len(rows) == 100 and len(lm.all_arguments) == 400
+    assert lm.all_arguments[0] == (
         "Paintball: A shot of a sunset set is shown followed by peaking smoking and walking around a paint ball pit. The "
         "men speak to one another and lead into running around and playing paint ball. They",
         " are seen outside again with one man speaking and dancing in the same spot.",
