@@ -146,7 +146,6 @@ def up(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None
     Creates the deployments of prefect.yaml, such as the nightly run.
     """
     from samq.services import mlflow_page, prefect_page, worker
-    from samq.tracking.tracked import start_page
 
     prepare_prefect()
     with console.status("start MLflow, Prefect and a worker"), ExitStack() as stack:
@@ -156,7 +155,7 @@ def up(mlflow_port: MlflowPort = 5000, prefect_port: PrefectPort = 4200) -> None
         stack.enter_context(worker(prefect, PROJECT))
         services = stack.pop_all()
     with services:
-        _print_links({"MLflow": start_page(mlflow), "Prefect": prefect, **_latest_links(mlflow, prefect)})
+        _print_links({"MLflow": mlflow, "Prefect": prefect, **_latest_links(mlflow, prefect)})
         console.print(
             f"To run the demo: PREFECT_API_URL={prefect}/api prefect deployment run requantize/on-demand\n"
             "Press Ctrl-C to stop everything.",

@@ -26,7 +26,8 @@ _MOST_REPETITIONS = 2000  # beyond it llama.cpp takes a repetition for one witho
 _MOST_DEPTH = 100  # of groups; llama.cpp does not use deeper patterns
 _MOST_COPIES = 40  # of a repeated part: if it may be empty, so many are already too costly
 TOO_MUCH = 10**9  # numbers stop there
-_TOO_LARGE = "it is too large to count in how many ways at once a text can match it; shorten it"
+MOST_WORK = 50_000  # of counting, for a request: about half a second
+TOO_LARGE = "it is too large to count in how many ways at once a text can match it; shorten it"
 BACKWARDS = "a minimum of repetitions exceeds its maximum; swap them"  # llama.cpp would fill the memory
 _CHARACTERS = 128 + 2**11 + 1  # ASCII, blocks of 32 others, and one that stands for the rest
 
@@ -43,10 +44,14 @@ class UnusableGrammar(ValueError):
 
 
 class Cost(NamedTuple):
-    """What a grammar, or a schema that becomes one, costs: matches at once, and elements."""
+    """What a grammar, or a schema that becomes one, costs: matches at once, and elements; and the work of counting them.
+
+    A pattern or grammar takes 100 units of work, and one for each atom: about a second for 100,000.
+    """
 
     matches: int
     elements: int
+    work: int = 0
 
 
 # A node of a parsed pattern: an atom, a sequence, alternatives, a repetition or the name of a rule.
@@ -102,7 +107,7 @@ def grammar_cost(text: str) -> Cost:
             tokens.append(token)
     nodes = {name: node for name, tokens in rules.items() if (node := _parsed(tokens, _grammar_atom))}
     if len(nodes) < len(rules):
-        raise UnusableGrammar(_TOO_LARGE)
+        raise UnusableGrammar(TOO_LARGE)
     return _cost(nodes, "root")
 
 
@@ -302,8 +307,9 @@ def _cost(rules: dict[str, _Node], root: str) -> Cost:
         ways = _ways(automaton.atoms, sets) // _WAYS_A_MATCH
         recursion = _recursion(rules) if root else 1  # a pattern has no name
         elements = sum(_elements(node) for node in rules.values())
-        return Cost(max(1, ways, recursion, *map(len, sets)), min(TOO_MUCH, elements))
-    raise UnusableGrammar(_TOO_LARGE)
+        work = 100 + len(automaton.atoms)
+        return Cost(max(1, ways, recursion, *map(len, sets)), min(TOO_MUCH, elements), work)
+    raise UnusableGrammar(TOO_LARGE)
 
 
 def _elements(node: _Node) -> int:

@@ -11,7 +11,7 @@ Its matches at once, as `samq.llamacpp.grammar_cost` has them:
 from collections import Counter
 from typing import Any
 
-from samq.llamacpp.grammar_cost import TOO_MUCH, TURNS, Cost, UnusableGrammar, pattern_cost
+from samq.llamacpp.grammar_cost import MOST_WORK, TOO_LARGE, TOO_MUCH, TURNS, Cost, UnusableGrammar, pattern_cost
 
 
 def schema_cost(schema: Any) -> Cost:
@@ -35,6 +35,7 @@ class _Schema:
         self._targets = self._find_targets()
         self._kinds: dict[str, _Kinds] = {}  # of the targets, as far as counted
         self._visited: dict[int, _Visited] = {}  # in this turn, by the node's id
+        self._work: dict[str, int] = {}  # of each pattern
 
     def cost(self) -> Cost:
         for _ in range(TURNS):
@@ -45,7 +46,7 @@ class _Schema:
                 break
         visited = [self._visit(self._root), *map(self._visit, self._targets.values())]
         elements = sum(elements for _, elements in visited)
-        return Cost(max(_most(kinds) for kinds, _ in visited), min(TOO_MUCH, elements))
+        return Cost(max(_most(kinds) for kinds, _ in visited), min(TOO_MUCH, elements), sum(self._work.values()))
 
     def _find_targets(self) -> dict[str, Any]:
         targets: dict[str, Any] = {}
@@ -110,7 +111,10 @@ class _Schema:
             return {("array",): max((_most(kinds) for kinds, _ in visited), default=1)}, elements
         if kind == "string" or (kind is None and {"pattern", "minLength", "maxLength", "format"} & node.keys()):
             if isinstance(pattern := node.get("pattern"), str):
+                if pattern not in self._work and sum(self._work.values()) > MOST_WORK:
+                    raise UnusableGrammar(TOO_LARGE)
                 cost = pattern_cost(pattern)
+                self._work[pattern] = cost.work
                 return {("string",): cost.matches}, cost.elements
             return {("string",): 1}, 1 + 3 * _count(node, "minLength", "maxLength")
         return (_ANY, 1) if kind is None else ({("number" if kind == "integer" else str(kind),): 1}, 1)

@@ -47,7 +47,8 @@ _ALIASES = {path.removeprefix("/v1"): path for path in PASSED_ON if path.startsw
     f"/v1{path}": path for path in ("/tokenize", "/detokenize")
 }
 _ANSWERING = ("completions", "responses", "messages", "infill")  # ends of the paths at which the model writes
-_THREAD_BYTES = 64 * 1024  # a longer body is parsed in a thread
+_THREAD_BYTES = 64 * 1024  # a longer body is parsed in a thread,
+_COUNTED = (b'"pattern"', b'"grammar"')  # as is one whose matches are counted
 _SCRAPE_S = 2.0  # for the engine's metrics: it answers between two batches
 _GET = ["GET", "HEAD"]
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -121,7 +122,8 @@ def _add_passed_on(app: FastAPI, server: Server) -> None:
         body = await receive_body(request, settings)
         serving = server.watcher.serving
         check = (body, settings, serving.vocabulary if serving else ("", ""))
-        fields, body = read_body(*check) if len(body) < _THREAD_BYTES else await asyncio.to_thread(read_body, *check)
+        takes_long = len(body) >= _THREAD_BYTES or any(word in body for word in _COUNTED)
+        fields, body = await asyncio.to_thread(read_body, *check) if takes_long else read_body(*check)
         _check_model(server, fields.get("model"))
         path = _ALIASES.get(request.url.path, request.url.path)
         if serving and (added := _for_engine(path, fields, serving, settings)):

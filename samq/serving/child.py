@@ -33,7 +33,8 @@ _READINESS = "/v1/models"  # answered with 200 when the model is loaded, by ever
 _STACK_BYTES = STACK_BYTES + 8 * 2**20
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 _ENDING_S = 0.5  # an engine that takes no connection is about to end; if not, the next attempt waits so long
-_QUIET_S = 1.0  # a busy engine that has been silent for this long is probed
+_QUIET_S = 0.5  # a busy engine that has been silent for this long is probed
+_SILENT_S = 1.5  # one that has not answered the probe for so long is told to be silent
 
 
 class LostError(SamqError):
@@ -74,7 +75,7 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._asking = 0
-        self._heard = self._loop.time()
+        self._silent_since: float | None = None  # when it was last asked or heard; None if it owes nothing
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
             files = Files(self._folder, model.name, mmproj.name if mmproj else None, printed_ends)
@@ -131,6 +132,19 @@ class Child:
         return self._process.poll() is None
 
     @property
+    def silent_s(self) -> float:
+        """Seconds for which it has not responded, though it should have; 0 if it responds."""
+        if self._silent_since is None or self._probe_path is None:
+            return 0.0
+        quiet = self._loop.time() - self._silent_since
+        return quiet if quiet > _SILENT_S else 0.0
+
+    @property
+    def _probe_path(self) -> str | None:
+        """What it answers at once now. A busy engine without such a path responds only at the end of an answer."""
+        return self._engine.sign_of_life or (None if self._asking else _READINESS)
+
+    @property
     def end(self) -> str:
         """How the process ended, with the reason in its log: `ended with exit code 1: out of memory`."""
         code = self._process.returncode
@@ -150,12 +164,14 @@ class Child:
         Raises NotReachedError if the engine never got it, and LostError if it ended meanwhile.
         """
         method, headers = ("GET", {}) if body is None else ("POST", {"content-type": "application/json"})
-        if not self._asking:
-            self._heard = self._loop.time()
+        if self._silent_since is None:
+            self._silent_since = self._loop.time()
         self._asking += 1
         try:
             async with self._client.request(method, path, data=body, headers=headers) as response:
                 yield response
+            if self._asking == 1:
+                self._silent_since = None
         except aiohttp.ClientConnectorError as error:
             await asyncio.wait([self._ended], timeout=_ENDING_S)
             raise NotReachedError(f"the engine takes no connection: {error}") from error
@@ -167,7 +183,7 @@ class Child:
     async def heard(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """The pieces of an answer as they come, an event each if it is a stream. Each shows that the engine responds."""
         async for piece, _ in response.content.iter_chunks():
-            self._heard = self._loop.time()
+            self._silent_since = self._loop.time()
             if piece:
                 yield piece
 
@@ -210,21 +226,21 @@ class Child:
             await asyncio.sleep(0.01)
 
     async def _watch(self) -> None:
-        """Kill the process when it hangs: busy, and without a response for `hang_timeout_s`."""
-        path = self._engine.sign_of_life
-        # An engine without a path to probe responds only at the end of an answer.
-        limit = self._settings.hang_timeout_s if path else max(
-            self._settings.hang_timeout_s, self._settings.request_timeout_s
-        )  # fmt: skip
+        """Kill the process when it hangs: it owes a response, and gives none for `hang_timeout_s`.
+
+        What it owes to a client that has left counts as well. Else clients that give up one after another would hide a hang.
+        """
+        limit = self._settings.hang_timeout_s
+        if not self._engine.sign_of_life:
+            limit = max(limit, self._settings.request_timeout_s)
         while True:
             await asyncio.sleep(_QUIET_S)
-            quiet = self._loop.time() - self._heard
-            if not self._asking or quiet < _QUIET_S:
+            if self._silent_since is None or (quiet := self._loop.time() - self._silent_since) < _QUIET_S:
                 continue
-            if path and quiet < limit:
+            if (path := self._probe_path) and quiet < limit:
                 with suppress(LostError):
                     await self.get(path, limit - quiet)
-                    self._heard = self._loop.time()
+                    self._silent_since = self._loop.time() if self._asking else None
             elif quiet >= limit:
                 self.killed_for = f"hung: it did not respond for {limit:g} s"
                 logger.error("the engine %s; it is killed", self.killed_for)

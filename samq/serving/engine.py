@@ -251,6 +251,11 @@ ENGINES: Mapping[str, Engine] = {
                 "it reads the whole file before it serves, so that a file altered later is never served",
             ),
             **dict.fromkeys(
+                ("sleep-idle-seconds",), "it would read the file again later, which may have been altered by then"
+            ),
+            **dict.fromkeys(("no-slots", "log-disable"), "the server learns from it whether the engine works"),
+            **dict.fromkeys(("api-prefix", "ssl-key-file", "ssl-cert-file"), "only the server speaks to the engine"),
+            **dict.fromkeys(
                 ("tools", "media-path", "props", "slot-save-path", "ui-mcp-proxy"), "the server does not pass it on"
             ),
             **dict.fromkeys(

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from samq.errors import TextError
-from samq.llamacpp.grammar_cost import BACKWARDS, UnusableGrammar, counts_backwards, grammar_cost
+from samq.llamacpp.grammar_cost import BACKWARDS, MOST_WORK, TOO_LARGE, UnusableGrammar, counts_backwards, grammar_cost
 from samq.llamacpp.schema_cost import schema_cost
 from samq.llamacpp.tokenizing import stack_bytes
 from samq.serving.refusal import Refused
@@ -29,6 +29,13 @@ _LONG_TEXT = 4096  # characters; shorter ones need no stack worth counting
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength")
 _GRAMMARS = ("response_format", "json_schema", "grammar", "tools", "functions", "text")  # fields that become a grammar
 _SCHEMAS = ("schema", "parameters", "input_schema")  # fields in them that hold a JSON schema
+_INTERNAL = ("chat_format", "chat_parser", "grammar_lazy", "grammar_triggers", "grammar_type", "preserved_tokens")
+_MOST_NAMES = {"samplers": 16, "dry_sequence_breakers": 16}  # each costs passes over the vocabulary
+_LONGEST_NAME = 40  # characters; llama.cpp cuts longer breakers
+_MOST = {
+    **dict.fromkeys(("repeat_last_n", "dry_penalty_last_n"), 2**20),  # llama.cpp allocates so many tokens at once
+    **dict.fromkeys(("n_probs", "logprobs", "top_logprobs"), 1000),  # sorted, and sent, for each token
+}
 _SIMPLER = (
     "let alternatives differ in their first required property, and use fewer optional parts and enumerated values"
 )
@@ -54,6 +61,7 @@ def read_body(body: bytes, settings: ServingSettings, vocabulary: tuple[str, str
         raise Refused(400, "the body is not a JSON object; send one", code="invalid_json")
     _check_values(fields, vocabulary)
     _check_messages(fields, settings)
+    _check_sampling(fields)
     _check_grammars({name: fields[name] for name in _GRAMMARS if fields.get(name)}, settings.max_schema_bytes)
     return fields, _without_nulls(fields, body)
 
@@ -82,7 +90,7 @@ def _check_values(fields: dict[str, Any], vocabulary: tuple[str, str]) -> None:
 
 def _check_messages(fields: dict[str, Any], settings: ServingSettings) -> None:
     parts = 0
-    for name in ("messages", "input", "prompt", "stop"):
+    for name in ("messages", "input", "prompt", "stop", "documents"):
         items = [one for one in _list(fields.get(name)) if not isinstance(one, int)]
         if len(items) > settings.max_messages:
             raise _too_many(name, len(items), settings.max_messages)
@@ -105,9 +113,27 @@ def _check_media(part: Any, param: str) -> None:
             raise Refused(400, reason, code="invalid_url", param=param)
 
 
+def _check_sampling(fields: dict[str, Any]) -> None:
+    """llama-server prepares a request's sampling in its only loop, for all clients."""
+    for name in _INTERNAL:
+        if name in fields:
+            raise Refused(400, f"{name}: the engine sets it itself; leave it out", code="invalid_value", param=name)
+    for name, most in _MOST_NAMES.items():
+        names = fields.get(name) or ()
+        if not isinstance(names, str | list | tuple):
+            raise Refused(400, f"{name}: send a list of texts", code="invalid_value", param=name)
+        if len(names) > most or any(isinstance(one, str) and len(one) > _LONGEST_NAME for one in names):
+            reason = f"{name}: it may have {most} texts of {_LONGEST_NAME} characters; send fewer or shorter ones"
+            raise Refused(400, reason, code="too_many", param=name)
+    for name, limit in _MOST.items():
+        number = fields.get(name)
+        if isinstance(number, int | float) and number > limit:
+            raise Refused(400, f"{name}: it is {number}, and the limit is {limit}", code="invalid_value", param=name)
+
+
 def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
     """Raise Refused if schemas and grammars are too long together, or if one would take too much of the engine's time."""
-    size = elements = 0
+    size = elements = work = 0
     for name, grammar in grammars.items():
         size += len(to_json(grammar))
         if size > most_bytes:
@@ -126,6 +152,9 @@ def _check_grammars(grammars: dict[str, Any], most_bytes: int) -> None:
                 if cost.matches > _MOST_MATCHES:
                     raise _unusable(name, f"a text can match it in over {_MOST_MATCHES} ways at once; {_SIMPLER}")
                 elements += cost.elements
+                work += cost.work
+                if work > MOST_WORK:
+                    raise _unusable(name, TOO_LARGE)
         except UnusableGrammar as error:
             raise _unusable(name, str(error)) from error
         if elements > _MOST_ELEMENTS:

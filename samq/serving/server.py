@@ -86,6 +86,10 @@ class GateProtocol(HttpToolsProtocol):
         if len(self.connections) > self.limits.max_connections:
             transport.abort()
         else:
+            # A client that does not read would keep its connection, and what waits for it, for ever.
+            transport.get_extra_info("socket").setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.limits.request_timeout_s)
+            )
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -107,6 +107,26 @@ def test_the_time_limit_frees_the_slot_of_a_client_that_does_not_read(chat_gguf)
         assert server.complete(max_tokens=1).status_code == 200
 
 
+@pytest.mark.slow
+def test_connections_that_do_not_read_are_closed_and_lock_nobody_out(chat_gguf):
+    """Each asks for answers until the server waits for it to read them."""
+    ask = b"GET /metrics HTTP/1.1\r\nhost: here\r\n\r\n" * 2000
+    with running(FileSource(chat_gguf), request_timeout_s=2, max_connections=4) as server:
+        server.client.close()
+        silent = [connect(server) for _ in range(4)]
+        for one in silent:
+            one.setblocking(False)
+            one.send(ask)
+        deadline = time.monotonic() + 40
+        while True:
+            try:
+                assert httpx.get(f"{server.url}/ready", timeout=5).status_code == 200
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+
+
 def test_half_open_connections_are_closed_and_lock_nobody_out(chat_gguf):
     """M3."""
     with running(FileSource(chat_gguf), head_timeout_s=0.5, max_connections=40) as server:
@@ -165,6 +185,16 @@ def test_a_body_that_is_no_json_object_never_reaches_the_engine(served, body):
         ({"messages": [USER], **{f"k{number}": 1 for number in range(60_000)}}, 413, "60001 fields"),
         ({"messages": [USER], "stop": ["x"] * 5000}, 400, "stop: there are 5000"),
         ({"prompt": ["x"] * 5000}, 400, "prompt: there are 5000"),
+        ({"messages": [USER], "dry_multiplier": 1, "dry_sequence_breakers": ["x"] * 1000}, 400, "16 texts"),
+        ({"messages": [USER], "dry_sequence_breakers": ["x" * 100]}, 400, "of 40 characters"),
+        ({"messages": [USER], "dry_multiplier": 1, "samplers": "d" * 10_000}, 400, "samplers: it may have 16"),
+        ({"messages": [USER], "samplers": ["dry"] * 17}, 400, "samplers: it may have 16"),
+        ({"messages": [USER], "samplers": 5}, 400, "samplers: send a list"),
+        ({"messages": [USER], "repeat_last_n": 2 * 10**9, "repeat_penalty": 1.1}, 400, "repeat_last_n: it is"),  # 8 GB
+        ({"messages": [USER], "dry_penalty_last_n": 2e9, "dry_multiplier": 1}, 400, "dry_penalty_last_n: it is"),
+        ({"messages": [USER], "n_probs": 100_000}, 400, "n_probs: it is"),
+        ({"messages": [USER], "grammar_lazy": True, "grammar_triggers": []}, 400, "leave it out"),
+        ({"messages": [USER], "chat_parser": "{}"}, 400, "chat_parser: the engine sets it"),
     ],
 )
 def test_too_many_of_anything_are_refused_before_the_engine_sees_them(served, fields, status, words):
@@ -202,6 +232,23 @@ def test_what_would_occupy_the_engine_for_minutes_is_refused(served, fields, wor
     error = refused(served.chat(**fields), 400, words)
     assert error["param"] == next(iter(fields))
     assert served.complete(max_tokens=1).status_code == 200
+
+
+def test_a_thousand_costly_patterns_are_refused_and_nobody_waits_for_them(served):
+    """Counting the matches of each takes 30 ms."""
+    patterns = {str(number): {"pattern": f"((a{{40}}){{40}}){{3}}{number}"} for number in range(1000)}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(served.chat, **schema_of(type="object", properties=patterns))
+        while not answer.done():
+            assert served.client.get("/health", timeout=3).status_code == 200
+        refused(answer.result(), 400, "too large to count")
+
+
+def test_a_sampling_that_people_ask_for_is_taken(served):
+    samplers = ["penalties", "dry", "top_k", "top_p", "min_p", "temperature"]
+    breakers = {"dry_multiplier": 0.8, "dry_sequence_breakers": ["\n", ":", '"', "*"], "dry_penalty_last_n": 2048}
+    served.chat(samplers=samplers, **breakers, repeat_last_n=64, top_logprobs=20, logprobs=True).raise_for_status()
+    served.complete(samplers="edkypmxt", n_probs=5).raise_for_status()
 
 
 def test_a_pattern_that_people_write_is_taken(served):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -69,6 +70,33 @@ def test_an_engine_that_gives_no_sign_of_life_is_killed_and_started_again(chat_g
         assert server.complete().status_code == 200 and server.child.pid != pid
         assert server.metric("samq_engine_restarts_total", reason="hung") == 1
         assert pool.submit(server.chat).result().status_code == 200
+
+
+@pytest.mark.slow
+def test_a_hang_shows_though_each_client_gives_up_before_the_next_comes(chat_gguf, engine):
+    with running(FileSource(chat_gguf), **engine, hang_timeout_s=4, request_timeout_s=2) as server:
+        pid = server.child.pid
+        os.kill(pid, signal.SIGSTOP)
+        assert server.complete().status_code == 504
+        server.wait(lambda: "has not responded for" in str(server.ready()["problem"]), 2)
+        server.wait(
+            lambda: server.complete().content and server.metric("samq_engine_restarts_total", reason="hung") == 1
+        )
+        server.wait(lambda: server.client.get("/ready").status_code == 200)
+        assert server.child.pid != pid and server.ready()["problem"] is None
+        assert server.complete().status_code == 200
+
+
+@pytest.mark.slow
+def test_an_engine_whose_clients_have_left_is_left_alone(chat_gguf, engine):
+    with running(FileSource(chat_gguf), **engine, hang_timeout_s=2, request_timeout_s=2) as server:
+        pid = server.child.pid
+        for _ in range(3):
+            with suppress(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 300}, timeout=0.1)
+        time.sleep(4)
+        assert server.child.pid == pid and server.ready()["problem"] is None
+        assert server.complete().status_code == 200
 
 
 @pytest.mark.slow
@@ -243,6 +271,8 @@ def test_what_the_memory_cannot_hold_beside_does_not_fit(tmp_path):
         ("llama-server", {"ctx-size": 99}, "SAMQ sets ctx-size itself; use context_tokens"),
         ("llama-server", {"--api_key": "x"}, "SAMQ sets --api_key itself; use api_keys"),
         ("llama-server", {"load-mode": "mmap"}, "reads the whole file before it serves"),
+        ("llama-server", {"sleep-idle-seconds": 60}, "read the file again later"),
+        ("llama-server", {"log-disable": True}, "learns from it whether the engine works"),
         ("llama-server", {"no-such-flag": True}, "llama-server refuses them: .*no-such-flag"),
         ("llama-server", {"cache-ram": "much"}, "llama-server refuses them: "),
         ("llama-cpp-python", {"n_ctx": 99}, "SAMQ sets n_ctx itself; use context_tokens"),

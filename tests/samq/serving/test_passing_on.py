@@ -8,6 +8,7 @@ from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
+import openai
 import pytest
 from gguf import TokenType
 
@@ -131,6 +132,9 @@ def test_embeddings_need_the_engines_flag(chat_gguf):
     with running(FileSource(chat_gguf), engine_flags={"embeddings": True, "pooling": "mean"}) as server:
         answer = server.client.post("/v1/embeddings", json={"input": ["a", "b"]}).raise_for_status().json()
         assert len(answer["data"]) == 2 and len(answer["data"][0]["embedding"]) == 128
+        official = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none needed", max_retries=0)
+        (first, _) = official.embeddings.create(model="tiny", input=["a", "b"]).data
+        assert first.embedding == pytest.approx(answer["data"][0]["embedding"], abs=1e-6)
 
 
 def test_the_model_is_listed_and_found_by_its_name(served):
