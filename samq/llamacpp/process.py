@@ -1,32 +1,39 @@
 """Child processes that end with their time limit or their parent, and whose output is logged."""
 
 import contextlib
-import ctypes
+import errno
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from samq.errors import ToolError
 from samq.llamacpp.reason import reason_in
 
 PROGRAM_TIMEOUT_S = 6 * 3600.0  # of one program of llama.cpp
 FULL_BYTES = 2**20  # a disk with less free space counts as full: the programs' files are larger
-# Looked up here: between fork and exec, loading a library could wait for a lock that another thread held.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
+_LAUNCH = Path(__file__).with_name("launch.py")
 
 
-def die_with_parent() -> None:
-    """Ask Linux, in the child, for SIGKILL when the parent dies, so that `kill -9` of a flow leaves no orphan."""
-    if _prctl:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def start(command: Sequence[str | Path], *, stack: int = 0, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a program in a process group of its own, which on Linux dies with the thread that started it.
+
+    So `kill -9` of a flow leaves no orphan. `stack` is the least number of bytes of stack that the program gets, as far as the
+    system allows. `options` are those of `subprocess.Popen`. Raises OSError if the program is missing or not executable.
+    """
+    program = str(command[0])
+    if not shutil.which(program):
+        code = errno.EACCES if os.path.exists(program) else errno.ENOENT
+        raise OSError(code, os.strerror(code), program)
+    launched = [sys.executable, "-I", "-S", "-B", _LAUNCH, os.getpid(), stack, *command]
+    return subprocess.Popen(
+        [str(part) for part in launched], stdin=subprocess.DEVNULL, start_new_session=True, **options
+    )
 
 
 def run(
@@ -45,20 +52,18 @@ def run(
     ToolError if the program is missing, exits non-zero (with the reason in its log), or runs longer than `timeout_s`, which
     kills its process group.
 
-    `stack` is the least number of bytes of stack that the program gets, as far as the system allows.
+    `stack` is as for `start`.
     """
     name = Path(command[0]).name
     try:
         with log.open("wb") as output:
-            child = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
+            child = start(
+                command,
+                stack=stack,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
                 env={**os.environ, **(env or {})},
-                start_new_session=True,
-                preexec_fn=partial(begin_child, stack),
             )
     except OSError as error:
         raise ToolError(f"cannot start {command[0]}: {error.strerror}; `samq doctor` says what is missing") from error
@@ -88,16 +93,6 @@ def run(
         reason = reason_in(text)
         raise ToolError(f"{name} {_ending(child.returncode)}: {reason}{_advice(log.parent, reason)} (log: {log})")
     return text
-
-
-def begin_child(stack: int = 0) -> None:
-    """In the child, before the program: end with the parent, and have this much stack."""
-    die_with_parent()
-    if stack:
-        allowed, most = resource.getrlimit(resource.RLIMIT_STACK)
-        if allowed != resource.RLIM_INFINITY and allowed < stack:
-            wanted = stack if most == resource.RLIM_INFINITY else min(stack, most)
-            resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
 
 
 def _ending(code: int) -> str:

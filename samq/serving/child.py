@@ -11,14 +11,13 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from samq.errors import SamqError
-from samq.llamacpp.process import begin_child, kill_group
+from samq.llamacpp.process import kill_group, start
 from samq.llamacpp.reason import reason_in
 from samq.llamacpp.runtime import is_out_of_memory
 from samq.serving.engine import ENGINES, Files, Loading, environment_of
@@ -80,15 +79,13 @@ class Child:
             self._folder = Path(tempfile.mkdtemp(prefix="samq-"))
             files = Files(self._folder, model.name, mmproj.name if mmproj else None, printed_ends)
             command = self._engine.command(files, name, loading, settings)
-            self._process = subprocess.Popen(
+            self._process = start(
                 command.arguments,
-                stdin=subprocess.DEVNULL,
+                stack=_STACK_BYTES,  # which its threads have too
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=environment_of(command),
                 pass_fds=[file.descriptor for file in (model, mmproj) if file],
-                start_new_session=True,
-                preexec_fn=partial(begin_child, _STACK_BYTES),  # which its threads have too
             )
         except OSError as error:
             raise StartError(f"cannot start {settings.engine}: {error}; `samq doctor` says what is missing") from error

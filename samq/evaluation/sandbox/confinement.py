@@ -56,7 +56,7 @@ _CALL_NUMBER, _CALL_MACHINE = 0, 4  # offsets in struct seccomp_data
 _ARGUMENT = range(16, 64, 8)  # of their lower halves; the upper ones are 4 bytes further
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
 _PERMIT, _REFUSE, _HIDE = ((_RETURN, 0, 0, result) for result in (_ALLOW, _FAIL | _EPERM, _FAIL | _ENOSYS))
-_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER_MODE = 22, 38, 2
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _FILTER_MODE, _SIGKILL = 1, 22, 38, 2, 9
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # Landlock's calls, the same numbers everywhere
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # by Landlock's version; 16 since the fifth
@@ -82,6 +82,7 @@ def confine(folder: str) -> list[str]:
     if sys.platform != "linux":
         return [f"{sys.platform} has neither seccomp nor Landlock", *_limit_processes()]
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL)  # when the parent dies
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return [f"no new privileges cannot be forbidden ({_reason()})", *_limit_processes()]
     files = _confine_files(libc, folder)

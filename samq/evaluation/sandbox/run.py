@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from samq.llamacpp.process import die_with_parent, kill_group
+from samq.llamacpp.process import kill_group
 
 _CHILD = Path(__file__).with_name("child.py")
 _NO_REPORT = "unknown, as the child ended before it could say"
@@ -97,7 +97,6 @@ def _start(channel: socket.socket, folder: str, limits: CodeLimits) -> subproces
         env={"HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"},
         pass_fds=(channel.fileno(),),
         start_new_session=True,
-        preexec_fn=die_with_parent,
     )
 
 

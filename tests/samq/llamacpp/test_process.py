@@ -87,3 +87,28 @@ run(["sh", "-c", "echo $$ > {tmp_path}/pid; exec sleep 60"], log=Path({str(tmp_p
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_until_dead(int((tmp_path / "pid").read_text()))
+
+
+def test_no_lock_that_another_thread_holds_stops_a_start(tmp_path):
+    """What runs between fork and exec may wait for such a lock for ever."""
+    code = f"""
+import os, threading
+from pathlib import Path
+from samq.llamacpp.process import run
+held = threading.Lock()
+held.acquire()
+os.register_at_fork(after_in_child=held.acquire)
+print(run(["sh", "-c", "ulimit -s; echo ran"], log=Path({str(tmp_path / "log")!r}), timeout_s=20, stack=2**25))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    stack, ran = done.stdout.split()
+    assert ran == "ran" and (stack == "unlimited" or int(stack) >= 2**15)
+
+
+def test_what_cannot_run_says_so(tmp_path):
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises(ToolError, match="cannot start .*text: Permission denied"):
+        run([tmp_path / "text"], log=tmp_path / "log", timeout_s=10)
+    (tmp_path / "text").chmod(0o755)
+    with pytest.raises(ToolError, match="text failed with exit code 126: cannot run .*text: Exec format error"):
+        run([tmp_path / "text"], log=tmp_path / "log", timeout_s=10)
