@@ -1,7 +1,5 @@
 """The end of large_model.py: its figures in words, and whether its claims hold."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 GIB = 2**30
@@ -40,19 +38,6 @@ def peak_of_gpu(measured: dict[str, Any]) -> int:
     """Bytes of the GPU in use, as the driver sees it, or what torch reserved if the driver does not say or there are several."""
     driver = measured["peak_device_of_all_bytes"] if measured["devices"] == 1 else None
     return int(driver or measured["peak_gpu_reserved_bytes"])
-
-
-def conclude(result: dict[str, Any], verdicts: dict[str, bool], path: Path | None) -> None:
-    """Print whether each claim holds, and write the result with them, if `path` is given; exits 1 if one does not.
-
-    Unlike that of setting.py it needs none of lm-eval and llama.cpp, which a GPU's machine may lack.
-    """
-    for claim, holds in verdicts.items():
-        print(f"{claim}: {'yes' if holds else 'NO'}")
-    if path:
-        path.write_text(json.dumps({**result, "verdicts": verdicts}, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
 
 
 def show(result: dict[str, Any]) -> None:

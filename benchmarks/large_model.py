@@ -34,21 +34,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from conclusion import conclude, installed
+
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-
-
-def installed(*packages: str) -> dict[str, str | None]:
-    """Package -> its version; None if it is here without its metadata."""
-    versions: dict[str, str | None] = dict.fromkeys(packages)
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,7 +85,7 @@ def main() -> None:
     """Measure, print the figures, and write them as JSON."""
     arguments = parse_arguments()
 
-    from large_claims import claims, conclude, show
+    from large_claims import claims, show
     from large_llama import SHAPES
 
     shape = SHAPES[arguments.shape]

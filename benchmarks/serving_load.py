@@ -27,8 +27,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+from conclusion import conclude, installed
 from gguf import GGUFReader, GGUFWriter
-from large_model import installed
 
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S, run
 from samq.llamacpp.toolchain import environment, find_toolchain, program
@@ -298,16 +298,10 @@ def main() -> None:
             set(one["statuses"]) <= {"200", "429"} for one in [row, *more]
         )
         verdicts[f"{name}: p99 between tokens under {1e3 * LIMIT_S:.0f} ms"] = row["between_tokens_s"]["p99"] < LIMIT_S
-    for claim, holds in verdicts.items():
-        print(f"{claim}: {'yes' if holds else 'NO'}")
-    if arguments.json:
-        packages = ("llama-cpp-python", "numpy", "starlette", "uvicorn", "aiohttp")
-        versions = installed(*packages) | {"llama.cpp build": find_toolchain().build}
-        given = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float | str | dict)}
-        result = {"models": results, "verdicts": verdicts, "arguments": given, "versions": versions}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
+    packages = ("llama-cpp-python", "numpy", "starlette", "uvicorn", "aiohttp")
+    versions = installed(*packages) | {"llama.cpp build": find_toolchain().build}
+    given = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float | str | dict)}
+    conclude({"models": results, "arguments": given, "versions": versions}, verdicts, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The end of every benchmark: the versions and the machine behind its numbers, and whether its claims hold."""
 
-import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import conclusion
 
 from samq.llamacpp.runtime import system_info
 from samq.llamacpp.toolchain import find_toolchain
@@ -25,14 +26,5 @@ def machine() -> dict[str, str | int | None]:
 
 
 def conclude(result: dict[str, Any], verdicts: dict[str, bool], path: Path | None) -> None:
-    """Print whether each claim holds, and write the result to `path`, if given, with the verdicts, versions and machine.
-
-    Exits 1 if a claim does not hold.
-    """
-    for claim, holds in verdicts.items():
-        print(f"{claim}: {'yes' if holds else 'NO'}")
-    if path:
-        whole = {**result, "verdicts": verdicts, "versions": versions(), "machine": machine()}
-        path.write_text(json.dumps(whole, indent=1) + "\n")
-    if not all(verdicts.values()):
-        raise SystemExit(1)
+    """As `conclusion.conclude`, with the versions and the machine in the result."""
+    conclusion.conclude({**result, "versions": versions(), "machine": machine()}, verdicts, path)

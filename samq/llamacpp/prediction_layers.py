@@ -1,14 +1,15 @@
 """Layers that predict further tokens (MTP, nextn): how many a model has, and how many of them its GGUF keeps.
 
-Nothing of SAMQ is imported here, since llama.cpp's converter imports this and has a package `gguf` of its own.
+This imports no `gguf`, since llama.cpp's converter imports it and has a package `gguf` of its own.
 """
 
 import json
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from samq.safetensors_header import read_safetensors_header
 
 _LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 _OF_PREDICTION = re.compile(r"(?:^|\.)mtp\w*\.(?:layers\.)?(\d+)\.")  # mtp.layers.0, model.mtp_block.0
@@ -46,12 +47,7 @@ def count_in_gguf(names: Iterable[str]) -> int:
 
 def weight_names(folder: Path) -> list[str]:
     """Names of the tensors in a folder's safetensors; empty if it has none."""
-    names: list[str] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names += json.loads(file.read(length))
-    return names
+    return [name for path in sorted(folder.glob("*.safetensors")) for name in read_safetensors_header(path)[1]]
 
 
 def left_out(folder: Path, tensors: Iterable[str], is_converted: bool) -> str | None:

@@ -24,8 +24,8 @@ from samq.gguf.file import file_sha256, open_gguf, read_metadata
 from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
+from samq.safetensors_header import read_safetensors_header
 from samq.sensitivity.published_types import refused_method
-from samq.sensitivity.safetensors_header import read_safetensors_header
 from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

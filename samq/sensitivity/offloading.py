@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from samq.errors import SamqError
-from samq.sensitivity.safetensors_header import read_safetensors_header
+from samq.safetensors_header import read_safetensors_header
 from samq.sensitivity.transfer import Transfer, now
 
 logger = logging.getLogger(__name__)
