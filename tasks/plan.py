@@ -45,7 +45,7 @@ def plan_threshold(
 ) -> None:
     """`plan.json`: blocks that score above the threshold keep their bits.
 
-    `guarded` are the tensors that the policy gives a least type because some of their experts saw too few tokens.
+    `guarded` is as for `threshold_plan`.
     """
     opened = target.open(at.toolchain)
     threshold_plan(opened, sensitivity, threshold, policy, unmeasured, guarded).save(folder / PLAN_NAME)

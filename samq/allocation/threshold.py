@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -46,7 +46,7 @@ class ThresholdPolicy(BaseModel):
     expert_guard: str | None = Field(default=EXPERT_GUARD, description=EXPERT_GUARD_USE)
 
     def guarded(self, scarce: Collection[str]) -> dict[str, str]:
-        """Tensor -> the least type of it, for those with scarce experts, if there is a guard."""
+        """Tensor -> its least type, for those with scarce experts (`samq.allocation.prices.scarce_experts`)."""
         return dict.fromkeys(scarce, self.expert_guard) if self.expert_guard else {}
 
     @field_validator("keep")
@@ -71,14 +71,14 @@ def threshold_plan(
     threshold: float | str,
     policy: ThresholdPolicy,
     unmeasured: str = UNMEASURED,
-    scarce: Collection[str] = (),
+    guarded: Mapping[str, str] = {},
 ) -> Plan:
     """Give `policy.keep` to every tensor whose group scores above `threshold`, `policy.base` to the rest.
 
     `threshold` is a score in 0..1, or a quantile of the groups' scores written `q0.75`. A tensor that was not measured gets the
-    type `unmeasured`, and no tensor a larger type than it has. `scarce` names stacked tensors with experts that saw too few
-    tokens (`samq.allocation.prices.scarce_experts`): they score low for want of data. Guards are applied after, and types that
-    a row length does not allow, or that lack an importance matrix, are replaced, visibly.
+    type `unmeasured`, and no tensor a larger type than it has. `guarded` is tensor -> its least type, from `policy.guarded`, for
+    tensors with experts that saw too few tokens: they score low for want of data. Guards are applied after, and types that a
+    row length does not allow, or that lack an importance matrix, are replaced, visibly.
     """
     measured = sensitivity.tensors.keys() & target.quantizable.keys()
     if reason := mostly_unknown(target.quantizable, measured):
@@ -91,7 +91,7 @@ def threshold_plan(
     guards = {EMBEDDING if target.tied else OUTPUT: policy.output_guard}
     if not target.tied:
         guards[EMBEDDING] = policy.embedding_guard
-    guards |= policy.guarded(scarce)
+    guards |= guarded
     chosen: dict[str, str] = {}
     for name in target.quantizable:
         requested = policy.keep if name in kept else types[name] if name in measured else unmeasured
@@ -105,7 +105,7 @@ def threshold_plan(
         if swap:
             substitutions[name] = swap
     parameters = {
-        **policy.model_dump(exclude=None if policy.guarded(scarce) else {"expert_guard"}),
+        **policy.model_dump(exclude=None if guarded else set(policy.NOT_IDENTITY)),
         "threshold": cut,
         "quantile": float(threshold[1:]) if isinstance(threshold, str) else None,
         "kept_tensors": len(kept),
@@ -185,16 +185,16 @@ def propose_thresholds(
     sensitivity: SensitivityMap,
     policy: ThresholdPolicy,
     count: int,
-    scarce: Collection[str] = (),
+    guarded: Mapping[str, str] = {},
 ) -> list[float]:
     """At most `count` thresholds, highest first, whose plans differ and whose sizes rise in about equal steps.
 
-    Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out. `scarce` is as for
+    Thresholds that cost no byte over the base (what they keep has those bits anyway) are left out. `guarded` is as for
     `threshold_plan`.
     """
 
     def size(threshold: float) -> int:
-        return threshold_plan(target, sensitivity, threshold, policy, scarce=scarce).tensor_bytes
+        return threshold_plan(target, sensitivity, threshold, policy, guarded=guarded).tensor_bytes
 
     smallest = size(1.0)
     free: dict[int, float] = {}  # bytes -> the highest threshold that takes them

@@ -1,6 +1,6 @@
 """`samq plan`: a type for each tensor, by budget or by threshold."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,9 +120,9 @@ def _threshold_plan(
     fisher = load_fisher(fisher_path) if fisher_path.exists() else {}
     with bar(f"plan {gguf.name}"):
         target = OpenTarget.open(gguf, find_toolchain(), imatrix)
-        scarce = scarce_experts(target, fisher)
-        chosen = threshold_plan(target, sensitivity, _number(threshold), policy, unmeasured, scarce)
-        alternatives = _other_thresholds(target, sensitivity, policy, scarce)
+        guarded = policy.guarded(scarce_experts(target, fisher))
+        chosen = threshold_plan(target, sensitivity, _number(threshold), policy, unmeasured, guarded)
+        alternatives = _other_thresholds(target, sensitivity, policy, guarded)
     kept, groups = chosen.parameters["kept_tensors"], chosen.parameters["kept_groups"]
     console.print(
         f"threshold {chosen.parameters['threshold']:.4g} keeps {kept} of {len(chosen.types)} tensors "
@@ -130,14 +130,17 @@ def _threshold_plan(
         f"{chosen.tensor_bytes / 1e6:.1f} MB, {chosen.bits_per_weight:.2f} bits per weight",
         highlight=False,
     )
-    if guard := chosen.parameters.get("expert_guard"):
-        console.print(f"{len(scarce)} tensors have experts that saw few tokens, and at least {guard}", highlight=False)
+    if guarded:
+        console.print(
+            f"{len(guarded)} tensors have experts that saw few tokens, and at least {policy.expert_guard}",
+            highlight=False,
+        )
     console.print(alternatives)
     return chosen
 
 
 def _other_thresholds(
-    target: "OpenTarget", sensitivity: "SensitivityMap", policy: "ThresholdPolicy", scarce: Collection[str]
+    target: "OpenTarget", sensitivity: "SensitivityMap", policy: "ThresholdPolicy", guarded: Mapping[str, str]
 ) -> Table:
     """Some thresholds at which the plan changes, with the size of each plan."""
     from samq.allocation.threshold import change_points, propose_thresholds, threshold_plan
@@ -145,8 +148,8 @@ def _other_thresholds(
     count = len(change_points(sensitivity, target.quantizable, policy.grouping))
     title = f"{count} thresholds change the plan, for example:"
     table = Table("threshold", "kept", "MB", "bits per weight", title=title)
-    for threshold in propose_thresholds(target, sensitivity, policy, 6, scarce):
-        other = threshold_plan(target, sensitivity, threshold, policy, scarce=scarce)
+    for threshold in propose_thresholds(target, sensitivity, policy, 6, guarded):
+        other = threshold_plan(target, sensitivity, threshold, policy, guarded=guarded)
         size = f"{other.tensor_bytes / 1e6:.1f}"
         table.add_row(f"{threshold:g}", str(other.parameters["kept_tensors"]), size, f"{other.bits_per_weight:.2f}")
     return table

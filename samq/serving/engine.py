@@ -250,9 +250,6 @@ ENGINES: Mapping[str, Engine] = {
                 ("load-mode", "lm", "mmap", "no-mmap", "mlock"),
                 "it reads the whole file before it serves, so that a file altered later is never served",
             ),
-            **dict.fromkeys(
-                ("sleep-idle-seconds",), "it would read the file again later, which may have been altered by then"
-            ),
             **dict.fromkeys(("no-slots", "log-disable"), "the server learns from it whether the engine works"),
             **dict.fromkeys(("api-prefix", "ssl-key-file", "ssl-cert-file"), "only the server speaks to the engine"),
             **dict.fromkeys(
@@ -261,6 +258,7 @@ ENGINES: Mapping[str, Engine] = {
             **dict.fromkeys(
                 ("hf-repo", "hf", "hfr", "model-url", "mu", "docker-repo", "dr", "models-dir"), "name a file"
             ),
+            "sleep-idle-seconds": "it would read the file again later, which may have been altered by then",
             "sse-ping-interval": "use comment_interval_s",
         },
         sign_of_life="/slots",

@@ -119,8 +119,10 @@ def _check_sampling(fields: dict[str, Any]) -> None:
         if name in fields:
             raise Refused(400, f"{name}: the engine sets it itself; leave it out", code="invalid_value", param=name)
     for name, most in _MOST_NAMES.items():
-        names = fields.get(name) or ()
-        if not isinstance(names, str | list | tuple):
+        names = fields.get(name)
+        if names is None:
+            continue
+        if not isinstance(names, str | list):
             raise Refused(400, f"{name}: send a list of texts", code="invalid_value", param=name)
         if len(names) > most or any(isinstance(one, str) and len(one) > _LONGEST_NAME for one in names):
             reason = f"{name}: it may have {most} texts of {_LONGEST_NAME} characters; send fewer or shorter ones"

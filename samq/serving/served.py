@@ -41,11 +41,11 @@ class Served:
         self.gguf = gguf
         self.child: Child | None = None
         self.described: dict[str, Any] = {}  # the model, as the engine lists it
-        self.problem: str | None = None  # why the engine does not run
         self.notes: list[str] = []  # how it differs from the settings, each with the reason
         self._settings = settings
         self._metrics = metrics
         self._changed = changed
+        self._ended: str | None = None  # how the engine ended, until it runs again
         self._keeping: asyncio.Task[None] | None = None
         self._files = [HeldFile(gguf.path, gguf.sha256)]
         try:
@@ -71,6 +71,13 @@ class Served:
             self._warnings.append(f"the context is {context} tokens, the length that the model was trained for")
         if "Q4_0" in settings.kv_types:
             self._warnings.append(KV_Q4_WARNING)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the engine does not run or does not respond; None if it does."""
+        if self.child and (silent_s := self.child.silent_s):
+            return f"the engine of {self.gguf} has not responded for {silent_s:.0f} s"
+        return self._ended
 
     async def start(self, *, degrade: bool = True) -> None:
         """Start the engine and let it answer the warm-up prompt.
@@ -156,9 +163,9 @@ class Served:
             began = asyncio.get_running_loop().time()
             await self.child.until_ended()
             lost, self.child = self.child, None
-            self.problem = f"the engine of {self.gguf} {lost.end}; it is started again"
+            self._ended = f"the engine of {self.gguf} {lost.end}; it is started again"
             self._metrics.restarts.labels("hung" if lost.killed_for else "died").inc()
-            logger.error("%s", self.problem)
+            logger.error("%s", self._ended)
             self._changed()
             await lost.stop()
             if asyncio.get_running_loop().time() - began > _STEADY_S:
@@ -169,9 +176,9 @@ class Served:
                 try:
                     self.child = await self._start_child(self.loading)
                 except Exception as error:
-                    self.problem = f"cannot start the engine of {self.gguf} again: {error}; trying again in {wait:g} s"
-                    logger.error("%s", self.problem, exc_info=not isinstance(error, SamqError))
-            self.problem = None
+                    self._ended = f"cannot start the engine of {self.gguf} again: {error}; trying again in {wait:g} s"
+                    logger.error("%s", self._ended, exc_info=not isinstance(error, SamqError))
+            self._ended = None
             logger.info("the engine of %s serves again", self.gguf)
             self._changed()
 

@@ -51,9 +51,6 @@ class Watcher:
     def problem(self) -> str | None:
         """Why the source's model is unknown or not served, or not as it should be; None if all is well."""
         engine = self.serving.problem if self.serving else None
-        child = self.serving.child if self.serving else None
-        if self.serving and child and (silent_s := child.silent_s):
-            engine = f"the engine of {self.serving.gguf} has not responded for {silent_s:.0f} s"
         return engine or self._lookup_problem or self._load_problem or self._file_problem
 
     def start(self) -> None:

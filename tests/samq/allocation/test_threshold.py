@@ -211,19 +211,19 @@ def test_experts_that_saw_few_tokens_get_no_small_type_for_want_of_data(toolchai
     gate, down = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_down_exps.weight"
     known = threshold_plan(target, sensitivity, 1.0, policy)
     assert known.types[gate] == "Q2_K" and "expert_guard" not in known.parameters
-    plan = threshold_plan(target, sensitivity, 1.0, policy, scarce=[gate])
+    plan = threshold_plan(target, sensitivity, 1.0, policy, guarded=policy.guarded([gate]))
     assert plan.types == known.types | {gate: "Q3_K"} and plan.parameters["expert_guard"] == "Q3_K"
     stronger, unguarded = (ThresholdPolicy(base="Q2_K", expert_guard=guard) for guard in ("q6_K", None))
-    both = threshold_plan(target, sensitivity, 1.0, stronger, scarce=[gate, down])
+    both = threshold_plan(target, sensitivity, 1.0, stronger, guarded=stronger.guarded([gate, down]))
     assert both.types == known.types | {gate: "Q6_K", down: "Q8_0"}
     assert (both.substitutions[down].requested, both.substitutions[down].used) == ("Q6_K", "Q8_0")
-    assert threshold_plan(target, sensitivity, 1.0, unguarded, scarce=[gate]) == known
-    assert threshold_plan(target, sensitivity, 0.0, policy, scarce=[gate]).types[gate] == "Q8_0"
+    assert threshold_plan(target, sensitivity, 1.0, unguarded, guarded=unguarded.guarded([gate])) == known
+    assert threshold_plan(target, sensitivity, 0.0, policy, guarded=policy.guarded([gate])).types[gate] == "Q8_0"
     assert threshold_types(target, policy) - threshold_types(target, unguarded) == {"Q3_K"}
     assert threshold_types(target, ThresholdPolicy(base="Q4_K")) == {"Q8_0", "Q4_K"}
     assert (
         of_threshold(target, policy, 0.0).bytes
-        >= threshold_plan(target, sensitivity, 1.0, policy, scarce=[gate, down]).tensor_bytes
+        >= threshold_plan(target, sensitivity, 1.0, policy, guarded=policy.guarded([gate, down])).tensor_bytes
     )
 
 
