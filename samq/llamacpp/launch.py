@@ -8,19 +8,21 @@ milliseconds.
 import ctypes
 import os
 import resource
+import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-_SIGKILL = 9
 _CANNOT_RUN = 126  # as shells have it
 
 
 def main(parent: int, stack_bytes: int, program: str, arguments: list[str]) -> None:
     """Ask Linux for SIGKILL when the parent dies, take as much stack as is wanted and allowed, and run the program."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before
         sys.exit(_CANNOT_RUN)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and programs inherit that
+        signal.signal(ignored, signal.SIG_DFL)
     allowed, most = resource.getrlimit(resource.RLIMIT_STACK)
     if allowed != resource.RLIM_INFINITY and allowed < stack_bytes:
         wanted = stack_bytes if most == resource.RLIM_INFINITY else min(stack_bytes, most)
