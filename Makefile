@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup ready demo test test-fast test-architectures check docs format ui up clean
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, which would compile all that they import
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile # tests/scheduling.py says which tests stay together
 
 help: ## list the targets

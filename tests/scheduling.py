@@ -8,6 +8,8 @@ LOW_BITS = (
     "tests/samq/gguf/test_nearest.py",
     *(f"tests/samq/allocation/test_{of}.py" for of in ("types", "threshold")),
 )
+# The database of three nights takes 3 s
+PROMOTION = "tests/samq/promotion/"
 # Prefect's server takes 8 s to start
 PREFECT = (
     *("tests/tasks/test_stage.py", "tests/flows/test_gather.py"),
@@ -25,4 +27,6 @@ class BySharedFixtures(LoadFileScheduling):
             return LOW_BITS[0]
         if nodeid.startswith(PREFECT):
             return PREFECT[0]
+        if nodeid.startswith(PROMOTION):
+            return PROMOTION
         return END_TO_END if nodeid.startswith(END_TO_END) else super()._split_scope(nodeid)

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mlflow.server.security_utils import is_allowed_host_header
-from prefect.server.api.server import create_ui_app
 from prefect.settings import PREFECT_UI_STATIC_DIRECTORY, Settings, temporary_settings
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +165,8 @@ def test_prefect_knows_every_setting_that_a_service_is_given(monkeypatch):
 
 
 def test_prefects_page_is_made_in_a_volume_that_the_images_user_may_write(tmp_path):
+    from prefect.server.api.server import create_ui_app  # takes 3 s
+
     service = SERVICES["prefect"]
     folder = Path(service["environment"]["PREFECT_SERVER_UI_STATIC_DIRECTORY"])
     assert folder.is_relative_to(service["volumes"][0].split(":")[1])
@@ -214,6 +214,8 @@ def test_services_name_each_other_by_the_ports_they_listen_at():
 
 
 def test_mlflow_lets_the_other_services_and_a_browser_here_in():
+    from mlflow.server.security_utils import is_allowed_host_header  # takes 3 s
+
     (option,) = [one for one in SERVICES["mlflow"]["command"] if one.startswith("--allowed-hosts=")]
     allowed = option.removeprefix("--allowed-hosts=").split(",")
     for host in ("mlflow:5000", "127.0.0.1:5000", "localhost:5000"):

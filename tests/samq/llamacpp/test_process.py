@@ -107,8 +107,8 @@ print(run(["sh", "-c", "ulimit -s; echo ran"], log=Path({str(tmp_path / "log")!r
 
 def test_what_cannot_run_says_so(tmp_path):
     (tmp_path / "text").write_text("no program")
-    with pytest.raises(ToolError, match="cannot start .*text: Permission denied"):
+    with pytest.raises(ToolError, match=r"cannot start .*text: Permission denied"):
         run([tmp_path / "text"], log=tmp_path / "log", timeout_s=10)
     (tmp_path / "text").chmod(0o755)
-    with pytest.raises(ToolError, match="text failed with exit code 126: cannot run .*text: Exec format error"):
+    with pytest.raises(ToolError, match=r"text failed with exit code 126: cannot run .*text: Exec format error"):
         run([tmp_path / "text"], log=tmp_path / "log", timeout_s=10)

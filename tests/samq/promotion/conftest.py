@@ -17,14 +17,24 @@ def database(tmp_path_factory, empty_database, toolchain):
     return path
 
 
-@pytest.fixture
-def client(database, tmp_path):
-    home = shutil.copytree(database.parent, tmp_path / "home")
-    return connect(f"sqlite:///{home / 'mlflow.db'}")
-
-
-@pytest.fixture
-def two_promoted(client):
+@pytest.fixture(scope="session")
+def promoted_home(database, tmp_path_factory):
+    home = shutil.copytree(database.parent, tmp_path_factory.mktemp("promoted") / "home")
+    client = connect(f"sqlite:///{home / 'mlflow.db'}")
     promote(client, judged(client, "1"))
     promote(client, judged(client, "2"))
-    return client
+    return home
+
+
+@pytest.fixture
+def client(database, tmp_path):
+    return client_of_copy(database.parent, tmp_path)
+
+
+@pytest.fixture
+def two_promoted(promoted_home, tmp_path):
+    return client_of_copy(promoted_home, tmp_path)
+
+
+def client_of_copy(home, folder):
+    return connect(f"sqlite:///{shutil.copytree(home, folder / 'home') / 'mlflow.db'}")

@@ -89,6 +89,7 @@ def test_code_is_run_only_where_the_settings_allow_it():
     assert open_task("samq_humaneval", settings=CODE).runs_code
 
 
+@pytest.mark.slow  # lm-eval reads all of its tasks
 def test_a_task_that_runs_code_as_it_is_imported_is_refused_before_that(tmp_path):
     (tmp_path / "utils.py").write_text(
         "import os\n\nif os.environ.get('HF_ALLOW_CODE_EVAL') != '1':\n    raise ValueError('as code_eval does')\n\n\n"
