@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import psutil
 
 from samq.errors import SamqError
 from samq.home import home, mlflow_uri, sqlite_file, sqlite_folder
-from samq.llamacpp.process import kill_group
+from samq.llamacpp.process import kill_group, start
 from samq.relocation import relocate
 
 WORK_POOL = "samq"
@@ -84,28 +84,42 @@ def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[byt
         if process.returncode:
             reason = (process.stderr or process.stdout).strip().splitlines()[-1:]
             raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
+    # On a server that others use, a process id may be another machine's.
+    own_server = "PREFECT_API_URL" not in os.environ
+    if own_server:
+        _report_ended(f"{prefect_address}/api", lambda run: not _is_at_work(run))
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", WORK_POOL]
-    started: set[int] = set()
+    started: set[str] = set()
     try:
         with _child("worker", command, project, environment) as child:
             try:
                 yield child
             finally:
                 with suppress(psutil.NoSuchProcess):
-                    started = {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
+                    started = {str(process.pid) for process in psutil.Process(child.pid).children(recursive=True)}
     finally:
-        if "PREFECT_API_URL" not in os.environ:  # on a server that others use, a process id may be another machine's
-            _report_ended(f"{prefect_address}/api", started)
+        if own_server:
+            _report_ended(f"{prefect_address}/api", lambda run: run["infrastructure_pid"] in started)
 
 
-def _report_ended(api: str, processes: set[int]) -> None:
-    """Tell Prefect's server that the runs of these processes have ended, where a busy machine kept the worker from it."""
+def _report_ended(api: str, has_ended: Callable[[dict[str, Any]], bool]) -> None:
+    """Tell Prefect's server which unfinished runs have ended. A busy machine may keep the worker from it, or a killed one."""
     unfinished = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
     state = {"type": "CRASHED", "message": "Ended with the services of `samq up`."}
     with suppress(OSError):  # the server has ended, too
         for run in _post(f"{api}/flow_runs/filter", unfinished):
-            if run["infrastructure_pid"] in map(str, processes):
+            if has_ended(run):
                 _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
+def _is_at_work(run: dict[str, Any]) -> bool:
+    """Whether a process of this machine works on a flow run; one that no worker was given is not known, and taken to be."""
+    if not run["work_pool_name"]:
+        return True
+    try:
+        return "prefect" in " ".join(psutil.Process(int(run["infrastructure_pid"] or 0)).cmdline())
+    except (psutil.Error, ValueError):
+        return False
 
 
 def _post(url: str, body: dict[str, Any]) -> Any:
@@ -140,9 +154,7 @@ def _child(
     home().mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         log = stack.enter_context(_log(name).open("wb"))
-        child = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        child = start(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         _running[name] = child
         try:
             yield child

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import httpx
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
@@ -45,9 +47,9 @@ def environment(folder, home):
     return {**os.environ, "SAMQ_HOME": str(home), "PREFECT_HOME": str(folder / "prefect")}
 
 
-@pytest.fixture(scope="module")
-def up(folder, home, environment):
-    """(MLflow's address, Prefect's address) of a running `samq up`, which afterwards ends all that it started."""
+@contextmanager
+def services(folder, environment):
+    """(process, MLflow's address, Prefect's address) of a `samq up` at work."""
     log = folder / "up.log"
     command = [sys.executable, "-m", "samq.cli", "up", "--mlflow-port", free_port(), "--prefect-port", free_port()]
     with log.open("wb") as output:
@@ -58,16 +60,28 @@ def up(folder, home, environment):
         while "Press Ctrl-C to stop" not in log.read_text():
             assert child.poll() is None, log.read_text()
             time.sleep(0.2)
-        yield re.findall(r"^(?:MLflow|Prefect) +(\S+)$", log.read_text(), re.M)
+        yield child, *re.findall(r"^(?:MLflow|Prefect) +(\S+)$", log.read_text(), re.M)
     finally:
         child.send_signal(signal.SIGTERM)
         code = child.wait(120)
-    assert code == 0, log.read_text()
+    assert code in (0, -signal.SIGKILL), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def up(folder, home, environment):
+    """(MLflow's address, Prefect's address) of a running `samq up`, which afterwards ends all that it started."""
+    with services(folder, environment) as (child, *addresses):
+        yield addresses
+    assert child.returncode == 0
     assert started_by(folder) == []
     assert [name for name in ("mlflow", "prefect") if "Traceback" in (home / f"{name}.log").read_text()] == []
-    with closing(sqlite3.connect(folder / "prefect" / "prefect.db")) as database:
-        states = [state for (state,) in database.execute("select state_type from flow_run")]
+    states = states_of_runs(folder)
     assert states and set(states) <= {"COMPLETED", "CRASHED", "SCHEDULED"}, "none is said to be running"
+
+
+def states_of_runs(folder):
+    with closing(sqlite3.connect(folder / "prefect" / "prefect.db")) as database:
+        return [state for (state,) in database.execute("select state_type from flow_run")]
 
 
 def started_by(folder):
@@ -105,18 +119,18 @@ def test_the_nightly_runs_are_scheduled(up):
 
 
 @pytest.fixture
-def deployment_run(up, folder, environment):
+def deployment_run(up, environment):
+    return partial(run_on_demand, up[1], environment)
+
+
+def run_on_demand(prefect, environment, parameters, *options):
     """Start a run of `on-demand` with these parameters, as a person does."""
-
-    def run(parameters, *options):
-        command = [sys.executable, "-m", "prefect", "deployment", "run", "requantize/on-demand", *options]
-        command += ["--param", f"parameters={json.dumps(parameters)}"]
-        where = {**environment, "PREFECT_API_URL": f"{up[1]}/api", "COLUMNS": "400"}
-        done = subprocess.run(command, env=where, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    return run
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "requantize/on-demand", *options]
+    command += ["--param", f"parameters={json.dumps(parameters)}"]
+    where = {**environment, "PREFECT_API_URL": f"{prefect}/api", "COLUMNS": "400"}
+    done = subprocess.run(command, env=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_a_run_by_the_worker_completes_and_mlflow_has_its_runs(sweep, home, up, deployment_run, tmp_path):
@@ -141,6 +155,28 @@ def test_a_run_by_the_worker_completes_and_mlflow_has_its_runs(sweep, home, up, 
 
 
 def test_a_run_that_is_at_work_ends_with_the_services(sweep, home, deployment_run):
-    deployment_run({**SMALL, "calibration": {**SMALL["calibration"], "sequence_tokens": 65}})
+    deployment_run(longer(65))
+    wait_until_at_work(home)
+
+
+def longer(tokens):
+    """Parameters with another length of a sequence, so that the store does not save the run the work."""
+    return {**SMALL, "calibration": {**SMALL["calibration"], "sequence_tokens": tokens}}
+
+
+def wait_until_at_work(home):
     while not any((home / "store" / ".tmp").glob("going-on-layer_inputs-*/measured-*")):
         time.sleep(0.05)
+
+
+def test_the_next_start_reports_the_runs_that_a_killed_one_left(tmp_path):
+    environment = {**os.environ, "SAMQ_HOME": str(tmp_path / "home"), "PREFECT_HOME": str(tmp_path / "prefect")}
+    with services(tmp_path, environment) as (child, _, prefect):
+        run_on_demand(prefect, environment, longer(66))
+        wait_until_at_work(tmp_path / "home")
+        for process in [child, *psutil.Process(child.pid).children(recursive=True)]:
+            process.kill()
+    assert "RUNNING" in states_of_runs(tmp_path)
+    with services(tmp_path, environment):
+        assert "RUNNING" not in states_of_runs(tmp_path)
+    assert "CRASHED" in states_of_runs(tmp_path)
