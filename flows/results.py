@@ -30,9 +30,9 @@ def require_candidates(evaluations: Mapping[str, Artifact], failures: Sequence[F
 
 
 def _result(planned: Artifact, gguf: Artifact, evaluated: Artifact, tables: Mapping[Rounding, PriceTable]) -> Result:
-    plan, path = load_plan(planned), gguf.path(GGUF_NAME)
+    plan, path = load_plan(planned), gguf.folder / GGUF_NAME  # which may be on another machine
     if plan.policy == "full":
-        model = as_is(path, gguf.files[GGUF_NAME].sha256, plan)
+        model = as_is(gguf.path(GGUF_NAME), gguf.files[GGUF_NAME].sha256, plan)
     else:
         model = QuantizedModel.load(gguf.path(QUANTIZED_NAME))
     table = tables[plan.rounding]
@@ -41,7 +41,7 @@ def _result(planned: Artifact, gguf: Artifact, evaluated: Artifact, tables: Mapp
         model,
         Evaluation.load(evaluated.path(EVALUATION_NAME)),
         path,
-        evaluated.folder,
+        evaluated.whole(),
         predicted_cost(table, plan),
         lengthened=lengthened(table, plan),
     )

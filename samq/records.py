@@ -60,9 +60,16 @@ class Record(BaseModel):
     def load(cls, path: Path) -> Self:
         """Read a record; raises SamqError if the file is missing, of another kind or version, or damaged."""
         try:
-            fields = json.loads(Path(path).read_text())
+            content = Path(path).read_bytes()
         except OSError as error:
             raise SamqError(f"cannot read {path}: {error.strerror}; give the path of a {cls.SCHEMA} file") from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> Self:
+        """The record of a file's content; raises SamqError, which names the path, if it is of another kind or damaged."""
+        try:
+            fields = json.loads(content)
         except ValueError as error:
             raise SamqError(f"{path} is not JSON ({error}); give the path of a {cls.SCHEMA} file") from error
         schema = fields.pop("schema", None) if isinstance(fields, dict) else None

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from samq.evaluation.settings import BenchmarkRequest, BenchmarkSettings, EvaluationSettings, benchmark_key
 from samq.progress import bar
 from samq.promotion.evidence import production_items
-from samq.store import Artifact
+from samq.store import Artifact, stored_file
 from samq.sweep.benchmarking import Candidate, compare_benchmarks, with_benchmarks
 from samq.sweep.sweep import Sweep
 from samq.tracking.registry import connect
@@ -76,7 +76,7 @@ def benchmark(
     """
     request = BenchmarkRequest(
         name=candidate.sha256[:12],
-        gguf=candidate.gguf,
+        gguf=stored_file(candidate.gguf),
         sha256=candidate.sha256,
         output=folder,
         benchmarks=settings.model_copy(update={"tasks": (task,)}),
@@ -99,7 +99,7 @@ def join_benchmarks(
     for result in sweep.results:
         if result.name in finalists:
             answered = {task: answer for (name, task), answer in answers.items() if name == result.name}
-            folders = [answer.folder for answer in answered.values() if isinstance(answer, Artifact)]
+            folders = [answer.whole() for answer in answered.values() if isinstance(answer, Artifact)]
             failed = {task: str(answer) for task, answer in answered.items() if isinstance(answer, Exception)}
             missing = {benchmark_key(task): why for task, why in {**unavailable, **failed}.items()}
             result = with_benchmarks(result, folders, missing)

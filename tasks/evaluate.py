@@ -53,7 +53,7 @@ def evaluate(
         gguf=model.path(GGUF_NAME),
         sha256=model.files[GGUF_NAME].sha256,
         tokens=heldout.path(HELDOUT_NAME),
-        baseline=baseline.folder,
+        baseline=baseline.whole(),
         output=folder,
         settings=settings,
     )

@@ -32,6 +32,7 @@ from samq.llamacpp.toolchain import python_library_build
 from samq.progress import bar
 from samq.records import Record, digest_of
 from samq.store import Artifact, Store
+from samq.store_cache import within_limit
 from samq.workspace import Workspace
 
 log = logging.getLogger("samq.stage")
@@ -219,6 +220,12 @@ def stage(
             bound.apply_defaults()
             inputs = {name: value for name, value in bound.arguments.items() if name != "at"}
             key, store = policy.artifact_key(at, inputs), Store(at.store)
+            with within_limit(store):
+                return found_or_made(at, store, key, inputs, *args, **kwargs)
+
+        def found_or_made(
+            at: Workspace, store: Store, key: str, inputs: dict[str, Any], /, *args: P.args, **kwargs: P.kwargs
+        ) -> Artifact:
             artifact = store.find(name, key)
             if artifact is None:  # also when Prefect has forgotten what the store still has
                 started = time.monotonic()

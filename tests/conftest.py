@@ -30,7 +30,7 @@ HOME = Path(tempfile.mkdtemp(prefix="samq-tests-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 for variable in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
     del os.environ[variable]
-os.environ |= {"HOME": str(HOME), "SAMQ_HOME": str(HOME / ".samq")}
+os.environ |= {"HOME": str(HOME), "SAMQ_HOME": str(HOME / ".samq"), "MLFLOW_DISABLE_TELEMETRY": "true"}
 WORKING_FOLDER = Path.cwd()
 
 
@@ -183,6 +183,16 @@ def write_stacked_gguf(path: Path, dtype: gguf.GGMLQuantizationType) -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's tables in SQLite, which take 2 s to make."""
+    from samq.tracking.registry import connect
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-f16.gguf")
 
@@ -206,6 +216,28 @@ def prefect_home(tmp_path_factory):
         prefect_test_harness(server_startup_timeout=180),
     ):
         yield home
+
+
+BUCKET = "samq"
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A client of an S3 server on loopback, which boto3 and s3fs use by themselves. It has a bucket."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=BUCKET)
+        yield client
+    server.stop()
 
 
 # ggml takes up to 9 s a process to make the tables of these types

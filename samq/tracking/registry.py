@@ -6,6 +6,7 @@ A version points at the GGUF and holds no copy of it. Its tags give the place (`
 
 import getpass
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -84,6 +85,10 @@ class RegisteredGguf:
         path = path_of(uri)
         if path is None:
             raise SamqError(f"version {self.version} of {self.name} is at {uri}, not on this machine; copy it here")
+        if not path.exists() and os.environ.get("SAMQ_STORE"):
+            from samq.store import stored_file  # slow to import, and a rollback does not need it
+
+            return stored_file(path)
         return path
 
 
