@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from flows.parameters import RequantizeParameters
 from flows.promote import PromoteParameters
+from flows.prune import PruneParameters
 from samq.cli.app import app
 from samq.promotion.policy import PromotionPolicy
 from samq.records import Record
@@ -46,6 +47,7 @@ def pages() -> dict[str, str]:
             "annotated example. Unknown fields are errors.",
             RequantizeParameters,
             PromoteParameters,
+            PruneParameters,
         ),
         "settings.md": models_page(
             "Policy and server settings",

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from samq.cli.options import MlflowPort, PrefectPort
 from samq.cli.requirements import show_requirements
-from samq.cli.start import PROJECT, loading_packages, prepare_prefect
+from samq.cli.start import PROJECT, loading_packages, prepare_prefect, validated
+from samq.errors import SamqError
 from samq.home import store_folder
 from samq.progress import bar, console
 
@@ -46,28 +47,48 @@ def doctor(
 
 
 def prune(
-    older_than_days: Annotated[float, typer.Option(min=0, help="Delete what no run has used for this many days.")],
+    older_than_days: Annotated[
+        float | None, typer.Option(min=0, help="What no run has used for this many days may go.")
+    ] = None,
+    keep_sweeps: Annotated[
+        int | None, typer.Option(min=0, help="What none of so many newest sweeps in MLflow has used may go.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="What was used least recently may go, until so much is left, such as 200GB.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this, only show it.")] = False,
     even_if_missing: Annotated[
         bool, typer.Option("--even-if-missing", help="Delete even if a file that an alias points at is missing.")
     ] = False,
 ) -> None:
-    """Delete stored files that no recent run has used.
+    """Show which stored files are no longer needed, and with --delete, delete them.
 
-    Keeps every GGUF that an MLflow alias points at, identified by its SHA-256. If one of them is missing, the command
-    deletes nothing.
+    Keeps every GGUF that a registered version in MLflow names, by its SHA-256, and what a run at work has used. If a file that
+    an alias points at is missing, the command deletes nothing. With SAMQ_STORE it is about the shared store.
     """
     with loading_packages():
         from samq.home import mlflow_uri
+        from samq.shared_store import shared_store
         from samq.store import Store
-        from samq.tracking.aliased import aliased_content, check_none_is_missing, files_that_may_be_stored
+        from samq.tracking.pruning import PruneRules, find_unneeded, remove_unneeded
 
-    with bar("delete old files"):
-        store = Store(store_folder())
-        files = files_that_may_be_stored(mlflow_uri())
-        if not even_if_missing:
-            check_none_is_missing(files, store)
-        freed = store.prune(older_than_days, keep=aliased_content(files))
-    console.print(f"freed {freed / 1e6:,.1f} MB in {store_folder()}", highlight=False, soft_wrap=True)
+    if older_than_days is None and keep_sweeps is None and max_bytes is None:
+        raise SamqError("say what may go: --older-than-days, --keep-sweeps or --max-bytes")
+    given = {"older_than_days": older_than_days, "keep_sweeps": keep_sweeps, "max_bytes": max_bytes}
+    rules = validated(PruneRules, **{name: value for name, value in given.items() if value is not None})
+    store, shared = Store(store_folder()), shared_store()
+    with bar("delete old files" if delete else "look for old files"):
+        unneeded = find_unneeded(store, shared, mlflow_uri(), rules, even_if_missing=even_if_missing)
+        if delete:
+            remove_unneeded(store, shared, unneeded)
+    if unneeded.artifacts:
+        table = Table("stage", "artifacts", "MB")
+        for stage, (count, size) in unneeded.by_stage().items():
+            table.add_row(stage, str(count), f"{size / 1e6:,.1f}")
+        console.print(table)
+    where = shared.uri if shared else store.root
+    of_all = f"{unneeded.bytes / 1e6:,.1f} MB of {unneeded.bytes_of_all / 1e6:,.1f} MB in {where}"
+    _say(f"freed {of_all}" if delete else f"would free {of_all}; --delete does it")
 
 
 def relocate(

@@ -18,6 +18,7 @@ from samq.tracking.registry import CANDIDATE_ALIAS
 
 FLOW_RUN = "prefect.flow_run"  # tag of a parent run: the id of the Prefect flow run that tracked it
 REGISTERED = "samq.registered"  # tag of a parent run: the version that its best candidate is, or why it is none
+SWEEPS = "tags.`samq.candidates` != ''"  # finds the parent runs
 _MODELS = "workflowType=machine_learning"  # else MLflow shows its pages for prompts and agents
 
 
@@ -95,7 +96,7 @@ def start_page(mlflow: str) -> str:
 def latest_sweep(client: MlflowClient, tracking_uri: str) -> TrackedSweep | None:
     """The sweep that was tracked last; None if there is none."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = "tags.`samq.candidates` != '' and attributes.status = 'FINISHED'"
+    query = f"{SWEEPS} and attributes.status = 'FINISHED'"
     parents = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1)
     return _tracked(client, tracking_uri, parents[0]) if parents else None
 

@@ -1,13 +1,9 @@
-import os
 import shutil
 
 import pytest
 
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
-
 from samq.errors import SamqError
 from samq.llamacpp.runtime import Context
-from samq.tracking.registry import connect
 from tests.samq.sweeps import make_sweep
 
 
@@ -15,13 +11,6 @@ from tests.samq.sweeps import make_sweep
 def sweep(tmp_path):
     (tmp_path / "sweep").mkdir()
     return make_sweep(tmp_path / "sweep")
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture

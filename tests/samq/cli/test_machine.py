@@ -18,7 +18,7 @@ from tests.samq.registered import age, make_home
 def test_doctor_and_prune_show_progress(shown, mlflow_uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
     assert "check this machine" in shown("doctor")
-    bars = shown("prune", "--older-than-days", 1)
+    bars = shown("prune", "--older-than-days", 1, "--delete")
     assert "load Python packages" in bars and "delete old files" in bars
 
 
@@ -35,14 +35,25 @@ def ggufs(home):
 def test_prune_in_a_moved_folder_keeps_what_is_in_production(samq, home, tmp_path):
     moved = shutil.move(home, tmp_path / "moved")
     age(moved)
-    done = samq("prune", "--older-than-days", 1, SAMQ_HOME=str(moved))
+    done = samq("prune", "--delete", "--older-than-days", 1, SAMQ_HOME=str(moved))
     assert done.returncode == 0, done.stderr
     assert ggufs(moved) == {b"GGUF Q4_K_M"}
 
 
+def test_prune_only_shows_what_would_go_until_told_to_delete(samq, home):
+    age(home)
+    done = samq("prune", "--older-than-days", 1)
+    assert (
+        done.returncode == 0 and "would free 0.0 MB of 0.0 MB in" in done.stderr and "--delete does it" in done.stderr
+    )
+    assert "candidate" in done.stderr and len(ggufs(home)) == 2
+    assert refused(samq("prune"), "say what may go: --older-than-days, --keep-sweeps or --max-bytes")
+    assert refused(samq("prune", "--max-bytes", "much"), "invalid max_bytes 'much'")
+
+
 def test_prune_heeds_the_folders_own_registry_whichever_mlflow_is_used(samq, home, mlflow_uri):
     age(home)
-    assert samq("prune", "--older-than-days", 1, MLFLOW_TRACKING_URI=mlflow_uri).returncode == 0
+    assert samq("prune", "--delete", "--older-than-days", 1, MLFLOW_TRACKING_URI=mlflow_uri).returncode == 0
     assert ggufs(home) == {b"GGUF Q4_K_M"}
 
 
@@ -50,10 +61,10 @@ def test_prune_deletes_nothing_if_a_file_in_production_is_missing(samq, home):
     (lost,) = [path for path in home.glob("store/*/*/model.gguf") if path.read_bytes() == b"GGUF Q4_K_M"]
     lost.unlink()
     age(home)
-    done = samq("prune", "--older-than-days", 1)
+    done = samq("prune", "--delete", "--older-than-days", 1)
     assert refused(done, f"version 1 of llama (candidate, production) needs {lost}, which is missing or altered")
     assert ggufs(home) == {b"GGUF F16"}
-    assert samq("prune", "--older-than-days", 1, "--even-if-missing").returncode == 0
+    assert samq("prune", "--delete", "--older-than-days", 1, "--even-if-missing").returncode == 0
     assert ggufs(home) == set()
 
 
