@@ -62,10 +62,13 @@ def aliased_content(files: Collection[AliasedFile]) -> set[str]:
     return {content for file in files if (content := file.content())}
 
 
-def check_none_is_missing(files: Collection[AliasedFile], store: Store) -> None:
-    """Raise SamqError if a file of this machine is neither in its place nor, under whatever name, in the store."""
+def check_none_is_missing(files: Collection[AliasedFile], store: Store, shared: Collection[str] = ()) -> None:
+    """Raise SamqError if a file of this machine is neither in its place nor, under whatever name, in the store.
+
+    `shared` are the SHA-256 hashes of what a shared store has.
+    """
     here = [file for file in files if file.path is not None]
-    stored = store.having({file.sha256 for file in here if file.sha256})
+    stored = store.having({file.sha256 for file in here if file.sha256}).union(shared)
     missing = [file for file in here if file.sha256 not in stored and not file.is_in_place()]
     if missing:
         file, others = missing[0], len(missing) - 1

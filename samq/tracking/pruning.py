@@ -84,9 +84,11 @@ def find_unneeded(
 
     Raises SamqError if a file that an alias points at is missing, unless `even_if_missing`: the store may be the wrong one.
     """
+    artifacts = stored_in_shared(shared) if shared else stored(store)
     files = files_that_may_be_stored(tracking_uri)
     if not even_if_missing:
-        check_none_is_missing(files, store)
+        contents = {content for artifact in artifacts for content in artifact.contents}
+        check_none_is_missing(files, store, contents if shared else ())
     keep = {content for file in files if (content := file.content())}
     clients = [connect(uri) for uri in registry_uris(tracking_uri)]
     for client in clients:
@@ -96,7 +98,6 @@ def find_unneeded(
         unused_since = time.time() - rules.older_than_days * DAY_S
     if rules.keep_sweeps is not None:
         unused_since = max(unused_since, before_sweeps(clients, rules.keep_sweeps))
-    artifacts = stored_in_shared(shared) if shared else stored(store)
     in_use_since = oldest_start(store) if shared is None else min(oldest_start(store), time.time() - RUN_S)
     gone = choose(artifacts, unused_since, rules.max_bytes, keep, in_use_since)
     return Unneeded(tuple(gone), sum(artifact.bytes for artifact in artifacts), unused_since)

@@ -126,6 +126,10 @@ def test_a_shared_store_is_pruned_with_its_cache(home, place, request, tmp_path,
     gone = unneeded(home, shared, max_bytes=0)
     assert {artifact.key for artifact in gone.artifacts} == {unregistered(home), "unfinished"}
     key = unregistered(home)
+    for path in home.glob("store/candidate/*/model.gguf"):
+        path.unlink()  # as where another machine has made them
+    elsewhere = find_unneeded(Store(tmp_path / "another machine"), shared, uri_of(home), PruneRules(max_bytes=0))
+    assert elsewhere.artifacts == gone.artifacts
     remove_unneeded(store, shared, gone)
     assert [name for _, name in shared.artifacts()] == [path.name for path in (home / "store" / "candidate").iterdir()]
     assert not (home / "store" / "candidate" / key).exists() and store.find("candidate", key) is None
