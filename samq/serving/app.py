@@ -32,8 +32,10 @@ from samq.serving.watch import Watcher
 # What is passed on, and what it is for. The engine's own management (slots, properties, adapters) is not.
 PASSED_ON = {
     "/v1/chat/completions": "Answer the last turn of a conversation.",
+    "/v1/chat/completions/input_tokens": "Count the tokens of a conversation.",
     "/v1/completions": "Continue a prompt.",
     "/v1/responses": "Answer in the form of OpenAI's Responses API.",
+    "/v1/responses/input_tokens": "Count the tokens of a request of the Responses API.",
     "/v1/messages": "Answer in the form of Anthropic's Messages API.",
     "/v1/messages/count_tokens": "Count the tokens of a conversation.",
     "/v1/embeddings": "Embed texts; needs the engine's flag `embeddings`.",
@@ -44,7 +46,8 @@ PASSED_ON = {
     "/infill": "Fill in the middle of code.",
 }
 _ALIASES = {path.removeprefix("/v1"): path for path in PASSED_ON if path.startswith("/v1/")} | {
-    f"/v1{path}": path for path in ("/tokenize", "/detokenize")
+    **{f"/v1{path}": path for path in ("/tokenize", "/detokenize")},
+    **dict.fromkeys(("/v1/reranking", "/reranking"), "/v1/rerank"),
 }
 _ANSWERING = ("completions", "responses", "messages", "infill")  # ends of the paths at which the model writes
 _THREAD_BYTES = 64 * 1024  # a longer body is parsed in a thread,

@@ -16,7 +16,8 @@ from samq.serving.app import Server
 from samq.serving.server import uvicorn_config
 from samq.serving.settings import ServingSettings
 from samq.serving.source import FileSource
-from tests.samq.serving.tiny_chat import write_chat_gguf
+from samq.tracking.registry import connect
+from tests.samq.serving.tiny_chat import write_chat_gguf, write_silent_gguf
 
 FAST = {"port": 0, "slots": 4, "context_tokens": 2048, "threads": 1, "poll_interval_s": 0.05, "warmup_tokens": 8}
 ENGINES = {"llama-server": {}, "llama-cpp-python": {"engine": "llama-cpp-python", "slots": 1}}
@@ -85,6 +86,27 @@ def running(source, *, wait=True, **settings):
     finally:
         listener.should_exit = True
         thread.join()
+
+
+@contextmanager
+def asking(server, clients=8):
+    """Clients that ask one completion after another; yields the statuses of their answers."""
+    ended, statuses = threading.Event(), []
+
+    def client():
+        with httpx.Client(base_url=server.url, timeout=60) as own:
+            while not ended.is_set():
+                statuses.append(own.post("/v1/completions", json={"prompt": "a", "max_tokens": 20}).status_code)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield statuses
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
 
 
 def put(source, target):
@@ -161,3 +183,20 @@ def served(chat_gguf):
     """One server for all tests of a module that leave it as it is."""
     with running(FileSource(chat_gguf)) as server:
         yield server
+
+
+@pytest.fixture
+def registered(mlflow_uri, chat_gguf, other_gguf, tmp_path):
+    """A registered model with two versions, the first in production."""
+    client = connect(mlflow_uri)
+    client.create_registered_model("tiny-llama")
+    for number, gguf in enumerate((chat_gguf, other_gguf, write_silent_gguf(tmp_path / "bad.gguf")), 1):
+        tags = {
+            "gguf_uri": gguf.as_uri(),
+            "sha256": file_sha256(gguf),
+            "size_bytes": str(gguf.stat().st_size),
+            "plan_digest": f"plan-{number}",
+        }
+        client.create_model_version("tiny-llama", source=gguf.as_uri(), tags=tags)
+    client.set_registered_model_alias("tiny-llama", "production", "1")
+    return client

@@ -9,26 +9,7 @@ import pytest
 from samq.gguf.file import file_sha256
 from samq.serving import watch
 from samq.serving.source import registry_source
-from samq.tracking.registry import connect
 from tests.samq.serving.conftest import put, running, serves
-from tests.samq.serving.tiny_chat import write_silent_gguf
-
-
-@pytest.fixture
-def registered(mlflow_uri, chat_gguf, other_gguf, tmp_path):
-    """A registered model with two versions, the first in production."""
-    client = connect(mlflow_uri)
-    client.create_registered_model("tiny-llama")
-    for number, gguf in enumerate((chat_gguf, other_gguf, write_silent_gguf(tmp_path / "bad.gguf")), 1):
-        tags = {
-            "gguf_uri": gguf.as_uri(),
-            "sha256": file_sha256(gguf),
-            "size_bytes": str(gguf.stat().st_size),
-            "plan_digest": f"plan-{number}",
-        }
-        client.create_model_version("tiny-llama", source=gguf.as_uri(), tags=tags)
-    client.set_registered_model_alias("tiny-llama", "production", "1")
-    return client
 
 
 def test_the_alias_is_followed_to_another_version_and_back(registered, mlflow_uri, chat_gguf, other_gguf):

@@ -61,6 +61,19 @@ def test_an_error_of_the_engines_has_openais_shape_and_no_internals(either):
     assert either.complete().status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions/input_tokens", {"messages": [USER]}),
+        ("/responses/input_tokens", {"input": "hello"}),
+        ("/v1/messages/count_tokens", {"messages": [USER]}),
+    ],
+)
+def test_tokens_of_a_prompt_are_counted(served, path, body):
+    counted = served.client.post(path, json=body).raise_for_status().json()["input_tokens"]
+    assert counted == served.chat(max_tokens=1).json()["usage"]["prompt_tokens"] > 1
+
+
 def test_many_clients_are_answered_at_the_same_time(served):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda number: served.complete(prompt=f"{number}", max_tokens=100), range(8)))

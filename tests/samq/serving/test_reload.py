@@ -4,10 +4,8 @@ import json
 import os
 import re
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -15,7 +13,7 @@ import pytest
 from samq.gguf.file import file_sha256
 from samq.serving import watch
 from samq.serving.source import FileSource
-from tests.samq.serving.conftest import events, put, refused, running, serves
+from tests.samq.serving.conftest import asking, events, put, refused, running, serves
 from tests.samq.serving.tiny_chat import write_chat_gguf, write_silent_gguf
 
 
@@ -188,27 +186,6 @@ def test_before_there_is_a_model_the_server_lives_and_is_not_ready(tmp_path, cha
         put(chat_gguf, file)
         server.wait(serves(server, chat_gguf))
         assert server.complete().status_code == 200
-
-
-@contextmanager
-def asking(server, clients=8):
-    """Clients that ask one completion after another; yields the statuses of their answers."""
-    ended, statuses = threading.Event(), []
-
-    def client():
-        with httpx.Client(base_url=server.url, timeout=60) as own:
-            while not ended.is_set():
-                statuses.append(own.post("/v1/completions", json={"prompt": "a", "max_tokens": 20}).status_code)
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield statuses
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_a_model_that_does_not_fit_beside_the_old_one_replaces_it_and_requests_wait(
