@@ -61,10 +61,11 @@ def prune(
         bool, typer.Option("--even-if-missing", help="Delete even if a file that an alias points at is missing.")
     ] = False,
 ) -> None:
-    """Show which stored files are no longer needed, and with --delete, delete them.
+    """Show or delete stored files that are no longer needed.
 
-    Keeps every GGUF that a registered version in MLflow names, by its SHA-256, and what a run at work has used. If a file that
-    an alias points at is missing, the command deletes nothing. With SAMQ_STORE it is about the shared store.
+    Deletes them with --delete only. Keeps every GGUF that a registered version in MLflow names, by its SHA-256, and what a run
+    at work has used. If a file that an alias points at is missing, the command deletes nothing. With SAMQ_STORE it is about the
+    shared store.
     """
     with loading_packages():
         from samq.home import mlflow_uri

@@ -5,7 +5,7 @@ from mlflow import MlflowClient
 
 from samq.store import Store
 from tasks.drop import drop_files
-from tests.samq.conftest import empty_database, mlflow_uri  # noqa: F401
+from tests.samq.conftest import mlflow_uri  # noqa: F401
 from tests.samq.sweeps import make_sweep, with_results
 
 
