@@ -193,6 +193,26 @@ def empty_database(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def home_and_sweep(tmp_path_factory, empty_database):
+    """(a SAMQ folder with a sweep whose best candidate is in production, that sweep): nobody changes it."""
+    from tests.samq.registered import make_home
+
+    folder = tmp_path_factory.mktemp("registered")
+    return folder / "home", make_home(folder / "home", empty_database, folder / "scratch")
+
+
+@pytest.fixture
+def registered_home(home_and_sweep, samq_home):
+    """A copy of that folder as the SAMQ folder."""
+    from samq.tracking.registry import connect
+    from tests.samq.registered import uri_of
+
+    shutil.copytree(home_and_sweep[0], samq_home)
+    connect(uri_of(samq_home))  # the database's paths follow
+    return samq_home
+
+
+@pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory):
     return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-f16.gguf")
 
@@ -240,8 +260,8 @@ def s3():
     server.stop()
 
 
-# ggml takes up to 9 s a process to make the tables of these types
-LOW_BIT_TABLES = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")
+# ggml takes 2 to 9 s a process to make the tables of these types
+LOW_BIT_TABLES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 @dataclass(frozen=True)

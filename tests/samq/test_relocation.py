@@ -19,14 +19,7 @@ from samq.store import MANIFEST, Store
 from samq.tracking.registry import connect, find_version, resolve
 from samq.tracking.sweep_runs import track_sweep
 from samq.tracking.tracked import TrackingSettings
-from tests.samq.registered import BEST, NAME, make_home, uri_of
-
-
-@pytest.fixture(scope="module")
-def home_and_sweep(tmp_path_factory, empty_database):
-    """(a SAMQ folder, its sweep)"""
-    folder = tmp_path_factory.mktemp("tracked")
-    return folder / "home", make_home(folder / "home", empty_database, folder / "scratch")
+from tests.samq.registered import BEST, NAME, uri_of
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def patient(do):
     return do()
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
 def shared(request, tmp_path, monkeypatch):
     """The shared store; `SAMQ_STORE` names it."""
     uri = f"file://{tmp_path / 'shared'}"

@@ -12,7 +12,7 @@ import pytest
 
 from samq.cli.requirements import duration
 from tests.command_line import refused
-from tests.samq.registered import age, make_home
+from tests.samq.registered import age
 
 
 def test_doctor_and_prune_show_progress(shown, mlflow_uri, monkeypatch):
@@ -23,9 +23,8 @@ def test_doctor_and_prune_show_progress(shown, mlflow_uri, monkeypatch):
 
 
 @pytest.fixture
-def home(samq_home, empty_database, tmp_path):
-    make_home(samq_home, empty_database, tmp_path / "scratch")
-    return samq_home
+def home(registered_home):
+    return registered_home
 
 
 def ggufs(home):

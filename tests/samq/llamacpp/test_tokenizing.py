@@ -50,7 +50,14 @@ def model_with(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "pre", ["tekken", "gpt-4o", "deepseek-llm", "deepseek-v3", "default", "exaone-moe", "llama-bpe"]
+    "pre",
+    [
+        "tekken",
+        *(
+            pytest.param(pre, marks=pytest.mark.slow)
+            for pre in ("gpt-4o", "deepseek-llm", "deepseek-v3", "default", "exaone-moe", "llama-bpe")
+        ),
+    ],
 )
 @pytest.mark.parametrize("run", RUNS)
 def test_a_long_run_of_one_class_is_tokenized(model_with, pre, run):

@@ -73,6 +73,7 @@ def test_the_time_limit_ends_an_answer(chat_gguf):
         server.wait(lambda: server.complete(max_tokens=1).status_code == 200)
 
 
+@pytest.mark.slow  # it waits
 def test_the_time_limit_counts_the_wait(chat_gguf):
     """A request that began before the one in the slot has no time left before it."""
     body = b'{"prompt": "hello"}'

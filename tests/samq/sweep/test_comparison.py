@@ -36,6 +36,7 @@ def test_the_reduction_is_that_of_the_means():
     assert comparison.verdict == "win"
 
 
+@pytest.mark.slow  # thousands of intervals
 @pytest.mark.parametrize("chunks", [3, 12, 40])
 @pytest.mark.parametrize("noise", [0.2, 0.8])
 def test_of_100_intervals_about_95_hold_the_truth(chunks, noise):

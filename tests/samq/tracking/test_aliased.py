@@ -9,13 +9,7 @@ from samq.gguf.file import file_sha256
 from samq.store import Store
 from samq.tracking.aliased import aliased_content, aliased_files, check_none_is_missing
 from samq.tracking.registry import connect, name_mmproj
-from tests.samq.registered import BEST, NAME, make_home, uri_of
-
-
-@pytest.fixture(scope="module")
-def home_and_sweep(tmp_path_factory, empty_database):
-    folder = tmp_path_factory.mktemp("tracked")
-    return folder / "home", make_home(folder / "home", empty_database, folder / "scratch")
+from tests.samq.registered import BEST, NAME, uri_of
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from samq.tracking import pruning
 from samq.tracking.pruning import DAY_S, PruneRules, Stored, choose, find_unneeded, remove_unneeded
 from samq.tracking.registry import connect
 from tests.conftest import BUCKET
-from tests.samq.registered import NAME, age, make_home, uri_of
+from tests.samq.registered import NAME, age, uri_of
 
 FOREVER = float("inf")
 
@@ -45,10 +45,9 @@ def test_what_others_need_or_a_run_has_used_stays_and_does_not_count_as_gone():
 
 
 @pytest.fixture
-def home(samq_home, empty_database, tmp_path):
-    make_home(samq_home, empty_database, tmp_path / "scratch")
-    age(samq_home)
-    return samq_home
+def home(registered_home):
+    age(registered_home)
+    return registered_home
 
 
 def unneeded(home, shared=None, **rules):
@@ -108,7 +107,7 @@ def test_without_a_rule_nothing_may_go():
         PruneRules()
 
 
-@pytest.mark.parametrize("place", ["folder", "s3"])
+@pytest.mark.parametrize("place", ["folder", pytest.param("s3", marks=pytest.mark.slow)])
 def test_a_shared_store_is_pruned_with_its_cache(home, place, request, tmp_path, monkeypatch):
     uri = f"file://{tmp_path / 'shared'}"
     if place == "s3":

@@ -252,6 +252,7 @@ def test_artifacts_go_where_they_are_told(sweep, mlflow_uri, tmp_path):
     assert list((tmp_path / "elsewhere").rglob("report.md"))
 
 
+@pytest.mark.slow  # two sweeps, with all figures
 def test_sweeps_are_tracked_from_several_threads(sweep, mlflow_uri):
     tracked = {}
 

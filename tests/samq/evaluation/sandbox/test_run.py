@@ -62,6 +62,7 @@ def test_code_that_ends_early_does_not_pass(solution, error):
     assert not outcome.passed and error in outcome.error
 
 
+@pytest.mark.slow  # each runs to its limit
 @pytest.mark.parametrize(
     "solution",
     [
