@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -79,11 +79,12 @@ class SharedStore:
             self._files.pipe_file(target, content)
 
     def note_use(self, stage: str, key: str, name: str, content: bytes) -> None:
-        """Let the time of a small file tell, to the day, when it was last read."""
-        with self._reached():
-            path = str(self._root / stage / key / name)
+        """Let the time of a small file tell, to the day, when it was last read; who may only read leaves no trace."""
+        path = str(self._root / stage / key / name)
+        with self._reached(), suppress(OSError):
             if time.time() - self._files.modified(path).timestamp() > _DAY_S:
-                self.write(stage, key, name, content)
+                with self._whole(path) as target:
+                    self._files.pipe_file(target, content)
 
     def artifacts(self) -> dict[tuple[str, str], Listed]:
         """(stage, key) -> what is there of an artifact, unfinished ones included."""

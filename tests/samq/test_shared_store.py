@@ -145,6 +145,15 @@ def test_what_one_machine_made_another_has(shared, machine):
     assert [path.name for path in found.folder.iterdir()].count("small") == 0
 
 
+def test_a_machine_that_may_only_read_finds_what_was_last_used_long_ago(disk, machine, monkeypatch):
+    monkeypatch.setenv("SAMQ_STORE", f"file://{disk.folder}")
+    publish(machine("one"), file=b"one")
+    machine("one").find("stage", KEY)
+    os.utime(disk.folder / "stage" / KEY / MANIFEST, (0, 0))
+    disk.make_read_only()
+    assert machine("two").find("stage", KEY).path("file").read_bytes() == b"one"
+
+
 def test_neither_machine_has_what_was_never_made(shared, machine):
     assert machine("one").find("stage", KEY) is None
 
