@@ -62,6 +62,16 @@ def aliased_content(files: Collection[AliasedFile]) -> set[str]:
     return {content for file in files if (content := file.content())}
 
 
+def registered_content(client: MlflowClient) -> set[str]:
+    """SHA-256 of the files of every version that SAMQ registered."""
+    contents = set()
+    with mlflow_errors(client, "no such model"):
+        for model in registered_models(client):
+            for version in client.search_model_versions(f"name = '{model.name}'"):
+                contents |= {version.tags[tag] for tag in _TAGS.values() if tag in version.tags}
+    return contents
+
+
 def check_none_is_missing(files: Collection[AliasedFile], store: Store, shared: Collection[str] = ()) -> None:
     """Raise SamqError if a file of this machine is neither in its place nor, under whatever name, in the store.
 

@@ -16,14 +16,18 @@ from samq.home import registry_uris
 from samq.shared_store import SharedStore
 from samq.store import Artifact, Store
 from samq.store_cache import last_use, oldest_start
-from samq.tracking.aliased import check_none_is_missing, files_that_may_be_stored
-from samq.tracking.registry import connect, mlflow_errors, registered_models
+from samq.tracking.aliased import (
+    aliased_content,
+    check_none_is_missing,
+    files_that_may_be_stored,
+    registered_content,
+)
+from samq.tracking.registry import connect, mlflow_errors
 from samq.tracking.tracked import SWEEPS
 
 DAY_S = 86400.0
 # A run on another machine may be at work for so long on what it found in a shared store; it cannot be asked.
 RUN_S = 2 * DAY_S
-_CONTENT_TAGS = ("sha256", "mmproj_sha256")
 
 
 class PruneRules(BaseModel):
@@ -89,7 +93,7 @@ def find_unneeded(
     if not even_if_missing:
         contents = {content for artifact in artifacts for content in artifact.contents}
         check_none_is_missing(files, store, contents if shared else ())
-    keep = {content for file in files if (content := file.content())}
+    keep = aliased_content(files)
     clients = [connect(uri) for uri in registry_uris(tracking_uri)]
     for client in clients:
         keep |= registered_content(client)
@@ -147,19 +151,9 @@ def _stored(artifact: Artifact) -> Stored:
 def stored_in_shared(shared: SharedStore) -> list[Stored]:
     """The artifacts of a shared store, and what uploads that were never finished left."""
     return [
-        Stored(stage, key, listed.bytes, listed.last_use, frozenset(listed.contents))
+        Stored(stage, key, listed.bytes, listed.last_use, listed.contents)
         for (stage, key), listed in shared.artifacts().items()
     ]
-
-
-def registered_content(client: MlflowClient) -> set[str]:
-    """SHA-256 of the files of every version that SAMQ registered."""
-    contents = set()
-    with mlflow_errors(client, "no such model"):
-        for model in registered_models(client):
-            for version in client.search_model_versions(f"name = '{model.name}'"):
-                contents |= {version.tags[tag] for tag in _CONTENT_TAGS if tag in version.tags}
-    return contents
 
 
 def before_sweeps(clients: Iterable[MlflowClient], count: int) -> float:
