@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--chunks", type=int, default=4, help="of 512 tokens that the GGUFs are evaluated on; 0: none")
     parser.add_argument("--types", nargs="+", default=list(DEFAULT_TYPES), help="that budgets choose from")
-    parser.add_argument("--keep", action="store_true", help="leave the model there for another run")
+    parser.add_argument("--keep", action="store_true", help="leave the model and its GGUFs in --work")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.compare_whole and (arguments.budgets or not arguments.memory_limit):
@@ -100,8 +100,14 @@ def main() -> None:
             verdicts = claims(result)
     finally:
         if not arguments.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            for made in (folder, of_run(folder)):
+                shutil.rmtree(made, ignore_errors=True)
     conclude(result, verdicts, arguments.json)
+
+
+def of_run(folder: Path) -> Path:
+    """The folder of the GGUFs that are made from the model in `folder`, and of what a run needs while it works."""
+    return folder.with_name(f"{folder.name}-work")
 
 
 def measure_one(folder: Path, shape: tuple[int, ...], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -125,13 +131,10 @@ def measure_one(folder: Path, shape: tuple[int, ...], arguments: argparse.Namesp
     most = ceilings(device, arguments.dtype, files, cold=arguments.cold)
     if cuda:
         torch.cuda.empty_cache()
-    work = folder.with_name(f"{folder.name}-work")
+    work = of_run(folder)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    try:
-        measured = measure_stages(folder, work, arguments, Stages([folder, work], cuda=cuda))
-    finally:
-        shutil.rmtree(work)
+    measured = measure_stages(folder, work, arguments, Stages([folder, work], cuda=cuda))
     return {
         "shape": arguments.shape,
         "blocks_of_shape": shape[4],

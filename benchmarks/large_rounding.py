@@ -146,6 +146,8 @@ def measure_rounding(
     for name, plan in plans.items():
         audit(files[name].path, plan)
         ratios = sorted(error.ratio for error in errors[name].tensors.values())
+        if not ratios:  # --blocks-compensated 0
+            continue
         figures[f"error_left_{name}"] = ratios[len(ratios) // 2]
         print(f"{name:26} {len(ratios)} tensors keep {ratios[len(ratios) // 2]:.2f} of the output error (median)")
     return {name: file.path for name, file in files.items()}

@@ -1,19 +1,23 @@
 """Claims: `samq serve` answers 10,000 requests an hour from one GPU, loses none, and p99 between tokens stays under 100 ms.
 
     python benchmarks/serving_load.py --shape 8b --work FOLDER [--json OUT.json]     # on a GPU: full precision, uniform, mixed
+    python benchmarks/serving_load.py --shape 8b --work FOLDER --types-of PLANNED.gguf --models plan
     python benchmarks/serving_load.py --gguf FILE.gguf [--rate 0.5] [--seconds 60]
 
 Requests arrive at random (Poisson), 2.8 a second for 5 minutes, whether earlier ones are answered or not. Each has a prompt of
 random tokens, which shares nothing with another, and gets an answer of a fixed length as a stream. With --shape the models are a
 Llama of that shape with random weights: F16, uniform Q4_K_M, and a mixture. The mixture has Q8_0 in the first and the last two
-blocks and Q4_K_M in the others. --most raises the rate, for --search-seconds each time, until a request is refused or p99 between
-tokens is over the limit. Exits 1 if a claim does not hold at the given rate. Needs none of prefect, mlflow, datasets and lm-eval.
+blocks and Q4_K_M in the others. --types-of adds the model `plan`: its tensors have the types of those in that GGUF, which
+`large_model.py --shape 8b --budgets 4.6bpw --keep` leaves behind. --most raises the rate, for --search-seconds each time, until
+a request is refused or p99 between tokens is over the limit. Exits 1 if a claim does not hold at the given rate. Needs none of
+prefect, mlflow, datasets and lm-eval.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -94,18 +98,22 @@ def write_model(path: Path, shape: tuple[int, ...]) -> None:
     writer.close()
 
 
-def make_models(work: Path, shape: tuple[int, ...]) -> dict[str, Path]:
-    """The models of the article's table, by their names; those that are there already are kept."""
-    files = {name: work / f"{name}.gguf" for name in ("F16", "uniform-Q4_K_M", "mixed-Q8_0-Q4_K_M")}
+def make_models(work: Path, shape: tuple[int, ...], planned: Path | None) -> dict[str, Path]:
+    """The models of the article's table, and one with the types of a planned GGUF, by their names; keeps those that are there."""
+    ends = [*range(SENSITIVE_ENDS), *range(shape[4] - SENSITIVE_ENDS, shape[4])]
+    types = {"uniform-Q4_K_M": {}, "mixed-Q8_0-Q4_K_M": {f"blk\\.{block}\\..*weight": "q8_0" for block in ends}}
+    if planned:
+        matrices = [tensor for tensor in GGUFReader(planned).tensors if len(tensor.shape) > 1]
+        types["plan"] = {re.escape(tensor.name): tensor.tensor_type.name.lower() for tensor in matrices}
+    files = {name: work / f"{name}.gguf" for name in ("F16", *types)}
     if not files["F16"].exists():
         write_model(files["F16"], shape)
-    blocks = shape[4]
-    ends = [*range(SENSITIVE_ENDS), *range(blocks - SENSITIVE_ENDS, blocks)]
-    types = work / "types.txt"
-    types.write_text("".join(f"^blk\\.{block}\\..*weight$=q8_0\n" for block in ends))
     toolchain = find_toolchain()
-    for name, flags in (("uniform-Q4_K_M", []), ("mixed-Q8_0-Q4_K_M", ["--tensor-type-file", str(types)])):
+    for name, of_tensors in types.items():
         if not files[name].exists():
+            patterns = work / "types.txt"
+            patterns.write_text("".join(f"^{pattern}$={kind}\n" for pattern, kind in of_tensors.items()))
+            flags = ["--tensor-type-file", patterns] if of_tensors else []
             command = [program(toolchain, "llama-quantize"), *flags, files["F16"], files[name], "Q4_K_M"]
             run(command, log=work / "quantize.log", timeout_s=PROGRAM_TIMEOUT_S, env=environment(toolchain))
     return files
@@ -247,6 +255,7 @@ def main() -> None:
     models.add_argument("--gguf", type=Path, nargs="+")
     models.add_argument("--shape", choices=SHAPES, help="of generated models")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for generated models")
+    parser.add_argument("--types-of", type=Path, help="a GGUF of that shape, for the model `plan`")
     parser.add_argument("--only-make", action="store_true", help="generate the models, and measure nothing")
     parser.add_argument("--models", nargs="+", help="some of the generated models, by their names")
     parser.add_argument("--rate", type=float, default=10000 / 3600, help="requests a second")
@@ -264,7 +273,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.shape:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        files = make_models(arguments.work, SHAPES[arguments.shape])
+        files = make_models(arguments.work, SHAPES[arguments.shape], arguments.types_of)
     else:
         files = {gguf.stem: gguf for gguf in arguments.gguf}
     if arguments.only_make:
