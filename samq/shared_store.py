@@ -12,6 +12,7 @@ the files of both are there.
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -41,12 +42,14 @@ def shared_store() -> "SharedStore | None":
 
 
 @dataclass(frozen=True)
-class Listed:
-    """What a shared store has of an artifact."""
+class Stored:
+    """What a store has of an artifact."""
 
-    bytes: int = 0
-    last_use: float = 0.0  # seconds since 1970, to the day
-    contents: frozenset[str] = frozenset()  # SHA-256 of its files
+    stage: str
+    key: str
+    bytes: int
+    last_use: float  # seconds since 1970; to the day in a shared store
+    contents: frozenset[str]  # SHA-256 of its files
 
 
 class SharedStore:
@@ -86,19 +89,25 @@ class SharedStore:
                 with self._whole(path) as target:
                     self._files.pipe_file(target, content)
 
-    def artifacts(self) -> dict[tuple[str, str], Listed]:
-        """(stage, key) -> what is there of an artifact, unfinished ones included."""
-        listed: dict[tuple[str, str], Listed] = {}
+    def artifacts(self) -> list[Stored]:
+        """What is there, unfinished artifacts included."""
         with self._reached():
-            files = self._files.find(str(self._root), detail=True)
-        for path, of_file in files.items():
-            stage, key, *rest = PurePosixPath(path).relative_to(self._root).parts
-            before = listed.get((stage, key), Listed())
-            contents = before.contents | ({rest[0]} if len(rest) > 1 else set())
-            listed[stage, key] = Listed(
-                before.bytes + of_file["size"], max(before.last_use, _written(of_file)), contents
+            found = self._files.find(str(self._root), detail=True)
+        files: dict[tuple[str, str], list[tuple[PurePosixPath, dict[str, Any]]]] = defaultdict(list)
+        for path, of_file in found.items():
+            place = PurePosixPath(path).relative_to(self._root)
+            if len(place.parts) > 2:  # else it is somebody else's
+                files[place.parts[0], place.parts[1]].append((place, of_file))
+        return [
+            Stored(
+                stage,
+                key,
+                bytes=sum(of_file["size"] for _, of_file in those),
+                last_use=max(_written(of_file) for _, of_file in those),
+                contents=frozenset(place.parts[2] for place, _ in those if len(place.parts) > 3),
             )
-        return listed
+            for (stage, key), those in files.items()
+        ]
 
     def upload(self, path: Path, stage: str, key: str, sha256: str) -> None:
         """Copy a file there, unless it is there already. An upload to S3 that was broken off goes on where it was."""

@@ -14,7 +14,6 @@ from rich.table import Table
 from samq.cli.options import MlflowPort, PrefectPort
 from samq.cli.requirements import show_requirements
 from samq.cli.start import PROJECT, loading_packages, prepare_prefect, validated
-from samq.errors import SamqError
 from samq.home import store_folder
 from samq.progress import bar, console
 
@@ -73,8 +72,6 @@ def prune(
         from samq.store import Store
         from samq.tracking.pruning import PruneRules, find_unneeded, remove_unneeded
 
-    if older_than_days is None and keep_sweeps is None and max_bytes is None:
-        raise SamqError("say what may go: --older-than-days, --keep-sweeps or --max-bytes")
     given = {"older_than_days": older_than_days, "keep_sweeps": keep_sweeps, "max_bytes": max_bytes}
     rules = validated(PruneRules, **{name: value for name, value in given.items() if value is not None})
     store, shared = Store(store_folder()), shared_store()

@@ -37,13 +37,15 @@ def loading_packages(description: str = "load Python packages") -> Iterator[None
 
 
 def validated(kind: type[M], **options: Any) -> M:
-    """Options built from a command's options; raises SamqError that names the first invalid option."""
+    """Options built from a command's options; raises SamqError that names the first invalid option, or says how they disagree."""
     from pydantic import ValidationError
 
     try:
         return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of all together
+            raise SamqError(str(first.get("ctx", {}).get("error", first["msg"]))) from error
         option = ".".join(map(str, first["loc"]))
         raise SamqError(f"invalid {option} {first['input']!r}: {first['msg']}; choose another value") from error
 

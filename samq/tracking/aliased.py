@@ -1,6 +1,6 @@
 """The files that aliases point at: what serves, is a candidate, or is needed for a rollback. They are never deleted."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +41,21 @@ class AliasedFile:
         return path is not None and path.is_file() and self.sha256 in (None, file_sha256(path))
 
 
-def aliased_files(client: MlflowClient) -> list[AliasedFile]:
+def aliased_files(clients: Iterable[MlflowClient]) -> list[AliasedFile]:
     """The files of all versions that an alias points at, and that SAMQ registered."""
     files: list[AliasedFile] = []
-    with mlflow_errors(client, "no such model"):
-        for model in registered_models(client):
-            for number in sorted(set(model.aliases.values())):
-                names = tuple(sorted(alias for alias, version in model.aliases.items() if version == number))
-                files += _files_of(client, client.get_model_version(model.name, number), names)
+    for client in clients:
+        with mlflow_errors(client, "no such model"):
+            for model in registered_models(client):
+                for number in sorted(set(model.aliases.values())):
+                    names = tuple(sorted(alias for alias, version in model.aliases.items() if version == number))
+                    files += _files_of(client, client.get_model_version(model.name, number), names)
     return files
 
 
-def files_that_may_be_stored(tracking_uri: str) -> list[AliasedFile]:
-    """Those of all registries that may name files of the store."""
-    return [file for uri in registry_uris(tracking_uri) for file in aliased_files(connect(uri))]
+def registries(tracking_uri: str) -> list[MlflowClient]:
+    """Clients of all registries that may name files of the store."""
+    return [connect(uri) for uri in registry_uris(tracking_uri)]
 
 
 def aliased_content(files: Collection[AliasedFile]) -> set[str]:
@@ -62,13 +63,14 @@ def aliased_content(files: Collection[AliasedFile]) -> set[str]:
     return {content for file in files if (content := file.content())}
 
 
-def registered_content(client: MlflowClient) -> set[str]:
+def registered_content(clients: Iterable[MlflowClient]) -> set[str]:
     """SHA-256 of the files of every version that SAMQ registered."""
     contents = set()
-    with mlflow_errors(client, "no such model"):
-        for model in registered_models(client):
-            for version in client.search_model_versions(f"name = '{model.name}'"):
-                contents |= {version.tags[tag] for tag in _TAGS.values() if tag in version.tags}
+    for client in clients:
+        with mlflow_errors(client, "no such model"):
+            for model in registered_models(client):
+                for version in client.search_model_versions(f"name = '{model.name}'"):
+                    contents |= {version.tags[tag] for tag in _TAGS.values() if tag in version.tags}
     return contents
 
 

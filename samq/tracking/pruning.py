@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
-from samq.home import registry_uris
-from samq.shared_store import SharedStore
+from samq.shared_store import SharedStore, Stored
 from samq.store import Artifact, Store
 from samq.store_cache import last_use, oldest_start
 from samq.tracking.aliased import (
     aliased_content,
+    aliased_files,
     check_none_is_missing,
-    files_that_may_be_stored,
     registered_content,
+    registries,
 )
-from samq.tracking.registry import connect, mlflow_errors
+from samq.tracking.registry import mlflow_errors
 from samq.tracking.tracked import SWEEPS
 
 DAY_S = 86400.0
@@ -44,19 +44,8 @@ class PruneRules(BaseModel):
     @model_validator(mode="after")
     def _has_a_rule(self) -> "PruneRules":
         if self.older_than_days is None and self.keep_sweeps is None and self.max_bytes is None:
-            raise ValueError("say what may go: older_than_days, keep_sweeps or max_bytes")
+            raise ValueError("no rule says what may go; give one of older_than_days, keep_sweeps and max_bytes")
         return self
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An artifact in a store, as far as pruning needs it."""
-
-    stage: str
-    key: str
-    bytes: int
-    last_use: float  # seconds since 1970
-    contents: frozenset[str]  # SHA-256 of its files
 
 
 @dataclass(frozen=True)
@@ -88,15 +77,13 @@ def find_unneeded(
 
     Raises SamqError if a file that an alias points at is missing, unless `even_if_missing`: the store may be the wrong one.
     """
-    artifacts = stored_in_shared(shared) if shared else stored(store)
-    files = files_that_may_be_stored(tracking_uri)
+    artifacts = shared.artifacts() if shared else stored(store)
+    clients = registries(tracking_uri)
+    files = aliased_files(clients)
     if not even_if_missing:
         contents = {content for artifact in artifacts for content in artifact.contents}
         check_none_is_missing(files, store, contents if shared else ())
-    keep = aliased_content(files)
-    clients = [connect(uri) for uri in registry_uris(tracking_uri)]
-    for client in clients:
-        keep |= registered_content(client)
+    keep = aliased_content(files) | registered_content(clients)
     unused_since = -math.inf
     if rules.older_than_days is not None:
         unused_since = time.time() - rules.older_than_days * DAY_S
@@ -146,14 +133,6 @@ def _stored(artifact: Artifact) -> Stored:
     entries = artifact.files.values()
     size, contents = sum(entry.bytes for entry in entries), frozenset(entry.sha256 for entry in entries)
     return Stored(artifact.stage, artifact.key, size, last_use(artifact), contents)
-
-
-def stored_in_shared(shared: SharedStore) -> list[Stored]:
-    """The artifacts of a shared store, and what uploads that were never finished left."""
-    return [
-        Stored(stage, key, listed.bytes, listed.last_use, listed.contents)
-        for (stage, key), listed in shared.artifacts().items()
-    ]
 
 
 def before_sweeps(clients: Iterable[MlflowClient], count: int) -> float:

@@ -46,7 +46,7 @@ def test_prune_only_shows_what_would_go_until_told_to_delete(samq, home):
         done.returncode == 0 and "would free 0.0 MB of 0.0 MB in" in done.stderr and "--delete does it" in done.stderr
     )
     assert "candidate" in done.stderr and len(ggufs(home)) == 2
-    assert refused(samq("prune"), "say what may go: --older-than-days, --keep-sweeps or --max-bytes")
+    assert refused(samq("prune"), "no rule says what may go; give one of older_than_days, keep_sweeps and max_bytes")
     assert refused(samq("prune", "--max-bytes", "much"), "invalid max_bytes 'much'")
 
 
