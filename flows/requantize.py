@@ -8,8 +8,10 @@ model + text -> convert -> agreement -> inputs -> calibrate -> price -> plan x N
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -26,16 +28,21 @@ from flows.plans import plan_candidates
 from flows.results import load_results, require_candidates
 from samq.home import mlflow_uri
 from samq.sweep.sweep import Sweep
-from samq.tracking.tracked import FLOW_RUN, TrackedSweep, TrackingSettings
+from samq.tracking.nights import Night, Unchanged
+from samq.tracking.tracked import FLOW_RUN, SWEEP_NAME, TrackedSweep, TrackingSettings
 from samq.workspace import Workspace
 from tasks.benchmark import compare_with_references, find_benchmarks
 from tasks.compare import compare
+from tasks.drift import report_drift
 from tasks.drop import drop_files
 from tasks.evaluate import evaluate
 from tasks.plan import FULL, plan_stock
 from tasks.price import choose_types
 from tasks.report import report
+from tasks.source import find_model
+from tasks.text import load_text
 from tasks.track import track
+from tasks.unchanged import compare_with_last_night, report_unchanged
 
 logging.getLogger("samq").setLevel(logging.INFO)  # in a worker nobody else does
 
@@ -105,20 +112,43 @@ def run_name() -> str:
     # llama-quantize itself uses every core; a second worker fills its waits for the disk. Evaluations wait in turn.
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
 )
-def requantize(parameters: RequantizeParameters) -> FinishedSweep:
-    """Measure a sweep, compare it with what is in production, report and track it, and register the best candidate."""
+def requantize(parameters: RequantizeParameters, skip_unchanged: bool = False) -> FinishedSweep | Unchanged:
+    """Measure a sweep, compare it with what is in production, report and track it, and register the best candidate.
+
+    With `skip_unchanged`, a run that would be as the last one says so, and does nothing.
+    """
     at = workspace_of(parameters)
+    tags = {}
+    if skip_unchanged:
+        night, unchanged = last_night(at, parameters)
+        if unchanged:
+            report_unchanged(unchanged)
+            return unchanged
+        tags = night.tags
     sweep = measure_sweep(at, parameters)
-    tracking = tracking_settings(parameters, sweep.made_from.source.name)
+    tracking = tracking_settings(parameters, sweep.made_from.source.name, tags)
     sweep = compare_with_references(sweep, parameters.benchmarks.margin, tracking)
     markdown = report(sweep, parameters.cost)
-    tracked = track(tracking, sweep, markdown)
+    drift = report_drift(sweep, parameters.benchmarks.margin, tracking)
+    tracked = track(tracking, sweep, markdown, drift)
     if parameters.candidates.keep != "all":
         drop_files(at, sweep, parameters.candidates.keep, tracking.tracking_uri)
     return FinishedSweep(sweep, markdown, tracked)
 
 
-def tracking_settings(parameters: RequantizeParameters, model: str) -> TrackingSettings:
+def last_night(at: Workspace, parameters: RequantizeParameters) -> tuple[Night, Unchanged | None]:
+    """The fingerprint of the sweep to come, and the last sweep if nothing changed since; takes seconds."""
+    model, benchmarks = parameters.model, parameters.benchmarks
+    source = find_model(model.source, model.revision, model.hf_folder)
+    texts = [load_text(parameters.calibration.dataset), load_text(parameters.heldout)]
+    files = [Path(task) for task in benchmarks.tasks if task.endswith(".yaml")] + [*benchmarks.task_folders]
+    asked = parameters.model_dump(mode="json", exclude={"name": True, "timeout_s": True})
+    return compare_with_last_night(at, asked, source, texts, files, tracking_settings(parameters, source.name))
+
+
+def tracking_settings(
+    parameters: RequantizeParameters, model: str, tags: Mapping[str, str] | None = None
+) -> TrackingSettings:
     """Where this run of the flow is tracked, under the model's name and the date."""
     return TrackingSettings(
         tracking_uri=parameters.tracking.uri or mlflow_uri(),
@@ -126,6 +156,6 @@ def tracking_settings(parameters: RequantizeParameters, model: str) -> TrackingS
         run_name=f"{model} {datetime.now():%Y-%m-%d %H:%M}",
         registered_model=parameters.tracking.registered_model,
         parameters=parameters.model_dump(mode="json"),
-        tags={FLOW_RUN: flow_run.get_id() or ""},
+        tags={FLOW_RUN: flow_run.get_id() or "", SWEEP_NAME: parameters.name, **(tags or {})},
         cost=parameters.cost,
     )

@@ -28,15 +28,20 @@ def demo(
 def requantize(
     config: Annotated[Path, typer.Option(help="Parameter file (YAML), such as those in deployments/parameters/.")],
     no_imatrix: NoImatrix = False,
+    skip_unchanged: Annotated[
+        bool,
+        typer.Option("--skip-unchanged", help="Do nothing if nothing changed since the last run with this option."),
+    ] = False,
 ) -> None:
     """Run the whole flow that a parameter file describes.
 
     Converts, calibrates, plans, quantizes, evaluates, reports and registers, and tracks everything in MLflow.
     """
-    _run(config, PROJECT / "deployments" / "promotion" / "policy.yaml", no_imatrix=no_imatrix)
+    policy = PROJECT / "deployments" / "promotion" / "policy.yaml"
+    _run(config, policy, no_imatrix=no_imatrix, skip_unchanged=skip_unchanged)
 
 
-def _run(config: Path, policy: Path, *, no_imatrix: bool = False) -> None:
+def _run(config: Path, policy: Path, *, no_imatrix: bool = False, skip_unchanged: bool = False) -> None:
     """Run the flow; `policy` is the file of gates that the next commands name."""
     prepare_prefect()
     with loading_packages():
@@ -49,9 +54,14 @@ def _run(config: Path, policy: Path, *, no_imatrix: bool = False) -> None:
     with bar("start Prefect"), ThreadPoolExecutor(1) as pool:  # both take some 10 s
         server = pool.submit(require_prefect)
         from flows.requantize import requantize as flow
+        from samq.tracking.nights import Unchanged
 
         server.result()
-    _show(flow(parameters), policy)
+    finished = flow(parameters, skip_unchanged)
+    if isinstance(finished, Unchanged):
+        console.print(finished.summary, highlight=False, soft_wrap=True)
+    else:
+        _show(finished, policy)
 
 
 def _show(finished: "FinishedSweep", policy: Path) -> None:

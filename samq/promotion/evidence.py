@@ -65,9 +65,9 @@ class Evidence:
 def gather(client: MlflowClient, version: RegisteredGguf) -> Evidence:
     """Read a version's evidence; raises SamqError if MLflow no longer holds its plan and its evaluation."""
     name = f"version {version.version}"
-    with _reading(f"the measurements of {version.name} {name}"):
+    with reading(f"the measurements of {version.name} {name}"):
         run = client.get_run(version.run_id)
-        plan, candidate = _plan(client, run), _measured(client, run, name)
+        plan, candidate = read_plan(client, run), read_measured(client, run, name)
         tags = client.get_model_version(version.name, version.version).tags
     production = aliases(client, version.name).get(PRODUCTION_ALIAS)
     return Evidence(
@@ -94,12 +94,12 @@ def _full_precision(client: MlflowClient, run: Run) -> Reference:
     kind = "full precision"
     parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID, "")
     try:
-        with _reading("the measurements of full precision"):
+        with reading("the measurements of full precision"):
             query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and params.policy = 'full'"
             full_runs = client.search_runs([run.info.experiment_id], query, max_results=1)
             if not full_runs:
                 raise SamqError(f"the sweep {parent or 'of this version'} has no full-precision run; run it again")
-            return Reference(kind, kind, _measured(client, full_runs[0], kind))
+            return Reference(kind, kind, read_measured(client, full_runs[0], kind))
     except UnreachableError:  # what cannot be read now is not lost
         raise
     except SamqError as error:
@@ -113,16 +113,17 @@ def _production(client: MlflowClient, name: str, version: str | None) -> Referen
         return Reference(kind, kind, None, "nothing is in production yet", expected=False)
     label = f"{kind} (version {version})"
     try:
-        with _reading(f"the measurements of version {version}, which is in production"):
+        with reading(f"the measurements of version {version}, which is in production"):
             run = client.get_run(find_version(client, name, version).run_id)
-            return Reference(kind, label, _measured(client, run, label))
+            return Reference(kind, label, read_measured(client, run, label))
     except UnreachableError:
         raise
     except SamqError as error:
         return Reference(kind, label, None, str(error))
 
 
-def _plan(client: MlflowClient, run: Run) -> Plan:
+def read_plan(client: MlflowClient, run: Run) -> Plan:
+    """The plan of a candidate's run."""
     with tempfile.TemporaryDirectory() as folder:
         path = client.download_artifacts(run.info.run_id, PLAN_NAME, folder)
         fields = json.loads(Path(path).read_text())
@@ -132,7 +133,7 @@ def _plan(client: MlflowClient, run: Run) -> Plan:
         return Plan.model_validate(fields)
 
 
-def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
+def read_measured(client: MlflowClient, run: Run, name: str) -> Measured:
     """A run's evaluation, with the items of its JSON prompts and benchmarks if it has any."""
     run_id = run.info.run_id
     with tempfile.TemporaryDirectory() as folder:
@@ -149,8 +150,8 @@ def _measured(client: MlflowClient, run: Run, name: str) -> Measured:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Say in one sentence what could not be read from MLflow."""
+def reading(what: str) -> Iterator[None]:
+    """Say in one sentence what could not be read from MLflow; raises SamqError."""
     try:
         yield
     except SamqError:

@@ -86,7 +86,7 @@ def compare_sweep(results: Sequence[Result], *, seed: int = 0) -> list[Compariso
     """
     measured = [result for result in results if result.plan.policy != "full" and result.kld]
     rivals = stock(measured)
-    tables = {result.name: _read(result) for result in measured} if rivals else {}
+    tables = {result.name: read_tokens(result) for result in measured} if rivals else {}
     others = [result for result in measured if result.plan.policy != "stock"]
     return [
         compare(ours.name, tables[ours.name], theirs.name, tables[theirs.name], seed=seed)
@@ -94,7 +94,8 @@ def compare_sweep(results: Sequence[Result], *, seed: int = 0) -> list[Compariso
     ]
 
 
-def _read(result: Result) -> pd.DataFrame:
+def read_tokens(result: Result) -> pd.DataFrame:
+    """The scored tokens of a candidate: chunk, position, token and KLD."""
     path = result.folder / DIVERGENCE_NAME
     if not path.is_file():
         raise SamqError(f"{result.name} has no scored tokens: there is no {path}; evaluate it again")

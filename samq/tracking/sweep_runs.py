@@ -43,7 +43,7 @@ from samq.sweep.sweep import MadeFrom, Sweep
 from samq.tracking import mlflow_view
 from samq.tracking.mlflow_values import benchmark_metrics, common_params, flatten, metrics_of, params_of
 from samq.tracking.registry import HELDOUT, connect, name_mmproj, register, user
-from samq.tracking.tracked import FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings, types_figure
+from samq.tracking.tracked import FAILURES, FLOW_RUN, REGISTERED, TrackedSweep, TrackingSettings, types_figure
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,12 @@ A parent run is a sweep; its children are the candidates: full precision, stock 
 """
 
 
-def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> TrackedSweep:
+def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str, drift: str | None = None) -> TrackedSweep:
     """Log a sweep, register its best candidate if the settings name a model, and say where all of it is.
 
-    `report` is the sweep in Markdown. A registration that fails stands in the tag `samq.registered`, and the sweep counts
-    all the same. Raises SamqError if MLflow cannot be used or refuses anything else; the parent run then is FAILED.
+    `report` is the sweep in Markdown, `drift` how it differs from the one before. A registration that fails stands in the tag
+    `samq.registered`, and the sweep counts all the same. Raises SamqError if MLflow cannot be used or refuses anything else;
+    the parent run then is FAILED.
     """
     client = connect(settings.tracking_uri)
     try:
@@ -74,6 +75,8 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str) -> Tracke
         with _run(client, experiment_id, settings.run_name, _parent_tags(settings, sweep, report)) as parent:
             figures = _figures(sweep)
             _log_parent(client, parent, settings, sweep, report, figures)
+            if drift:
+                client.log_text(parent, drift, "drift.md")
             children = _log_children(client, experiment_id, parent, settings, sweep)
             version, not_registered = _register(client, settings.registered_model, children, sweep)
             if version or not_registered:
@@ -108,7 +111,7 @@ def _parent_tags(settings: TrackingSettings, sweep: Sweep, report: str) -> dict[
     }
     if sweep.failures:
         failures = (f"{failure.name} in {failure.stage}: {failure.reason}" for failure in sweep.failures)
-        tags["samq.failures"] = _cut("; ".join(failures))
+        tags[FAILURES] = _cut("; ".join(failures))
     return tags
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,8 @@ from samq.tracking.registry import CANDIDATE_ALIAS
 
 FLOW_RUN = "prefect.flow_run"  # tag of a parent run: the id of the Prefect flow run that tracked it
 REGISTERED = "samq.registered"  # tag of a parent run: the version that its best candidate is, or why it is none
+SWEEP_NAME = "samq.sweep"  # tag of a parent run: the name of the run in the parameters
+FAILURES = "samq.failures"  # tag of a parent run: the candidates that were lost, and why
 SWEEPS = "tags.`samq.candidates` != ''"  # finds the parent runs
 _MODELS = "workflowType=machine_learning"  # else MLflow shows its pages for prompts and agents
 
@@ -93,26 +95,33 @@ def start_page(mlflow: str) -> str:
     return f"{mlflow}/#/experiments?{_MODELS}"
 
 
+def registered_version(tags: Mapping[str, str]) -> tuple[str, str] | None:
+    """Name and version that the best candidate of a sweep is registered as, by its parent run's tags; None if it is none."""
+    registered = re.fullmatch(r"([^:/]+) version (\d+)", tags.get(REGISTERED, ""))  # else it says why not
+    return (registered[1], registered[2]) if registered else None
+
+
 def latest_sweep(client: MlflowClient, tracking_uri: str) -> TrackedSweep | None:
     """The sweep that was tracked last; None if there is none."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     query = f"{SWEEPS} and attributes.status = 'FINISHED'"
     parents = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1)
-    return _tracked(client, tracking_uri, parents[0]) if parents else None
+    return tracked_sweep(client, tracking_uri, parents[0]) if parents else None
 
 
-def _tracked(client: MlflowClient, tracking_uri: str, parent: Run) -> TrackedSweep:
+def tracked_sweep(client: MlflowClient, tracking_uri: str, parent: Run) -> TrackedSweep:
+    """Where the sweep of this parent run is."""
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
     children = client.search_runs([parent.info.experiment_id], query)
-    registered = re.fullmatch(r"([^:/]+) version (\d+)", parent.data.tags.get(REGISTERED, ""))  # else it says why not
+    name, version = registered_version(parent.data.tags) or (None, None)
     figures = [figure.path.removeprefix("figures/") for figure in client.list_artifacts(parent.info.run_id, "figures")]
     return TrackedSweep(
         tracking_uri=tracking_uri,
         experiment_id=parent.info.experiment_id,
         parent_run_id=parent.info.run_id,
         child_run_ids={child.info.run_name: child.info.run_id for child in children},
-        registered_model=registered[1] if registered else None,
-        model_version=registered[2] if registered else None,
+        registered_model=name,
+        model_version=version,
         flow_run_id=parent.data.tags.get(FLOW_RUN) or None,
         types_figure=types_figure(figures),
     )

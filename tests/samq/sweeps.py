@@ -68,6 +68,22 @@ def with_results(sweep: Sweep, results: Iterable[Result]) -> Sweep:
     return replace(sweep, results=tuple(results))
 
 
+def items_of(accuracy, count=200):
+    """Rows of a benchmark of which a share is right: the same first ones for everybody."""
+    return pd.DataFrame(
+        {
+            "benchmark": "samq_gsm8k",
+            "task": "samq_gsm8k",
+            "item": range(count),
+            "document": [str(item) for item in range(count)],
+            "metric": "exact_match",
+            "value": (np.arange(count) < accuracy * count).astype(float),
+            "higher_is_better": True,
+            "answer": "",
+        }
+    )
+
+
 def make_sweep(
     folder: Path,
     *,

@@ -13,7 +13,7 @@ from samq.report.scorecard import benchmark_section, scorecard_section, why_miss
 from samq.sweep.benchmarking import compare_benchmarks, join_items
 from samq.sweep.selection import SelectionRule
 from samq.sweep.serving_cost import CostSettings, cost_metrics, cost_section
-from tests.samq.sweeps import with_results
+from tests.samq.sweeps import items_of, with_results
 
 COST = CostSettings(price_per_gpu_hour=2.5, gpu_memory_bytes=70_000_000)
 ACCURACY = {"F16": 0.5, "Q4_K_M": 0.4, "budget-size-of-Q4_K_M": 0.49}
@@ -26,22 +26,6 @@ def with_evaluation(result, *, metrics=None, without=(), missing=None):
     kept = {name: metric for name, metric in result.evaluation.metrics.items() if name not in without}
     update = {"metrics": kept | (metrics or {}), "missing": result.evaluation.missing | (missing or {})}
     return type(result)(**{**vars(result), "evaluation": result.evaluation.model_copy(update=update)})
-
-
-def items_of(accuracy, count=200):
-    """Rows of a benchmark of which a share is right: the same first ones for everybody."""
-    return pd.DataFrame(
-        {
-            "benchmark": "samq_gsm8k",
-            "task": "samq_gsm8k",
-            "item": range(count),
-            "document": [str(item) for item in range(count)],
-            "metric": "exact_match",
-            "value": (np.arange(count) < accuracy * count).astype(float),
-            "higher_is_better": True,
-            "answer": "",
-        }
-    )
 
 
 @pytest.fixture
