@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from samq.llamacpp.process import kill_group, start
 from samq.relocation import relocate
 
 WORK_POOL = "samq"
+GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: how many runs may use GPUs at the same time
 SERVICE_TIMEOUT_S = 15
 _running: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -84,6 +87,7 @@ def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[byt
         if process.returncode:
             reason = (process.stderr or process.stdout).strip().splitlines()[-1:]
             raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
+    _limit_gpu(f"{prefect_address}/api")
     # On a server that others use, a process id may be another machine's.
     own_server = "PREFECT_API_URL" not in os.environ
     if own_server:
@@ -100,6 +104,15 @@ def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[byt
     finally:
         if own_server:
             _report_ended(f"{prefect_address}/api", lambda run: run["infrastructure_pid"] in started)
+
+
+def _limit_gpu(api: str) -> None:
+    """Make the limit `GPU_LIMIT`: one run at a time. One that is there already stays as somebody set it."""
+    try:
+        _post(f"{api}/v2/concurrency_limits/", {"name": GPU_LIMIT, "limit": 1})
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.CONFLICT:
+            raise
 
 
 def _report_ended(api: str, has_ended: Callable[[dict[str, Any]], bool]) -> None:

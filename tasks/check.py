@@ -12,6 +12,7 @@ from samq.records import PredictionCheck
 from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
+from tasks.gpu import torch_has_gpu
 from tasks.model import TorchModel
 from tasks.plan import load_plan
 from tasks.price import load_prices
@@ -34,6 +35,7 @@ class BuiltPlan:
     version=4,
     run_name="check {candidate.name}",
     keyed_by=("device",),
+    on_gpu=torch_has_gpu,
     packages=("torch", "transformers"),
     retries=1,
     goes_on=True,

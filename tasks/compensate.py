@@ -16,6 +16,7 @@ from samq.records import Compensation
 from samq.sensitivity.gram import input_moments
 from samq.store import Artifact
 from samq.workspace import Workspace
+from tasks.gpu import torch_has_gpu
 from tasks.layer_inputs import InputText
 from tasks.model import TorchModel, memory_of
 from tasks.plan import load_plan
@@ -37,6 +38,7 @@ def _errors_name(name: str) -> str:
     version=4,
     run_name="compensate {model.source.name}",
     keyed_by=("device",),
+    on_gpu=torch_has_gpu,
     packages=("torch", "transformers", "llama-cpp-python"),
     retries=1,
     goes_on=True,
@@ -96,6 +98,7 @@ def candidate(
     version=3,
     run_name="compensate a file of {model.source.name}",
     keyed_by=("device",),
+    on_gpu=torch_has_gpu,
     packages=("torch", "transformers", "llama-cpp-python"),
     retries=1,
     goes_on=True,

@@ -16,6 +16,7 @@ from samq.records import CompensationShares
 from samq.sensitivity.gram import without_input
 from samq.store import Artifact
 from samq.workspace import Workspace
+from tasks.gpu import torch_has_gpu
 from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 
@@ -43,6 +44,7 @@ class InputText:
     version=3,
     run_name="inputs of {model.source.name}",
     keyed_by=("device",),
+    on_gpu=torch_has_gpu,
     packages=("torch", "transformers"),
     retries=1,
     goes_on=True,

@@ -12,7 +12,12 @@ LOW_BITS = (
 PROMOTION = "tests/samq/promotion/"
 # Prefect's server takes 8 s to start
 PREFECT = (
-    *("tests/tasks/test_stage.py", "tests/flows/test_gather.py", "tests/flows/test_prune.py"),
+    *(
+        "tests/tasks/test_stage.py",
+        "tests/tasks/test_gpu.py",
+        "tests/flows/test_gather.py",
+        "tests/flows/test_prune.py",
+    ),
     *("tests/samq/data/test_hub.py", "tests/samq/test_services.py"),
 )
 

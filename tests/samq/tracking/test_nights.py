@@ -12,7 +12,7 @@ from samq.tracking.nights import UNCHANGED, find_unchanged, night_of, production
 from samq.tracking.registry import connect
 from samq.tracking.sweep_runs import track_sweep
 from samq.tracking.tracked import TrackingSettings
-from tests.samq.registered import NAME, make_home, uri_of
+from tests.samq.registered import NAME, uri_of
 
 SOURCE = ModelSource(name="model", weights_digest="w", tokenizer_digest="t")
 TOOLCHAIN = Toolchain(version="1", build="b", bin_folder=Path("/bin"))
@@ -63,11 +63,11 @@ def test_a_task_file_a_package_and_the_code_are_in_the_fingerprint(tmp_path, mon
 
 
 @pytest.fixture
-def home(samq_home, empty_database, tmp_path):
+def home(home_and_sweep, registered_home):
     """A folder with a sweep that was tracked with tonight's fingerprint."""
-    sweep = make_home(samq_home, empty_database, tmp_path / "scratch")
-    track_sweep(settings(samq_home, asked().tags), sweep, markdown_report(sweep))
-    return samq_home
+    sweep = home_and_sweep[1]
+    track_sweep(settings(registered_home, asked().tags), sweep, markdown_report(sweep))
+    return registered_home
 
 
 def settings(home, tags=None):
@@ -100,10 +100,8 @@ def test_a_change_a_lost_candidate_or_a_lost_best_is_not_skipped(home):
     assert unchanged(home) is None
 
 
-def test_a_change_and_the_way_back_are_two_changes(home, tmp_path):
-    (tmp_path / "other").mkdir()
-    other = asked(texts=("a", "c"))
-    sweep = make_home(tmp_path / "copy", home / "mlflow.db", tmp_path / "again")
+def test_a_change_and_the_way_back_are_two_changes(home, home_and_sweep):
+    other, sweep = asked(texts=("a", "c")), home_and_sweep[1]
     track_sweep(settings(home, other.tags), sweep, markdown_report(sweep))
     assert unchanged(home, texts=("a", "c"))
     assert unchanged(home) is None
