@@ -1,4 +1,4 @@
-"""Who may ask the engine, and when: a slot each, a queue before the slots, and a refusal when that is full.
+"""Who may ask the engine, and when: a slot for each answer, a queue before the slots, and a refusal when that is full.
 
 All of it runs in the event loop's thread.
 """
@@ -6,6 +6,8 @@ All of it runs in the event loop's thread.
 import asyncio
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from samq.serving.child import Child
 from samq.serving.metrics import Metrics
@@ -13,6 +15,7 @@ from samq.serving.refusal import Refused
 from samq.serving.served import Served
 
 _MOST_RETRY_AFTER_S = 60
+_PROMPTS = {"/v1/embeddings": "input", "/v1/rerank": "documents"}  # path -> field, where it is not `prompt`
 
 
 class Admission:
@@ -26,7 +29,7 @@ class Admission:
         self._metrics = metrics
         self._target: Served | None = None
         self._more_to_come = False
-        self._waiting: deque[asyncio.Future[Child]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[Child], int]] = deque()  # with the slots that each needs
         self._running = 0
         self._seconds_per_request = 1.0  # moving average
         metrics.running.set_function(lambda: float(self._running))
@@ -51,53 +54,58 @@ class Admission:
     def changed(self) -> None:
         """Let waiting requests go on: a slot is free, or another engine serves."""
         if self._target is None and not self._more_to_come:
-            for turn in self._waiting:
+            for turn, _ in self._waiting:
                 if not turn.done():
                     turn.set_exception(shutting_down() if self.draining else _no_model())
             self._waiting.clear()
-        while self._waiting and (child := self._free_child()):
-            turn = self._waiting.popleft()
+        while self._waiting and (child := self._child_with(self._waiting[0][1])):
+            turn, slots = self._waiting.popleft()
             if not turn.done():
-                self._take(child)
+                self._take(child, slots)
                 turn.set_result(child)
 
-    async def enter(self) -> Child:
-        """Wait for a slot; `leave` gives it back. Raises Refused if there is no model, or if the queue is full."""
+    async def enter(self, slots: int) -> Child:
+        """Wait for slots; `leave` gives them back. Raises Refused if there is no model, or if the queue is full.
+
+        Requests get their slots in the order in which they came: one that needs many is not passed by others.
+        """
         if self.draining:
             raise shutting_down()
         if self._target is None and not self._more_to_come:
             raise _no_model()
-        if not self._waiting and (child := self._free_child()):
-            self._take(child)
+        if not self._waiting and (child := self._child_with(slots)):
+            self._take(child, slots)
             return child
         if len(self._waiting) >= self._queue_size:
             raise self._full()
         turn: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._waiting.append((turn, slots))
         try:
             return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self.leave(turn.result(), None)
+                self.leave(turn.result(), slots, None)
             raise
         finally:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            if (turn, slots) in self._waiting:
+                self._waiting.remove((turn, slots))
+                self.changed()
 
-    def leave(self, child: Child, seconds: float | None) -> None:
-        """Give the slot back; `seconds` that the request took are for the estimate in Retry-After."""
-        child.leases -= 1
+    def leave(self, child: Child, slots: int, seconds: float | None) -> None:
+        """Give the slots back; `seconds` that the request took are for the estimate in Retry-After."""
+        child.leases -= slots
         self._running -= 1
         if seconds is not None:
             self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
         self.changed()
 
-    def _free_child(self) -> Child | None:
+    def _child_with(self, slots: int) -> Child | None:
+        """The engine, if it has so many free slots."""
         child = self._target.child if self._target else None
-        return child if child and child.alive and child.leases < self._slots else None
+        return child if child and child.alive and child.leases + slots <= self._slots else None
 
-    def _take(self, child: Child) -> None:
-        child.leases += 1
+    def _take(self, child: Child, slots: int) -> None:
+        child.leases += slots
         self._running += 1
 
     def _full(self) -> Refused:
@@ -108,6 +116,15 @@ class Admission:
             code="queue_full",
             retry_after_s=max(1, min(math.ceil(seconds), _MOST_RETRY_AFTER_S)),
         )
+
+
+def slots_of(path: str, fields: Mapping[str, Any], most: int) -> int:
+    """Slots that a request takes, up to `most`: one for each answer to each of its prompts, as the engine does it."""
+    prompts = fields.get(_PROMPTS.get(path, "prompt"))
+    # With a number in it, the list is one prompt of tokens.
+    count = len(prompts) if isinstance(prompts, list) and not any(isinstance(one, int) for one in prompts) else 1
+    answers = fields.get("n", fields.get("n_cmpl"))
+    return max(1, min(count * answers if isinstance(answers, int) else count, most))
 
 
 def shutting_down() -> Refused:

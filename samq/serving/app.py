@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from samq import __version__
-from samq.serving.admission import Admission
+from samq.serving.admission import Admission, slots_of
 from samq.serving.child import LostError
 from samq.serving.engine import ENGINES
 from samq.serving.guard import Guard
@@ -133,7 +133,8 @@ def _add_passed_on(app: FastAPI, server: Server) -> None:
             body = to_json({**fields, **added})
         server.recent.add(path, fields)
         streams = fields.get("stream") is True and path.endswith(_ANSWERING)
-        return Exchange(request, path, body, streams, server.admission, server.metrics, settings)
+        slots = slots_of(path, fields, settings.parallel)
+        return Exchange(request, path, body, streams, slots, server.admission, server.metrics, settings)
 
     for path, meaning in PASSED_ON.items():
         app.add_api_route(path, pass_on, methods=["POST"], responses=_ANSWERS, description=meaning, response_model=None)

@@ -65,7 +65,7 @@ class Child:
         printed_ends: tuple[str, ...] = (),
     ) -> None:
         """Starts the process; raises StartError if that is not possible. `until_ready` waits for the model."""
-        self.leases = 0  # requests that the server has at it
+        self.leases = 0  # slots that requests of the server have
         self.killed_for = ""
         self.identity: Callable[[], dict[str, str]] = dict  # headers that name the version
         self.layers: tuple[int, int] | None = None  # on the GPU, of all; None: the engine did not say

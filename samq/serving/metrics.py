@@ -70,7 +70,9 @@ class Metrics:
             "samq_model_lookup_failures", "Failures to read MLflow's alias, or the file", registry=registry
         )
         self.reload_failed = Gauge(
-            "samq_model_reload_failed", "1 if the newest version failed to load and is not served", registry=registry
+            "samq_model_reload_failed",
+            "1 if the newest version does not serve, or its file is gone or altered",
+            registry=registry,
         )
         self.shadow_agreement = Gauge(
             "samq_shadow_agreement_ratio", "Share of equal tokens in the last shadow check", registry=registry

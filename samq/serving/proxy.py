@@ -61,15 +61,17 @@ class Exchange(Response):
         path: str,
         body: bytes,
         streams: bool,
+        slots: int,
         admission: Admission,
         metrics: Metrics,
         settings: ServingSettings,
     ) -> None:
-        """`path` is the engine's; a client that asks for a stream gets comments while it waits."""
+        """`path` is the engine's, and `slots` what the request takes of it; a stream gets comments while its client waits."""
         self.background = None
         self._path = path
         self._body = body
         self._streams = streams
+        self._slots = slots
         self._admission = admission
         self._metrics = metrics
         self._settings = settings
@@ -132,11 +134,11 @@ class Exchange(Response):
                     503, "the engine ended while it answered; ask again", code="engine_lost", retry_after_s=1
                 ) from error
             finally:
-                self._admission.leave(child, seconds)
+                self._admission.leave(child, self._slots, seconds)
 
     async def _enter(self) -> Child:
         try:
-            return await self._admission.enter()
+            return await self._admission.enter(self._slots)
         except asyncio.CancelledError:
             if self._loop.time() < self._began + self._settings.request_timeout_s:
                 raise
@@ -205,6 +207,7 @@ class Exchange(Response):
     async def _fail(self, refused: Refused) -> None:
         """Raise the error, or make it the last event of a stream that has begun."""
         if not self._begun:
+            refused.identity = self._identity()
             raise refused
         self._scope[STATUS] = refused.status
         event = (b"" if self._between_events else b"\n\n") + refused.last_event(self._path)

@@ -66,6 +66,7 @@ class Refused(Exception):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.identity: dict[str, str] = {}  # headers that name the version, if one had the request
         self._detail = ErrorDetail(message=message, type=_TYPES.get(status, "server_error"), param=param, code=code)
 
     @property
@@ -75,9 +76,9 @@ class Refused(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that tell the client when to try again, or how to authenticate."""
+        """The headers that name the version, and tell the client when to try again or how to authenticate."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+        return self.identity | headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
     def last_event(self, path: str) -> bytes:
         """The error as the last event of a stream that has begun, in the form of the API at `path`."""

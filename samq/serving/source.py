@@ -30,6 +30,11 @@ class ServedGguf:
     mmproj: Path | None = None  # the vision or audio part
     mmproj_sha256: str = ""
 
+    @property
+    def files(self) -> list[tuple[Path, str]]:
+        """Its files, with their SHA-256."""
+        return [(self.path, self.sha256), *([(self.mmproj, self.mmproj_sha256)] if self.mmproj else [])]
+
     def __str__(self) -> str:
         """For logs: `llama-3.1 version 7 (sha256 0123456789ab)`."""
         version = f" version {self.version}" if self.version else ""
@@ -151,6 +156,15 @@ def content_sha256(path: Path) -> str:
         os.close(descriptor)
 
 
+def looks_changed(path: Path) -> bool:
+    """Whether `content_sha256` would read the file; raises UnreachableError as it does."""
+    descriptor = _open(path)
+    try:
+        return _stamp(descriptor) not in _hashes
+    finally:
+        os.close(descriptor)
+
+
 def _open(path: Path) -> int:
     try:
         require_regular(path, path.stat())
@@ -164,10 +178,15 @@ _hashes: dict[_Stamp, str] = {}  # a cache: lookup, verification and going back 
 _MOST_HASHES = 64
 
 
-def _hash(descriptor: int, path: Path) -> str:
-    """The cached hash while the file looks the same: writing changes `st_ctime_ns`, which cannot be set back."""
+def _stamp(descriptor: int) -> _Stamp:
+    """How the file looks: writing changes `st_ctime_ns`, which cannot be set back."""
     stat = os.fstat(descriptor)
-    stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _hash(descriptor: int, path: Path) -> str:
+    """The cached hash while the file looks the same."""
+    stamp = _stamp(descriptor)
     if stamp not in _hashes:
         logger.info("reading all of %s for its SHA-256", path)
         with open(descriptor, "rb", closefd=False) as file:

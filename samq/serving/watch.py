@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import partial
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -15,13 +16,14 @@ from samq.serving.child import StartError
 from samq.serving.metrics import Metrics
 from samq.serving.served import Served, fits_beside
 from samq.serving.settings import ServingSettings
-from samq.serving.source import ServedGguf, Source, altered, content_sha256
+from samq.serving.source import ServedGguf, Source, altered, content_sha256, looks_changed
 from samq.serving.warmup import RecentPrompts, Unfit, token_agreement
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _RETRY_S = (60.0, 3600.0)  # first and longest wait before the next attempt after a failed load, while a model serves
+_LOOK_S = 1.0  # between two looks at the files that serve
 _MOST_WAIT_S = 600.0  # the longest wait while no model serves; the first wait is then the poll interval
 
 
@@ -41,10 +43,14 @@ class Watcher:
         self._lookup_problem: str | None = None
         self._load_problem: str | None = None
         self._file_problem: str | None = None
+        self._cannot_be_served = False  # what the source names
         self._failed: ServedGguf | None = None
         self._retries = 0
         self._retry_at = 0.0
         self._others: set[Served] = set()  # starting or draining
+        metrics.reload_failed.set_function(
+            lambda: float(self._cannot_be_served or bool(self._load_problem or self._file_problem))
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -55,15 +61,8 @@ class Watcher:
 
     def start(self) -> None:
         """Start polling."""
-        self._go_on(self._poll())
-
-    async def _poll(self) -> None:
-        while True:
-            try:
-                await self.check()
-            except Exception:  # it must survive any error of a file or a registry
-                logger.exception("cannot check for a new model")
-            await asyncio.sleep(self._settings.poll_interval_s)
+        self._go_on(_again_and_again(self.check, self._settings.poll_interval_s))
+        self._go_on(_again_and_again(self._look_at_files, _LOOK_S))
 
     async def close(self) -> None:
         """Stop polling, and end every engine."""
@@ -91,7 +90,7 @@ class Watcher:
             self._report(f"{error}; {serving.gguf} keeps serving" if serving else f"nothing to serve yet: {error}")
             return
         except SamqError as error:  # the source names a model that cannot be served here
-            self._metrics.reload_failed.set(1)
+            self._cannot_be_served = True
             self._report(str(error))
             return
         self._lookup_problem = None
@@ -100,24 +99,30 @@ class Watcher:
                 serving.gguf = gguf
                 self._metrics.show_model(gguf)
             self._settle()
-            if gguf.version:  # of a plain file, the source has just told the SHA-256 that it has now
-                await self._look_at_file(gguf)
         elif gguf != self._failed or asyncio.get_running_loop().time() >= self._retry_at:
             await self._change(serving, gguf)
 
-    async def _look_at_file(self, gguf: ServedGguf) -> None:
-        """Say if a registered file that serves is gone or altered. What serves has read it all, and goes on."""
-        problem = None
-        try:
-            if (sha256 := await _in_thread(lambda: content_sha256(gguf.path))) != gguf.sha256:
-                problem = altered(gguf.path, sha256, gguf.sha256)
-        except SamqError as error:
-            problem = str(error)
-        if problem:
-            problem += f"; {gguf} serves on, as it was read before"
-            self._metrics.reload_failed.set(1)
-            if problem != self._file_problem:
-                logger.error("%s", problem)
+    async def _look_at_files(self) -> None:
+        """Say if a registered file that serves is gone or altered. What serves has read it all, and goes on.
+
+        Of a plain file, the source tells the SHA-256 that it has now.
+        """
+        serving, problem = self.serving, None
+        if serving is None or not serving.gguf.version:
+            return
+        serves_on = f"{serving.gguf} serves on, as it was read before"
+        for path, expected in serving.gguf.files:
+            try:
+                if await _in_thread(partial(looks_changed, path)):  # reading 40 GB takes tens of seconds
+                    self._file_problem = f"{path} may have changed, and is read again; {serves_on}"
+                if (sha256 := await _in_thread(partial(content_sha256, path))) != expected:
+                    problem = f"{altered(path, sha256, expected)}; {serves_on}"
+            except SamqError as error:
+                problem = f"{error}; {serves_on}"
+        if self.serving is not serving:
+            return
+        if problem and problem != self._file_problem:
+            logger.error("%s", problem)
         self._file_problem = problem
 
     async def _change(self, serving: Served | None, gguf: ServedGguf) -> None:
@@ -128,7 +133,6 @@ class Watcher:
             self._failed = gguf
             self._retry_at = asyncio.get_running_loop().time() + self._wait_s(error)
             self._metrics.reloads.labels("failure").inc()
-            self._metrics.reload_failed.set(1)
             instead = f"; {self.serving.gguf} keeps serving" if self.serving else ""
             self._load_problem = f"{gguf} is not served: {error}{instead}"
             logger.error("%s", self._load_problem, exc_info=not isinstance(error, SamqError))
@@ -254,14 +258,23 @@ class Watcher:
 
     def _settle(self) -> None:
         """Clear the load problem."""
-        self._load_problem, self._failed = None, None
-        self._metrics.reload_failed.set(0)
+        self._load_problem, self._failed, self._cannot_be_served = None, None, False
 
     def _report(self, problem: str) -> None:
         """Record a problem of asking the source, and log it if it is new."""
         if problem != self._lookup_problem:
             logger.error("%s", problem)
         self._lookup_problem = problem
+
+
+async def _again_and_again(check: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """Check with pauses of so many seconds, until the task is cancelled."""
+    while True:
+        try:
+            await check()
+        except Exception:  # the next check must come, whatever a file or a registry does
+            logger.exception("cannot check what serves, or what is to serve")
+        await asyncio.sleep(seconds)
 
 
 def _same_content(one: ServedGguf, other: ServedGguf) -> bool:

@@ -128,14 +128,14 @@ def test_a_file_that_is_not_what_was_registered_takes_no_model_from_memory(
         assert server.child is child and child.alive
 
 
-def test_a_version_whose_file_is_moved_altered_or_gone_serves_on_and_is_told(
+def test_a_version_whose_file_is_moved_altered_or_gone_serves_on_and_is_told_at_once(
     registered, mlflow_uri, tmp_path, chat_gguf
 ):
-    """H3."""
+    """H3, with alias and file looked up once a minute only."""
     copy = tmp_path / "copy.gguf"
     put(chat_gguf, copy)
     registered.set_model_version_tag("tiny-llama", "1", "gguf_uri", copy.as_uri())
-    with running(registry_source("tiny-llama", "production", mlflow_uri)) as server:
+    with running(registry_source("tiny-llama", "production", mlflow_uri), poll_interval_s=60) as server:
         before = server.complete().json()["choices"][0]["text"]
         for spoil, told in (
             (lambda: copy.rename(tmp_path / "elsewhere"), "No such file"),
@@ -148,6 +148,7 @@ def test_a_version_whose_file_is_moved_altered_or_gone_serves_on_and_is_told(
                 lambda told=told: told in (server.ready()["problem"] or "") if told else not server.ready()["problem"]
             )
             assert server.client.get("/ready").status_code == 200 and serves(server, chat_gguf)()
+            server.wait(lambda told=told: server.metric("samq_model_reload_failed") == bool(told))
             assert server.complete().json()["choices"][0]["text"] == before
 
 

@@ -52,6 +52,7 @@ def test_a_chat_and_its_stream_say_the_same(either):
 def test_answers_name_the_version(either, chat_gguf):
     for stream in (False, True):
         assert either.complete(stream=stream).headers["x-samq-sha256"] == file_sha256(chat_gguf)
+    assert either.chat(messages=3).headers["x-samq-sha256"] == file_sha256(chat_gguf), "an error of the engine's"
 
 
 def test_an_error_of_the_engines_has_openais_shape_and_no_internals(either):
