@@ -68,8 +68,9 @@ def prefect_page(port: int) -> Iterator[str]:
         yield api.rstrip("/").removesuffix("/api")
         return
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    page_api = f"http://127.0.0.1:{port}/api"  # by default the page uses Prefect's usual port, whatever --port says
-    with _service("Prefect", command, port, "/api/health", PREFECT_SERVER_UI_API_URL=page_api) as address:
+    page = f"http://127.0.0.1:{port}"  # by default Prefect takes its usual port for it, whatever --port says
+    addresses = {"PREFECT_SERVER_UI_API_URL": f"{page}/api", "PREFECT_UI_URL": page}
+    with _service("Prefect", command, port, "/api/health", **addresses) as address:
         yield address
 
 

@@ -13,7 +13,9 @@ import urllib.request
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -28,6 +30,7 @@ from tests.end_to_end.conftest import SMALL
 pytestmark = pytest.mark.e2e
 
 EXPERIMENT = "from-the-worker"
+ROOT = Path(__file__).parents[2]
 
 
 def free_port():
@@ -152,6 +155,40 @@ def test_a_run_by_the_worker_completes_and_mlflow_has_its_runs(sweep, home, up, 
     assert list((home / "mlartifacts").rglob("report.md")), "served from the SAMQ folder"
     version = client.get_model_version_by_alias(EXPERIMENT, "candidate")
     assert version.tags["sha256"] == sweep.best.model.sha256
+
+
+def test_a_run_that_fails_notifies_a_webhook_once(up, environment):
+    """Twice set up, it is one automation; the promotion is refused, since nothing has been registered under that name."""
+    heard = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    where = {**environment, "PREFECT_API_URL": f"{up[1]}/api"}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as hook:
+        Thread(target=hook.serve_forever, daemon=True).start()
+        secret = f"http://127.0.0.1:{hook.server_port}/a-secret"
+        for _ in range(2):
+            command = [sys.executable, ROOT / "deployments" / "notify.py", "webhook"]
+            done = subprocess.run(command, env=where | {"SAMQ_NOTIFY": secret}, capture_output=True, text=True)
+            assert done.returncode == 0 and "a-secret" not in done.stdout + done.stderr, done.stderr
+        command = [sys.executable, "-m", "prefect", "deployment", "run", "promote/promote", "--watch"]
+        subprocess.run(command, env=where, capture_output=True)
+        deadline = time.monotonic() + 60
+        while not heard:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+        hook.shutdown()
+    (told,) = heard
+    assert (told["flow"], told["deployment"], told["state"]) == ("promote", "promote", "Failed")
+    assert "has no model smollm2-135m-instruct" in told["message"] and told["url"].startswith(up[1])
 
 
 def test_a_run_that_is_at_work_ends_with_the_services(sweep, home, deployment_run):
