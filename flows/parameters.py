@@ -1,9 +1,9 @@
 """What a person may ask of the re-quantization flow: one pydantic model, a form in Prefect's page, a YAML file."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from samq.allocation.budget import BudgetPolicy
 from samq.allocation.budget_notation import read_budget, read_size
@@ -13,6 +13,7 @@ from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from samq.gguf.formats import UNMEASURED, check_mixture, check_type
+from samq.home import without_password
 from samq.llamacpp.process import PROGRAM_TIMEOUT_S
 from samq.records import Labels, Rounding
 from samq.settings_file import read_settings
@@ -240,10 +241,24 @@ class BenchmarkParameters(BenchmarkSettings):
         return BenchmarkSettings(**self.model_dump(include=set(BenchmarkSettings.model_fields)))
 
 
+def _without_password(uri: str) -> str:
+    """Parameters are shown by Prefect and MLflow."""
+    if without_password(uri) != uri:
+        raise ValueError(
+            "the URI holds a password, which others would see; give it by PGPASSWORD or MLFLOW_TRACKING_URI"
+        )
+    return uri
+
+
+TrackingUri = Annotated[str, AfterValidator(_without_password)]
+
+
 class TrackingParameters(Parameters):
     """Where results go."""
 
-    uri: str | None = Field(default=None, description="MLflow's tracking URI; default: SQLite in the SAMQ folder")
+    uri: TrackingUri | None = Field(
+        default=None, description="MLflow's tracking URI; default: SQLite in the SAMQ folder"
+    )
     experiment: str = "samq"
     registered_model: str | None = Field(
         default=None, description="register the best candidate under this name; without / : and quotation marks"

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import flow
 from pydantic import Field, model_validator
 
-from flows.parameters import Parameters
+from flows.parameters import Parameters, TrackingUri
 from samq.errors import SamqError
 from samq.home import mlflow_uri
 from samq.promotion.history import MAX_REASON_CHARACTERS, Event, describe
@@ -34,7 +34,7 @@ class PromoteParameters(Parameters):
     policy: PromotionPolicy = Field(description="gates; see deployments/promotion/")
     force: bool = Field(default=False, description="promote even if gates fail; needs a reason")
     reason: str = Field(default="", max_length=MAX_REASON_CHARACTERS, description="recorded with what is done")
-    tracking_uri: str | None = Field(default=None, description="MLflow's; default: SQLite in the SAMQ folder")
+    tracking_uri: TrackingUri | None = Field(default=None, description="MLflow's; default: SQLite in the SAMQ folder")
 
     @model_validator(mode="after")
     def _says_why(self) -> "PromoteParameters":

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 from pydantic import Field
 
-from flows.parameters import Parameters
+from flows.parameters import Parameters, TrackingUri
 from samq.home import mlflow_uri, store_folder
 from samq.settings_file import read_settings
 from samq.shared_store import shared_store
@@ -26,7 +26,7 @@ class PruneParameters(Parameters):
 
     rules: PruneRules = Field(description="what may go")
     delete: bool = Field(default=False, description="delete it; false: only say what would go")
-    tracking_uri: str | None = Field(default=None, description="MLflow's; default: SQLite in the SAMQ folder")
+    tracking_uri: TrackingUri | None = Field(default=None, description="MLflow's; default: SQLite in the SAMQ folder")
 
 
 @flow(name="prune")

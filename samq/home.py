@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+ARTIFACTS = "mlartifacts"  # folder of MLflow's artifacts
 _SQLITE = "sqlite:///"
 
 
@@ -34,6 +35,12 @@ def registry_uris(tracking_uri: str) -> list[str]:
 
 def _own_database() -> str:
     return f"{_SQLITE}{home() / 'mlflow.db'}"
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be shown and logged."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@", 1) if parts.password else uri
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 ARTIFACTS_TAG = "samq.artifacts"  # of an experiment: the place of its artifacts, if they are below the SAMQ folder
 _PATIENCE_S = 30.0  # for another process that writes to the database
-_PATHS = (
+PATHS = (  # table and column
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -144,7 +144,7 @@ def _moved_paths(connection: sqlite3.Connection, old: list[Path], folder: Path) 
     """Absolute paths below an old folder; they become those below the folder."""
     if not old:
         return
-    for table, column in _PATHS:
+    for table, column in PATHS:
         if not _has(connection, table, column):
             continue
         for row, value in connection.execute(f"SELECT rowid, {column} FROM {table}").fetchall():

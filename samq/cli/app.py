@@ -10,7 +10,7 @@ from samq import __version__
 from samq.cli.build import compensate, inspect, quantize
 from samq.cli.calibrate import calibrate, imatrix
 from samq.cli.evaluate import evaluate, lm_eval
-from samq.cli.machine import doctor, prune, relocate, ui, up
+from samq.cli.machine import doctor, migrate, prune, relocate, ui, up
 from samq.cli.plan import plan
 from samq.cli.production import promote, rollback, serve, status
 from samq.cli.sweep import demo, requantize
@@ -21,7 +21,7 @@ COMMANDS = (
     *(demo, requantize),
     *(calibrate, imatrix, plan, quantize, compensate, inspect, evaluate, lm_eval),
     *(promote, rollback, status, serve),
-    *(doctor, prune, relocate, ui, up),
+    *(doctor, prune, relocate, migrate, ui, up),
 )
 # lm-eval parses its own options, --help included.
 UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

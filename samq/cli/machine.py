@@ -1,4 +1,4 @@
-"""Commands about this machine: `samq doctor`, `samq prune`, `samq relocate`, `samq ui` and `samq up`."""
+"""Commands about this machine: `samq doctor`, `prune`, `relocate`, `migrate`, `ui` and `up`."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from rich.table import Table
 from samq.cli.options import MlflowPort, PrefectPort
 from samq.cli.requirements import show_requirements
 from samq.cli.start import PROJECT, loading_packages, prepare_prefect, validated
-from samq.home import store_folder
+from samq.home import home, store_folder, without_password
 from samq.progress import bar, console
 
 
@@ -108,6 +108,30 @@ def relocate(
         _say(f"{len(changes)} paths in {database}")
     _say(f"{relative_manifests(store_folder(), dry_run=dry_run)} manifests in {store_folder()}")
     _say("nothing was changed" if dry_run else "all paths are those of this folder")
+
+
+def migrate(
+    target: Annotated[str, typer.Argument(help="Empty PostgreSQL database, such as postgresql://USER@HOST/DATABASE.")],
+    artifacts: Annotated[
+        str | None,
+        typer.Option(
+            help="Copy reports, plots and plans, too: to what MLflow's server gets as --artifacts-destination."
+        ),
+    ] = None,
+) -> None:
+    """Copy MLflow's runs and registry into PostgreSQL.
+
+    Copies the SAMQ folder's SQLite database, all of it or nothing, and leaves it as it is. Give the password by PGPASSWORD or
+    ~/.pgpass.
+    """
+    with loading_packages():
+        from samq.tracking.migration import migrate as copy
+
+    with bar("copy MLflow's database") as progress:
+        rows = copy(home() / "mlflow.db", target, artifacts, progress)
+    _say(f"{sum(rows.values())} rows copied: {rows['runs']} runs, {rows['model_versions']} versions of models")
+    served = f" --artifacts-destination {artifacts}" if artifacts else ""
+    _say(f"next: mlflow server --backend-store-uri {without_password(target)}{served}")
 
 
 def _say(line: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any, cast
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from samq.errors import UnreachableError
+from samq.errors import SamqError, UnreachableError
+from samq.home import without_password
 
 PATIENCE_S = 20.0  # for a database that another process holds when SAMQ opens it
 _ATTEMPTS = 3
@@ -55,6 +56,29 @@ def check_database(path: Path, tracking_uri: str) -> None:
         raise unusable(tracking_uri, error) from error
 
 
+def check_server(tracking_uri: str) -> None:
+    """Raise UnreachableError if a database server does not answer: MLflow would try for more than a minute.
+
+    Raises SamqError if the server's Python package is missing.
+    """
+    from sqlalchemy import create_engine  # slow, and not loaded where MLflow is a server
+
+    try:
+        engine = create_engine(tracking_uri)
+    except ImportError as error:
+        shown = without_password(tracking_uri)
+        raise SamqError(f"cannot use MLflow at {shown}: {error}; install samq[postgres], or that package") from error
+    try:
+        with engine.connect():
+            pass
+    except Exception as error:
+        if not is_of_database(error):
+            raise
+        raise unusable(tracking_uri, error) from error
+    finally:
+        engine.dispose()
+
+
 def quiet_mlflow() -> None:
     """Keep MLflow from logging tracebacks of database errors: `unusable` reports them."""
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -62,6 +86,7 @@ def quiet_mlflow() -> None:
 
 def unusable(tracking_uri: str, error: Exception) -> UnreachableError:
     """What to tell a person when MLflow cannot be used."""
+    tracking_uri = without_password(tracking_uri)
     if is_locked(error):
         return UnreachableError(
             f"MLflow's database at {tracking_uri} stays locked by another process; wait until that ends, then try again"

@@ -24,9 +24,9 @@ from mlflow.tracking._model_registry.client import ModelRegistryClient
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS, MLFLOW_RUN_NOTE
 
 from samq.errors import NotRegisteredError, SamqError, UnreachableError
-from samq.home import path_of, place_of, place_uri, sqlite_file
+from samq.home import path_of, place_of, place_uri, sqlite_file, without_password
 from samq.relocation import relocate
-from samq.tracking.patience import check_database, is_of_database, patient, quiet_mlflow, unusable
+from samq.tracking.patience import check_database, check_server, is_of_database, patient, quiet_mlflow, unusable
 
 if TYPE_CHECKING:
     from samq.records import Evaluation, Plan, QuantizedModel
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CANDIDATE_ALIAS = "candidate"
 PRODUCTION_ALIAS = "production"
 PREVIOUS_ALIAS = "previous"
+_SERVERS = ("postgresql", "mysql", "mssql")  # kinds of databases that MLflow reaches by itself
 _SHOWN = 80  # characters
 _OPEN_S = 120.0  # for others that open the same SQLite file: the first one creates its tables
 VERSION = r"^[1-9][0-9]{0,8}$"  # what a version looks like
@@ -130,6 +131,8 @@ def _connect(tracking_uri: str, open_client: Callable[[], Any]) -> MlflowClient:
         with FileLock(database.parent / ".mlflow.lock", timeout=_OPEN_S) if database else nullcontext():
             if database:
                 check_database(database, tracking_uri)
+            elif tracking_uri.startswith(_SERVERS):
+                check_server(tracking_uri)
             client = open_client()
             if database:
                 relocate(database)
@@ -222,7 +225,9 @@ def mlflow_errors(client: MlflowClient, absent: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise NotRegisteredError(f"MLflow at {client.tracking_uri} has {absent}; register one first") from error
+            raise NotRegisteredError(
+                f"MLflow at {without_password(client.tracking_uri)} has {absent}; register one first"
+            ) from error
         raise unusable(client.tracking_uri, error) from error
 
 

@@ -29,7 +29,7 @@ from mlflow.utils.mlflow_tags import (
 from samq import __version__
 from samq.errors import SamqError
 from samq.files import EVALUATION_NAME, ITEMS_NAME, PLAN_NAME
-from samq.home import place_of, relative_place, sqlite_folder
+from samq.home import ARTIFACTS, home, place_of, relative_place, sqlite_folder, without_password
 from samq.records import CalibrationSet, TextSet
 from samq.relocation import ARTIFACTS_TAG
 from samq.report.description import describe_plan
@@ -87,7 +87,7 @@ def track_sweep(settings: TrackingSettings, sweep: Sweep, report: str, drift: st
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise SamqError(
-            f"cannot log the sweep to MLflow at {settings.tracking_uri}: {reason}; track it again"
+            f"cannot log the sweep to MLflow at {without_password(settings.tracking_uri)}: {reason}; track it again"
         ) from error
     return TrackedSweep(
         tracking_uri=settings.tracking_uri,
@@ -220,7 +220,9 @@ def _experiment(client: MlflowClient, settings: TrackingSettings) -> str:
     experiment = client.get_experiment_by_name(settings.experiment)
     if experiment is None:
         folder = sqlite_folder(settings.tracking_uri)
-        location = settings.artifact_location or (str(folder / "mlartifacts") if folder else None)
+        # A server knows where its clients' artifacts go; a database would take the working directory.
+        beside = None if urlsplit(settings.tracking_uri).scheme in ("http", "https") else folder or home()
+        location = settings.artifact_location or (str(beside / ARTIFACTS) if beside else None)
         tags = {**_EXPERIMENT_KIND, MLFLOW_RUN_NOTE: _EXPERIMENT_NOTE}
         if folder and location and not urlsplit(location).scheme:
             place = relative_place(Path(location), folder)

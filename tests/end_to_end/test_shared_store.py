@@ -3,8 +3,12 @@
 import pytest
 
 import samq
+from flows.parameters import RequantizeParameters
+from flows.requantize import requantize
 from samq.files import GGUF_NAME
+from samq.gguf.file import file_sha256
 from samq.store import Store
+from samq.tracking.registry import connect, resolve
 from tests.conftest import BUCKET
 from tests.end_to_end.conftest import SMALL
 
@@ -30,3 +34,17 @@ def test_a_second_machine_finds_what_the_first_one_made(home, sweep, s3, tmp_pat
     here = sorted(path.parent.parent.name for path in (tmp_path / "second" / "store").rglob(GGUF_NAME))
     assert here == ["convert"], "candidates' files stay where they are until somebody reads them"
     assert Store(tmp_path / "second" / "store").having({second.best.model.sha256})
+
+
+def test_two_machines_share_nothing_but_s3_and_postgresql(home, sweep, s3, postgres, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMQ_STORE", f"s3://{BUCKET}/sweep")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres)
+    artifacts = {"tracking": {**SMALL["tracking"], "experiment": "shared"}}
+    parameters = RequantizeParameters.model_validate({**SMALL, **artifacts})
+    first = requantize(parameters)
+    monkeypatch.setenv("SAMQ_HOME", str(tmp_path / "third"))
+    registered = resolve(connect(postgres), "small")
+    assert file_sha256(registered.path) == registered.sha256 == first.sweep.best.model.sha256 == sweep.best.model.sha256
+    second = requantize(parameters, skip_unchanged=True)
+    assert second.tracked.model_version == first.tracked.model_version, "the same bytes are one version"
+    assert outcome(second.sweep) == outcome(first.sweep)

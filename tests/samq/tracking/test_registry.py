@@ -1,11 +1,6 @@
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 from mlflow.entities import Metric, Param
@@ -13,6 +8,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
 from samq.tracking.registry import connect, find_version, register, resolve
+from tests.samq.tracking.mlflow_server import mlflow_server
 
 
 def candidate_run(client):
@@ -71,35 +67,11 @@ def test_registration_in_sqlite(sweep, mlflow_uri, tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """An MLflow server on a free port, with its own database."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "server").mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (tmp_path / "server.log").open("wb") as log:
-        child = subprocess.Popen(
-            command,
-            cwd=tmp_path / "server",
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert child.poll() is None, (tmp_path / "server.log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(child.pid, signal.SIGTERM)
-        child.wait(30)
+    """An MLflow server with its own database."""
+    with mlflow_server(
+        tmp_path / "server", "--backend-store-uri", f"sqlite:///{tmp_path / 'server' / 'mlflow.db'}"
+    ) as uri:
+        yield uri
 
 
 @pytest.mark.e2e
