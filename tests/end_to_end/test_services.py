@@ -79,7 +79,7 @@ def up(folder, home, environment):
     assert started_by(folder) == []
     assert [name for name in ("mlflow", "prefect") if "Traceback" in (home / f"{name}.log").read_text()] == []
     states = states_of_runs(folder)
-    assert states and set(states) <= {"COMPLETED", "CRASHED", "SCHEDULED"}, "none is said to be running"
+    assert states and set(states) <= {"COMPLETED", "CRASHED", "FAILED", "SCHEDULED"}, "none is said to be running"
 
 
 def states_of_runs(folder):

@@ -169,7 +169,7 @@ def other_gguf(tmp_path_factory):
     return write_chat_gguf(tmp_path_factory.mktemp("other") / "tiny.gguf", seed=1)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=["llama-server", pytest.param("llama-cpp-python", marks=pytest.mark.slow)])
 def engine(request):
     """The settings of an engine."""
     if request.param == "llama-cpp-python":
@@ -179,8 +179,15 @@ def engine(request):
 
 
 @pytest.fixture(scope="module")
+def either(chat_gguf, engine):
+    """A server of each engine, for all tests of a module that leave it as it is."""
+    with running(FileSource(chat_gguf), **engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def served(chat_gguf):
-    """One server for all tests of a module that leave it as it is."""
+    """A server of llama-server, likewise."""
     with running(FileSource(chat_gguf)) as server:
         yield server
 

@@ -147,8 +147,8 @@ def test_a_body_that_does_not_come_is_waited_for_so_long(chat_gguf):
         assert server.metric("samq_requests_running") == 0
 
 
-def test_a_connection_is_kept_for_the_next_request(served):
-    with connect(served) as kept:
+def test_a_connection_is_kept_for_the_next_request(either):
+    with connect(either) as kept:
         for _ in range(3):
             kept.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
             assert b"200 OK" in kept.recv(65536)
@@ -171,9 +171,9 @@ NOT_JSON_OBJECTS = [
 
 
 @pytest.mark.parametrize("body", NOT_JSON_OBJECTS)
-def test_a_body_that_is_no_json_object_never_reaches_the_engine(served, body):
+def test_a_body_that_is_no_json_object_never_reaches_the_engine(either, body):
     for endpoint in ("/v1/completions", "/v1/chat/completions"):
-        error = refused(served.client.post(endpoint, content=body, headers=JSON), 400)
+        error = refused(either.client.post(endpoint, content=body, headers=JSON), 400)
         assert error["code"] == "invalid_json"
 
 
@@ -198,9 +198,9 @@ def test_a_body_that_is_no_json_object_never_reaches_the_engine(served, body):
         ({"messages": [USER], "chat_parser": "{}"}, 400, "chat_parser: the engine sets it"),
     ],
 )
-def test_too_many_of_anything_are_refused_before_the_engine_sees_them(served, fields, status, words):
-    refused(served.client.post("/v1/chat/completions", json=fields), status, words)
-    assert served.complete(max_tokens=1).status_code == 200
+def test_too_many_of_anything_are_refused_before_the_engine_sees_them(either, fields, status, words):
+    refused(either.client.post("/v1/chat/completions", json=fields), status, words)
+    assert either.complete(max_tokens=1).status_code == 200
 
 
 def schema_of(**schema):
@@ -229,19 +229,19 @@ def schema_of(**schema):
         ),
     ],
 )
-def test_what_would_occupy_the_engine_for_minutes_is_refused(served, fields, words):
-    error = refused(served.chat(**fields), 400, words)
+def test_what_would_occupy_the_engine_for_minutes_is_refused(either, fields, words):
+    error = refused(either.chat(**fields), 400, words)
     assert error["param"] == next(iter(fields))
-    assert served.complete(max_tokens=1).status_code == 200
+    assert either.complete(max_tokens=1).status_code == 200
 
 
-def test_a_thousand_costly_patterns_are_refused_and_nobody_waits_for_them(served):
+def test_a_thousand_costly_patterns_are_refused_and_nobody_waits_for_them(either):
     """Counting the matches of each takes 30 ms."""
     patterns = {str(number): {"pattern": f"((a{{40}}){{40}}){{3}}{number}"} for number in range(1000)}
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(served.chat, **schema_of(type="object", properties=patterns))
+        answer = pool.submit(either.chat, **schema_of(type="object", properties=patterns))
         while not answer.done():
-            assert served.client.get("/health", timeout=3).status_code == 200
+            assert either.client.get("/health", timeout=3).status_code == 200
         refused(answer.result(), 400, "too large to count")
 
 
@@ -258,9 +258,9 @@ def test_a_pattern_that_people_write_is_taken(served):
 
 
 @pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "https://example.org/a.png", "file:///etc/passwd"])
-def test_the_server_fetches_nothing_for_a_client(served, url):
+def test_the_server_fetches_nothing_for_a_client(either, url):
     part = {"type": "image_url", "image_url": {"url": url}}
-    error = refused(served.chat(messages=[{"role": "user", "content": [part]}]), 400, "fetches nothing")
+    error = refused(either.chat(messages=[{"role": "user", "content": [part]}]), 400, "fetches nothing")
     assert error["code"] == "invalid_url"
 
 
@@ -321,10 +321,10 @@ def test_a_page_of_a_named_origin_may_ask_and_another_may_not(chat_gguf):
             assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-def test_without_the_setting_no_page_may_ask(served):
-    assert "access-control-allow-origin" not in served.client.get("/v1/models", headers={"origin": "https://a"}).headers
+def test_without_the_setting_no_page_may_ask(either):
+    assert "access-control-allow-origin" not in either.client.get("/v1/models", headers={"origin": "https://a"}).headers
 
 
-def test_an_unknown_path_and_a_wrong_method_have_openais_shape(served):
-    refused(served.client.get("/v2/completions"), 404)
-    refused(served.client.get("/v1/completions"), 405)
+def test_an_unknown_path_and_a_wrong_method_have_openais_shape(either):
+    refused(either.client.get("/v2/completions"), 404)
+    refused(either.client.get("/v1/completions"), 405)

@@ -26,13 +26,6 @@ TOOL = {
 }
 
 
-@pytest.fixture(scope="module")
-def either(chat_gguf, engine):
-    """A server of each engine."""
-    with running(FileSource(chat_gguf), **engine) as running_server:
-        yield running_server
-
-
 def test_a_stream_says_the_same_as_the_whole_answer(either):
     whole = either.complete(max_tokens=20).raise_for_status()
     stream = either.complete(max_tokens=20, stream=True)
@@ -125,9 +118,9 @@ def test_json_of_a_schema_fits_the_schema(served):
     assert isinstance(answer["ok"], bool) and answer["kind"] in "ab" and len(answer) == 2
 
 
-def test_the_seed_minus_one_is_none(served):
+def test_the_seed_minus_one_is_none(either):
     """L."""
-    answers = {served.complete(seed=-1, temperature=1.5, max_tokens=30).text.split('"text"')[1][:60] for _ in range(3)}
+    answers = {either.complete(seed=-1, temperature=1.5, max_tokens=30).text.split('"text"')[1][:60] for _ in range(3)}
     assert len(answers) == 3
 
 
@@ -151,20 +144,20 @@ def test_embeddings_need_the_engines_flag(chat_gguf):
         assert first.embedding == pytest.approx(answer["data"][0]["embedding"], abs=1e-6)
 
 
-def test_the_model_is_listed_and_found_by_its_name(served):
-    assert [model["id"] for model in served.client.get("/v1/models").json()["data"]] == ["tiny"]
-    assert served.client.get("/v1/models/tiny").json()["id"] == "tiny"
-    error = refused(served.client.get("/v1/models/gpt-5"), 404, "gpt-5", "tiny")
+def test_the_model_is_listed_and_found_by_its_name(either):
+    assert [model["id"] for model in either.client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert either.client.get("/v1/models/tiny").json()["id"] == "tiny"
+    error = refused(either.client.get("/v1/models/gpt-5"), 404, "gpt-5", "tiny")
     assert error["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("name", ["tiny", None, ""])
-def test_the_model_may_be_named_or_not(served, name):
-    served.complete(model=name).raise_for_status()
+def test_the_model_may_be_named_or_not(either, name):
+    either.complete(model=name).raise_for_status()
 
 
-def test_another_models_name_is_refused_unless_it_is_one_of_the_settings(served, chat_gguf):
-    refused(served.complete(model="gpt-5"), 404, "gpt-5", "tiny")
+def test_another_models_name_is_refused_unless_it_is_one_of_the_settings(either, chat_gguf):
+    refused(either.complete(model="gpt-5"), 404, "gpt-5", "tiny")
     for names in (["gpt-5"], ["*"]):
         with running(FileSource(chat_gguf), model_names=names) as server:
             server.complete(model="gpt-5").raise_for_status()
@@ -179,18 +172,18 @@ def test_ready_says_which_model_and_how_it_was_loaded(served, chat_gguf):
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny"])
-def test_head_is_get_without_a_body(served, path):
+def test_head_is_get_without_a_body(either, path):
     """L."""
-    answer = served.client.head(path)
+    answer = either.client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_http_1_0_gets_the_answer_without_chunks(served, stream):
+def test_http_1_0_gets_the_answer_without_chunks(either, stream):
     """L."""
     body = json.dumps({"prompt": "hello", "max_tokens": 4, "temperature": 0, "stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.0\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    with socket.create_connection(("127.0.0.1", urlsplit(served.url).port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", urlsplit(either.url).port), timeout=60) as connection:
         connection.sendall(head + body)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
