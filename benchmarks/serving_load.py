@@ -42,7 +42,8 @@ SHAPES = {  # width, feed-forward width, heads, key-value heads, blocks, vocabul
     "8b": (4096, 14336, 32, 8, 32, 128256),
 }
 SENSITIVE_ENDS = 2  # blocks at each end that the mixture keeps in Q8_0
-WARM_UP_TOKENS = 4  # random weights may repeat one token, which the server refuses in a longer answer
+# Random weights may repeat one token, which the server refuses at its warm-up. So that is penalized, but not in the load.
+UNREPEATED = {"repeat-penalty": 2.0}
 LIMIT_S = 0.1
 SEED = 1
 NORMAL, CONTROL = 1, 3  # llama.cpp's types of tokens
@@ -156,6 +157,7 @@ def normal_tokens(gguf: Path) -> list[int]:
 async def ask(port: int, prompt: list[int], tokens: int) -> dict[str, Any]:
     """Status, seconds to the first token, and seconds between tokens of a request over a connection of its own."""
     fields = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    fields["repeat_penalty"] = 1.0
     body = json.dumps(fields).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     start = time.perf_counter()
@@ -275,8 +277,7 @@ def main() -> None:
         "slots": arguments.slots,
         "context_tokens": sum(lengths) + 16,
         "queue_size": arguments.slots,
-        "warmup_tokens": WARM_UP_TOKENS,
-        "engine_flags": arguments.flags,
+        "engine_flags": UNREPEATED | arguments.flags,
     }
     results, verdicts = {}, {}
     for name in arguments.models or files:
