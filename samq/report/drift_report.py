@@ -16,7 +16,8 @@ def drift_report(drift: Drift) -> str:
     """Inputs, candidates and benchmarks, each only if there is something to say."""
     parts = [f"# Against {drift.last_run}", _inputs(drift)]
     if drift.candidates:
-        heads = ["candidate", "size (MB)", "change", "mean KLD (nats)", "last", "change", "tensors with another type"]
+        heads = ["candidate", "size (MB)", "change of size", "mean KLD (nats)", "last mean KLD", "change of mean KLD"]
+        heads.append("tensors with another type")
         parts += ["## Candidates", markdown.table(heads, map(_row, drift.candidates))]
         parts.append(
             "A change of mean KLD has its 95 % interval if both sweeps scored the same held-out tokens. The KLD is to full "
@@ -43,12 +44,16 @@ def _row(candidate: CandidateDrift) -> list[str]:
     return [
         candidate.name,
         f"{candidate.bytes / MB:.1f}",
-        percent(candidate.bytes / candidate.last_bytes - 1),
+        _percent(candidate.bytes / candidate.last_bytes - 1),
         _kld(candidate.kld),
         _kld(candidate.last_kld),
         _change(candidate),
         _types(candidate),
     ]
+
+
+def _percent(change: float) -> str:
+    return percent(change) if change else "none"
 
 
 def _kld(metric: Metric | None) -> str:
@@ -58,6 +63,8 @@ def _kld(metric: Metric | None) -> str:
 def _change(candidate: CandidateDrift) -> str:
     """The relative change of mean KLD, with its interval if the tokens are the same."""
     if comparison := candidate.comparison:
+        if comparison.low == comparison.high == 0:
+            return _percent(0)
         low, high = percent(-comparison.high), percent(-comparison.low)
         return f"{percent(-comparison.reduction)} ({low} to {high})"
     now, last = candidate.kld, candidate.last_kld
