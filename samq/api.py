@@ -14,7 +14,7 @@ from typing import Any
 
 from flows.parameters import RequantizeParameters, load_parameters
 from flows.requantize import measure_sweep as _measure_sweep
-from flows.requantize import workspace_of
+from flows.run import workspace_of
 from samq.errors import SamqError
 from samq.records import Plan, SensitivityMap
 from samq.report.figures import pareto_figure

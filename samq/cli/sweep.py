@@ -53,11 +53,13 @@ def _run(config: Path, policy: Path, *, no_imatrix: bool = False, skip_unchanged
         parameters = parameters.model_copy(update={"calibration": calibration})
     with bar("start Prefect"), ThreadPoolExecutor(1) as pool:  # both take some 10 s
         server = pool.submit(require_prefect)
-        from flows.requantize import requantize as flow
+        from flows.nightly import nightly
         from samq.tracking.nights import Unchanged
 
+        if not skip_unchanged:
+            from flows.requantize import requantize as flow
         server.result()
-    finished = flow(parameters, skip_unchanged)
+    finished = nightly(parameters) if skip_unchanged else flow(parameters)
     if isinstance(finished, Unchanged):
         console.print(finished.summary, highlight=False, soft_wrap=True)
     else:

@@ -4,19 +4,16 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 
 from samq.data.datasets import DatasetSpec
 from samq.errors import SamqError
 from samq.records import CalibrationSet
-
-IGNORED = -100  # the label that torch's cross entropy skips
 
 
 @dataclass(frozen=True)
@@ -140,16 +137,3 @@ def _cut(ids: list[int], bos: int | None, longest: int, packing: bool) -> list[l
     start = ids[:1] if ids[0] == bos else []
     rest, step = ids[len(start) :], longest - len(start)
     return [start + rest[first : first + step] for first in range(0, len(rest) - step + 1, step)]
-
-
-def batches(tokens: TokenBatch, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield (ids, attention mask, labels) of the sequences in order, each int64 (B, T) with T the batch's longest.
-
-    The labels are the ids, not shifted, and -100 on padding, as transformers expects them.
-    """
-    for first in range(0, len(tokens), batch_size):
-        lengths = torch.from_numpy(tokens.lengths[first : first + batch_size].astype(np.int64))
-        longest = int(lengths.max())
-        ids = torch.from_numpy(tokens.ids[first : first + batch_size, :longest].astype(np.int64))
-        mask = (torch.arange(longest) < lengths[:, None]).long()
-        yield ids, mask, ids.masked_fill(mask == 0, IGNORED)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from samq.data.tokens import TokenBatch, batches
+from samq.data.tokens import TokenBatch
 from samq.progress import Progress
+from samq.sensitivity.batches import batches
 from samq.sensitivity.block_calls import Call
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
 from samq.sensitivity.gradients import Batch, SampleGradients

@@ -11,10 +11,6 @@ from typing import Any
 
 import huggingface_hub
 from gguf import LlamaFileType
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
 from samq import __version__
 from samq.data.hub import bytes_told_to, is_unreachable
@@ -25,7 +21,6 @@ from samq.home import store_folder
 from samq.progress import Progress, silent
 from samq.records import ModelSource, digest_of
 from samq.safetensors_header import read_safetensors_header
-from samq.sensitivity.published_types import refused_method
 from samq.store import Store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -187,10 +182,18 @@ def is_multimodal(source: ModelSource) -> bool:
 
 
 def _check_architecture(config: dict[str, Any], folder: Path) -> None:
+    from transformers.models.auto import modeling_auto  # slow to import, and a GGUF does not need it
+
+    from samq.sensitivity.published_types import refused_method
+
     model_type = config.get("model_type", "")
-    by_type = {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    texts, multimodal = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    by_type = {**multimodal, **texts}
     names = config.get("architectures") or [by_type.get(model_type)]
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
+    known = {*texts.values(), *multimodal.values()}
     if str(names[0]).lower() not in {
         name.lower() for name in known
     }:  # MPT and Phi-3.5-MoE are published in another case

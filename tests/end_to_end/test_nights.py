@@ -2,8 +2,9 @@
 
 import pytest
 
+from flows.nightly import nightly
 from flows.parameters import RequantizeParameters
-from flows.requantize import FinishedSweep, requantize
+from flows.requantize import FinishedSweep
 from samq.tracking.nights import Unchanged
 from tests.end_to_end.conftest import SMALL, artifacts
 
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.e2e
 
 
 def night(**change):
-    return requantize(RequantizeParameters.model_validate({**SMALL, **change}), skip_unchanged=True)
+    return nightly(RequantizeParameters.model_validate({**SMALL, **change}))
 
 
 def test_a_night_on_which_nothing_changed_makes_measures_and_tracks_nothing(sweep, home):

@@ -3,6 +3,7 @@
 import pytest
 
 import samq
+from flows.nightly import nightly
 from flows.parameters import RequantizeParameters
 from flows.requantize import requantize
 from samq.files import GGUF_NAME
@@ -45,6 +46,6 @@ def test_two_machines_share_nothing_but_s3_and_postgresql(home, sweep, s3, postg
     monkeypatch.setenv("SAMQ_HOME", str(tmp_path / "third"))
     registered = resolve(connect(postgres), "small")
     assert file_sha256(registered.path) == registered.sha256 == first.sweep.best.model.sha256 == sweep.best.model.sha256
-    second = requantize(parameters, skip_unchanged=True)
+    second = nightly(parameters)
     assert second.tracked.model_version == first.tracked.model_version, "the same bytes are one version"
     assert outcome(second.sweep) == outcome(first.sweep)

@@ -8,11 +8,11 @@ import torch
 from gguf import GGMLQuantizationType
 
 from samq.allocation.prediction_check import RoundedPlan, check_prediction
-from samq.data.tokens import batches
 from samq.errors import SamqError
 from samq.gguf.file import read_tensors, read_weights
 from samq.gguf.formats import fits
 from samq.records import Metric, Plan
+from samq.sensitivity.batches import batches
 from samq.sensitivity.layout import GgufLayout, Weight, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from samq.data.datasets import DatasetSpec
-from samq.data.tokens import TokenBatch, batches, tokenize
+from samq.data.tokens import TokenBatch, tokenize
 from samq.errors import SamqError
+from samq.sensitivity.batches import batches
 from tests.tiny_models import tiny_tokenizer
 
 SPEC = DatasetSpec(name="texts", fields=("body",), seed=3)

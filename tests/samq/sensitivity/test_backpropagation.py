@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from samq.data.tokens import batches
 from samq.errors import SamqError
 from samq.sensitivity.backpropagation import backpropagate
+from samq.sensitivity.batches import batches
 from samq.sensitivity.layout import weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.reduction import Reduced

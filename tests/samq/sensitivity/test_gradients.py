@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from samq.data.tokens import batches
 from samq.errors import SamqError
+from samq.sensitivity.batches import batches
 from samq.sensitivity.gradients import Batch, SampleGradients
 from samq.sensitivity.layout import Weight, weights_of
 from samq.sensitivity.views import View

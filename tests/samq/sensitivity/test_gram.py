@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from samq.data.tokens import batches
 from samq.errors import SamqError
+from samq.sensitivity.batches import batches
 from samq.sensitivity.checkpoint import describe_source
 from samq.sensitivity.gram import input_moments, without_input
 from samq.sensitivity.hf_model import load_model

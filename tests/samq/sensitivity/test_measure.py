@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from samq.data.tokens import TokenBatch, batches
+from samq.data.tokens import TokenBatch
 from samq.errors import SamqError
+from samq.sensitivity.batches import batches
 from samq.sensitivity.layout import GgufLayout, read_layout, weights_of
 from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
