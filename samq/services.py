@@ -6,11 +6,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +77,9 @@ def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[byt
     """Create the work pool and the deployments of `project`/prefect.yaml, and run a worker during the `with` block."""
     # SAMQ_HOME may be relative to this working directory, and the worker has another.
     environment = {**os.environ, "PREFECT_API_URL": f"{prefect_address}/api", "SAMQ_HOME": str(home())}
-    for arguments in (
-        ["work-pool", "create", WORK_POOL, "--type", "process", "--overwrite"],
-        ["--no-prompt", "deploy", "--all"],
-    ):
-        command = [sys.executable, "-m", "prefect", *arguments]
-        process = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-        if process.returncode:
-            reason = (process.stderr or process.stdout).strip().splitlines()[-1:]
-            raise SamqError(f"`prefect {' '.join(arguments)}` failed: {' '.join(reason)}; see prefect.yaml")
-    _limit_gpu(f"{prefect_address}/api")
+    _prefect(["work-pool", "create", WORK_POOL, "--type", "process", "--overwrite"], project, environment)
+    _limit_gpu(project, environment)
+    _prefect(["--no-prompt", "deploy", "--all"], project, environment)
     # On a server that others use, a process id may be another machine's.
     own_server = "PREFECT_API_URL" not in os.environ
     if own_server:
@@ -107,13 +98,19 @@ def worker(prefect_address: str, project: Path) -> Iterator[subprocess.Popen[byt
             _report_ended(f"{prefect_address}/api", lambda run: run["infrastructure_pid"] in started)
 
 
-def _limit_gpu(api: str) -> None:
+def _limit_gpu(project: Path, environment: dict[str, str]) -> None:
     """Make the limit `GPU_LIMIT`: one run at a time. One that is there already stays as somebody set it."""
-    try:
-        _post(f"{api}/v2/concurrency_limits/", {"name": GPU_LIMIT, "limit": 1})
-    except urllib.error.HTTPError as error:
-        if error.code != HTTPStatus.CONFLICT:
-            raise
+    _prefect(["gcl", "create", GPU_LIMIT, "--limit", "1"], project, environment, unless="already exists")
+
+
+def _prefect(arguments: list[str], project: Path, environment: dict[str, str], *, unless: str | None = None) -> None:
+    """Run a command of Prefect's; raises SamqError if it fails, except with the words `unless`."""
+    command = [sys.executable, "-m", "prefect", *arguments]
+    process = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    said = (process.stderr or process.stdout).strip()
+    if process.returncode and (unless is None or unless not in said):
+        reason = " ".join(said.splitlines()[-1:])
+        raise SamqError(f"`prefect {' '.join(arguments)}` failed: {reason}; see prefect.yaml")
 
 
 def _report_ended(api: str, has_ended: Callable[[dict[str, Any]], bool]) -> None:

@@ -1,5 +1,6 @@
 """Turns on the GPU among the runs of one Prefect server."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("prefect_home")
 
 
 @pytest.fixture
-def limit():
-    _limit_gpu(PREFECT_API_URL.value())
+def limit(tmp_path):
+    _limit_gpu(tmp_path, {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()})
     yield
     with get_client(sync_client=True) as client:
         client.delete_global_concurrency_limit_by_name(GPU_LIMIT)
@@ -60,10 +61,10 @@ def test_two_runs_do_not_use_the_gpu_at_the_same_time(limit):
     assert most == [1, 1, 1]
 
 
-def test_a_limit_that_is_there_stays_as_it_was_set(limit):
+def test_a_limit_that_is_there_stays_as_it_was_set(limit, tmp_path):
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 3)
-        _limit_gpu(PREFECT_API_URL.value())
+        _limit_gpu(tmp_path, {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()})
         assert client.read_global_concurrency_limit_by_name(GPU_LIMIT).limit == 3
 
 
