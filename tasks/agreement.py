@@ -13,7 +13,7 @@ from samq.progress import bar
 from samq.store import Artifact
 from samq.workspace import Workspace
 from tasks.evaluate import measure_alone
-from tasks.gpu import torch_has_gpu
+from tasks.gpu import in_turn, torch_has_gpu
 from tasks.model import TorchModel
 from tasks.stage import stage
 
@@ -25,10 +25,10 @@ log = logging.getLogger("samq.agreement")
     version=3,
     run_name="compare torch and llama.cpp on {model.source.name}",
     keyed_by=("device",),
-    on_gpu=torch_has_gpu,
     packages=("torch", "transformers", "llama-cpp-python"),
     retries=1,
 )
+@in_turn(torch_has_gpu)
 def agreement(at: Workspace, folder: Path, model: TorchModel, tokens: Artifact) -> None:
     """`agreement.json`; SamqError if the two compute different models, or the GGUF has other weights.
 

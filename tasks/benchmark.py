@@ -15,7 +15,7 @@ from samq.tracking.registry import connect
 from samq.tracking.tracked import TrackingSettings
 from samq.workspace import Workspace
 from tasks.evaluate import measure_alone
-from tasks.gpu import llama_cpp_has_gpu
+from tasks.gpu import in_turn, llama_cpp_has_gpu
 from tasks.stage import RETRY_DELAYS_S, stage, step
 
 
@@ -60,8 +60,8 @@ def find_benchmarks(settings: BenchmarkSettings) -> AvailableBenchmarks:
     version=4,
     run_name="{task} on {candidate.name}",
     packages=("llama-cpp-python", "lm-eval", "jsonschema"),
-    on_gpu=llama_cpp_has_gpu,
 )
+@in_turn(llama_cpp_has_gpu)
 def benchmark(
     at: Workspace,
     folder: Path,

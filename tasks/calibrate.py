@@ -13,7 +13,7 @@ from samq.sensitivity.loss import Labelling
 from samq.sensitivity.measure import Origin, measure_sensitivity, merge
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.gpu import torch_has_gpu
+from tasks.gpu import in_turn, torch_has_gpu
 from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 from tasks.text import FirstSequences
@@ -40,11 +40,11 @@ def load_map(sensitivities: Artifact) -> SensitivityMap:
     version=6,
     run_name="calibrate {model.source.name} on {sequences.count}",
     keyed_by=("device",),
-    on_gpu=torch_has_gpu,
     packages=("torch", "transformers"),
     retries=1,
     goes_on=True,
 )
+@in_turn(torch_has_gpu)
 def calibrate(
     at: Workspace,
     folder: Path,

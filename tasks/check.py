@@ -12,7 +12,7 @@ from samq.records import PredictionCheck
 from samq.sensitivity.memory import Memory
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.gpu import torch_has_gpu
+from tasks.gpu import in_turn, torch_has_gpu
 from tasks.model import TorchModel
 from tasks.plan import load_plan
 from tasks.price import load_prices
@@ -35,11 +35,11 @@ class BuiltPlan:
     version=4,
     run_name="check {candidate.name}",
     keyed_by=("device",),
-    on_gpu=torch_has_gpu,
     packages=("torch", "transformers"),
     retries=1,
     goes_on=True,
 )
+@in_turn(torch_has_gpu)
 def check(
     at: Workspace,
     folder: Path,

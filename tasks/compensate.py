@@ -16,7 +16,7 @@ from samq.records import Compensation
 from samq.sensitivity.gram import input_moments
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.gpu import torch_has_gpu
+from tasks.gpu import in_turn, torch_has_gpu
 from tasks.layer_inputs import InputText
 from tasks.model import TorchModel, memory_of
 from tasks.plan import load_plan
@@ -38,11 +38,11 @@ def _errors_name(name: str) -> str:
     version=4,
     run_name="compensate {model.source.name}",
     keyed_by=("device",),
-    on_gpu=torch_has_gpu,
     packages=("torch", "transformers", "llama-cpp-python"),
     retries=1,
     goes_on=True,
 )
+@in_turn(torch_has_gpu)
 def compensate(
     at: Workspace,
     folder: Path,
@@ -98,11 +98,11 @@ def candidate(
     version=3,
     run_name="compensate a file of {model.source.name}",
     keyed_by=("device",),
-    on_gpu=torch_has_gpu,
     packages=("torch", "transformers", "llama-cpp-python"),
     retries=1,
     goes_on=True,
 )
+@in_turn(torch_has_gpu)
 def compensate_file(at: Workspace, folder: Path, model: TorchModel, text: InputText, quantized: Artifact) -> None:
     """`model.gguf` and `compensation.json`: a quantized GGUF, with every tensor compensated that can be."""
     full, nearest = model.full.path(GGUF_NAME), quantized.path(GGUF_NAME)

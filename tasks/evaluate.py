@@ -19,13 +19,14 @@ from samq.progress import bar
 from samq.records import Evaluation
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.gpu import llama_cpp_has_gpu
+from tasks.gpu import in_turn, llama_cpp_has_gpu
 from tasks.stage import stage
 
 log = logging.getLogger("samq.evaluate")
 
 
-@stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",), on_gpu=llama_cpp_has_gpu)
+@stage("baseline", version=1, run_name="baseline logits", packages=("llama-cpp-python",))
+@in_turn(llama_cpp_has_gpu)
 def baseline(at: Workspace, folder: Path, full: Artifact, heldout: Artifact, settings: EvaluationSettings) -> None:
     """`logits.npy`: the full-precision model's logits on the held-out text, and `baseline.json`."""
     request = BaselineRequest(
@@ -43,8 +44,8 @@ def baseline(at: Workspace, folder: Path, full: Artifact, heldout: Artifact, set
     version=5,
     run_name="evaluate {name}",
     packages=("llama-cpp-python", "jsonschema"),
-    on_gpu=llama_cpp_has_gpu,
 )
+@in_turn(llama_cpp_has_gpu)
 def evaluate(
     at: Workspace,
     folder: Path,

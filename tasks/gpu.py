@@ -1,7 +1,10 @@
 """Turns on the GPU among all runs of a Prefect server: its global concurrency limit `gpu`, which `samq up` makes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
@@ -12,6 +15,9 @@ from samq.llamacpp import gpu
 from samq.services import GPU_LIMIT
 from samq.workspace import Workspace
 
+P = ParamSpec("P")
+Make = Callable[Concatenate[Workspace, Path, P], None]
+
 
 def torch_has_gpu(at: Workspace) -> bool:
     """Whether torch computes on a GPU."""
@@ -21,6 +27,20 @@ def torch_has_gpu(at: Workspace) -> bool:
 def llama_cpp_has_gpu(_: Workspace) -> bool:
     """Whether llama.cpp may put layers on a GPU."""
     return bool(gpu.names())
+
+
+def in_turn(uses_gpu: Callable[[Workspace], bool]) -> Callable[[Make[P]], Make[P]]:
+    """Decorate what a stage makes, so that it waits for its turn where it uses a GPU."""
+
+    def decorate(make: Make[P]) -> Make[P]:
+        @wraps(make)
+        def wait_and_make(at: Workspace, folder: Path, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            with turn() if uses_gpu(at) else nullcontext():
+                make(at, folder, *args, **kwargs)
+
+        return wait_and_make
+
+    return decorate
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from samq.records import CompensationShares
 from samq.sensitivity.gram import without_input
 from samq.store import Artifact
 from samq.workspace import Workspace
-from tasks.gpu import torch_has_gpu
+from tasks.gpu import in_turn, torch_has_gpu
 from tasks.model import TorchModel, memory_of
 from tasks.stage import stage
 
@@ -44,11 +44,11 @@ class InputText:
     version=3,
     run_name="inputs of {model.source.name}",
     keyed_by=("device",),
-    on_gpu=torch_has_gpu,
     packages=("torch", "transformers"),
     retries=1,
     goes_on=True,
 )
+@in_turn(torch_has_gpu)
 def layer_inputs(at: Workspace, folder: Path, model: TorchModel, text: InputText, compensated: bool) -> None:
     """`imatrix.gguf`: the importance matrix; and, if plans are to be `compensated`, `compensation-shares.json`."""
     tokens = text.load()

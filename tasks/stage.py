@@ -34,7 +34,6 @@ from samq.records import Record, digest_of
 from samq.store import Artifact, Store
 from samq.store_cache import within_limit
 from samq.workspace import Workspace
-from tasks.gpu import turn
 
 log = logging.getLogger("samq.stage")
 
@@ -199,14 +198,12 @@ def stage(
     unless_empty: tuple[str, ...] = (),
     retries: int = 2,
     goes_on: bool = False,
-    on_gpu: Callable[[Workspace], bool] | None = None,
 ) -> Callable[[Callable[Concatenate[Workspace, Path, P], None]], LocalTask[Concatenate[Workspace, P], Artifact]]:
     """Decorate `make(at, folder, *inputs)` into a task `(at, *inputs) -> Artifact`.
 
     `keyed_by` names what of the workspace the output depends on (see `Workspace.contents`), `packages` the Python packages. An
     input named in `unless_empty` is in the key only if it holds something, so that it leaves the keys of before as they were.
-    A stage that `goes_on` where a killed one was has a folder for that, `at.scratch`. Where `on_gpu` says that it uses a GPU, it
-    waits for its turn (`tasks.gpu`).
+    A stage that `goes_on` where a killed one was has a folder for that, `at.scratch`.
     """
     policy = ContentCache(stage=name, version=version, keyed_by=keyed_by, packages=packages, unless_empty=unless_empty)
 
@@ -234,7 +231,6 @@ def stage(
                 started = time.monotonic()
                 with (
                     store.scratch(name, key) if goes_on else nullcontext() as scratch,
-                    turn() if on_gpu and on_gpu(at) else nullcontext(),
                     ExitStack() as publishing,
                     store.publish(name, key, policy.made_by(at, inputs)) as folder,
                 ):

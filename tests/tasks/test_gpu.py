@@ -13,7 +13,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from samq.errors import SamqError
 from samq.services import GPU_LIMIT, _limit_gpu
 from samq.workspace import Workspace
-from tasks.gpu import torch_has_gpu, turn
+from tasks.gpu import in_turn, torch_has_gpu, turn
 from tasks.stage import stage
 
 pytestmark = pytest.mark.usefixtures("prefect_home")
@@ -30,7 +30,8 @@ def limit(tmp_path):
 def test_without_the_limit_a_stage_on_the_gpu_is_refused_before_its_work(tmp_path, at):
     made = []
 
-    @stage("measure", version=1, run_name="measure", on_gpu=lambda _: True, retries=0)
+    @stage("measure", version=1, run_name="measure", retries=0)
+    @in_turn(lambda _: True)
     def measure(at: Workspace, folder: Path) -> None:
         made.append(folder)
 
