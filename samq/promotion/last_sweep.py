@@ -9,14 +9,13 @@ from pathlib import Path
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from samq.errors import SamqError
 from samq.files import DIVERGENCE_NAME
 from samq.promotion.evidence import read_measured, read_plan, reading
 from samq.sweep.drift import LastCandidate
 from samq.tracking.registry import connect, mlflow_errors
-from samq.tracking.tracked import SWEEP_NAME, TrackingSettings
+from samq.tracking.tracked import FINISHED, SWEEP_NAME, TrackingSettings, finished_candidates, newest_run
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +35,11 @@ def last_sweep(settings: TrackingSettings) -> LastSweep | None:
     """The newest finished sweep of this name; None if there is none. A candidate that cannot be read is left out."""
     client = connect(settings.tracking_uri)
     with mlflow_errors(client, f"no experiment {settings.experiment}"):
-        experiment = client.get_experiment_by_name(settings.experiment)
-        if experiment is None:
+        query = f"tags.`{SWEEP_NAME}` = '{settings.tags.get(SWEEP_NAME, '')}' and {FINISHED}"
+        parent = newest_run(client, settings, query)
+        if parent is None:
             return None
-        query = f"tags.`{SWEEP_NAME}` = '{settings.tags.get(SWEEP_NAME, '')}' and attributes.status = 'FINISHED'"
-        order = ["attributes.start_time DESC"]
-        parents = client.search_runs([experiment.experiment_id], query, order_by=order, max_results=1)
-        if not parents:
-            return None
-        (parent,) = parents
-        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
-        children = client.search_runs([parent.info.experiment_id], query)
+        children = finished_candidates(client, parent)
     candidates = []
     for child in children:
         try:

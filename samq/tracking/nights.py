@@ -21,6 +21,7 @@ from samq.tracking.tracked import (
     REGISTERED,
     TrackedSweep,
     TrackingSettings,
+    newest_run,
     registered_version,
     tracked_sweep,
 )
@@ -95,15 +96,9 @@ def find_unchanged(settings: TrackingSettings, night: Night, store: Store) -> Un
     """The last sweep that asked this, if all that it depended on is as it was, it lost nothing, and its best is still there."""
     client = connect(settings.tracking_uri)
     with mlflow_errors(client, f"no experiment {settings.experiment}"):
-        experiment = client.get_experiment_by_name(settings.experiment)
-        if experiment is None:
+        parent = newest_run(client, settings, f"tags.`{QUESTION}` = '{night.question}'")
+        if parent is None or not _is_as_it_was(client, parent, settings, night, store):
             return None
-        query = f"tags.`{QUESTION}` = '{night.question}'"
-        order = ["attributes.start_time DESC"]
-        runs = client.search_runs([experiment.experiment_id], query, order_by=order, max_results=1)
-        if not runs or not _is_as_it_was(client, runs[0], settings, night, store):
-            return None
-        parent = runs[0]
         client.set_tag(parent.info.run_id, UNCHANGED, f"{datetime.now():%Y-%m-%d %H:%M}")
         tracked = tracked_sweep(client, settings.tracking_uri, parent)
     return Unchanged(tracked, parent.info.run_name, datetime.fromtimestamp(parent.info.start_time / 1000))

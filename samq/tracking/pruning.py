@@ -23,7 +23,7 @@ from samq.tracking.aliased import (
     registries,
 )
 from samq.tracking.registry import mlflow_errors
-from samq.tracking.tracked import SWEEPS
+from samq.tracking.tracked import SWEEPS, newest_runs
 
 DAY_S = 86400.0
 # A run on another machine may be at work for so long on what it found in a shared store; it cannot be asked.
@@ -143,8 +143,6 @@ def before_sweeps(clients: Iterable[MlflowClient], count: int) -> float:
     times: list[float] = []
     for client in clients:
         with mlflow_errors(client, "no such run"):
-            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-            order = ["attributes.start_time DESC"]
-            runs = client.search_runs(experiments, SWEEPS, order_by=order, max_results=count + 1)
+            runs = newest_runs(client, client.search_experiments(), SWEEPS, count + 1)
         times += [run.info.start_time / 1000 for run in runs]
     return sorted(times, reverse=True)[count] if len(times) > count else -math.inf

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Experiment, Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,7 @@ from samq.tracking.registry import CANDIDATE_ALIAS
 
 FLOW_RUN = "prefect.flow_run"  # tag of a parent run: the id of the Prefect flow run that tracked it
 REGISTERED = "samq.registered"  # tag of a parent run: the version that its best candidate is, or why it is none
+FINISHED = "attributes.status = 'FINISHED'"  # in a search
 SWEEP_NAME = "samq.sweep"  # tag of a parent run: the name of the run in the parameters
 FAILURES = "samq.failures"  # tag of a parent run: the candidates that were lost, and why
 SWEEPS = "tags.`samq.candidates` != ''"  # finds the parent runs
@@ -103,16 +104,32 @@ def registered_version(tags: Mapping[str, str]) -> tuple[str, str] | None:
 
 def latest_sweep(client: MlflowClient, tracking_uri: str) -> TrackedSweep | None:
     """The sweep that was tracked last; None if there is none."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"{SWEEPS} and attributes.status = 'FINISHED'"
-    parents = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1)
+    parents = newest_runs(client, client.search_experiments(), f"{SWEEPS} and {FINISHED}", 1)
     return tracked_sweep(client, tracking_uri, parents[0]) if parents else None
+
+
+def newest_runs(client: MlflowClient, experiments: Iterable[Experiment], query: str, count: int) -> list[Run]:
+    """The newest runs that a query finds, newest first."""
+    ids, order = [experiment.experiment_id for experiment in experiments], ["attributes.start_time DESC"]
+    return list(client.search_runs(ids, query, order_by=order, max_results=count))
+
+
+def newest_run(client: MlflowClient, settings: TrackingSettings, query: str) -> Run | None:
+    """The newest run of the settings' experiment that a query finds; None if there is none."""
+    experiment = client.get_experiment_by_name(settings.experiment)
+    runs = newest_runs(client, [experiment], query, 1) if experiment else []
+    return runs[0] if runs else None
+
+
+def finished_candidates(client: MlflowClient, parent: Run) -> list[Run]:
+    """The runs of the candidates that a sweep has measured, by its parent run."""
+    query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}' and {FINISHED}"
+    return list(client.search_runs([parent.info.experiment_id], query))
 
 
 def tracked_sweep(client: MlflowClient, tracking_uri: str, parent: Run) -> TrackedSweep:
     """Where the sweep of this parent run is."""
-    query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
-    children = client.search_runs([parent.info.experiment_id], query)
+    children = finished_candidates(client, parent)
     name, version = registered_version(parent.data.tags) or (None, None)
     figures = [figure.path.removeprefix("figures/") for figure in client.list_artifacts(parent.info.run_id, "figures")]
     return TrackedSweep(
