@@ -94,7 +94,7 @@ def estimate(parameters: RequantizeParameters, progress: Progress = silent) -> R
             outline.download_bytes,
             is_whole=run.is_whole,
             is_spread=run.is_spread,
-            two_blocks=2 * run.block,
+            two_blocks=run.two_blocks,
         )
         return Requirements(stages, needed)
 

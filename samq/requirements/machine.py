@@ -131,7 +131,7 @@ def _of_memory(name: str, stages: Sequence[StageNeeds], needed: Sequence[int], f
 _SMALLER_BATCHES = "lower calibration.batch_size or calibration.sequence_tokens"
 _LAYERS_THAT_FIT = "leave evaluation.gpu_layers out, so that llama.cpp has as much on the GPU as fits"
 _TWO_BLOCKS = (
-    "a block with all its experts and the next one take {:.1f} GiB, so use a GPU with more memory, set model.dtype to bfloat16, "
+    "a block and the next one take {:.1f} GiB, so use a GPU with more memory, set model.dtype to bfloat16, "
     "or set model.device to cpu"
 )
 _NO_MATRICES = "set candidates.rounding to nearest, which needs no Gram matrices"

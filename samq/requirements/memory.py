@@ -18,8 +18,9 @@ from samq.gguf.codes import GROUP
 from samq.gguf.formats import EMBEDDING, OUTPUT
 from samq.requirements.outline import Outline
 from samq.sensitivity.gram import MATRICES_BYTES
-from samq.sensitivity.offloading import READ_AT_ONCE, READERS
+from samq.sensitivity.offloading import READ_AT_ONCE
 from samq.sensitivity.placement import WHOLE_SHARE
+from samq.sensitivity.residence import BLOCKS_SHARE, READERS
 
 FLOAT, DOUBLE = 4, 8
 # Weights that compensation rounds at a time, on a GPU and on a processor (samq.quantization.compensation)
@@ -90,7 +91,7 @@ class TorchRun:
     @property
     def resident(self) -> int:
         """Bytes of weights on the device while blocks run: what stays, the block that runs and the one that comes."""
-        return self.staying + (0 if self.is_whole else 2 * self.block + self.pages)
+        return self.staying + (0 if self.is_whole else self.two_blocks + self.pages)
 
     @property
     def before_blocks(self) -> int:
@@ -132,6 +133,18 @@ class TorchRun:
     def block(self) -> int:
         """Bytes of the weights of the largest block."""
         return sum(tensor.weights for tensor in self.outline.largest_block) * self.itemsize
+
+    @property
+    def two_blocks(self) -> int:
+        """Bytes of a block and the next one on the device; of large stacks one expert and the next one, of both.
+
+        As `samq.sensitivity.residence` brings them. A stack that no module of transformers computes expert by expert counts too.
+        """
+        stacks = [tensor for tensor in self.outline.largest_block if len(tensor.shape) > 2]
+        if 2 * self.block <= self.room * BLOCKS_SHARE or not stacks:
+            return 2 * self.block
+        experts = sum(tensor.weights for tensor in stacks) * self.itemsize
+        return 2 * (self.block - experts) + 2 * experts // stacks[0].shape[0]
 
     @property
     def batch_tokens(self) -> int:
@@ -219,7 +232,7 @@ def _inputs(run: TorchRun, tokens: int, factor: int, *, matrices: bool) -> Taken
     of_output = 2 * FLOAT * run.outline.width**2 if matrices else 0
     states = run.states(tokens)
     # The next block is fetched afterwards, and this one is gone before the last factor.
-    block = 0 if run.is_whole else run.block
+    block = 0 if run.is_whole else run.two_blocks // 2
     passing = run.resident - block + 2 * sums + run.activations * run.batch_tokens
     ends = max(run.before_blocks, run.after_blocks + of_output + 2 * run.logits)
     stays = block if sums < sum(run.gram_bytes) else 0  # it runs again for each part of the matrices

@@ -53,7 +53,7 @@ def backpropagate(
         weights: the model's, from `samq.sensitivity.layout.weights_of`.
         reduce: computes what is kept.
         labelling: the labels of the loss.
-        batch_size: sequences a pass. For models with weights outside linear layers (GPT-2, mixtures of experts) it is 1.
+        batch_size: sequences a pass. For models with weights outside linear layers and experts (GPT-2) it is 1.
         memory: what it may use. In its folder a run that was killed goes on about where it was.
         progress: told of the blocks that are done, there and back, or of the batches if the model goes through whole.
 

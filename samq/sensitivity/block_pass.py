@@ -21,12 +21,14 @@ from samq.progress import Progress
 from samq.sensitivity.batches import batches
 from samq.sensitivity.block_calls import Call
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
-from samq.sensitivity.gradients import Batch, SampleGradients
+from samq.sensitivity.expert_gradients import Batch
+from samq.sensitivity.gradients import SampleGradients
 from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.loss import Loss
 from samq.sensitivity.memory import Memory, needs_gpu_memory, reusing_freed_memory
-from samq.sensitivity.offloading import Placed, Residence, has_offloaded
+from samq.sensitivity.offloading import has_offloaded
 from samq.sensitivity.reduction import Sums
+from samq.sensitivity.residence import Placed, Residence
 from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import in_turn, shares
 from samq.sensitivity.unneeded_outputs import unneeded, without_outputs
@@ -84,6 +86,7 @@ class BlockPass:
         self.batches = work.batches
         self.device = main_device(blocks.model)
         self.devices = memory.sharing(self.device)
+        self._memory = memory
         self._place = memory.place(self._bytes_of_states(), self.devices, offloaded=has_offloaded(blocks.model))
         self.checkpoints = Checkpoints(memory.folder if self._place is None else None)
         self._steps = 0
@@ -98,7 +101,7 @@ class BlockPass:
         """Run the pass, from where a killed one was."""
         on_disk = has_offloaded(self.blocks.model)
         reusing = reusing_freed_memory() if on_disk and self.device.type == "cpu" else nullcontext()
-        with reusing, self.blocks.resident(self.devices) as weights, deterministic(self.device):
+        with reusing, self.blocks.resident(self.devices, self._memory) as weights, deterministic(self.device):
             try:
                 if self.checkpoints.has("one-by-one"):
                     raise _OneByOneError

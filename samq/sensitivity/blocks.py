@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from samq.errors import SamqError
 from samq.sensitivity.block_calls import Call, Entered, NotApart, replaced, require_independent_arguments
-from samq.sensitivity.offloading import ALL, NOTHING, Needed, Residence, computes_on, has_offloaded
+from samq.sensitivity.memory import UNLIMITED, Memory, free_bytes
+from samq.sensitivity.offloading import computes_on, has_offloaded
+from samq.sensitivity.residence import ALL, NOTHING, Needed, Residence
 
 logger = logging.getLogger(__name__)
 PROBE_TOKENS = 8  # of the sequence that shows whether a model comes apart, and how its weights are used
@@ -77,9 +79,11 @@ class Blocks:
             return Entered(first[0], calls)
         raise AssertionError("the model's forward function calls its last block")
 
-    def resident(self, devices: Sequence[torch.device] = ()) -> Residence:
+    def resident(self, devices: Sequence[torch.device] = (), memory: Memory = UNLIMITED) -> Residence:
         """What brings the parts' weights to the devices that compute: by default to the model's main one."""
-        return Residence(self.layers, self.model, list(devices) or [main_device(self.model)], self._needed)
+        places = list(devices) or [main_device(self.model)]
+        room = min(free_bytes(device, memory.limit_bytes) for device in places)
+        return Residence(self.layers, self.model, places, self._needed, room)
 
     def run(self, number: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Run one block, whose weights are on the device of its hidden states."""

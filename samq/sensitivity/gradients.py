@@ -2,44 +2,29 @@
 
 Autograd would add up the sequences of a batch and keep a gradient for every weight. Here the weights are frozen. Hooks keep
 the input and the output's gradient of every linear layer and every embedding. When all uses of a layer in a backward pass are
-known, they hand these over (`samq.sensitivity.weight_gradients`). Weights in other modules (GPT-2's Conv1D, stacked experts) take
-autograd's gradient. So do weights that a model uses without calling their module (Mamba's dt_proj). Both limit a batch to one
-sequence.
+known, they hand these over (`samq.sensitivity.weight_gradients`). Those of stacked experts are handed over some experts at a
+time (`samq.sensitivity.expert_gradients`). Weights in other modules (GPT-2's Conv1D) take autograd's gradient. So do weights
+that a model uses without calling their module, unless calls of `linear` alone use them, as routers do. Both limit a batch to
+one sequence.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from samq.errors import SamqError
+from samq.sensitivity.expert_gradients import Batch, GradientsOfExperts, Receive
+from samq.sensitivity.experts import one_by_one
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.offloading import computes_on, is_offloaded
-from samq.sensitivity.weight_gradients import Gradients, LinearGradients, RowGradients, WholeGradient, sum_of_rows
-
-# (the weight's index, number of the batch's first sequence, gradients of the batch's sequences, or of some rows of theirs)
-Receive = Callable[[int, int, Gradients], None]
-Use = tuple[nn.Module, str]  # a module, and the name that a parameter has in it
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The sequences that a backward pass is over."""
-
-    first: int  # number of the first
-    lengths: list[int]  # in tokens
-
-    @property
-    def longest(self) -> int:
-        """What all are padded to."""
-        return max(self.lengths)
+from samq.sensitivity.weight_gradients import LinearGradients, RowGradients, WholeGradient, sum_of_rows
+from samq.sensitivity.weight_uses import LinearCalls, observed, uses_of
 
 
 class SampleGradients:
@@ -61,28 +46,49 @@ class SampleGradients:
         # tokens. They are here until the embedding's gradient comes.
         self._tied: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._ids: dict[int, torch.Tensor] = {}  # weight -> token ids that the embedding saw last
-        self._uses_of = _uses_of(model, weights)
+        self._uses_of = uses_of(model, weights)
+        self._of_experts = GradientsOfExperts(model, weights, receive)
+        as_it_is = {index for index, weight in enumerate(weights) if weight.view.matrix is None}
         self._hooked = {
             index
-            for index, (weight, uses) in enumerate(zip(weights, self._uses_of, strict=True))
-            if weight.view.matrix is None and all(_is_hookable(weight, module) for module, _ in uses)
+            for index in as_it_is
+            if all(_is_hookable(weights[index], module) for module, _ in self._uses_of[index])
+        }
+        # Weights of other modules, of routers for example, that calls of `linear` multiply by; until it is seen that they do not.
+        self._multiplied = {
+            index
+            for index in as_it_is - self._hooked
+            if weights[index].parameter.ndim == 2
+            and not any(isinstance(module, nn.Embedding) for module, _ in self._uses_of[index])
         }
 
     def require_calls(self, run: Callable[[], object], within: nn.Module) -> None:
         """Take autograd's gradient of those weights of `within` that `run`, a forward pass, uses without their module."""
         inside = set(within.modules())
-        indices = [index for index in self._hooked if all(module in inside for module, _ in self._uses_of[index])]
-        self._hooked -= _used_without_a_call({index: self._uses_of[index] for index in indices}, run)
+        uses = {
+            index: of_weight
+            for index, of_weight in enumerate(self._uses_of)
+            if index in self._hooked | self._multiplied and all(module in inside for module, _ in of_weight)
+        }
+        with self._of_experts.require_one_call(within):
+            without_call, linear = observed(uses, run)
+        self._multiplied = (self._multiplied - uses.keys()) | (linear & (self._multiplied | without_call))
+        self._hooked -= without_call
 
     @property
     def one_sample_only(self) -> bool:
         """Whether some weight needs autograd's own gradient, or is of an embedding of positions: both sum over sequences."""
         embedding = self.model.get_input_embeddings()
-        return len(self._hooked) < len(self.weights) or any(
+        return len(self._handed_over) < len(self.weights) or any(
             isinstance(module, nn.Embedding) and module is not embedding
             for index in self._hooked
             for module, _ in self._uses_of[index]
         )
+
+    @property
+    def _handed_over(self) -> set[int]:
+        """The weights whose gradients are not autograd's."""
+        return self._hooked | self._multiplied | self._of_experts.indices
 
     def not_hooked_outside(self, blocks: list[nn.Module]) -> str | None:
         """The name of a weight outside these blocks that takes autograd's gradient, if there is one."""
@@ -90,7 +96,7 @@ class SampleGradients:
         names = (
             self.weights[index].name
             for index, uses in enumerate(self._uses_of)
-            if index not in self._hooked and not all(module in inside for module, _ in uses)
+            if index not in self._hooked | self._of_experts.indices and not all(module in inside for module, _ in uses)
         )
         return next(names, None)
 
@@ -105,6 +111,8 @@ class SampleGradients:
 
     def __enter__(self) -> Self:
         """Freeze the model and hook its modules."""
+        self._watched = one_by_one(self.model, self._of_experts.see)
+        self._watched.__enter__()
         self._trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for parameter, _ in self._trainable:
             parameter.requires_grad_(False)
@@ -118,6 +126,7 @@ class SampleGradients:
 
     def __exit__(self, *_: object) -> None:
         """Remove the hooks and restore the model."""
+        self._watched.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
         for parameter, trainable in self._trainable:
@@ -136,15 +145,24 @@ class SampleGradients:
         if self.one_sample_only and len(batch.lengths) > 1:
             raise ValueError("this model's gradients are taken one sequence at a time")
         self._batch = batch
+        self._of_experts.begin(batch)
         watched = [] if part is None else self._watch(part)
+        multiplied = (
+            {}
+            if part is None
+            else {id(parameter): index for parameter, index in self._in_place(part, self._multiplied)}
+        )
+        calls = LinearCalls(multiplied, self._after_product) if multiplied else nullcontext()
         try:
-            yield self._backward
+            with calls:
+                yield self._backward
         finally:
             for parameter, handle in watched:
                 handle.remove()
                 parameter.requires_grad_(False)
                 parameter.grad = None
             self._open.clear()  # of a forward pass without its backward pass
+            self._of_experts.clear()
 
     def pending(self) -> dict[str, torch.Tensor]:
         """What is kept of outputs tied to an embedding until the embedding's own pass."""
@@ -163,13 +181,9 @@ class SampleGradients:
 
     def _watch(self, part: nn.Module) -> list[tuple[nn.Parameter, Any]]:
         """Let autograd take the gradient of those of the part's weights that are not hooked."""
-        inside = set(part.modules())
         sharing: dict[Any, list[int]] = defaultdict(list)
-        for index, uses in enumerate(self._uses_of):
-            if index not in self._hooked:
-                # not the weight's own parameter, but what stands in its place: perhaps a copy on another device
-                for parameter in {getattr(module, name) for module, name in uses if module in inside}:
-                    sharing[parameter].append(index)
+        for parameter, index in self._in_place(part, set(range(len(self.weights))) - self._handed_over):
+            sharing[parameter].append(index)
         handles = []
         for parameter, indices in sharing.items():
             parameter.requires_grad_(True)
@@ -177,11 +191,19 @@ class SampleGradients:
             handles.append((parameter, parameter.register_post_accumulate_grad_hook(hook)))
         return handles
 
+    def _in_place(self, part: nn.Module, indices: set[int]) -> Iterator[tuple[nn.Parameter, int]]:
+        """What stands in the places of weights in a part of the model, perhaps copies on another device; each once."""
+        inside = set(part.modules())
+        for index in sorted(indices):
+            for parameter in {getattr(module, name) for module, name in self._uses_of[index] if module in inside}:
+                yield parameter, index
+
     def _backward(self, output: torch.Tensor, gradient: torch.Tensor) -> None:
         output.backward(gradient)
         for index in list(self._uses):  # the loss does not depend on one of the weight's uses
             self._hand_over(index)
         self._open.clear()
+        self._of_experts.hand_over()
 
     def _after_forward(
         self, index: int, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
@@ -195,9 +217,13 @@ class SampleGradients:
                 output.requires_grad_(True)
             if output.requires_grad:
                 output.register_hook(partial(self._after_embedding, index, module, layer_input.to(output.device)))
-        elif output.requires_grad:
+        else:
+            self._after_product(index, layer_input, output)
+
+    def _after_product(self, index: int, layer_input: torch.Tensor, output: torch.Tensor) -> None:
+        if output.requires_grad:
             self._open[index] += 1
-            output.register_hook(partial(self._after_linear, index, layer_input.to(output.device)))
+            output.register_hook(partial(self._after_linear, index, layer_input.detach().to(output.device)))
 
     def _after_linear(self, index: int, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
         self._uses[index].append((layer_input, gradient.detach()))
@@ -217,9 +243,12 @@ class SampleGradients:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A use's input (sequences, T, in) and output's gradient (sequences, T, out)."""
         batch, longest = len(self._batch.lengths), self._batch.longest
-        if gradient.shape[:-1] not in ((batch, longest), (batch * longest,)):
-            if batch > 1:
-                raise self._mixed(index)
+        if batch > 1 and tuple(size for size in gradient.shape[:-1] if size != 1) not in (
+            (batch, longest),
+            (batch * longest,),
+        ):
+            raise self._mixed(index)
+        if batch == 1:
             longest = gradient[..., 0].numel()
         view = self.weights[index].view
         layer_input = layer_input.reshape(batch, longest, -1)
@@ -274,18 +303,6 @@ def _is_own_forward(module: nn.Module) -> bool:
     return getattr(module.forward, "__func__", None) is type(module).forward
 
 
-def _uses_of(model: PreTrainedModel, weights: list[Weight]) -> list[list[Use]]:
-    """For each weight, the modules that have its parameter, or the one that has this copy."""
-    uses: dict[int, list[Use]] = defaultdict(list)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            uses[id(parameter)].append((module, name))
-    return [
-        [(module, name) for module, name in uses[id(weight.parameter)] if weight.user in (None, module)]
-        for weight in weights
-    ]
-
-
 def _is_hookable(weight: Weight, module: nn.Module) -> bool:
     """Whether the gradient of the module's weight follows from the module's input and its output's gradient."""
     if not isinstance(module, nn.Embedding):
@@ -311,50 +328,6 @@ def _multiplies(module: nn.Embedding) -> bool:
     ids = torch.arange(2, device=module.weight.device)
     scale = torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight)
     return torch.equal(module(ids), nn.functional.embedding(ids, module.weight) * scale)
-
-
-class _Uses(TorchFunctionMode):
-    """Counts, while it is on, the torch functions that each of some parameters is an argument of."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
-        self.counts = {id(parameter): 0 for parameter in parameters}
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") != "__get__":  # .shape, .dtype, .device
-            for argument in (*args, *kwargs.values()):
-                if id(argument) in self.counts:
-                    self.counts[id(argument)] += 1
-        return function(*args, **kwargs)
-
-
-def _used_without_a_call(uses_of: Mapping[int, list[Use]], run: Callable[[], object]) -> set[int]:
-    """The weights that `run` uses more often than it calls their modules, which hooks would not see."""
-    parameters = {index: getattr(*uses[0]) for index, uses in uses_of.items()}
-    calling: dict[int, set[nn.Module]] = defaultdict(set)  # a parameter's id -> its modules
-    for index, uses in uses_of.items():
-        calling[id(parameters[index])] |= {module for module, _ in uses}
-    calls = dict.fromkeys(calling, 0)
-
-    def count(parameter: int, *_: object) -> None:
-        calls[parameter] += 1
-
-    handles = [
-        module.register_forward_pre_hook(partial(count, parameter))
-        for parameter, modules in calling.items()
-        for module in modules
-    ]
-    try:
-        with torch.no_grad(), _Uses(parameters.values()) as seen:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    more = {parameter for parameter, count in seen.counts.items() if count > calls[parameter]}
-    return {index for index, parameter in parameters.items() if id(parameter) in more}
 
 
 def _start_graph(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ there, and whoever takes them uses them before the next block runs.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,12 +20,14 @@ from samq.progress import Progress, silent
 from samq.sensitivity.block_calls import Entered
 from samq.sensitivity.block_pass import Sequences, batched
 from samq.sensitivity.blocks import PROBE_TOKENS, Blocks, main_device
-from samq.sensitivity.gradients import Batch
+from samq.sensitivity.expert_gradients import Batch
+from samq.sensitivity.experts import one_by_one
 from samq.sensitivity.hidden_states import HiddenStates, Writer
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import UNLIMITED, Memory
 from samq.sensitivity.moments import InputSums, Piece, Rounds
-from samq.sensitivity.offloading import Placed, Residence, has_offloaded
+from samq.sensitivity.offloading import has_offloaded
+from samq.sensitivity.residence import Placed, Residence
 from samq.sensitivity.resume import Checkpoints
 from samq.sensitivity.shares import rounds
 
@@ -54,7 +55,7 @@ def input_moments(
         tokens: at least one sequence; padding does not count.
         weights: the model's, as its GGUF has them (`samq.sensitivity.layout`).
         matrices: whole Gram matrices; else their diagonals alone.
-        batch_size: sequences a forward pass; 1 with stacked experts, where the padding of a batch cannot be told.
+        batch_size: sequences a forward pass; 1 with experts whose tokens cannot be told (`samq.sensitivity.experts`).
         memory: what hidden states may take. With a folder a pass that was killed goes on at a part that was not finished. One
             is finished when the next one's moments are asked for.
         matrices_bytes: limit for the matrices that are added up at a time; a part with more runs several times.
@@ -65,9 +66,9 @@ def input_moments(
     """
     model.eval()
     inputs = InputSums(model, weights, matrices_bytes if matrices else 0)
-    batches = [_probe(tokens), *batched(tokens, 1 if inputs.has_experts else batch_size)]
+    batches = [_probe(tokens), *batched(tokens, 1 if inputs.one_sample_only else batch_size)]
     blocks = Blocks.of(model)
-    with _experts_one_by_one(model):
+    with one_by_one(model, inputs.see):
         if blocks is None:
             yield from _whole(model, batches, inputs, progress)
         else:
@@ -111,7 +112,7 @@ def _by_blocks(
     devices = memory.sharing(device)
     turns = rounds(range(1, len(batches)), len(devices))
     share_of = {batch: share for of_round in turns for share, run in enumerate(of_round) for batch in run} | {0: 0}
-    with blocks.resident(devices) as resident:
+    with blocks.resident(devices, memory) as resident:
         with torch.no_grad(), resident.part(resident.before, None) as before, before.on(device):
             entered = [
                 blocks.enter(*sequences.on(device)).on(devices[share_of[number]])
@@ -169,17 +170,3 @@ def _through(
         yield from inputs.measure(count, around, run_around, rounds(range(1, len(batches)), 1), after.release)
     states.drop(count)
     progress(count + 1, count + 1)
-
-
-@contextmanager
-def _experts_one_by_one(model: PreTrainedModel) -> Iterator[None]:
-    """Let each expert's product be a call of its own, which shows its tokens."""
-    if not model._can_set_experts_implementation():
-        yield
-        return
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)

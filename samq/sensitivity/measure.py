@@ -62,7 +62,7 @@ def measure_sensitivity(
         origin: digests for the map.
         labelling: the labels of the loss.
         batch_size: sequences a pass, which changes the figures by rounding only. For models with weights outside linear
-            layers (GPT-2, mixtures of experts) it is 1.
+            layers and experts (GPT-2) it is 1.
         memory: what it may use.
         progress: told of the blocks that are done, there and back.
 

@@ -1,6 +1,7 @@
 """Sums over what enters the layers of a model, and stacked experts: moments of inputs, without code for any architecture.
 
-Layers are seen by torch's hooks. An expert's matrix is a slice of a parameter, so a mode of torch's functions sees its product.
+Layers are seen by torch's hooks, and experts by the function that computes them (`samq.sensitivity.experts`). In a model with a
+function of its own an expert's matrix is a slice of a parameter, so a mode of torch's functions sees its product.
 """
 
 import math
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from samq.errors import SamqError
 from samq.sensitivity.block_pass import deterministic
 from samq.sensitivity.blocks import main_device
+from samq.sensitivity.experts import Product, modules_of_experts
 from samq.sensitivity.layout import Weight
 from samq.sensitivity.memory import needs_gpu_memory
 from samq.sensitivity.shares import in_turn
@@ -103,6 +105,8 @@ class InputSums(TorchFunctionMode):
         self._matrices_bytes, self._device = matrices_bytes, main_device(model)
         self._layers = _layers(model, weights)
         self._stacks = _stacks(model, weights)
+        self._shown = set(modules_of_experts(model))  # whose experts' products `see` is told of
+        self._watches = False
         self._is_token = torch.ones(0, dtype=torch.bool)  # False for the padding of the batch
         self._last: tuple[torch.Tensor, str, int | None] | None = None  # the input before, its layer, its expert
         self._source: dict[str, str] = {}  # tensor -> the first tensor with the same input
@@ -117,9 +121,9 @@ class InputSums(TorchFunctionMode):
         self._of_run = _Sums()  # not among the others yet: of the batches that a device is at
 
     @property
-    def has_experts(self) -> bool:
-        """Whether there are stacked experts to measure."""
-        return bool(self._stacks)
+    def one_sample_only(self) -> bool:
+        """Whether there are stacked experts whose tokens are not known, and so not which of them are padding."""
+        return any(module not in self._shown for module, _ in self._stacks)
 
     @property
     def names(self) -> set[str]:
@@ -131,7 +135,7 @@ class InputSums(TorchFunctionMode):
         """Say what runs next, with the weights that are in place now: sequences of this mask, 0 at padding."""
         self._is_token = mask.bool().flatten()
         self._last = None
-        stacks = [(getattr(module, name), uses) for module, name, uses in self._of_part]
+        stacks = [(getattr(module, name), uses) for module, name, uses in self._of_part if module not in self._shown]
         self._experts_at = {stack.data_ptr(): (stack, uses) for stack, uses in stacks}
 
     def measure(
@@ -167,7 +171,7 @@ class InputSums(TorchFunctionMode):
     def _sizes(self, modules: list[nn.Module]) -> dict[_Key, int]:
         """The bytes of each input's matrix in a part of the model: those of experts that the probe showed, and of the others."""
         uses = [use for module in modules for use in self._layers.get(module, ())]
-        stacked = [use for _, of_stack in self._experts_at.values() for use in of_stack]
+        stacked = [use for _, _, of_stack in self._of_part for use in of_stack]
         weights = {use.weight.name: use.weight for use in [*uses, *stacked]}
         experts = {use.weight.name: math.prod(use.weight.shape[:-2]) for use in stacked}
         return {
@@ -194,9 +198,11 @@ class InputSums(TorchFunctionMode):
             layer.register_forward_pre_hook(partial(self._before_forward, uses)) for layer, uses in self._layers.items()
         ]
         try:
+            self._watches = True
             with torch.no_grad(), deterministic(self._device), self:
                 yield
         finally:
+            self._watches = False
             for handle in handles:
                 handle.remove()
 
@@ -242,6 +248,19 @@ class InputSums(TorchFunctionMode):
         if not self._is_token.all():
             vectors = vectors[self._is_token.to(vectors.device)]
         self._add(uses, None, layer_input, vectors)
+
+    def see(self, product: Product, vectors: torch.Tensor) -> None:
+        """Take the input of an expert."""
+        uses = self._stacks.get((product.module, product.name))
+        if self._watches and uses:
+            of_tokens = vectors
+            if not self._is_token.all():
+                if product.entering != len(self._is_token):
+                    raise SamqError(
+                        f"{uses[0].weight.name} mixes the tokens of several samples; measure with a batch size of 1"
+                    )
+                of_tokens = vectors[self._is_token.to(vectors.device)[product.tokens]]
+            self._add(uses, product.expert, vectors, of_tokens)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -17,6 +17,7 @@ from samq.sensitivity.block_calls import NotApart
 from samq.sensitivity.blocks import block_list, cannot_run
 from samq.sensitivity.memory import compute_devices, free_bytes
 from samq.sensitivity.offloading import StoredTensor, bytes_of, keep_on_disk, stored_of
+from samq.sensitivity.residence import bytes_brought
 
 # The memory that a model needs to stay there while it is measured, in shares of its weights. Gram matrices, activations and
 # hidden states took 0.5 to 1.6 times the weights on a GPU (8B, and 4 blocks of 70B).
@@ -65,8 +66,8 @@ def placement(
 
 
 def require_room_for_blocks(skeleton: PreTrainedModel, layers: nn.ModuleList, room: int) -> None:
-    """Raise SamqError if a device with `room` bytes does not hold a block and the next one, each with all its experts."""
-    needed = 2 * max(bytes_of(layer.parameters()) for layer in layers)
+    """Raise SamqError if a device with `room` bytes does not hold a block and the next one, with an expert of each stack."""
+    needed = 2 * max(bytes_brought(layer, room) for layer in layers)
     if needed > room:
         raise SamqError(
             f"a block of {type(skeleton).__name__} and the next one take {needed / 2**30:.1f} GiB of the GPU, which has "

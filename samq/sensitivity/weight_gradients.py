@@ -136,6 +136,36 @@ class WholeGradient(Gradients):
             yield 0, band, flat[band].float().clone()
 
 
+@dataclass(frozen=True)
+class ExpertGradients(Gradients):
+    """Of some experts of a stack."""
+
+    shape: tuple[int, ...]  # of the weight, experts first
+    experts: list[tuple[int, LinearGradients]]  # their numbers, each once
+
+    def zeros(self, numbers: int) -> torch.Tensor:
+        """See `Gradients`."""
+        return self.experts[0][1].zeros(numbers)
+
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Gradients`."""
+        stack, rows, columns = self.shape
+        some = self.experts[0][1].inputs
+        by_row = some.new_zeros(len(some), stack, rows, dtype=torch.float32)
+        by_column = some.new_zeros(len(some), stack, columns, dtype=torch.float32)
+        for expert, gradients in self.experts:
+            by_row[:, expert], by_column[:, expert] = gradients.squares()
+        return by_row.flatten(1), by_column
+
+    def bands(self) -> Iterator[tuple[int, Rows, torch.Tensor]]:
+        """See `Gradients`."""
+        rows = self.shape[1]
+        for expert, gradients in self.experts:
+            for sample, band, values in gradients.bands():
+                assert isinstance(band, slice)
+                yield sample, slice(expert * rows + band.start, expert * rows + band.stop), values
+
+
 def sum_of_rows(ids: torch.Tensor, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Add up the rows of `gradients` (T, d) that have the same id; returns the ids (R,), each once, and the sums (R, d)."""
     rows, places = torch.unique(ids, return_inverse=True)

@@ -63,7 +63,7 @@ def test_what_does_not_suffice_says_what_to_do(tmp_path):
     assert "SAMQ_HOME" in needs["disk"].advice
     whole = by_name(resources(machine(tmp_path, gpus=(7,)), STAGES, download=0, is_whole=True))
     assert "model.memory_limit" in whole["GPU memory"].advice
-    for two_blocks, advice in ((7, "candidates.rounding"), (8, "a block with all its experts and the next one take")):
+    for two_blocks, advice in ((7, "candidates.rounding"), (8, "a block and the next one take")):
         needs = by_name(resources(machine(tmp_path, gpus=(7,)), STAGES, download=0, two_blocks=two_blocks))
         assert advice in needs["GPU memory"].advice
 

@@ -11,13 +11,14 @@ from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, tiny_gpt2, tiny_llama, tiny_mixtral
 
 
-def bypassing_llama(also_called=False):
+def bypassing_llama(also_called=False, turned=False):
     """A Llama whose first block multiplies by up_proj's weight itself, as Mamba does by dt_proj's."""
     model = tiny_llama()
     mlp = model.model.layers[0].mlp
 
     def forward(states):
-        up = torch.nn.functional.linear(states, mlp.up_proj.weight)
+        weight = mlp.up_proj.weight
+        up = states @ weight.t() if turned else torch.nn.functional.linear(states, weight.float())
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(states)) * (up + mlp.up_proj(states) if also_called else up))
 
     mlp.forward = forward
@@ -31,6 +32,7 @@ MODELS = {
     "gpt2": (tiny_gpt2, "gpt2"),
     "a weight used without its module": (bypassing_llama, "llama"),
     "a weight used with and without its module": (lambda: bypassing_llama(also_called=True), "llama"),
+    "a weight that is turned before it is used": (lambda: bypassing_llama(turned=True), "llama"),
 }
 
 
@@ -86,7 +88,13 @@ def by_hooks(model, weights, tokens, batch_size):
 
 @pytest.mark.parametrize(
     ("kind", "batch_size"),
-    [*((kind, 1) for kind in MODELS), ("untied llama", 4), ("tied llama", 4)],
+    [
+        *((kind, 1) for kind in MODELS),
+        ("untied llama", 4),
+        ("tied llama", 4),
+        ("mixtral", 4),
+        ("a weight used with and without its module", 4),
+    ],
 )
 def test_every_sample_has_autograds_gradient(kind, batch_size, monkeypatch):
     monkeypatch.setattr(
@@ -149,10 +157,11 @@ def test_two_copies_of_a_tied_weight_share_its_gradient_by_their_use():
     [
         ("untied llama", False),
         ("tied llama", False),
-        ("mixtral", True),
+        ("mixtral", False),
         ("gpt2", True),
-        ("a weight used without its module", True),
-        ("a weight used with and without its module", True),
+        ("a weight used without its module", False),
+        ("a weight used with and without its module", False),
+        ("a weight that is turned before it is used", True),
     ],
 )
 def test_models_whose_samples_cannot_be_told_apart_are_known(kind, one):

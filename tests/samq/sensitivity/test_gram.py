@@ -14,7 +14,7 @@ from samq.sensitivity.gram import input_moments, without_input
 from samq.sensitivity.hf_model import load_model
 from samq.sensitivity.layout import Weight, weights_of
 from samq.sensitivity.memory import Memory
-from samq.sensitivity.offloading import Residence
+from samq.sensitivity.residence import Residence
 from samq.sensitivity.views import View
 from tests.tiny_models import names_of, random_tokens, save_folder, tiny_gpt2, tiny_llama, tiny_mixtral
 
